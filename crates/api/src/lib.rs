@@ -1,0 +1,1 @@
+//! The v1 wire contract: generated types, JSON mapping, error details.

@@ -1,0 +1,3 @@
+//! `gauntlet`: everything in one command.
+
+fn main() {}

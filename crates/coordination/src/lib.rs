@@ -1,0 +1,1 @@
+//! Records, owner keys, locks and indexes on etcd or one embedded store.

@@ -1,0 +1,1 @@
+//! Challenges, instances, pools: the use cases and the ports they need.

@@ -1,0 +1,1 @@
+//! Real binaries against real components.

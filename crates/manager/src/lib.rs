@@ -1,0 +1,1 @@
+//! The manager: gRPC, REST and background work over the ports.

@@ -1,0 +1,1 @@
+//! Bringing instances up and down: the process backend.

@@ -1,0 +1,1 @@
+//! Scenario references, OCI pull and push, templates, flag variation.

@@ -1,0 +1,1 @@
+//! OpenTelemetry bootstrap, the table of names, tower layers, debug page.

@@ -1,0 +1,3 @@
+//! Two ports, two flags.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! One page, one port, one flag.
+
+fn main() {}
