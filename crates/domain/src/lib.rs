@@ -1,1 +1,41 @@
 //! Challenges, instances, pools: the use cases and the ports they need.
+//!
+//! This crate decides; it does not reach out. It knows no wire format, no environment, no clock and spawns nothing: time, randomness and
+//! the caller's trace come in with each [`Call`], side effects go out through the ports [`Store`], [`Provisioner`], [`Scenarios`] and
+//! [`Facts`].
+//!
+//! Every change with a side effect is *intent, act, commit*: a transaction records what is about to happen and takes ownership, the
+//! provisioner acts (idempotently), and a second transaction, refused unless the ownership still stands, records the outcome. A crash in
+//! between leaves a record that [`Gauntlet::reconcile`] finds and finishes.
+
+mod challenge;
+mod challenges;
+mod error;
+mod facts;
+mod id;
+mod instance;
+mod instances;
+mod plan;
+mod pool;
+mod provisioner;
+mod reconcile;
+mod scenarios;
+mod store;
+mod usecases;
+
+pub use challenge::{Challenge, ChallengeUpdate, Rollout, Strategy, expiry};
+pub use challenges::{NewChallenge, Updated};
+pub use error::{Error, Result};
+pub use facts::{Action, Fact, Facts, Operation, Outcome, PhaseName};
+pub use id::{ChallengeId, Identity, InvalidId, SourceId};
+pub use instance::{Additional, Failure, Instance, Phase, Seat, Slot, Target};
+pub use plan::{Limits, Place, Plan, PortSpec, Probe, Protocol, Readiness, Workload};
+pub use pool::{Bounds, shortfall};
+pub use provisioner::{Found, Order, Outputs, Provisioner};
+pub use reconcile::Reconciled;
+pub use scenarios::{Pinned, Scenarios};
+pub use store::{
+    Begin, By, Census, Commit, Grant, Held, LockKind, LockMode, Store, Stored, Stranded, Stream, Survey, Version,
+    Waited,
+};
+pub use usecases::{Call, Entropy, Gauntlet, Settings};

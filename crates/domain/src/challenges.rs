@@ -1,0 +1,253 @@
+//! Use cases on challenges: create, retrieve, query, update, delete, and the work that an update or deletion spreads over instances.
+
+use futures::TryStreamExt as _;
+use jiff::Timestamp;
+
+use crate::{
+    Additional, Begin, Bounds, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Held, Instance,
+    LockKind, Operation, Phase, Result, Rollout, Stored, Strategy, Stream, Target, instances::Fallback,
+};
+
+/// A challenge to register.
+#[derive(Debug, Clone)]
+pub struct NewChallenge {
+    /// Its name.
+    pub id: ChallengeId,
+    /// The scenario reference.
+    pub scenario: String,
+    /// How long an instance lives.
+    pub timeout: Option<std::time::Duration>,
+    /// When every instance ends.
+    pub until: Option<Timestamp>,
+    /// Template values.
+    pub additional: Additional,
+    /// How many instances to keep ready.
+    pub min: i64,
+    /// How many at most, claimed and pooled; 0 is no bound.
+    pub max: i64,
+}
+
+/// What an update did.
+#[derive(Debug)]
+pub struct Updated {
+    /// The challenge as it now stands.
+    pub challenge: Challenge,
+    /// Its claimed instances.
+    pub instances: Vec<Instance>,
+    /// What went wrong with single instances; each is also stored with the instance.
+    pub failures: Vec<Error>,
+}
+
+impl Gauntlet {
+    /// Registers a challenge. Its pool is filled later, by [`Gauntlet::tend_pool`].
+    pub async fn create_challenge(&self, call: &Call, new: NewChallenge) -> Result<Challenge> {
+        let bounds = Bounds::new(new.min, new.max).ok_or(Error::PoolOutOfBounds { min: new.min, max: new.max })?;
+        // Before the scenario is fetched: asking for a known id is cheap.
+        if self.store.challenge(&new.id).await?.is_some() {
+            return Err(Error::ChallengeExists(new.id));
+        }
+        let scenario = self.scenarios.resolve(&new.scenario).await?;
+        let challenge = Challenge {
+            id: new.id,
+            scenario,
+            timeout: new.timeout,
+            until: new.until,
+            additional: new.additional,
+            bounds,
+            revision: 1,
+            content: 1,
+            rollout: None,
+            closing: false,
+            origin: call.origin.clone(),
+        };
+        self.store.insert_challenge(&challenge).await?;
+        Ok(challenge)
+    }
+
+    /// A challenge with its claimed instances.
+    pub async fn retrieve_challenge(&self, id: &ChallengeId) -> Result<(Challenge, Vec<Instance>)> {
+        let stored = self.store.challenge(id).await?.ok_or_else(|| Error::ChallengeNotFound(id.clone()))?;
+        Ok((stored.value, self.visible_instances(id).await?))
+    }
+
+    /// All challenges with their claimed instances. Takes no lock and writes nothing.
+    pub fn query_challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)> {
+        Box::pin(self.store.challenges().map_ok(|(challenge, mut instances)| {
+            instances.retain(Instance::is_visible);
+            (challenge, instances)
+        }))
+    }
+
+    async fn visible_instances(&self, id: &ChallengeId) -> Result<Vec<Instance>> {
+        let visible = |stored: Stored<Instance>| async move { Ok(stored.value.is_visible().then_some(stored.value)) };
+        self.store.instances_of(id).try_filter_map(visible).try_collect().await
+    }
+
+    /// Changes a challenge and brings its instances there, several at once. The change is recorded first: a crash afterwards leaves a
+    /// rollout that [`Gauntlet::reconcile`] finishes. The failure of one instance is reported and does not hold up the others.
+    pub async fn update_challenge(&self, call: &Call, id: &ChallengeId, update: ChallengeUpdate) -> Result<Updated> {
+        if self.store.challenge(id).await?.is_none_or(|stored| stored.value.closing) {
+            return Err(Error::ChallengeNotFound(id.clone()));
+        }
+        let scenario = match &update.scenario {
+            Some(reference) => Some(self.scenarios.resolve(reference).await?),
+            None => None,
+        };
+        let rollout = self.store.lock(LockKind::Rollout, id, &self.by(call)).await?;
+        let changed = self
+            .change(call, id, |challenge| {
+                challenge.apply(&update, scenario)?;
+                challenge.rollout = Some(Rollout { strategy: update.strategy, origin: call.origin.clone() });
+                Ok(())
+            })
+            .await;
+        let challenge = match changed {
+            Ok(challenge) => challenge,
+            Err(error) => {
+                self.store.release(rollout).await?;
+                return Err(error);
+            }
+        };
+        let (challenge, failures) = self.roll_out(call, rollout, challenge).await?;
+        Ok(Updated { instances: self.visible_instances(id).await?, challenge, failures })
+    }
+
+    /// Takes a challenge and all its instances down; it is gone when this answers. If something cannot be taken down the challenge stays,
+    /// closing, and is tried again by [`Gauntlet::reconcile`] or another delete.
+    pub async fn delete_challenge(&self, call: &Call, id: &ChallengeId) -> Result<()> {
+        if self.store.challenge(id).await?.is_none() {
+            return Err(Error::ChallengeNotFound(id.clone()));
+        }
+        // Closed before the rollout lock: an update under way finds no new instance to wait for.
+        self.change(call, id, |challenge| {
+            challenge.closing = true;
+            Ok(())
+        })
+        .await?;
+        let rollout = self.store.lock(LockKind::Rollout, id, &self.by(call)).await?;
+        self.close(call, rollout, id).await
+    }
+
+    /// Reads, changes and writes a challenge under its lock.
+    async fn change(
+        &self,
+        call: &Call,
+        id: &ChallengeId,
+        edit: impl FnOnce(&mut Challenge) -> Result<()> + Send,
+    ) -> Result<Challenge> {
+        let held = self.store.lock(LockKind::Challenge, id, &self.by(call)).await?;
+        let edited = match self.store.challenge(id).await? {
+            None => Err(Error::ChallengeNotFound(id.clone())),
+            Some(stored) => {
+                let mut challenge = stored.value;
+                edit(&mut challenge).map(|()| challenge)
+            }
+        };
+        match edited {
+            Ok(challenge) => {
+                self.store.update_challenge(held, &challenge).await?;
+                Ok(challenge)
+            }
+            Err(error) => {
+                self.store.release(held).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Brings every instance to the challenge's settings, then strikes the rollout off the challenge.
+    pub(crate) async fn roll_out(
+        &self,
+        call: &Call,
+        rollout: Held,
+        challenge: Challenge,
+    ) -> Result<(Challenge, Vec<Error>)> {
+        let strategy = challenge.rollout.as_ref().map_or(Strategy::default(), |rollout| rollout.strategy);
+        let instances: Vec<_> = self.store.instances_of(&challenge.id).try_collect().await?;
+        let jobs = self.each(instances, |stored| self.bring_up_to_date(call, &challenge, strategy, stored));
+        let results = rollout.guard(async { Ok(jobs.await) }).await?;
+        let failures = results.into_iter().filter_map(Result::err).collect();
+        let revision = challenge.revision;
+        let challenge = self
+            .change(call, &challenge.id, |challenge| {
+                if challenge.revision == revision {
+                    challenge.rollout = None;
+                }
+                Ok(())
+            })
+            .await?;
+        self.store.release(rollout).await?;
+        Ok((challenge, failures))
+    }
+
+    async fn bring_up_to_date(
+        &self,
+        call: &Call,
+        challenge: &Challenge,
+        strategy: Strategy,
+        listed: Stored<Instance>,
+    ) -> Result<()> {
+        let slot = listed.value.slot.clone();
+        let mut next = Some(listed);
+        // Gone, or claimed meanwhile (which is only done with what is up to date): nothing to do.
+        while let Some(current) = next {
+            let instance = &current.value;
+            if instance.applied >= challenge.revision {
+                return Ok(());
+            }
+            let was_ready = instance.phase == Phase::Ready;
+            let until = if slot.seat.is_pool() { None } else { challenge.expiry(call.now) };
+            let result = if was_ready && instance.applied >= challenge.content {
+                let scenario = challenge.scenario.clone();
+                let rewritten = Instance { applied: challenge.revision, scenario, until, ..instance.clone() };
+                self.store.rewrite(&current, &rewritten, &self.by(call)).await
+            } else {
+                let identity = match strategy {
+                    Strategy::UpdateInPlace => instance.identity.clone(),
+                    Strategy::BlueGreen | Strategy::Recreate => call.identity(),
+                };
+                let target =
+                    Target { identity, scenario: challenge.scenario.clone(), applied: challenge.revision, strategy };
+                match self.store.begin(&slot, Begin::Update(target), &self.by(call)).await {
+                    Err(error) => Err(error),
+                    Ok((held, begun)) => {
+                        let begun = Instance { until, ..begun };
+                        let fallback = if was_ready { Fallback::KeepOld } else { Fallback::Retry };
+                        self.move_to_target(call, held, challenge, begun, fallback).await.map(|_| ())
+                    }
+                }
+            };
+            match result {
+                Err(Error::Conflict) => next = self.store.instance(&slot).await?,
+                result => return self.counted(&challenge.id, Operation::Update, result),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes every instance of a closing challenge down, then the challenge.
+    pub(crate) async fn close(&self, call: &Call, rollout: Held, id: &ChallengeId) -> Result<()> {
+        let instances: Vec<_> = self.store.instances_of(id).try_collect().await?;
+        let jobs = self.each(instances, |stored| self.remove(call, stored.value));
+        let results = rollout.guard(async { Ok(jobs.await) }).await?;
+        let removed = async {
+            results.into_iter().collect::<Result<()>>()?;
+            let held = self.store.lock(LockKind::Challenge, id, &self.by(call)).await?;
+            self.store.remove_challenge(held, id).await
+        };
+        let removed = removed.await;
+        self.store.release(rollout).await?;
+        removed
+    }
+
+    /// Takes one stored instance down, whoever has it; one that is gone meanwhile is success.
+    pub(crate) async fn remove(&self, call: &Call, instance: Instance) -> Result<()> {
+        let challenge = instance.slot.challenge.clone();
+        let result = match self.store.begin(&instance.slot, Begin::Delete, &self.by(call)).await {
+            Err(Error::Conflict) => return Ok(()),
+            Err(error) => Err(error),
+            Ok((held, instance)) => self.take_down(call, held, instance, Operation::Delete).await,
+        };
+        self.counted(&challenge, Operation::Delete, result)
+    }
+}

@@ -1,0 +1,342 @@
+//! Use cases on instances: create (or claim), retrieve, query, renew, delete, and the work that they and recovery share.
+
+use futures::TryStreamExt as _;
+
+use crate::{
+    Additional, Begin, Call, Challenge, ChallengeId, Commit, Error, Fact, Failure, Gauntlet, Held, Identity, Instance,
+    Operation, Order, Outputs, Phase, Pinned, Result, Seat, Slot, SourceId, Strategy, Stream, Survey, Target, expiry,
+};
+
+/// How often a use case reads again after somebody else was first. Each conflict means that somebody else got on, so this many in a row is
+/// overload, not deadlock.
+const ATTEMPTS: usize = 64;
+
+impl Gauntlet {
+    /// Gives the source an instance: one from the pool if there is one, else a new one, which is up and ready when this answers.
+    ///
+    /// If it cannot be brought up, what was is taken down and nothing is stored. Dropping the future leaves a record that
+    /// [`Gauntlet::reconcile`] finishes.
+    pub async fn create_instance(
+        &self,
+        call: &Call,
+        challenge: &ChallengeId,
+        source: &SourceId,
+        additional: Additional,
+    ) -> Result<Instance> {
+        let result = self.create(call, challenge, source, additional).await;
+        self.counted(challenge, Operation::Create, result)
+    }
+
+    async fn create(
+        &self,
+        call: &Call,
+        id: &ChallengeId,
+        source: &SourceId,
+        additional: Additional,
+    ) -> Result<Instance> {
+        for _ in 0..ATTEMPTS {
+            let Survey { challenge, instance, mut pooled } = self.store.survey(id, source).await?;
+            let challenge =
+                challenge.filter(|c| !c.value.closing).ok_or_else(|| Error::ChallengeNotFound(id.clone()))?;
+            if instance.is_some() {
+                return Err(Error::InstanceExists(id.clone(), source.clone()));
+            }
+            if challenge.value.expired(call.now) {
+                return Err(Error::ChallengeExpired(id.clone()));
+            }
+            let fresh = Instance {
+                slot: Slot { challenge: id.clone(), seat: Seat::Source(source.clone()) },
+                identity: call.identity(),
+                phase: Phase::Provisioning,
+                since: call.now,
+                last_renew: call.now,
+                until: challenge.value.expiry(call.now),
+                scenario: challenge.value.scenario.clone(),
+                applied: challenge.value.revision,
+                additional: additional.clone(),
+                connection_info: String::new(),
+                flags: Vec::new(),
+                target: None,
+                origin: call.origin.clone(),
+            };
+            let keeps_pool = challenge.value.bounds.min() > 0;
+            // One that an update has not reached yet is left to the update.
+            pooled.retain(|stored| stored.value.applied >= challenge.value.content);
+            if !pooled.is_empty() {
+                let chosen = pooled.swap_remove((call.entropy.bits() % pooled.len() as u64) as usize);
+                let claimed = claimed(&chosen.value, fresh.clone());
+                match self.store.claim(&challenge, &chosen, &claimed, &self.by(call)).await {
+                    Err(Error::Conflict) => continue,
+                    Err(error) => return Err(error),
+                    Ok(held) => {
+                        self.facts.note(Fact::PoolClaim { challenge: id.clone(), hit: true });
+                        return match held {
+                            None => Ok(claimed),
+                            Some(held) => {
+                                self.move_to_target(call, held, &challenge.value, claimed, Fallback::TakeDown).await
+                            }
+                        };
+                    }
+                }
+            }
+            match self.store.begin_create(&challenge, &fresh, None, &self.by(call)).await {
+                Err(Error::Conflict) => continue,
+                Err(error) => return Err(error),
+                Ok(held) => {
+                    if keeps_pool {
+                        self.facts.note(Fact::PoolClaim { challenge: id.clone(), hit: false });
+                    }
+                    return self.bring_up(call, held, &challenge.value, fresh).await;
+                }
+            }
+        }
+        Err(Error::Conflict)
+    }
+
+    /// The source's instance; [`Error::InstanceNotFound`] also when the challenge is unknown or the instance is still being created.
+    pub async fn retrieve_instance(&self, challenge: &ChallengeId, source: &SourceId) -> Result<Instance> {
+        let survey = self.store.survey(challenge, source).await?;
+        survey
+            .instance
+            .map(|stored| stored.value)
+            .filter(Instance::is_visible)
+            .ok_or_else(|| Error::InstanceNotFound(challenge.clone(), source.clone()))
+    }
+
+    /// The source's instances, of every challenge; every source's when `None`. Takes no lock and writes nothing.
+    pub fn query_instances(&self, source: Option<&SourceId>) -> Stream<'_, Instance> {
+        Box::pin(
+            self.store.instances_by_source(source).try_filter(|instance| std::future::ready(instance.is_visible())),
+        )
+    }
+
+    /// Gives the source's instance its timeout again, from now.
+    pub async fn renew_instance(&self, call: &Call, challenge: &ChallengeId, source: &SourceId) -> Result<Instance> {
+        let result = self.renew(call, challenge, source).await;
+        self.counted(challenge, Operation::Renew, result)
+    }
+
+    async fn renew(&self, call: &Call, id: &ChallengeId, source: &SourceId) -> Result<Instance> {
+        for _ in 0..ATTEMPTS {
+            let survey = self.store.survey(id, source).await?;
+            let challenge = survey.challenge.ok_or_else(|| Error::ChallengeNotFound(id.clone()))?.value;
+            if challenge.timeout.is_none() {
+                return Err(Error::ChallengeNoRenewal(id.clone()));
+            }
+            let stored = survey
+                .instance
+                .filter(|stored| stored.value.is_visible())
+                .ok_or_else(|| Error::InstanceNotFound(id.clone(), source.clone()))?;
+            if stored.value.expired(call.now) {
+                return Err(Error::InstanceExpired(id.clone(), source.clone()));
+            }
+            let renewed = Instance { last_renew: call.now, until: challenge.expiry(call.now), ..stored.value.clone() };
+            match self.store.rewrite(&stored, &renewed, &self.by(call)).await {
+                Err(Error::Conflict) => continue,
+                Err(error) => return Err(error),
+                Ok(()) => return Ok(renewed),
+            }
+        }
+        Err(Error::Conflict)
+    }
+
+    /// Takes the source's instance down; it is gone when this answers. If it cannot be taken down it is kept, failed, and tried again.
+    pub async fn delete_instance(&self, call: &Call, challenge: &ChallengeId, source: &SourceId) -> Result<()> {
+        let slot = Slot { challenge: challenge.clone(), seat: Seat::Source(source.clone()) };
+        let result = match self.store.begin(&slot, Begin::Delete, &self.by(call)).await {
+            Ok((held, instance)) => self.take_down(call, held, instance, Operation::Delete).await,
+            Err(Error::Conflict) => Err(match self.store.challenge(challenge).await? {
+                None => Error::ChallengeNotFound(challenge.clone()),
+                Some(_) => Error::InstanceNotFound(challenge.clone(), source.clone()),
+            }),
+            Err(error) => Err(error),
+        };
+        self.counted(challenge, Operation::Delete, result)
+    }
+
+    /// Brings a recorded intent up and commits it; on failure takes down what came up and removes the record.
+    pub(crate) async fn bring_up(
+        &self,
+        call: &Call,
+        held: Held,
+        challenge: &Challenge,
+        mut instance: Instance,
+    ) -> Result<Instance> {
+        let up = held.guard(self.up(&held, challenge, &instance, &instance.identity, &instance.scenario));
+        match up.await {
+            Ok(outputs) => {
+                instance.become_ready(outputs);
+                self.settle(held, instance).await
+            }
+            // Not ours any more: whoever recovers it decides.
+            Err(error @ Error::Fenced(_)) => Err(error),
+            Err(error) => {
+                self.take_down(call, held, instance, Operation::Create).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes everything of an instance down and removes its record; on failure the record stays, failed.
+    pub(crate) async fn take_down(&self, call: &Call, held: Held, instance: Instance, during: Operation) -> Result<()> {
+        let down = held.guard(async {
+            for identity in instance.identities() {
+                self.provisioner.down(&instance.slot.challenge, identity, held.fence).await?;
+            }
+            Ok(())
+        });
+        match down.await {
+            Ok(()) => self.store.commit(held, &instance.slot, Commit::Remove).await,
+            Err(error @ Error::Fenced(_)) => Err(error),
+            Err(error) => Err(self.fail(call, held, instance, during, error).await),
+        }
+    }
+
+    /// Moves an owned instance to its target and commits it.
+    ///
+    /// On failure it does what `fallback` says.
+    pub(crate) async fn move_to_target(
+        &self,
+        call: &Call,
+        held: Held,
+        challenge: &Challenge,
+        mut instance: Instance,
+        fallback: Fallback,
+    ) -> Result<Instance> {
+        let Some(target) = instance.target.clone() else {
+            return Err(Error::Internal(format!("instance {} is updating without a target", instance.identity)));
+        };
+        let mut untouched = false;
+        let moved = match target.strategy {
+            Strategy::UpdateInPlace => {
+                let order = self.order(&held, challenge, &instance, &target.identity, &target.scenario).await;
+                untouched = order.is_err();
+                match order {
+                    Ok(order) => held.guard(self.provisioner.update(&order)).await,
+                    Err(error) => Err(error),
+                }
+            }
+            Strategy::BlueGreen => {
+                let up = held.guard(self.up(&held, challenge, &instance, &target.identity, &target.scenario)).await;
+                match up {
+                    Ok(outputs) => held.guard(self.down(&held, &instance)).await.map(|()| outputs),
+                    Err(error @ Error::Fenced(_)) => Err(error),
+                    Err(error) => {
+                        let undo = self.provisioner.down(&instance.slot.challenge, &target.identity, held.fence);
+                        untouched = held.guard(undo).await.is_ok();
+                        Err(error)
+                    }
+                }
+            }
+            Strategy::Recreate => {
+                held.guard(async {
+                    self.down(&held, &instance).await?;
+                    self.up(&held, challenge, &instance, &target.identity, &target.scenario).await
+                })
+                .await
+            }
+        };
+        match moved {
+            Ok(outputs) => {
+                instance.reach(target);
+                instance.become_ready(outputs);
+                self.settle(held, instance).await
+            }
+            Err(error @ Error::Fenced(_)) => Err(error),
+            Err(error) if fallback == Fallback::TakeDown => {
+                self.take_down(call, held, instance, Operation::Create).await?;
+                Err(error)
+            }
+            Err(error) if untouched && fallback == Fallback::KeepOld => {
+                instance.phase = Phase::Ready;
+                instance.applied = target.applied;
+                instance.target = None;
+                self.settle(held, instance).await?;
+                Err(error)
+            }
+            Err(error) => Err(self.fail(call, held, instance, Operation::Update, error).await),
+        }
+    }
+
+    async fn up(
+        &self,
+        held: &Held,
+        challenge: &Challenge,
+        instance: &Instance,
+        identity: &Identity,
+        scenario: &Pinned,
+    ) -> Result<Outputs> {
+        let order = self.order(held, challenge, instance, identity, scenario).await?;
+        self.provisioner.up(&order).await
+    }
+
+    async fn down(&self, held: &Held, instance: &Instance) -> Result<()> {
+        self.provisioner.down(&instance.slot.challenge, &instance.identity, held.fence).await
+    }
+
+    async fn order(
+        &self,
+        held: &Held,
+        challenge: &Challenge,
+        instance: &Instance,
+        identity: &Identity,
+        scenario: &Pinned,
+    ) -> Result<Order> {
+        let plan = self.scenarios.plan(scenario, identity, &challenge.merged(&instance.additional)).await?;
+        Ok(Order { challenge: challenge.id.clone(), identity: identity.clone(), generation: held.fence, plan })
+    }
+
+    async fn settle(&self, held: Held, instance: Instance) -> Result<Instance> {
+        self.store.commit(held, &instance.slot, Commit::Put(Box::new(instance.clone()))).await?;
+        Ok(instance)
+    }
+
+    /// Records a failure with the time of the next try, and answers the error to give: the failure, or why it could not be recorded.
+    async fn fail(&self, call: &Call, held: Held, mut instance: Instance, during: Operation, error: Error) -> Error {
+        let (since, attempts) = match &instance.phase {
+            Phase::Failed(before) => (before.since, before.attempts.saturating_add(1)),
+            _ => (call.now, 1),
+        };
+        let delay = self
+            .settings
+            .retry_first
+            .saturating_mul(1 << attempts.saturating_sub(1).min(16))
+            .min(self.settings.retry_longest);
+        let retry_at = expiry(call.now, Some(call.jitter(delay)), None).unwrap_or(call.now);
+        instance.phase = Phase::Failed(Failure { during, reason: error.to_string(), since, attempts, retry_at });
+        match self.settle(held, instance).await {
+            Ok(_) => error,
+            Err(unrecorded) => unrecorded,
+        }
+    }
+}
+
+/// What to do with an instance that did not reach its target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fallback {
+    /// It was never given to anybody: take it down.
+    TakeDown,
+    /// It ran before: if its resources were not touched it goes on as it was, else it is failed and tried again.
+    KeepOld,
+    /// Nobody knows how far it got: it is failed and tried again.
+    Retry,
+}
+
+/// A pooled instance as it stands once claimed: the seat, times and values of `fresh`, the resources of the pooled one. Values of its own
+/// make it an update of the running resources.
+fn claimed(pooled: &Instance, fresh: Instance) -> Instance {
+    let target = (!fresh.additional.is_empty()).then(|| Target {
+        identity: pooled.identity.clone(),
+        scenario: fresh.scenario.clone(),
+        applied: fresh.applied,
+        strategy: Strategy::UpdateInPlace,
+    });
+    Instance {
+        identity: pooled.identity.clone(),
+        phase: if target.is_some() { Phase::Updating } else { Phase::Ready },
+        connection_info: pooled.connection_info.clone(),
+        flags: pooled.flags.clone(),
+        target,
+        ..fresh
+    }
+}

@@ -1,0 +1,190 @@
+//! Finishing what nobody owns: work that a crash left, failures due for another try, pools off their bounds, resources without a record.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use futures::TryStreamExt as _;
+
+use crate::{
+    Action, Begin, By, Call, Challenge, ChallengeId, Error, Fact, Found, Gauntlet, Held, Identity, Instance, LockKind,
+    Operation, Phase, PhaseName, Result, Seat, Slot, Stored, Stranded, instances::Fallback, shortfall,
+};
+
+/// What one pass did.
+#[derive(Debug, Default)]
+pub struct Reconciled {
+    /// Stranded instances that were finished or undone.
+    pub recovered: usize,
+    /// Updates and deletions of challenges that were carried on.
+    pub resumed: usize,
+    /// Resources without a record that were taken down.
+    pub orphans: usize,
+    /// What did not work; each is tried again in a later pass.
+    pub failures: Vec<Error>,
+}
+
+impl Gauntlet {
+    /// One pass over everything that nobody owns. Idempotent, and harmless beside other replicas doing the same: each piece of work is
+    /// owned before it is touched. Fails only if it could read nothing.
+    pub async fn reconcile(&self, call: &Call) -> Result<Reconciled> {
+        // Listed before the records are read: whatever is brought up was recorded before, so what has no record then is an orphan.
+        let found = self.provisioner.list().await?;
+        let mut done = Reconciled::default();
+
+        let results = self.each(self.store.stranded(call.now).await?, |stranded| self.recover(call, stranded)).await;
+        for result in results {
+            match result {
+                Ok(Some(Stranded::Instance(_))) => done.recovered += 1,
+                Ok(Some(Stranded::Challenge(_))) => done.resumed += 1,
+                Ok(None) => {}
+                Err(error) => done.failures.push(error),
+            }
+        }
+        let pools = self.store.pools().await?;
+        let tended = self.each(pools, |id| async move { self.tend_pool(call, &id).await }).await;
+        done.failures.extend(tended.into_iter().filter_map(Result::err));
+
+        for result in self.take_down_orphans(found).await? {
+            match result {
+                Ok(()) => done.orphans += 1,
+                Err(error) => done.failures.push(error),
+            }
+        }
+        Ok(done)
+    }
+
+    /// Answers what was recovered, or `None` if somebody else had it.
+    async fn recover(&self, call: &Call, stranded: Stranded) -> Result<Option<Stranded>> {
+        let at_once = By { origin: call.origin.clone(), ..By::default() };
+        let recovered = match &stranded {
+            Stranded::Instance(slot) => match self.store.begin(slot, Begin::Recover, &at_once).await {
+                Err(Error::Conflict | Error::Busy { .. }) => return Ok(None),
+                Err(error) => return Err(error),
+                Ok((held, instance)) => self.recover_instance(call, held, instance).await,
+            },
+            Stranded::Challenge(id) => match self.store.lock(LockKind::Rollout, id, &at_once).await {
+                Err(Error::Busy { .. }) => return Ok(None),
+                Err(error) => return Err(error),
+                Ok(rollout) => self.resume(call, rollout, id).await,
+            },
+        };
+        recovered.map(|()| Some(stranded))
+    }
+
+    async fn recover_instance(&self, call: &Call, held: Held, instance: Instance) -> Result<()> {
+        let phase = PhaseName::from(&instance.phase);
+        let adopt = match &instance.phase {
+            Phase::Provisioning | Phase::Updating => true,
+            Phase::Failed(failure) => failure.during == Operation::Update,
+            Phase::Ready | Phase::Deleting => false,
+        };
+        let challenge = self.store.challenge(&instance.slot.challenge).await?.map(|stored| stored.value);
+        let (result, action) = match challenge.filter(|challenge| adopt && !challenge.closing) {
+            None => (self.take_down(call, held, instance, Operation::Delete).await, Action::TakenDown),
+            Some(challenge) => {
+                let adopted = match instance.target {
+                    Some(_) => self.move_to_target(call, held, &challenge, instance, Fallback::Retry).await,
+                    None => self.bring_up(call, held, &challenge, instance).await,
+                };
+                (adopted.map(|_| ()), Action::Adopted)
+            }
+        };
+        if result.is_ok() {
+            self.facts.note(Fact::Recovered { phase, action });
+        }
+        result
+    }
+
+    async fn resume(&self, call: &Call, rollout: Held, id: &ChallengeId) -> Result<()> {
+        match self.store.challenge(id).await?.map(|stored| stored.value) {
+            Some(challenge) if challenge.closing => self.close(call, rollout, id).await,
+            Some(challenge) if challenge.rollout.is_some() => {
+                let (_, failures) = self.roll_out(call, rollout, challenge).await?;
+                failures.into_iter().next().map_or(Ok(()), Err)
+            }
+            _ => self.store.release(rollout).await,
+        }
+    }
+
+    /// Brings one challenge's pool to its bounds: records what is missing under the challenge's lock, and brings it up (or takes down what
+    /// is too much) without it.
+    pub async fn tend_pool(&self, call: &Call, id: &ChallengeId) -> Result<()> {
+        let lock = self.store.lock(LockKind::Challenge, id, &self.by(call)).await?;
+        let planned = self.plan_pool(call, &lock, id).await;
+        self.store.release(lock).await?;
+        let (challenge, begun, excess) = planned?;
+        let Some(challenge) = challenge else { return Ok(()) };
+        let filled = self.each(begun, |(held, intent)| async {
+            let result = self.bring_up(call, held, &challenge, intent).await.map(|_| ());
+            self.counted(id, Operation::Create, result)
+        });
+        let drained = self.each(excess, |instance| self.remove(call, instance));
+        let (filled, drained) = futures::join!(filled, drained);
+        filled.into_iter().chain(drained).collect()
+    }
+
+    /// What is missing, begun; and what is too much.
+    async fn plan_pool(&self, call: &Call, lock: &Held, id: &ChallengeId) -> Result<PoolPlan> {
+        let Some(challenge) = self.store.challenge(id).await? else {
+            return Ok((None, Vec::new(), Vec::new()));
+        };
+        let instances: Vec<Instance> = self.store.instances_of(id).map_ok(|stored| stored.value).try_collect().await?;
+        let (mut pooled, claimed): (Vec<_>, Vec<_>) =
+            instances.into_iter().partition(|instance| instance.slot.seat.is_pool());
+        pooled.retain(|instance| instance.phase != Phase::Deleting);
+        let open = !challenge.value.closing && !challenge.value.expired(call.now);
+        let missing = shortfall(challenge.value.bounds, claimed.len(), pooled.len(), open);
+        let mut begun = Vec::new();
+        for _ in 0..missing {
+            let intent = pooled_intent(call, &challenge);
+            let held = self.store.begin_create(&challenge, &intent, Some(lock), &self.by(call)).await?;
+            begun.push((held, intent));
+        }
+        // What does not run goes first.
+        pooled.sort_by_key(|instance| instance.phase == Phase::Ready);
+        pooled.truncate(usize::try_from(-missing).unwrap_or(0));
+        Ok((Some(challenge.value), begun, pooled))
+    }
+
+    async fn take_down_orphans(&self, found: Vec<Found>) -> Result<Vec<Result<()>>> {
+        let mut by_challenge: BTreeMap<ChallengeId, Vec<Found>> = BTreeMap::new();
+        for found in found {
+            by_challenge.entry(found.challenge.clone()).or_default().push(found);
+        }
+        let mut results = Vec::new();
+        for (challenge, found) in by_challenge {
+            let recorded: BTreeSet<Identity> = self
+                .store
+                .instances_of(&challenge)
+                .try_fold(BTreeSet::new(), |mut set, stored| async move {
+                    set.extend(stored.value.identities().cloned());
+                    Ok(set)
+                })
+                .await?;
+            for orphan in found.into_iter().filter(|found| !recorded.contains(&found.identity)) {
+                results.push(self.provisioner.down(&orphan.challenge, &orphan.identity, orphan.generation).await);
+            }
+        }
+        Ok(results)
+    }
+}
+
+type PoolPlan = (Option<Challenge>, Vec<(Held, Instance)>, Vec<Instance>);
+
+fn pooled_intent(call: &Call, challenge: &Stored<Challenge>) -> Instance {
+    let identity = call.identity();
+    Instance {
+        slot: Slot { challenge: challenge.value.id.clone(), seat: Seat::Pool(identity.clone()) },
+        identity,
+        phase: Phase::Provisioning,
+        since: call.now,
+        last_renew: call.now,
+        until: None,
+        scenario: challenge.value.scenario.clone(),
+        applied: challenge.value.revision,
+        additional: crate::Additional::new(),
+        connection_info: String::new(),
+        flags: Vec::new(),
+        target: None,
+        origin: call.origin.clone(),
+    }
+}

@@ -1,0 +1,285 @@
+//! The port to the coordinated store: records, ownership and locks, changed in one transaction.
+
+use std::{any::Any, collections::BTreeMap, fmt, pin::Pin, time::Duration};
+
+use async_trait::async_trait;
+use futures::future::BoxFuture;
+use jiff::Timestamp;
+
+use crate::{Challenge, ChallengeId, Error, Instance, PhaseName, Result, Slot, SourceId, Target};
+
+/// A stream of records; one that does not parse is reported by the adapter and skipped, it hides no other.
+pub type Stream<'a, T> = Pin<Box<dyn futures::Stream<Item = Result<T>> + Send + 'a>>;
+
+/// The store's own version of a record: changes with every write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Version(pub u64);
+
+/// A record and the version it was read at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stored<T> {
+    /// The record.
+    pub value: T,
+    /// The version.
+    pub version: Version,
+}
+
+/// On whose behalf: written beside each ownership, so that who waits can be told who holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct By {
+    /// The trace of the call, in W3C traceparent form.
+    pub origin: Option<String>,
+    /// How long to wait for whoever owns it now; zero does not wait.
+    pub patience: Duration,
+}
+
+/// What a lock is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum LockKind {
+    /// A challenge's settings: held while they change; no instance is begun meanwhile.
+    Challenge,
+    /// The work that a challenge's update or deletion spreads over its instances.
+    Rollout,
+    /// One instance.
+    Instance,
+}
+
+impl LockKind {
+    /// Its name on spans and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Challenge => "challenge",
+            Self::Rollout => "rollout",
+            Self::Instance => "instance",
+        }
+    }
+}
+
+/// Shared or exclusive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum LockMode {
+    /// Shared with other readers.
+    Read,
+    /// Exclusive.
+    Write,
+}
+
+impl LockMode {
+    /// Its name on spans and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+        }
+    }
+}
+
+/// What happened while waiting for an ownership.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Waited {
+    /// Whether somebody was ahead.
+    pub contended: bool,
+    /// How many were ahead at first, the holder included.
+    pub queue_depth: u64,
+    /// The trace of the last one waited for, in W3C traceparent form.
+    pub holder: Option<String>,
+}
+
+/// The adapter's side of an ownership. Dropping it gives the ownership up (the adapter removes its key in the background); a commit uses
+/// it up.
+pub trait Grant: Send + Sync {
+    /// Resolves when the ownership may have been lost: the lease behind it was not renewed in time.
+    fn lost(&self) -> BoxFuture<'static, ()>;
+
+    /// For the adapter to find its own type again.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// An ownership: a lock, or an instance's owner key. Whoever holds it may commit, as long as its lease lives.
+pub struct Held {
+    /// What it is on.
+    pub kind: LockKind,
+    /// The fencing token: grows with every acquisition in the store, compared in every commit.
+    pub fence: u64,
+    /// What happened while waiting for it.
+    pub waited: Waited,
+    grant: Box<dyn Grant>,
+    witness: Option<Box<dyn Any + Send + Sync>>,
+}
+
+impl Held {
+    /// For adapters.
+    pub fn new(kind: LockKind, fence: u64, waited: Waited, grant: Box<dyn Grant>) -> Self {
+        Self { kind, fence, waited, grant, witness: None }
+    }
+
+    /// Attaches something that lives exactly as long as the ownership; decorators measure with it.
+    #[must_use]
+    pub fn witnessed(mut self, witness: impl Any + Send + Sync) -> Self {
+        self.witness = Some(Box::new(witness));
+        self
+    }
+
+    /// The adapter's side.
+    pub fn grant(&self) -> &dyn Grant {
+        self.grant.as_ref()
+    }
+
+    /// Does the work unless the ownership may be lost first; then the work is dropped and the answer is [`Error::Fenced`].
+    pub async fn guard<T>(&self, work: impl Future<Output = Result<T>> + Send) -> Result<T> {
+        let work = std::pin::pin!(work);
+        match futures::future::select(work, self.grant.lost()).await {
+            futures::future::Either::Left((result, _)) => result,
+            futures::future::Either::Right(((), _)) => {
+                Err(Error::Fenced(format!("{} (token {})", self.kind.name(), self.fence)))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Held").field("kind", &self.kind).field("fence", &self.fence).finish_non_exhaustive()
+    }
+}
+
+/// What a create or a renewal needs to know, read at one revision.
+#[derive(Debug, Clone, Default)]
+pub struct Survey {
+    /// The challenge.
+    pub challenge: Option<Stored<Challenge>>,
+    /// The source's instance, in whatever phase.
+    pub instance: Option<Stored<Instance>>,
+    /// Some of the ready pooled instances (at most 16): enough to pick one at random and not collide.
+    pub pooled: Vec<Stored<Instance>>,
+}
+
+/// What is about to be done with a stored instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Begin {
+    /// It becomes its target: the phase is set to updating.
+    Update(Target),
+    /// It goes: the phase is set to deleting.
+    Delete,
+    /// What a crash left, or what failed, is finished: the phase stays. Answers [`Error::Conflict`] if somebody owns it, or it is ready.
+    Recover,
+}
+
+/// How an ownership of an instance ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Commit {
+    /// The instance is now this.
+    Put(Box<Instance>),
+    /// The instance is gone.
+    Remove,
+}
+
+/// Work that nobody owns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stranded {
+    /// An instance in a working phase without an owner, or failed and due for another try.
+    Instance(Slot),
+    /// A challenge whose update or deletion has not reached every instance.
+    Challenge(ChallengeId),
+}
+
+/// What is stored, counted.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Census {
+    /// Challenges, closing ones included.
+    pub challenges: u64,
+    /// Instances by challenge, phase, and whether they are pooled.
+    pub instances: BTreeMap<(ChallengeId, PhaseName, bool), u64>,
+    /// Claimed instances whose end has passed.
+    pub overdue: u64,
+}
+
+/// Records, ownership and locks. Every method is one transaction or a paged read at one revision; every method is bounded in time by the
+/// adapter, and waits no longer than [`By::patience`] for others. Dropping a method's future leaves nothing behind: an ownership that was
+/// taken meanwhile is given up.
+///
+/// Errors of any method: [`Error::Unavailable`] when the store does not answer (the outcome of a write is then unknown),
+/// [`Error::Internal`] for data that does not parse.
+#[async_trait]
+pub trait Store: Send + Sync {
+    /// `etcd` or `embedded`; `lock.backend` on spans.
+    fn backend(&self) -> &'static str;
+
+    /// Cheap proof that the store answers.
+    async fn ping(&self) -> Result<()>;
+
+    /// Stores a new challenge; [`Error::ChallengeExists`] if one of that id is stored, closing or not.
+    async fn insert_challenge(&self, challenge: &Challenge) -> Result<()>;
+
+    /// Reads a challenge.
+    async fn challenge(&self, id: &ChallengeId) -> Result<Option<Stored<Challenge>>>;
+
+    /// Reads what a create or a renewal needs, at one revision.
+    async fn survey(&self, id: &ChallengeId, source: &SourceId) -> Result<Survey>;
+
+    /// All challenges in order of id, each with all its instances, at one revision, in pages.
+    fn challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)>;
+
+    /// Reads one instance.
+    async fn instance(&self, slot: &Slot) -> Result<Option<Stored<Instance>>>;
+
+    /// All instances of a challenge, pooled ones too.
+    fn instances_of(&self, id: &ChallengeId) -> Stream<'_, Stored<Instance>>;
+
+    /// A source's instances; every source's claimed ones when `None`.
+    fn instances_by_source(&self, source: Option<&SourceId>) -> Stream<'_, Instance>;
+
+    /// Takes a challenge's lock exclusively, first come first served. The challenge need not exist. [`Error::Busy`] when patience ends.
+    async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held>;
+
+    /// Gives a lock up without writing anything.
+    async fn release(&self, held: Held) -> Result<()>;
+
+    /// Writes a challenge under its lock and releases the lock, in one transaction. [`Error::Fenced`] if the lock was lost;
+    /// [`Error::ChallengeNotFound`] if it is not stored.
+    async fn update_challenge(&self, held: Held, challenge: &Challenge) -> Result<()>;
+
+    /// Removes a closing challenge that has no instance left, and releases the lock. [`Error::Fenced`] if the lock was lost;
+    /// [`Error::Conflict`] if instances are left.
+    async fn remove_challenge(&self, held: Held, id: &ChallengeId) -> Result<()>;
+
+    /// Records the intent of a new instance and takes its ownership. Waits while the challenge's lock is held, unless `under` is that
+    /// lock. [`Error::Conflict`] if the challenge changed since it was read or the seat is taken.
+    async fn begin_create(
+        &self,
+        challenge: &Stored<Challenge>,
+        intent: &Instance,
+        under: Option<&Held>,
+        by: &By,
+    ) -> Result<Held>;
+
+    /// Gives a pooled instance to a source: the pooled record goes, `claimed` is stored. The answer is an ownership if `claimed` is in a
+    /// working phase. [`Error::Conflict`] as above, or if the pooled instance changed.
+    async fn claim(
+        &self,
+        challenge: &Stored<Challenge>,
+        pooled: &Stored<Instance>,
+        claimed: &Instance,
+        by: &By,
+    ) -> Result<Option<Held>>;
+
+    /// Takes the ownership of a stored instance and records what is about to be done; answers the record as it now stands.
+    /// [`Error::Conflict`] if nothing is stored there, [`Error::Busy`] when patience ends.
+    async fn begin(&self, slot: &Slot, begin: Begin, by: &By) -> Result<(Held, Instance)>;
+
+    /// Records an outcome and gives the ownership up. [`Error::Fenced`] if the ownership was lost: nothing was written.
+    async fn commit(&self, held: Held, slot: &Slot, commit: Commit) -> Result<()>;
+
+    /// Writes an instance that nobody owns, if it is still at that version (a renewal, or an update that touches no resource). Waits while
+    /// somebody owns it; [`Error::Conflict`] if it changed.
+    async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &By) -> Result<()>;
+
+    /// Work that nobody owns, at `now`.
+    async fn stranded(&self, now: Timestamp) -> Result<Vec<Stranded>>;
+
+    /// Challenges that keep a pool (a lower bound above zero) or have pooled instances.
+    async fn pools(&self) -> Result<Vec<ChallengeId>>;
+
+    /// Counts what is stored, at one revision.
+    async fn census(&self, now: Timestamp) -> Result<Census>;
+}

@@ -1,0 +1,112 @@
+//! What the use cases share: the ports, and what comes in with a call.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::StreamExt as _;
+use jiff::Timestamp;
+
+use crate::{By, Fact, Facts, Identity, Operation, Outcome, Provisioner, Result, Scenarios, Store};
+
+/// Randomness, handed in.
+pub trait Entropy: Send + Sync {
+    /// 64 random bits, from a source that cannot be guessed.
+    fn bits(&self) -> u64;
+}
+
+/// What comes in with a call: when, from where, and chance.
+#[derive(Clone)]
+pub struct Call {
+    /// The time the call is taken to happen at.
+    pub now: Timestamp,
+    /// The trace of the call, in W3C traceparent form.
+    pub origin: Option<String>,
+    /// Randomness.
+    pub entropy: Arc<dyn Entropy>,
+}
+
+impl Call {
+    pub(crate) fn identity(&self) -> Identity {
+        Identity::from_bits(self.entropy.bits())
+    }
+
+    /// Between half of `delay` and the whole of it.
+    pub(crate) fn jitter(&self, delay: Duration) -> Duration {
+        let half = delay / 2;
+        half + half.mul_f64((self.entropy.bits() >> 11) as f64 / (1u64 << 53) as f64)
+    }
+}
+
+/// Bounds on what a use case does.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How long a call waits for whoever owns what it needs.
+    pub patience: Duration,
+    /// How many instances of one challenge are worked on at once.
+    pub concurrency: usize,
+    /// The delay before the first retry of a failed instance; doubles with each try.
+    pub retry_first: Duration,
+    /// The longest delay between two tries.
+    pub retry_longest: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            patience: Duration::from_secs(30),
+            concurrency: 8,
+            retry_first: Duration::from_secs(5),
+            retry_longest: Duration::from_secs(300),
+        }
+    }
+}
+
+/// The use cases over their ports.
+#[derive(Clone)]
+pub struct Gauntlet {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) provisioner: Arc<dyn Provisioner>,
+    pub(crate) scenarios: Arc<dyn Scenarios>,
+    pub(crate) facts: Arc<dyn Facts>,
+    pub(crate) settings: Settings,
+}
+
+impl Gauntlet {
+    /// Puts the use cases over their ports.
+    pub fn new(
+        store: Arc<dyn Store>,
+        provisioner: Arc<dyn Provisioner>,
+        scenarios: Arc<dyn Scenarios>,
+        facts: Arc<dyn Facts>,
+        settings: Settings,
+    ) -> Self {
+        Self { store, provisioner, scenarios, facts, settings }
+    }
+
+    /// The store, for reads that no rule stands over.
+    pub fn store(&self) -> &dyn Store {
+        self.store.as_ref()
+    }
+
+    pub(crate) fn by(&self, call: &Call) -> By {
+        By { origin: call.origin.clone(), patience: self.settings.patience }
+    }
+
+    pub(crate) fn counted<T>(
+        &self,
+        challenge: &crate::ChallengeId,
+        operation: Operation,
+        result: Result<T>,
+    ) -> Result<T> {
+        let outcome = Outcome::of(&result);
+        self.facts.note(Fact::InstanceOperation { challenge: challenge.clone(), operation, outcome });
+        result
+    }
+
+    /// Runs one job per item, a few at once, and answers every result.
+    pub(crate) async fn each<I, T, F>(&self, items: Vec<I>, job: impl Fn(I) -> F) -> Vec<T>
+    where
+        F: Future<Output = T>,
+    {
+        futures::stream::iter(items).map(job).buffer_unordered(self.settings.concurrency.max(1)).collect().await
+    }
+}
