@@ -1,0 +1,84 @@
+//! The environment, read once by whoever starts the process, and the errors about it.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// The environment of a process: names and values. A value that is empty counts as unset, as OpenTelemetry
+/// has it.
+#[derive(Clone, Debug, Default)]
+pub struct Env(BTreeMap<String, String>);
+
+impl Env {
+    /// The environment of this process. Variables that are no Unicode are left out.
+    pub fn process() -> Self {
+        std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect()
+    }
+
+    /// The value of `name`, if it is set and not empty.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(|value| value.trim()).filter(|value| !value.is_empty())
+    }
+
+    /// The value and the name of the first of `names` that is set.
+    pub(crate) fn first<'n>(&self, names: &[&'n str]) -> Option<(&'n str, &str)> {
+        names.iter().find_map(|name| Some((*name, self.get(name)?)))
+    }
+
+    /// A boolean: only `true`, in any case, is true.
+    pub(crate) fn flag(&self, name: &str) -> Result<bool, EnvError> {
+        match self.get(name).map(str::to_ascii_lowercase).as_deref() {
+            None | Some("false") => Ok(false),
+            Some("true") => Ok(true),
+            Some(value) => Err(EnvError::new(name, value, "set it to true or false, or leave it out")),
+        }
+    }
+
+    pub(crate) fn number<T: FromStr + PartialOrd + Display>(
+        &self,
+        name: &str,
+        least: T,
+    ) -> Result<Option<T>, EnvError> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        match value.parse::<T>() {
+            Ok(number) if number >= least => Ok(Some(number)),
+            _ => Err(EnvError::new(name, value, format!("set it to a whole number, {least} or more"))),
+        }
+    }
+
+    /// A time in milliseconds, as all durations of OpenTelemetry's environment are.
+    pub(crate) fn millis(&self, names: &[&str]) -> Result<Option<Duration>, EnvError> {
+        let Some((name, _)) = self.first(names) else { return Ok(None) };
+        match self.number::<u64>(name, 1) {
+            Ok(number) => Ok(number.map(Duration::from_millis)),
+            Err(error) => Err(EnvError { fix: "set it to a number of milliseconds, 1 or more".into(), ..error }),
+        }
+    }
+}
+
+impl<N: Into<String>, V: Into<String>> FromIterator<(N, V)> for Env {
+    fn from_iter<I: IntoIterator<Item = (N, V)>>(variables: I) -> Self {
+        Self(variables.into_iter().map(|(name, value)| (name.into(), value.into())).collect())
+    }
+}
+
+/// A variable with a value that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("environment variable {variable}: {value:?} cannot be used: {fix}")]
+pub struct EnvError {
+    /// The variable.
+    pub variable: String,
+    /// Its value; for variables that hold secrets, what stands for it.
+    pub value: String,
+    /// What to set instead.
+    pub fix: String,
+}
+
+impl EnvError {
+    pub(crate) fn new(variable: &str, value: &str, fix: impl Into<String>) -> Self {
+        Self { variable: variable.to_owned(), value: value.to_owned(), fix: fix.into() }
+    }
+}
