@@ -1,0 +1,43 @@
+//! Reading the HTTP APIs of the components, on loopback.
+
+use std::time::Duration;
+
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+fn agent(limit: Duration) -> ureq::Agent {
+    ureq::Agent::config_builder().timeout_global(Some(limit)).proxy(None).build().new_agent()
+}
+
+/// Whether a GET answers with a 2xx status within two seconds.
+pub fn answers(url: &str) -> bool {
+    agent(Duration::from_secs(2)).get(url).call().is_ok()
+}
+
+/// GET of a JSON document, within 10 s.
+///
+/// # Errors
+/// [`Error::Http`] when nobody answers, on a status outside 2xx, and when the body is not JSON.
+pub fn get_json(url: &str) -> Result<Value> {
+    let error = |reason: String| Error::Http { url: url.to_owned(), reason };
+    let mut answer = agent(Duration::from_secs(10)).get(url).call().map_err(|e| error(e.to_string()))?;
+    let body = answer.body_mut().read_to_string().map_err(|e| error(e.to_string()))?;
+    serde_json::from_str(&body).map_err(|e| error(format!("not JSON: {e}")))
+}
+
+/// POST of a JSON document, within 10 s. The answer's body is left unread.
+///
+/// # Errors
+/// [`Error::Http`] when nobody answers and on a status outside 2xx.
+pub fn post_json(url: &str, body: &Value) -> Result<()> {
+    let request = agent(Duration::from_secs(10)).post(url).content_type("application/json");
+    request.send(body.to_string()).map_err(|e| Error::Http { url: url.to_owned(), reason: e.to_string() })?;
+    Ok(())
+}
+
+/// A value as it may stand in a query string.
+pub fn encode(text: &str) -> String {
+    utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
+}

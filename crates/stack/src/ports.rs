@@ -1,0 +1,239 @@
+//! The ports of the stack: the documented ones, or free ones that no other test can take meanwhile.
+
+use std::fs::{File, TryLockError};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::process;
+
+use crate::{Doing as _, Error, Result, create_dir};
+
+/// One listening port of the observability stack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Port {
+    /// The collector's OTLP over gRPC.
+    OtlpGrpc,
+    /// The collector's OTLP over HTTP.
+    OtlpHttp,
+    /// Where Prometheus scrapes what applications pushed.
+    CollectorPrometheus,
+    /// The collector's metrics of itself.
+    CollectorTelemetry,
+    /// The collector's health check.
+    CollectorHealth,
+    /// The collector's zpages.
+    CollectorZpages,
+    /// Jaeger's page and HTTP API.
+    JaegerQuery,
+    /// Jaeger's gRPC API.
+    JaegerGrpc,
+    /// Jaeger's OTLP over gRPC.
+    JaegerOtlp,
+    /// Jaeger's health check.
+    JaegerHealth,
+    /// Jaeger's metrics of itself.
+    JaegerTelemetry,
+    /// Prometheus.
+    Prometheus,
+    /// Alertmanager.
+    Alertmanager,
+}
+
+impl Port {
+    /// Every port, in the order in which [`Ports`] keeps them.
+    pub const ALL: [Port; 13] = [
+        Port::OtlpGrpc,
+        Port::OtlpHttp,
+        Port::CollectorPrometheus,
+        Port::CollectorTelemetry,
+        Port::CollectorHealth,
+        Port::CollectorZpages,
+        Port::JaegerQuery,
+        Port::JaegerGrpc,
+        Port::JaegerOtlp,
+        Port::JaegerHealth,
+        Port::JaegerTelemetry,
+        Port::Prometheus,
+        Port::Alertmanager,
+    ];
+
+    /// The name used on the command line, and the number that docs/stack.md documents.
+    const fn entry(self) -> (&'static str, u16) {
+        match self {
+            Port::OtlpGrpc => ("otlp-grpc", 4317),
+            Port::OtlpHttp => ("otlp-http", 4318),
+            Port::CollectorPrometheus => ("collector-prometheus", 8889),
+            Port::CollectorTelemetry => ("collector-telemetry", 8888),
+            Port::CollectorHealth => ("collector-health", 13133),
+            Port::CollectorZpages => ("collector-zpages", 55679),
+            Port::JaegerQuery => ("jaeger-query", 16686),
+            Port::JaegerGrpc => ("jaeger-grpc", 16685),
+            Port::JaegerOtlp => ("jaeger-otlp", 14317),
+            Port::JaegerHealth => ("jaeger-health", 13134),
+            Port::JaegerTelemetry => ("jaeger-telemetry", 8887),
+            Port::Prometheus => ("prometheus", 9090),
+            Port::Alertmanager => ("alertmanager", 9093),
+        }
+    }
+
+    /// The name used on the command line.
+    pub const fn name(self) -> &'static str {
+        self.entry().0
+    }
+
+    /// The documented number.
+    pub const fn default_number(self) -> u16 {
+        self.entry().1
+    }
+
+    /// The port of that name.
+    pub fn named(name: &str) -> Option<Port> {
+        Port::ALL.into_iter().find(|port| port.name() == name)
+    }
+}
+
+/// A number for each [`Port`].
+#[derive(Debug)]
+pub struct Ports {
+    numbers: [u16; Port::ALL.len()],
+    reserved: Vec<Reserved>,
+}
+
+impl Ports {
+    /// The documented numbers.
+    pub fn documented() -> Ports {
+        Ports { numbers: Port::ALL.map(Port::default_number), reserved: Vec::new() }
+    }
+
+    /// Free numbers, kept from other users of this crate for as long as the value lives.
+    ///
+    /// # Errors
+    /// [`Error::NoFreePort`], or an I/O error of the reservation files.
+    pub fn free() -> Result<Ports> {
+        let reserved = Port::ALL.iter().map(|_| Reserved::any()).collect::<Result<Vec<_>>>()?;
+        let mut ports = Ports::documented();
+        for (number, reserved) in ports.numbers.iter_mut().zip(&reserved) {
+            *number = reserved.number();
+        }
+        ports.reserved = reserved;
+        Ok(ports)
+    }
+
+    /// The number of a port.
+    pub fn get(&self, port: Port) -> u16 {
+        self.numbers.get(port as usize).copied().unwrap_or_else(|| port.default_number())
+    }
+
+    /// Chooses another number for a port.
+    pub fn set(&mut self, port: Port, number: u16) {
+        if let Some(slot) = self.numbers.get_mut(port as usize) {
+            *slot = number;
+        }
+    }
+
+    /// `127.0.0.1:NUMBER`
+    pub(crate) fn address(&self, port: Port) -> String {
+        format!("127.0.0.1:{}", self.get(port))
+    }
+
+    /// `http://127.0.0.1:NUMBER`
+    pub(crate) fn url(&self, port: Port) -> String {
+        format!("http://{}", self.address(port))
+    }
+
+    /// # Errors
+    /// [`Error::PortTaken`], naming the first that something listens on.
+    pub(crate) fn check_free(&self) -> Result<()> {
+        match Port::ALL.into_iter().find(|port| !can_bind(self.get(*port))) {
+            Some(port) => Err(Error::PortTaken { port: self.get(port), name: port.name() }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A free port, kept from other users of this crate on this machine by a locked file until the value is dropped or the process ends.
+///
+/// Ports come from below the range that the system hands out, so that no outgoing connection and nothing that listens on port 0 takes one while the
+/// component that it is for is stopped.
+#[derive(Debug)]
+pub struct Reserved {
+    number: u16,
+    _lock: File,
+}
+
+const FROM: u16 = 20_000;
+const TO: u16 = 32_000;
+
+impl Reserved {
+    /// # Errors
+    /// [`Error::NoFreePort`], or an I/O error of the reservation file.
+    pub fn any() -> Result<Reserved> {
+        let dir = lock_dir();
+        create_dir(&dir)?;
+        let span = u32::from(TO - FROM);
+        // Processes begin at different places, so that they seldom meet.
+        let start = process::id().wrapping_mul(97) % span;
+        for step in 0..span {
+            let offset = (start + step) % span;
+            let Ok(offset) = u16::try_from(offset) else { continue };
+            let number = FROM + offset;
+            let path = dir.join(number.to_string());
+            let lock = File::create(&path).doing(|| format!("create {}", path.display()))?;
+            match lock.try_lock() {
+                Ok(()) if can_bind(number) => return Ok(Reserved { number, _lock: lock }),
+                Ok(()) | Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(source)) => {
+                    return Err(Error::Io { doing: format!("lock {}", path.display()), source });
+                }
+            }
+        }
+        Err(Error::NoFreePort { from: FROM, to: TO })
+    }
+
+    /// The port's number.
+    pub fn number(&self) -> u16 {
+        self.number
+    }
+}
+
+fn lock_dir() -> PathBuf {
+    std::env::temp_dir().join(format!("gauntlet-ports-{}", rustix::process::getuid().as_raw()))
+}
+
+fn can_bind(port: u16) -> bool {
+    TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn every_port_stands_at_its_place() {
+        for (place, port) in Port::ALL.into_iter().enumerate() {
+            assert_eq!(port as usize, place);
+            assert_eq!(Port::named(port.name()), Some(port));
+        }
+        let numbers: HashSet<u16> = Port::ALL.into_iter().map(Port::default_number).collect();
+        assert_eq!(numbers.len(), Port::ALL.len(), "two documented ports are the same");
+    }
+
+    #[test]
+    fn free_ports_differ_from_each_other_and_from_those_of_others() {
+        let one = Ports::free().unwrap();
+        let two = Ports::free().unwrap();
+        let all: HashSet<u16> = Port::ALL.into_iter().flat_map(|port| [one.get(port), two.get(port)]).collect();
+        assert_eq!(all.len(), 2 * Port::ALL.len());
+    }
+
+    #[test]
+    fn a_taken_port_is_named() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut ports = Ports::free().unwrap();
+        ports.set(Port::Prometheus, listener.local_addr().unwrap().port());
+        let error = ports.check_free().unwrap_err().to_string();
+        assert!(error.contains("(prometheus) is taken"), "{error}");
+    }
+}

@@ -1,0 +1,72 @@
+//! Commands that take long: their output in a log, a line of progress now and then, an end on request.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal};
+
+use crate::process::spawn_bound;
+use crate::{Doing as _, Error, Progress, Result, tail};
+
+/// Whether a command runs and exits with 0.
+pub(super) fn succeeds(command: &mut Command) -> bool {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+/// Runs a command to its end. It reports after two seconds, then every fifteen, and at the end when it had reported.
+pub(super) fn run_logged(
+    mut command: Command,
+    what: &str,
+    usual: &str,
+    log: &Path,
+    progress: &mut dyn Progress,
+) -> Result<()> {
+    let out = File::create(log).doing(|| format!("create {}", log.display()))?;
+    let errors = out.try_clone().doing(|| format!("create {}", log.display()))?;
+    command.stdout(out).stderr(errors);
+    let started = Instant::now();
+    let mut child = spawn_bound(command).doing(|| format!("{what}: start the command"))?;
+    let mut next_report = Duration::from_secs(2);
+    let status = loop {
+        if let Some(status) = child.try_wait().doing(|| format!("{what}: wait for the command"))? {
+            break status;
+        }
+        if progress.cancelled() {
+            // The whole group: compilers that the command started must not go on.
+            if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+                let _ = rustix::process::kill_process_group(pid, Signal::KILL);
+            }
+            child.wait().doing(|| format!("{what}: wait for the command"))?;
+            return Err(Error::Cancelled);
+        }
+        let elapsed = started.elapsed();
+        if elapsed >= next_report {
+            match elapsed.as_secs() {
+                0..5 => progress.report(&format!("{what} ({usual}; log: {})", log.display())),
+                seconds => progress.report(&format!("{what}: {seconds} s so far")),
+            }
+            next_report = elapsed + Duration::from_secs(15);
+        }
+        thread::sleep(Duration::from_millis(100));
+    };
+    if !status.success() {
+        return Err(Error::Build {
+            what: what.to_owned(),
+            status: status.to_string(),
+            log: log.to_path_buf(),
+            tail: tail(log),
+        });
+    }
+    if started.elapsed() >= Duration::from_secs(2) {
+        progress.report(&format!("{what}: done in {} s", started.elapsed().as_secs()));
+    }
+    Ok(())
+}

@@ -1,0 +1,239 @@
+//! The deployed files at work: OTLP goes in, Prometheus, Jaeger and Alertmanager show what they promise.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpListener;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use gauntlet_stack::{Options, Stack, Tools, http, tools};
+use serde_json::{Value, json};
+
+/// The whole path in one test: the stack takes seconds to start and most of a small machine's memory bandwidth.
+#[test]
+fn what_is_pushed_is_shown() {
+    let mut say = |line: &str| eprintln!("{line}");
+    Tools::from_env().ensure(tools::OBSERVABILITY, &mut say).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (webhook, notifications) = webhook();
+    let mut options = Options::for_tests(dir.path()).unwrap();
+    options.webhook = Some(webhook);
+    let mut stack = Stack::start(options, &mut say).unwrap();
+
+    // Without a manager, its alert fires and is delivered.
+    let fired = notification(&notifications, "GauntletManagerDown", "firing");
+    assert_eq!(fired["path"], "/page");
+    assert_eq!(fired["body"]["commonAnnotations"]["runbook_url"], "docs/runbooks/GauntletManagerDown.md");
+
+    // Two managers of different versions read the same store: one series. What is their own: one each.
+    let push = |stack: &Stack, challenges: i64| {
+        for (replica, version) in [("a", "1.0.0"), ("b", "1.1.0")] {
+            http::post_json(
+                &format!("{}/v1/metrics", stack.collector.otlp_http()),
+                &metrics(replica, version, challenges),
+            )
+            .unwrap();
+        }
+    };
+    eventually("challenges is one series with the value that both report", || {
+        push(&stack, 7);
+        let found = stack.prometheus.query("challenges").unwrap();
+        found.len() == 1 && found[0].1 == 7.0 && found[0].0["service_name"] == "gauntlet-manager"
+    });
+    eventually("a change is seen", || {
+        push(&stack, 8);
+        stack.prometheus.query("challenges").unwrap().iter().map(|(_, value)| *value).eq([8.0])
+    });
+    for (query, series) in [
+        ("instances{challenge=\"web\",state=\"ready\",pool=\"false\"}", 1),
+        ("gauntlet_instances_overdue", 1),
+        ("process_uptime_seconds{service_name=\"gauntlet-manager\",job=\"gauntlet-manager\"}", 2),
+        ("count by (instance) (process_uptime_seconds{instance=~\"a|b\"})", 2),
+        ("gauntlet_lock_wait_duration_seconds_bucket{le=\"0.1\",lock_kind=\"instance\"}", 2),
+        ("rpc_server_call_duration_seconds_count{rpc_method=\"api.v1.instance.InstanceManager/CreateInstance\"}", 2),
+        ("gauntlet_pool_claims_total", 2),
+        ("gauntlet_lock_waiters", 2),
+        ("target_info{job=\"gauntlet-manager\",host_name=\"h\"}", 2),
+    ] {
+        push(&stack, 8);
+        let found = stack.prometheus.query(query).unwrap();
+        assert_eq!(found.len(), series, "{query}: {found:?}");
+    }
+    let resolved = notification(&notifications, "GauntletManagerDown", "resolved");
+    assert_eq!(resolved["body"]["status"], "resolved");
+
+    // Spans are counted per operation, errors apart, and kept as a trace.
+    for number in 0..10 {
+        http::post_json(&format!("{}/v1/traces", stack.collector.otlp_http()), &span(number, number < 3)).unwrap();
+    }
+    let calls = "sum by (status_code) (traces_span_metrics_calls_total{service_name=\"gauntlet-manager\",span_kind=\"SPAN_KIND_SERVER\",\
+                 span_name=\"api.v1.instance.InstanceManager/CreateInstance\"})";
+    eventually("seven calls went well and three failed", || {
+        push(&stack, 8);
+        let found = stack.prometheus.query(calls).unwrap();
+        let of = |status: &str| {
+            found.iter().filter(|(labels, _)| labels["status_code"] == status).map(|(_, value)| *value).sum::<f64>()
+        };
+        found.len() == 2 && of("STATUS_CODE_UNSET") == 7.0 && of("STATUS_CODE_ERROR") == 3.0
+    });
+    let series = stack.prometheus.query("traces_span_metrics_calls_total").unwrap();
+    assert_eq!(series.len(), 2, "labels of a process or collector make more series: {series:?}");
+    assert_eq!(series.iter().filter(|(labels, _)| labels["error_type"] == "INTERNAL_ERROR").count(), 1);
+    let under_50_ms =
+        "sum(traces_span_metrics_duration_milliseconds_bucket{service_name=\"gauntlet-manager\",le=~\"50|50.0\"})";
+    assert_eq!(stack.prometheus.query(under_50_ms).unwrap()[0].1, 10.0);
+
+    eventually("Jaeger has the trace", || {
+        let found = stack.jaeger.get("/api/traces/000000000000000000000000000000a1").unwrap_or_default();
+        found["data"][0]["spans"][0]["operationName"] == "api.v1.instance.InstanceManager/CreateInstance"
+    });
+    assert_eq!(stack.jaeger.get("/api/services").unwrap()["data"], json!(["gauntlet-manager"]));
+
+    // A rate needs two scrapes with a change between them.
+    let mut number = 10;
+    for kind in ["calls", "errors", "latencies"] {
+        let quantile = if kind == "latencies" { "&quantile=0.95" } else { "" };
+        let query = format!(
+            "/api/metrics/{kind}?service=gauntlet-manager&groupByOperation=true&ratePer=60000&step=5000&lookback=600000{quantile}"
+        );
+        eventually(&format!("Jaeger answers {kind} from Prometheus"), || {
+            push(&stack, 8);
+            number += 1;
+            http::post_json(&format!("{}/v1/traces", stack.collector.otlp_http()), &span(number, number % 2 == 0))
+                .unwrap();
+            let answer = stack.jaeger.get(&query).unwrap();
+            let points = answer.pointer("/metrics/0/metricPoints").and_then(Value::as_array);
+            points.is_some_and(|points| {
+                points.iter().any(|point| point.pointer("/gaugeValue/doubleValue").is_some_and(Value::is_number))
+            })
+        });
+    }
+
+    // A collector that was killed is back on the same ports, and data flows again.
+    stack.collector.process.kill().unwrap();
+    assert!(http::post_json(&format!("{}/v1/traces", stack.collector.otlp_http()), &span(1, false)).is_err());
+    stack.collector.process.start().unwrap();
+    eventually("challenges is there again", || {
+        push(&stack, 9);
+        stack.prometheus.query("challenges").unwrap().iter().map(|(_, value)| *value).eq([9.0])
+    });
+
+    // Managers that end take their series with them, and the alert is back.
+    eventually("nothing remains of them", || {
+        stack.prometheus.query("challenges or process_uptime_seconds").unwrap().is_empty()
+    });
+    notification(&notifications, "GauntletManagerDown", "firing");
+    assert!(!stack.alertmanager.alerts().unwrap().as_array().unwrap().is_empty());
+}
+
+fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(90);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "not within 90 s: {what}");
+        thread::sleep(Duration::from_millis(300));
+    }
+}
+
+fn now_nanos() -> u128 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos()
+}
+
+fn attributes(pairs: &[(&str, &str)]) -> Value {
+    pairs.iter().map(|(key, value)| json!({"key": key, "value": {"stringValue": value}})).collect()
+}
+
+fn resource(replica: &str) -> Value {
+    let pairs = [
+        ("service.name", "gauntlet-manager"),
+        ("service.instance.id", replica),
+        ("host.name", "h"),
+        ("process.pid", replica),
+    ];
+    json!({ "attributes": attributes(&pairs) })
+}
+
+fn metrics(replica: &str, version: &str, challenges: i64) -> Value {
+    let now = now_nanos().to_string();
+    let start = (now_nanos() - 1_000_000_000).to_string();
+    let number = |value: i64, labels: &[(&str, &str)]| json!([{"timeUnixNano": now, "startTimeUnixNano": start, "asInt": value.to_string(), "attributes": attributes(labels)}]);
+    let gauge =
+        |name: &str, unit: &str, points: Value| json!({"name": name, "unit": unit, "gauge": {"dataPoints": points}});
+    let sum = |name: &str, unit: &str, monotonic: bool| json!({"name": name, "unit": unit, "sum": {"aggregationTemporality": 2, "isMonotonic": monotonic, "dataPoints": number(4, &[])}});
+    let histogram = |name: &str, labels: &[(&str, &str)]| {
+        let point = json!([{"timeUnixNano": now, "startTimeUnixNano": start, "count": "3", "sum": 0.2, "explicitBounds": [0.1, 1.0],
+            "bucketCounts": ["2", "1", "0"], "attributes": attributes(labels)}]);
+        json!({"name": name, "unit": "s", "histogram": {"aggregationTemporality": 2, "dataPoints": point}})
+    };
+    let instance = [("challenge", "web"), ("state", "ready"), ("pool", "false")];
+    json!({"resourceMetrics": [{"resource": resource(replica), "scopeMetrics": [{
+        "scope": {"name": "gauntlet", "version": version},
+        "metrics": [
+            gauge("challenges", "{challenge}", number(challenges, &[])),
+            gauge("instances", "{instance}", number(2, &instance)),
+            gauge("gauntlet.instances.overdue", "{instance}", number(0, &[])),
+            gauge("process.uptime", "s", number(5, &[])),
+            sum("gauntlet.pool.claims", "{claim}", true),
+            sum("gauntlet.lock.waiters", "{waiter}", false),
+            histogram("gauntlet.lock.wait.duration", &[("lock.kind", "instance")]),
+            histogram("rpc.server.call.duration", &[("rpc.method", "api.v1.instance.InstanceManager/CreateInstance")]),
+        ],
+    }]}]})
+}
+
+fn span(number: u32, failed: bool) -> Value {
+    let end = now_nanos();
+    let labels: &[(&str, &str)] = if failed { &[("error.type", "INTERNAL_ERROR")] } else { &[] };
+    json!({"resourceSpans": [{"resource": resource(if number % 2 == 0 { "a" } else { "b" }), "scopeSpans": [{"scope": {"name": "gauntlet"}, "spans": [{
+        "traceId": format!("{:032x}", 0xa0 + number), "spanId": format!("{:016x}", 0xb0 + number),
+        "name": "api.v1.instance.InstanceManager/CreateInstance", "kind": 2,
+        "startTimeUnixNano": (end - 30_000_000).to_string(), "endTimeUnixNano": end.to_string(),
+        "status": {"code": if failed { 2 } else { 0 }}, "attributes": attributes(labels),
+    }]}]}]})
+}
+
+/// An HTTP server that hands on what is posted to it.
+fn webhook() -> (String, mpsc::Receiver<Value>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let (send, receive) = mpsc::channel();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            let mut line = String::new();
+            reader.read_line(&mut line).unwrap();
+            let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
+            let mut length = 0;
+            loop {
+                let mut header = String::new();
+                reader.read_line(&mut header).unwrap();
+                if let Some(value) = header.to_ascii_lowercase().strip_prefix("content-length:") {
+                    length = value.trim().parse().unwrap();
+                }
+                if header.trim().is_empty() {
+                    break;
+                }
+            }
+            let mut body = vec![0; length];
+            reader.read_exact(&mut body).unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").unwrap();
+            if send.send(json!({"path": path, "body": serde_json::from_slice::<Value>(&body).unwrap()})).is_err() {
+                return;
+            }
+        }
+    });
+    (url, receive)
+}
+
+fn notification(from: &mpsc::Receiver<Value>, alert: &str, status: &str) -> Value {
+    let deadline = Instant::now() + Duration::from_secs(90);
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let got =
+            from.recv_timeout(left).unwrap_or_else(|_| panic!("no notification that {alert} is {status} within 90 s"));
+        if got["body"]["groupLabels"]["alertname"] == alert && got["body"]["status"] == status {
+            return got;
+        }
+    }
+}
