@@ -113,7 +113,8 @@ pub(crate) struct Config {
     pub(crate) span_links: Option<u32>,
     pub(crate) service_name: Option<String>,
     pub(crate) resource: Vec<(String, String)>,
-    pub(crate) log_filter: Option<String>,
+    /// The filter of log lines and the variable it is from.
+    pub(crate) log_filter: Option<(String, String)>,
     pub(crate) log_format: LogFormat,
 }
 
@@ -142,7 +143,9 @@ impl Config {
             span_links: env.number("OTEL_SPAN_LINK_COUNT_LIMIT", 0)?,
             service_name: env.get("OTEL_SERVICE_NAME").map(str::to_owned).or_else(in_resource),
             resource,
-            log_filter: env.first(&["RUST_LOG", "LOG_LEVEL"]).map(|(_, filter)| filter.to_owned()),
+            log_filter: env
+                .first(&["RUST_LOG", "LOG_LEVEL"])
+                .map(|(name, filter)| (name.to_owned(), filter.to_owned())),
             log_format: match env.get("LOG_FORMAT") {
                 None | Some("auto") => LogFormat::Auto,
                 Some("human" | "text") => LogFormat::Human,

@@ -1,0 +1,304 @@
+//! What the spans that ended here add up to.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::time::{Duration, Instant, SystemTime};
+
+use hdrhistogram::Histogram;
+use opentelemetry::trace::{SpanId, SpanKind, Status, TraceId};
+use opentelemetry_sdk::trace::SpanData;
+
+use super::{Group, Latency, Operation, Trace, TraceSpan};
+use crate::names;
+
+/// The window of rates and percentiles: six slots of ten seconds.
+const SLOT: Duration = Duration::from_secs(10);
+const SLOTS: usize = 6;
+/// Names beyond these are counted together.
+const OPERATIONS: usize = 128;
+/// Traces that have not ended, and spans of each.
+const PENDING: usize = 512;
+const SPANS: usize = 200;
+/// Traces kept of each kind, and for how long a slow one is.
+const KEPT: usize = 12;
+const SLOW_FOR: Duration = Duration::from_secs(600);
+/// Attributes of a span, and characters of a text.
+const ATTRIBUTES: usize = 16;
+const TEXT: usize = 200;
+
+#[derive(Debug)]
+pub(super) struct View {
+    started: Instant,
+    operations: BTreeMap<(Group, String), Stats>,
+    pending: HashMap<TraceId, Pending>,
+    arrivals: VecDeque<TraceId>,
+    slow: Vec<(Instant, Trace)>,
+    failed: VecDeque<Trace>,
+}
+
+#[derive(Debug, Default)]
+struct Pending {
+    spans: Vec<Ended>,
+    cut: bool,
+}
+
+#[derive(Debug)]
+struct Ended {
+    id: SpanId,
+    parent: SpanId,
+    name: String,
+    start: SystemTime,
+    duration: Duration,
+    error: Option<String>,
+    attributes: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Default)]
+struct Stats {
+    count: u64,
+    errors: u64,
+    refused: u64,
+    slots: VecDeque<(u64, Histogram<u32>)>,
+}
+
+impl View {
+    pub(super) fn new(started: Instant) -> Self {
+        Self {
+            started,
+            operations: BTreeMap::new(),
+            pending: HashMap::new(),
+            arrivals: VecDeque::new(),
+            slow: Vec::new(),
+            failed: VecDeque::new(),
+        }
+    }
+
+    /// Takes in a span that ended at `now`.
+    pub(super) fn add(&mut self, now: Instant, span: SpanData) {
+        let duration = span.end_time.duration_since(span.start_time).unwrap_or_default();
+        let failed = matches!(span.status, Status::Error { .. });
+        let refused = !failed && span.attributes.iter().any(|attribute| attribute.key.as_str() == "error.type");
+        self.count(now, group(&span), &span.name, duration, failed, refused);
+
+        let trace = span.span_context.trace_id();
+        let is_root = span.parent_span_id == SpanId::INVALID || span.parent_span_is_remote;
+        let id = span.span_context.span_id();
+        self.keep(trace, ended(span, duration));
+        if is_root {
+            self.complete(now, trace, id);
+        }
+    }
+
+    fn count(&mut self, now: Instant, group: Group, name: &str, duration: Duration, failed: bool, refused: bool) {
+        let slot = self.slot(now);
+        let known = self.operations.len() < OPERATIONS || self.operations.contains_key(&(group, name.to_owned()));
+        let name = if known { name } else { "(others)" };
+        let stats = self.operations.entry((group, name.to_owned())).or_default();
+        stats.count += 1;
+        stats.errors += u64::from(failed);
+        stats.refused += u64::from(refused);
+        stats.forget_before(slot);
+        if stats.slots.back().is_none_or(|(last, _)| *last != slot) {
+            let Ok(histogram) = Histogram::new(2) else { return };
+            stats.slots.push_back((slot, histogram));
+        }
+        if let Some((_, histogram)) = stats.slots.back_mut() {
+            histogram.saturating_record(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX).max(1));
+        }
+    }
+
+    fn slot(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.started).as_secs() / SLOT.as_secs()
+    }
+
+    fn keep(&mut self, trace: TraceId, span: Ended) {
+        if !self.pending.contains_key(&trace) {
+            while self.pending.len() >= PENDING {
+                let Some(oldest) = self.arrivals.pop_front() else { break };
+                self.pending.remove(&oldest);
+            }
+            self.arrivals.push_back(trace);
+        }
+        let pending = self.pending.entry(trace).or_default();
+        // The root ends last and is always kept.
+        if pending.spans.len() >= SPANS {
+            pending.spans.pop();
+            pending.cut = true;
+        }
+        pending.spans.push(span);
+    }
+
+    /// The span `root` ended, and with it what is below it.
+    fn complete(&mut self, now: Instant, trace: TraceId, root: SpanId) {
+        let Some(pending) = self.pending.get_mut(&trace) else { return };
+        let mut below = HashSet::from([root]);
+        // Children end before their parents as a rule, so a pass from the back finds nearly all; repeat for the rest.
+        loop {
+            let before = below.len();
+            for span in pending.spans.iter().rev() {
+                if below.contains(&span.parent) {
+                    below.insert(span.id);
+                }
+            }
+            if below.len() == before {
+                break;
+            }
+        }
+        let cut = pending.cut;
+        let (mine, rest): (Vec<_>, Vec<_>) = pending.spans.drain(..).partition(|span| below.contains(&span.id));
+        if rest.is_empty() {
+            self.pending.remove(&trace);
+            // Nearly always the newest.
+            if let Some(index) = self.arrivals.iter().rposition(|arrival| *arrival == trace) {
+                self.arrivals.remove(index);
+            }
+        } else {
+            pending.spans = rest;
+        }
+        let failed = mine.iter().any(|span| span.error.is_some());
+        let duration = mine.iter().find(|span| span.id == root).map_or(Duration::ZERO, |span| span.duration);
+        self.slow.retain(|(ended, _)| now.saturating_duration_since(*ended) < SLOW_FOR);
+        let slow = self.slow.len() < KEPT || self.slow.last().is_some_and(|(_, last)| last.duration < millis(duration));
+        if !failed && !slow {
+            return;
+        }
+        let tree = tree(trace, root, mine, cut);
+        if failed {
+            self.failed.push_front(tree.clone());
+            self.failed.truncate(KEPT);
+        }
+        if slow {
+            self.slow.push((now, tree));
+            self.slow.sort_by(|(_, a), (_, b)| b.duration.total_cmp(&a.duration));
+            self.slow.truncate(KEPT);
+        }
+    }
+
+    /// The operations, the slow and the failed traces.
+    pub(super) fn read(&mut self, now: Instant) -> (Vec<Operation>, Vec<Trace>, Vec<Trace>) {
+        let slot = self.slot(now);
+        let window = now.saturating_duration_since(self.started).as_secs_f64().clamp(1.0, 60.0);
+        let operations = self.operations.iter_mut().map(|((group, name), stats)| {
+            stats.forget_before(slot);
+            let recent = stats.recent();
+            Operation {
+                group: *group,
+                name: name.clone(),
+                count: stats.count,
+                errors: stats.errors,
+                refused: stats.refused,
+                rate: recent.as_ref().map_or(0.0, |recent| recent.len() as f64 / window),
+                latency: recent.map(|recent| {
+                    let at = |quantile| recent.value_at_quantile(quantile) as f64 / 1000.0;
+                    Latency { p50: at(0.5), p95: at(0.95), p99: at(0.99) }
+                }),
+            }
+        });
+        let operations = operations.collect();
+        self.slow.retain(|(ended, _)| now.saturating_duration_since(*ended) < SLOW_FOR);
+        let slow = self.slow.iter().map(|(_, trace)| trace.clone()).collect();
+        (operations, slow, self.failed.iter().cloned().collect())
+    }
+}
+
+impl Stats {
+    fn forget_before(&mut self, slot: u64) {
+        while self.slots.front().is_some_and(|(first, _)| first + SLOTS as u64 <= slot) {
+            self.slots.pop_front();
+        }
+    }
+
+    fn recent(&self) -> Option<Histogram<u32>> {
+        let mut slots = self.slots.iter();
+        let mut all = slots.next()?.1.clone();
+        for (_, slot) in slots {
+            // Both grow as they need to.
+            let _ = all.add(slot);
+        }
+        Some(all)
+    }
+}
+
+fn group(span: &SpanData) -> Group {
+    match span.span_kind {
+        SpanKind::Server | SpanKind::Consumer => Group::Served,
+        SpanKind::Client | SpanKind::Producer => Group::Called,
+        SpanKind::Internal if [names::LOCK_ACQUIRE.name, names::LOCK_HOLD.name].contains(&span.name.as_ref()) => {
+            Group::Locks
+        }
+        SpanKind::Internal => Group::Work,
+    }
+}
+
+fn ended(span: SpanData, duration: Duration) -> Ended {
+    let error = match span.status {
+        Status::Error { description } if description.is_empty() => Some("failed".to_owned()),
+        Status::Error { description } => Some(short(&description)),
+        Status::Unset | Status::Ok => None,
+    };
+    Ended {
+        id: span.span_context.span_id(),
+        parent: span.parent_span_id,
+        name: short(&span.name),
+        start: span.start_time,
+        duration,
+        error,
+        attributes: span
+            .attributes
+            .iter()
+            .take(ATTRIBUTES)
+            .map(|attribute| (attribute.key.to_string(), short(&attribute.value.as_str())))
+            .collect(),
+    }
+}
+
+fn short(text: &str) -> String {
+    text.chars().take(TEXT).collect()
+}
+
+fn tree(trace: TraceId, root: SpanId, spans: Vec<Ended>, cut: bool) -> Trace {
+    let mut children: HashMap<SpanId, Vec<Ended>> = HashMap::new();
+    let mut top = None;
+    for span in spans {
+        if span.id == root {
+            top = Some(span);
+        } else {
+            children.entry(span.parent).or_default().push(span);
+        }
+    }
+    for siblings in children.values_mut() {
+        // Taken from the back.
+        siblings.sort_by_key(|span| Reverse(span.start));
+    }
+    let start = top.as_ref().map_or(SystemTime::UNIX_EPOCH, |top| top.start);
+    let name = top.as_ref().map(|top| top.name.clone()).unwrap_or_default();
+    let duration = top.as_ref().map_or(0.0, |top| millis(top.duration));
+    let mut stack: Vec<(usize, Ended)> = top.into_iter().map(|top| (0, top)).collect();
+    let mut rows = Vec::new();
+    while let Some((depth, span)) = stack.pop() {
+        let below = children.remove(&span.id).unwrap_or_default();
+        stack.extend(below.into_iter().map(|child| (depth + 1, child)));
+        rows.push(TraceSpan {
+            span_id: span.id.to_string(),
+            depth,
+            name: span.name,
+            offset: millis(span.start.duration_since(start).unwrap_or_default()),
+            duration: millis(span.duration),
+            error: span.error,
+            attributes: span.attributes,
+        });
+    }
+    let started = start.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
+    Trace {
+        trace_id: trace.to_string(),
+        name,
+        started: u64::try_from(started).unwrap_or(u64::MAX),
+        duration,
+        cut,
+        spans: rows,
+    }
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}
