@@ -1,3 +1,45 @@
-//! Set-up, tests and the observability stack.
+//! Set-up, tests and the observability stack: `cargo xtask --help`.
 
-fn main() {}
+mod console;
+mod dev;
+mod doctor;
+mod stack;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Set-up, tests and the observability stack of Gauntlet
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Build and run everything on this machine: manager, janitor, example challenges, and the observability stack beside them
+    Dev(dev::Dev),
+    /// Install what is missing, then run every check and every test
+    Test(test::Test),
+    /// The observability stack: collector, Jaeger, Prometheus, Alertmanager
+    #[command(subcommand)]
+    Stack(stack::Command),
+    /// Say what is there, what is missing, and what to do
+    Doctor,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Dev(dev) => dev.run(),
+        Command::Test(test) => test.run(),
+        Command::Stack(command) => command.run(),
+        Command::Doctor => doctor::run(),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("cargo xtask: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -203,6 +203,8 @@ impl Process {
         let errors = log.try_clone().doing(|| format!("open log {}", spec.log.display()))?;
         let mut command = Command::new(&spec.program);
         command.args(&spec.args).stdin(Stdio::null()).stdout(log).stderr(errors).env_clear();
+        // Not in the group of the terminal: Ctrl-C is for who owns the component, who ends it in its own order.
+        command.process_group(0);
         for name in ["PATH", "HOME", "TMPDIR", "LANG"] {
             if let Some(value) = std::env::var_os(name) {
                 command.env(name, value);
@@ -255,7 +257,7 @@ fn signal(child: &Child, which: Signal) {
     }
 }
 
-/// Starts a child, in a process group of its own, that the kernel kills when this process ends, however it ends.
+/// Starts a child that the kernel kills when this process ends, however it ends.
 ///
 /// The kernel binds the child to the thread that starts it, so one thread that never ends starts them all.
 ///
@@ -287,7 +289,6 @@ pub fn spawn_bound(command: Command) -> io::Result<Child> {
 )]
 fn bind_to_parent(command: &mut Command) {
     let parent = rustix::process::getpid();
-    command.process_group(0);
     // SAFETY: between fork and exec the closure only calls prctl and getppid.
     unsafe {
         command.pre_exec(move || {

@@ -100,8 +100,11 @@ fn what_is_pushed_is_shown() {
         eventually(&format!("Jaeger answers {kind} from Prometheus"), || {
             push(&stack, 8);
             number += 1;
-            http::post_json(&format!("{}/v1/traces", stack.collector.otlp_http()), &span(number, number % 2 == 0))
-                .unwrap();
+            http::post_json(
+                &format!("{}/v1/traces", stack.collector.otlp_http()),
+                &span(number, number.is_multiple_of(2)),
+            )
+            .unwrap();
             let answer = stack.jaeger.get(&query).unwrap();
             let points = answer.pointer("/metrics/0/metricPoints").and_then(Value::as_array);
             points.is_some_and(|points| {
@@ -184,7 +187,7 @@ fn metrics(replica: &str, version: &str, challenges: i64) -> Value {
 fn span(number: u32, failed: bool) -> Value {
     let end = now_nanos();
     let labels: &[(&str, &str)] = if failed { &[("error.type", "INTERNAL_ERROR")] } else { &[] };
-    json!({"resourceSpans": [{"resource": resource(if number % 2 == 0 { "a" } else { "b" }), "scopeSpans": [{"scope": {"name": "gauntlet"}, "spans": [{
+    json!({"resourceSpans": [{"resource": resource(if number.is_multiple_of(2) { "a" } else { "b" }), "scopeSpans": [{"scope": {"name": "gauntlet"}, "spans": [{
         "traceId": format!("{:032x}", 0xa0 + number), "spanId": format!("{:016x}", 0xb0 + number),
         "name": "api.v1.instance.InstanceManager/CreateInstance", "kind": 2,
         "startTimeUnixNano": (end - 30_000_000).to_string(), "endTimeUnixNano": end.to_string(),

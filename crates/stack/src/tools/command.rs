@@ -1,6 +1,7 @@
 //! Commands that take long: their output in a log, a line of progress now and then, an end on request.
 
 use std::fs::File;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -31,7 +32,8 @@ pub(super) fn run_logged(
 ) -> Result<()> {
     let out = File::create(log).doing(|| format!("create {}", log.display()))?;
     let errors = out.try_clone().doing(|| format!("create {}", log.display()))?;
-    command.stdout(out).stderr(errors);
+    // A group of its own, to end it whole.
+    command.stdout(out).stderr(errors).process_group(0);
     let started = Instant::now();
     let mut child = spawn_bound(command).doing(|| format!("{what}: start the command"))?;
     let mut next_report = Duration::from_secs(2);

@@ -15,6 +15,8 @@ pub(super) const OLDEST: &str = "1.26";
 
 const BUILDER: &str = "go.opentelemetry.io/collector/cmd/builder@v0.159.0";
 const JAEGER_PACKAGE: &str = "github.com/jaegertracing/jaeger/cmd/jaeger";
+/// Module v1.76.0 is the release that Jaeger calls 2.13.0.
+const JAEGER_LDFLAGS: &str = "-s -w -X github.com/jaegertracing/jaeger/internal/version.latestVersion=v2.13.0";
 
 /// A build of ours.
 #[derive(Debug, Clone, Copy)]
@@ -23,6 +25,8 @@ pub(super) struct Recipe {
     binary: &'static str,
     /// The files, relative to the checkout, whose content decides whether a kept build is still the right one.
     inputs: &'static [&'static str],
+    /// What of the steps decides it too.
+    settings: &'static str,
     usual: &'static str,
     steps: fn(&Tools, &Path) -> Vec<(&'static str, Command)>,
     /// Where the steps leave the binary, relative to their directory.
@@ -33,6 +37,7 @@ pub(super) const COLLECTOR: Recipe = Recipe {
     name: "collector",
     binary: "gauntlet-collector",
     inputs: &["deploy/collector/manifest.yaml"],
+    settings: BUILDER,
     usual: "about 6 min the first time",
     steps: |tools, work| {
         let mut install = go(work);
@@ -48,14 +53,15 @@ pub(super) const JAEGER: Recipe = Recipe {
     name: "jaeger",
     binary: "jaeger",
     inputs: &["jaeger/build/go.mod", "jaeger/build/go.sum"],
+    settings: JAEGER_LDFLAGS,
     usual: "about 6 min the first time",
     steps: |tools, work| {
         let mut build = go(&tools.source.join("jaeger/build"));
         build
-            .args(["build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-o"])
+            .args(["build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", JAEGER_LDFLAGS, "-o"])
             .arg(work.join("jaeger"))
             .arg(JAEGER_PACKAGE);
-        vec![("Jaeger", build)]
+        vec![("jaeger", build)]
     },
     product: "jaeger",
 };
@@ -64,9 +70,7 @@ impl Recipe {
     /// Where the build of the present inputs is kept, whether it is there or not.
     pub(super) fn kept(&self, tools: &Tools) -> Result<PathBuf> {
         let mut hash = Sha256::new();
-        if self.name == COLLECTOR.name {
-            hash.update(BUILDER);
-        }
+        hash.update(self.settings);
         for input in self.inputs {
             hash.update(read(&tools.source.join(input))?);
         }
@@ -95,7 +99,7 @@ impl Recipe {
         create_dir(&work)?;
         let log = tools.cache.join(format!("{}.log", self.name));
         for (what, command) in (self.steps)(tools, &work) {
-            run_logged(command, &format!("building the {what}"), self.usual, &log, progress)?;
+            run_logged(command, &format!("building {what}"), self.usual, &log, progress)?;
         }
         if let Some(dir) = kept.parent() {
             create_dir(dir)?;

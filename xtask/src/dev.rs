@@ -1,0 +1,204 @@
+//! `cargo xtask dev`
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::{Args, ValueEnum};
+use gauntlet_stack::{Etcd, Progress, Tool, Tools, process::spawn_bound, tools, workspace_root};
+use rustix::process::{Pid, Signal};
+
+use crate::console::{Screen, Stop, say};
+use crate::stack::bring_up;
+use crate::test::{cargo, run};
+
+#[derive(Debug, Args)]
+pub(crate) struct Dev {
+    /// Leave out collector, Jaeger, Prometheus and Alertmanager
+    #[arg(long)]
+    no_stack: bool,
+    /// Where state is kept
+    #[arg(long, value_enum, default_value_t = Backend::Embedded)]
+    backend: Backend,
+    /// Handed to `gauntlet dev` as they are
+    #[arg(last = true)]
+    rest: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Backend {
+    /// In a file of this process
+    Embedded,
+    /// In a real etcd, started beside it
+    Etcd,
+}
+
+impl Dev {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let root = workspace_root();
+        let data = root.join(".data");
+        fs::create_dir_all(&data).with_context(|| format!("create {}", data.display()))?;
+        let stop = Stop::listen()?;
+        let tools = Tools::from_env();
+        let notices = Notices::create(data.join("notices.log"), stop.clone())?;
+
+        tools.ensure_packages(tools::BUILD, &mut Screen(&stop))?;
+        let beside = (!self.no_stack).then(|| {
+            let mut notices = notices.clone();
+            thread::spawn(move || beside(&mut notices))
+        });
+        let outcome = self.foreground(&tools, &notices, &stop, &data);
+        // A build that is still going on is given up; a stack that is up is ended by who waits for this.
+        stop.ask();
+        if let Some(beside) = beside {
+            say("ending the stack");
+            if beside.join().is_err() {
+                say("the thread that runs the stack has panicked");
+            }
+        }
+        outcome
+    }
+
+    /// Builds and runs the main job; the stack comes up meanwhile.
+    fn foreground(&self, tools: &Tools, notices: &Notices, stop: &Stop, data: &PathBuf) -> Result<ExitCode> {
+        run(cargo().args(["build", "--bins"]))?;
+        let root = workspace_root();
+        let binaries =
+            std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from).join("debug");
+        let mut gauntlet = Command::new(binaries.join("gauntlet"));
+        gauntlet
+            .arg("dev")
+            .arg("--data")
+            .arg(data)
+            .arg("--examples-dir")
+            .arg(root.join("examples"))
+            .arg("--bin-dir")
+            .arg(&binaries);
+        let etcd = match self.backend {
+            Backend::Embedded => None,
+            Backend::Etcd => {
+                tools.ensure(&[Tool::Etcd], &mut Screen(stop))?;
+                let etcd = Etcd::start(data.join("etcd"))?;
+                say(&format!("etcd ready: {}", etcd.url()));
+                Some(etcd)
+            }
+        };
+        match &etcd {
+            Some(etcd) => gauntlet.args(["--backend", "etcd", "--etcd-endpoints", &etcd.url()]),
+            None => gauntlet.args(["--backend", "embedded"]),
+        };
+        gauntlet.args(&self.rest);
+        gauntlet.env("GAUNTLET_DEV_NOTICES", &notices.path);
+        if !self.no_stack {
+            // Where the collector will be: what is sent before is tried again or dropped, and counted.
+            for (name, value) in [
+                ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4317"),
+                ("OTEL_METRIC_EXPORT_INTERVAL", "5000"),
+                ("OTEL_BSP_SCHEDULE_DELAY", "1000"),
+            ] {
+                if std::env::var_os(name).is_none() {
+                    gauntlet.env(name, value);
+                }
+            }
+        }
+        if stop.asked() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        notices.on_screen.store(false, Ordering::Relaxed);
+        // In the group of the terminal: it reads keys, and Ctrl-C reaches it without our doing.
+        let child = spawn_bound(gauntlet).context("run gauntlet dev")?;
+        let status = wait(child, stop)?;
+        notices.on_screen.store(true, Ordering::Relaxed);
+        Ok(exit_code(status, stop))
+    }
+}
+
+/// Brings the stack up beside the main job and keeps it until the end.
+fn beside(notices: &mut Notices) {
+    match bring_up(&[], notices) {
+        Ok(Some(_held)) => {
+            while !notices.stop.asked() {
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+        Ok(None) => notices.report("the stack runs already (cargo xtask stack status): using that"),
+        Err(_) if notices.stop.asked() => {}
+        Err(error) => notices.report(&format!("the stack is not up: {error:#}")),
+    }
+}
+
+/// Waits for the main job. Ctrl-C in a terminal has reached it too; what it can't know of, or does not follow, it is told.
+fn wait(mut child: Child, stop: &Stop) -> Result<ExitStatus> {
+    const TO_ITSELF: Duration = Duration::from_secs(5);
+    const TO_END: Duration = Duration::from_secs(20);
+    let pid =
+        i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("the process id of gauntlet dev is not one")?;
+    let mut asked_at = None;
+    let mut told = false;
+    loop {
+        if let Some(status) = child.try_wait().context("wait for gauntlet dev")? {
+            return Ok(status);
+        }
+        if stop.asked() {
+            let since = asked_at.get_or_insert_with(Instant::now).elapsed();
+            if !told && (stop.terminated() || since > TO_ITSELF) {
+                told = true;
+                // Fails only when it has just ended.
+                let _ = rustix::process::kill_process(pid, Signal::TERM);
+            }
+            if since > TO_ITSELF + TO_END {
+                say("gauntlet dev does not end: killing it");
+                child.kill().context("kill gauntlet dev")?;
+            }
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn exit_code(status: ExitStatus, stop: &Stop) -> ExitCode {
+    match status.code() {
+        Some(code) => u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from),
+        // Ended by the very signal that asked for it.
+        None if stop.asked() && status.signal().is_some() => ExitCode::SUCCESS,
+        None => ExitCode::FAILURE,
+    }
+}
+
+/// What goes on beside the main job: appended to a file that `gauntlet dev` shows, and on the screen while that does not own it.
+#[derive(Clone)]
+struct Notices {
+    path: PathBuf,
+    file: Arc<Mutex<File>>,
+    on_screen: Arc<AtomicBool>,
+    stop: Stop,
+}
+
+impl Notices {
+    fn create(path: PathBuf, stop: Stop) -> Result<Notices> {
+        let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+        Ok(Notices { path, file: Arc::new(Mutex::new(file)), on_screen: Arc::new(AtomicBool::new(true)), stop })
+    }
+}
+
+impl Progress for Notices {
+    fn report(&mut self, line: &str) {
+        if let Ok(mut file) = self.file.lock() {
+            // One line a write; a full disk must not end the stack.
+            let _ = file.write_all(format!("{line}\n").as_bytes());
+        }
+        if self.on_screen.load(Ordering::Relaxed) {
+            say(line);
+        }
+    }
+
+    fn cancelled(&self) -> bool {
+        self.stop.asked()
+    }
+}

@@ -1,0 +1,68 @@
+//! `cargo xtask doctor`
+
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::Result;
+use gauntlet_stack::{Tool, Tools};
+
+pub(crate) fn run() -> Result<ExitCode> {
+    let tools = Tools::from_env();
+    let mut missing = Vec::new();
+    println!("Toolchains");
+    for (name, argument, hint) in [
+        ("cargo", "--version", "install Rust with rustup"),
+        ("go", "version", "install Go 1.26 or newer: the collector and Jaeger are built with it"),
+        ("git", "--version", "install Debian's package git"),
+    ] {
+        match first_line(name, argument) {
+            Some(version) => row(true, name, &version, ""),
+            None => {
+                row(false, name, "missing", "");
+                missing.push(format!("{name}: {hint}"));
+            }
+        }
+    }
+    println!("Components");
+    for tool in Tool::ALL {
+        match tools.find(tool) {
+            Some(path) => {
+                let version = tool.version(&path).unwrap_or_else(|| "does not say its version".to_owned());
+                row(true, tool.binary(), &version, &path.display().to_string());
+            }
+            None => {
+                row(false, tool.binary(), "missing", "");
+                missing.push(format!("{}: {}", tool.binary(), tool.hint()));
+            }
+        }
+    }
+    println!("Optional");
+    match first_line("docker", "info") {
+        Some(_) => row(true, "docker", "an engine answers", "deploy/compose runs the same stack"),
+        None => row(false, "docker", "no engine answers", "not needed: cargo xtask stack runs without"),
+    }
+    println!("Builds are kept in {}", tools.cache.display());
+    if missing.is_empty() {
+        println!("Nothing is missing.");
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("\nMissing:");
+    for line in missing {
+        println!("  {line}");
+    }
+    println!(
+        "`cargo xtask test`, `dev` and `stack up` install and build components by themselves: as root or with a passwordless sudo, on Debian."
+    );
+    Ok(ExitCode::FAILURE)
+}
+
+fn row(there: bool, name: &str, version: &str, place: &str) {
+    let mark = if there { "ok" } else { "--" };
+    println!("  {mark} {name:<24} {version:<56} {place}");
+}
+
+fn first_line(program: impl AsRef<Path>, argument: &str) -> Option<String> {
+    let output = Command::new(program.as_ref()).arg(argument).stdin(Stdio::null()).output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    output.status.success().then(|| text.lines().next().unwrap_or_default().to_owned())
+}

@@ -1,0 +1,134 @@
+//! `cargo xtask test`: everything that CI runs.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use gauntlet_stack::{Tool, Tools, workspace_root};
+
+use crate::console::say;
+
+#[derive(Debug, Args)]
+pub(crate) struct Test {
+    /// Run only the tests whose name contains this, and no other check
+    filter: Option<String>,
+    /// Leave out the tests that start the observability stack, and the builds it needs
+    #[arg(long)]
+    fast: bool,
+}
+
+impl Test {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let started = Instant::now();
+        let mut steps = Steps::default();
+        let outcome = self.steps(&mut steps);
+        let times: Vec<String> = steps.done.iter().map(|(name, took)| format!("{name} {}", seconds(*took))).collect();
+        let verdict = if outcome.is_ok() { "passed" } else { "FAILED" };
+        say(&format!("{verdict} in {} ({})", seconds(started.elapsed()), times.join(", ")));
+        outcome.map(|()| ExitCode::SUCCESS)
+    }
+
+    fn steps(&self, steps: &mut Steps) -> Result<()> {
+        let tools = Tools::from_env();
+        let every = self.filter.is_none();
+        steps.run("packages", || Ok(tools.ensure_packages(&Tool::ALL, &mut say)?))?;
+        if every {
+            steps.cargo("fmt", &["fmt", "--all", "--check"])?;
+        }
+        // The collector and Jaeger are built at low priority while the workspace compiles.
+        let builds = (!self.fast).then(|| {
+            let tools = tools.clone();
+            thread::spawn(move || tools.ensure(&[Tool::Collector, Tool::Jaeger], &mut say))
+        });
+        if every {
+            steps.cargo("clippy", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
+        }
+        steps.cargo("build", &["build", "--workspace", "--bins"])?;
+        steps.cargo("build tests", &["test", "--workspace", "--no-run"])?;
+        if let Some(builds) = builds {
+            steps.run("collector and Jaeger", || match builds.join() {
+                Ok(built) => Ok(built?),
+                Err(_) => bail!("the thread that builds them has panicked"),
+            })?;
+        }
+        if every {
+            steps.run("configuration", || check_configuration(&tools, self.fast))?;
+        }
+        let mut test = vec!["test", "--workspace"];
+        if self.fast {
+            test.extend(["--exclude", "gauntlet-e2e", "--exclude", "gauntlet-stack"]);
+        }
+        test.extend(self.filter.as_deref());
+        steps.cargo("tests", &test)
+    }
+}
+
+/// The checks that each component brings for its own files.
+fn check_configuration(tools: &Tools, fast: bool) -> Result<()> {
+    let promtool = tools.require(Tool::Promtool)?;
+    run(Command::new(&promtool).args(["check", "config", "deploy/prometheus/prometheus.yml"]))?;
+    run(Command::new(&promtool).args(["check", "rules"]).args(files("deploy/prometheus/rules", ".yml")?))?;
+    run(Command::new(&promtool).args(["test", "rules"]).args(files("deploy/prometheus/tests", ".test.yml")?))?;
+    run(Command::new(tools.require(Tool::Amtool)?).args(["check-config", "alertmanager/alertmanager.yml"]))?;
+    if !fast {
+        run(Command::new(tools.require(Tool::Collector)?).args(["validate", "--config", "otel-collector.yaml"]))?;
+        run(Command::new(tools.require(Tool::Jaeger)?).args(["validate", "--config", "jaeger/config.yaml"]))?;
+    }
+    Ok(())
+}
+
+/// The files of a directory of the checkout with that ending, in order.
+fn files(dir: &str, ending: &str) -> Result<Vec<PathBuf>> {
+    let dir = workspace_root().join(dir);
+    let entries = fs::read_dir(&dir).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let mut files: Vec<PathBuf> = entries
+        .with_context(|| format!("list {}", dir.display()))?
+        .into_iter()
+        .map(|entry| entry.path())
+        .filter(|path| path.to_string_lossy().ends_with(ending))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+/// What was done, and how long it took.
+#[derive(Default)]
+struct Steps {
+    done: Vec<(&'static str, Duration)>,
+}
+
+impl Steps {
+    fn run(&mut self, name: &'static str, step: impl FnOnce() -> Result<()>) -> Result<()> {
+        say(name);
+        let started = Instant::now();
+        let outcome = step();
+        self.done.push((name, started.elapsed()));
+        outcome.context(name)
+    }
+
+    fn cargo(&mut self, name: &'static str, arguments: &[&str]) -> Result<()> {
+        self.run(name, || run(cargo().args(arguments)))
+    }
+}
+
+/// The cargo that runs this.
+pub(crate) fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// Runs a command in the checkout, its output on the screen.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let status = command.current_dir(workspace_root()).status().with_context(|| format!("run {command:?}"))?;
+    if !status.success() {
+        bail!("{command:?} failed ({status})");
+    }
+    Ok(())
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{:.0} s", time.as_secs_f64())
+}
