@@ -170,9 +170,11 @@ impl Collector {
         ] {
             spec = spec.env(name, ports.address(port));
         }
-        if options.pace == Pace::Fast {
-            spec = spec.env("COLLECTOR_METRIC_EXPIRATION", "6s").env("COLLECTOR_SPAN_METRICS_FLUSH", "1s");
-        }
+        // Three times the interval of Stack::telemetry_env, and more where the machine may be busy.
+        spec = match options.pace {
+            Pace::Deployed => spec.env("COLLECTOR_METRIC_EXPIRATION", "30s"),
+            Pace::Fast => spec.env("COLLECTOR_METRIC_EXPIRATION", "6s").env("COLLECTOR_SPAN_METRICS_FLUSH", "1s"),
+        };
         Ok(Collector {
             process: Process::spawn(spec)?,
             grpc: ports.url(Port::OtlpGrpc),

@@ -160,8 +160,9 @@ pub struct Reserved {
     _lock: File,
 }
 
-const FROM: u16 = 20_000;
-const TO: u16 = 32_000;
+// Above the ports that instances listen on unless told otherwise, below Linux's range for outgoing connections.
+const FROM: u16 = 30_000;
+const TO: u16 = 32_700;
 
 impl Reserved {
     /// # Errors
