@@ -78,19 +78,22 @@ impl Database {
         error_type: impl FnOnce(&E) -> &'static str,
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
+        let (address, port) = split(server);
         let span = tracing::info_span!(
             "etcd",
             otel.name = operation.row().name,
             otel.kind = operation.row().kind.as_str(),
             db.system.name = "etcd",
             db.operation.name = operation.as_str(),
-            server.address = server,
+            server.address = address,
+            server.port = port,
         );
         let mut observed = Observed {
             instruments: &self.instruments,
             span: span.clone(),
             operation,
-            server,
+            address,
+            port,
             started: Instant::now(),
             error: Some("cancelled"),
         };
@@ -105,7 +108,8 @@ struct Observed<'a> {
     instruments: &'a Instruments,
     span: tracing::Span,
     operation: Operation,
-    server: &'a str,
+    address: &'a str,
+    port: Option<u16>,
     started: Instant,
     error: Option<&'static str>,
 }
@@ -115,13 +119,24 @@ impl Drop for Observed<'_> {
         let mut attributes = vec![
             KeyValue::new("db.system.name", "etcd"),
             KeyValue::new("db.operation.name", self.operation.as_str()),
-            KeyValue::new("server.address", self.server.to_owned()),
+            KeyValue::new("server.address", self.address.to_owned()),
         ];
+        if let Some(port) = self.port {
+            attributes.push(KeyValue::new("server.port", i64::from(port)));
+        }
         if let Some(error) = self.error {
             self.span.set_attribute("error.type", error);
             self.span.set_status(Status::error(error));
             attributes.push(KeyValue::new("error.type", error));
         }
         self.instruments.calls.database.record(self.started.elapsed().as_secs_f64(), &attributes);
+    }
+}
+
+/// `host:port` in its parts; what has no port is a host.
+fn split(server: &str) -> (&str, Option<u16>) {
+    match server.rsplit_once(':') {
+        Some((host, port)) => port.parse().map_or((server, None), |port| (host, Some(port))),
+        None => (server, None),
     }
 }

@@ -88,7 +88,10 @@ struct State {
 
 /// Which attributes were seen when with a value, so that those that are gone can be reported as 0.
 #[derive(Default)]
-struct Seen(HashMap<(&'static str, Vec<(&'static str, String)>), Instant>);
+struct Seen(HashMap<Series, Instant>);
+
+/// The name of a gauge and the attributes of one of its values.
+type Series = (&'static str, Vec<(&'static str, String)>);
 
 impl Seen {
     /// Adds a 0 for everything that was there a while ago and is not in `samples`.

@@ -138,7 +138,7 @@ macro_rules! spans {
 spans! {
     /// A call served over gRPC or gRPC-web.
     RPC_SERVER = "{package.Service}/{Method}", Server, "each gRPC call served",
-        ["rpc.system.name", "rpc.method", "rpc.response.status_code", "error.type", "network.peer.address"];
+        ["rpc.system.name", "rpc.method", "rpc.response.status_code", "error.type"];
     /// A call served over REST.
     HTTP_SERVER = "{METHOD} {route}", Server, "each REST call served",
         ["http.request.method", "http.route", "http.response.status_code", "url.path", "url.scheme", "error.type"];
@@ -152,17 +152,17 @@ spans! {
     LOCK_HOLD = "lock.hold", Internal, "each lock had, until it is released",
         ["lock.kind", "lock.mode", "lock.backend", "lock.token"];
     /// An etcd transaction.
-    ETCD_TXN = "etcd.txn", Client, "each etcd transaction", ["db.system.name", "db.operation.name", "server.address", "error.type"];
+    ETCD_TXN = "etcd.txn", Client, "each etcd transaction", ["db.system.name", "db.operation.name", "server.address", "server.port", "error.type"];
     /// An etcd range read.
-    ETCD_RANGE = "etcd.range", Client, "each etcd range read", ["db.system.name", "db.operation.name", "server.address", "error.type"];
+    ETCD_RANGE = "etcd.range", Client, "each etcd range read", ["db.system.name", "db.operation.name", "server.address", "server.port", "error.type"];
     /// An etcd put.
-    ETCD_PUT = "etcd.put", Client, "each etcd put outside a transaction", ["db.system.name", "db.operation.name", "server.address", "error.type"];
+    ETCD_PUT = "etcd.put", Client, "each etcd put outside a transaction", ["db.system.name", "db.operation.name", "server.address", "server.port", "error.type"];
     /// An etcd delete.
-    ETCD_DELETE = "etcd.delete", Client, "each etcd delete outside a transaction", ["db.system.name", "db.operation.name", "server.address", "error.type"];
+    ETCD_DELETE = "etcd.delete", Client, "each etcd delete outside a transaction", ["db.system.name", "db.operation.name", "server.address", "server.port", "error.type"];
     /// A lease granted, kept alive or revoked.
-    ETCD_LEASE = "etcd.lease", Client, "each lease granted, kept alive or revoked", ["db.system.name", "db.operation.name", "server.address", "error.type"];
+    ETCD_LEASE = "etcd.lease", Client, "each lease granted, kept alive or revoked", ["db.system.name", "db.operation.name", "server.address", "server.port", "error.type"];
     /// A watch opened.
-    ETCD_WATCH = "etcd.watch", Client, "each watch opened, until it is established", ["db.system.name", "db.operation.name", "server.address", "error.type"];
+    ETCD_WATCH = "etcd.watch", Client, "each watch opened, until it is established", ["db.system.name", "db.operation.name", "server.address", "server.port", "error.type"];
     /// A scenario made ready to be provisioned.
     PROVISION_PREPARE = "provision.prepare", Internal, "each scenario prepared by a provisioner",
         ["provisioner", "challenge.id", "scenario.digest", "outcome"];
@@ -235,7 +235,7 @@ metrics! {
     /// Time of a call to a database.
     DB_CLIENT_OPERATION_DURATION = Metric::seconds("db.client.operation.duration",
         &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0],
-        &["db.system.name", "db.operation.name", "server.address", "error.type"],
+        &["db.system.name", "db.operation.name", "server.address", "server.port", "error.type"],
         "Time of a call to etcd.");
     /// Locks asked for.
     LOCK_ATTEMPTS = Metric::new("gauntlet.lock.attempts", Counter, "{attempt}", &["lock.kind", "lock.mode", "outcome"],

@@ -111,6 +111,32 @@ impl Error {
     }
 }
 
+/// The runtime that exporters send through. It may be dropped anywhere, unlike tokio's own.
+#[derive(Debug)]
+struct Sending(Option<Runtime>);
+
+impl Sending {
+    fn start() -> std::io::Result<(Self, Handle)> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("telemetry")
+            // For good: suppression does not follow a call into the tasks of its connection.
+            .on_thread_start(|| std::mem::forget(opentelemetry::Context::enter_telemetry_suppressed_scope()))
+            .enable_all()
+            .build()?;
+        let handle = runtime.handle().clone();
+        Ok((Self(Some(runtime)), handle))
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
 /// What was still unsent when the time for shutting down was over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("telemetry could not be flushed within {SHUTDOWN_WITHIN:?}; what was queued is lost")]
@@ -126,7 +152,7 @@ pub struct Telemetry {
     gauges: Gauges,
     debug: Debug,
     providers: Providers,
-    running: Mutex<Option<Runtime>>,
+    running: Mutex<Option<Sending>>,
     closing: watch::Sender<bool>,
 }
 
@@ -156,15 +182,10 @@ impl Telemetry {
     /// When the environment asks for what is not understood or cannot be had.
     pub fn prepare(settings: &Settings, env: &Env) -> Result<(Self, tracing::Dispatch), Error> {
         let config = Config::parse(env)?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("telemetry")
-            .on_thread_start(|| std::mem::forget(opentelemetry::Context::enter_telemetry_suppressed_scope()))
-            .enable_all()
-            .build()?;
+        let filters = (log_filter(settings, &config)?, log_filter(settings, &config)?);
+        let (sending, runtime) = Sending::start()?;
         let (closing, watching) = watch::channel(false);
-        let mut builder =
-            Builder { config: &config, runtime: runtime.handle(), closing: watching, exporters: Vec::new() };
+        let mut builder = Builder { config: &config, runtime: &runtime, closing: watching, exporters: Vec::new() };
         let debug = Debug::new(config.disabled);
         let resource = resource::resource(settings, &config);
 
@@ -196,12 +217,12 @@ impl Telemetry {
         if let Ok(application) = Handle::try_current() {
             process::observe_runtime(&meter, &application);
         }
-        let gauges = Gauges::new(runtime.handle().clone(), meter);
+        let gauges = Gauges::new(runtime.clone(), meter);
         debug.connect(gauges.clone(), exporters, registry);
 
         global::set_text_map_propagator(propagator(&config.propagators));
-        let dispatch = subscriber(settings, &config, &providers)?;
-        let telemetry = Self { instruments, gauges, debug, providers, running: Mutex::new(Some(runtime)), closing };
+        let dispatch = subscriber(filters, &config, &providers);
+        let telemetry = Self { instruments, gauges, debug, providers, running: Mutex::new(Some(sending)), closing };
         Ok((telemetry, dispatch))
     }
 
@@ -241,7 +262,7 @@ impl Telemetry {
     /// # Errors
     /// When the time was over before all was sent.
     pub fn shutdown(&self) -> Result<(), Unflushed> {
-        let Some(runtime) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+        let Some(sending) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Ok(());
         };
         let (done, ended) = mpsc::channel();
@@ -276,7 +297,7 @@ impl Telemetry {
             let _ = self.closing.send(true);
             all_by(deadline);
         }
-        runtime.shutdown_background();
+        drop(sending);
         if whole { Ok(()) } else { Err(Unflushed) }
     }
 }
@@ -476,22 +497,27 @@ impl Builder<'_> {
     }
 }
 
-fn subscriber(settings: &Settings, config: &Config, providers: &Providers) -> Result<tracing::Dispatch, Error> {
-    let filter = || -> Result<EnvFilter, EnvError> {
-        let (variable, text) = match &config.log_filter {
-            Some((variable, text)) => (variable.as_str(), text.as_str()),
-            None => ("RUST_LOG", settings.log_filter.as_str()),
-        };
-        // The SDK's own lines come per batch; what they say is counted and said once a minute by `export`.
-        let quiet = if text.contains("opentelemetry") { String::new() } else { format!("opentelemetry=off,{text}") };
-        EnvFilter::try_new(if quiet.is_empty() { text } else { &quiet }).map_err(|_| {
-            EnvError::new(
-                variable,
-                text,
-                "set it to error, warn, info, debug or trace, or to a list such as info,gauntlet_manager=debug",
-            )
-        })
+fn log_filter(settings: &Settings, config: &Config) -> Result<EnvFilter, EnvError> {
+    let (variable, text) = match &config.log_filter {
+        Some((variable, text)) => (variable.as_str(), text.as_str()),
+        None => ("RUST_LOG", settings.log_filter.as_str()),
     };
+    let fix = "set it to error, warn, info, debug, trace or off";
+    if variable == "LOG_LEVEL" && text.parse::<LevelFilter>().is_err() {
+        // The filter would take it for the name of a module and silence all others.
+        return Err(EnvError::new(variable, text, fix));
+    }
+    // The SDK's own lines come per batch; what they say is counted and said once a minute by `export`.
+    let filter = if text.contains("opentelemetry") { text.to_owned() } else { format!("opentelemetry=off,{text}") };
+    EnvFilter::try_new(filter)
+        .map_err(|_| EnvError::new(variable, text, format!("{fix}, or to a list such as info,gauntlet_manager=debug")))
+}
+
+fn subscriber(
+    (for_lines, for_records): (EnvFilter, EnvFilter),
+    config: &Config,
+    providers: &Providers,
+) -> tracing::Dispatch {
     let terminal = std::io::stderr().is_terminal();
     let line = match config.log_format {
         LogFormat::Human => Line::Human,
@@ -508,7 +534,7 @@ fn subscriber(settings: &Settings, config: &Config, providers: &Providers) -> Re
         .with_writer(std::io::stderr)
         .with_ansi(terminal && line == Line::Human)
         .event_format(line)
-        .with_filter(filter()?);
+        .with_filter(for_lines);
     let plumbing = |target: &str| PLUMBING.iter().any(|library| target.starts_with(library));
     let spans = (!config.disabled).then(|| {
         tracing_opentelemetry::layer()
@@ -526,10 +552,10 @@ fn subscriber(settings: &Settings, config: &Config, providers: &Providers) -> Re
     let records = match export_logs {
         true => Some(
             OpenTelemetryTracingBridge::new(&providers.logs)
-                .with_filter(filter()?)
+                .with_filter(for_records)
                 .with_filter(filter_fn(move |meta| !plumbing(meta.target()))),
         ),
         false => None,
     };
-    Ok(tracing_subscriber::registry().with(spans).with(lines).with(records).into())
+    tracing_subscriber::registry().with(spans).with(lines).with(records).into()
 }

@@ -1,0 +1,258 @@
+//! What is exported, and what becomes of it when nobody takes it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+
+mod support;
+
+use std::time::Instant;
+
+use gauntlet_telemetry::{SHUTDOWN_WITHIN, Sample, Unflushed, context, names};
+use opentelemetry_proto::tonic::metrics::v1::metric::Data;
+use support::{Collector, attribute, attributes, closed, hung, telemetry, wait_until};
+
+#[test]
+fn all_three_signals_arrive_with_resource_and_trace_ids() {
+    let collector = Collector::start();
+    let (telemetry, dispatch) = collector.telemetry(&[
+        ("OTEL_RESOURCE_ATTRIBUTES", "k8s.pod.name=pod%2D1,service.namespace=other"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "x-key=secret"),
+    ]);
+    let trace = tracing::dispatcher::with_default(&dispatch, || {
+        let span = tracing::info_span!(names::LOCK_ACQUIRE.name, lock.kind = "challenge");
+        span.in_scope(|| {
+            tracing::warn!(answer = 42, "said in the span");
+            context::trace_id().unwrap()
+        })
+    });
+    telemetry.instruments().pool.claimed("web", true);
+    telemetry.shutdown().unwrap();
+
+    let span = collector.span("lock.acquire");
+    assert_eq!(attributes(&span.attributes), ["lock.kind=challenge"]);
+    assert_eq!(hex(&span.trace_id), trace);
+    let resource = collector.resource();
+    assert_eq!(attribute(&resource, "service.name").unwrap(), "test");
+    assert_eq!(attribute(&resource, "service.version").unwrap(), "1.2.3");
+    assert_eq!(attribute(&resource, "service.namespace").unwrap(), "other");
+    assert_eq!(attribute(&resource, "k8s.pod.name").unwrap(), "pod-1");
+    assert_eq!(attribute(&resource, "process.pid").unwrap(), std::process::id().to_string());
+    for key in ["service.instance.id", "host.name", "process.executable.name", "telemetry.sdk.version"] {
+        assert!(attribute(&resource, key).is_some_and(|value| !value.is_empty()), "{key}");
+    }
+    let logs = collector.logs();
+    let log = logs.iter().find(|log| hex(&log.trace_id) == trace).unwrap();
+    assert_eq!(hex(&log.span_id), hex(&span.span_id));
+    assert_eq!(attribute(&log.attributes, "answer").unwrap(), "42");
+    assert!(collector.metric("gauntlet.pool.claims").is_some());
+    assert_eq!(collector.headers(), ["secret"]);
+}
+
+#[test]
+fn every_metric_that_is_exported_is_in_the_table() {
+    let collector = Collector::start();
+    let (telemetry, _) = collector.telemetry(&[]);
+    telemetry.instruments().lock.waited("instance", "write", "acquired", std::time::Duration::from_millis(3));
+    let under_way = telemetry.instruments().provision.begin("process", "up");
+    telemetry.flush().unwrap();
+    drop(under_way);
+    let exported = collector.metrics();
+    assert!(exported.len() > 10, "{exported:?}");
+    for metric in &exported {
+        let row = names::METRICS.iter().find(|row| row.name == metric.name);
+        let row = row.unwrap_or_else(|| panic!("{} is not in the table", metric.name));
+        assert_eq!((row.unit, row.description), (metric.unit.as_str(), metric.description.as_str()));
+        let points: Vec<_> = match metric.data.clone().unwrap() {
+            Data::Gauge(gauge) => gauge.data_points.into_iter().map(|point| point.attributes).collect(),
+            Data::Sum(sum) => sum.data_points.into_iter().map(|point| point.attributes).collect(),
+            Data::Histogram(histogram) => {
+                assert_eq!(histogram.data_points[0].explicit_bounds, row.buckets, "{}", row.name);
+                histogram.data_points.into_iter().map(|point| point.attributes).collect()
+            }
+            other => panic!("{other:?}"),
+        };
+        for key in points.iter().flatten().map(|pair| pair.key.as_str()) {
+            assert!(row.attributes.contains(&key), "{} has no attribute {key}", row.name);
+        }
+    }
+}
+
+#[test]
+fn a_hung_collector_does_not_hold_up_the_end() {
+    let (_listener, endpoint) = hung();
+    let (telemetry, dispatch) = telemetry([("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)]);
+    tracing::dispatcher::with_default(&dispatch, || tracing::info_span!("work").in_scope(|| tracing::info!("said")));
+    // Not a measurement: without its bound this would take the exporters' ten seconds, three times.
+    let begun = Instant::now();
+    assert_eq!(telemetry.shutdown(), Err(Unflushed));
+    assert!(begun.elapsed() < SHUTDOWN_WITHIN * 2);
+    assert_eq!(telemetry.shutdown(), Ok(()));
+}
+
+#[tokio::test]
+async fn it_ends_on_a_runtime_of_one_thread() {
+    let collector = Collector::start();
+    let (telemetry, dispatch) = collector.telemetry(&[]);
+    tracing::dispatcher::with_default(&dispatch, || drop(tracing::info_span!("work").entered()));
+    telemetry.shutdown().unwrap();
+    assert_eq!(collector.names(), ["work"]);
+}
+
+#[test]
+fn a_collector_that_refuses_costs_a_count_and_nothing_else() {
+    let (telemetry, dispatch) =
+        telemetry([("OTEL_EXPORTER_OTLP_ENDPOINT", closed()), ("OTEL_EXPORTER_OTLP_TIMEOUT", "500".into())]);
+    tracing::dispatcher::with_default(&dispatch, || drop(tracing::info_span!("work").entered()));
+    telemetry.flush().unwrap();
+    let state = block_on(telemetry.debug().snapshot());
+    let traces = state.exporters.iter().find(|exporter| exporter.signal == "traces").unwrap();
+    assert_eq!((traces.processed, traces.exported, traces.failed, traces.queued), (1, 0, 1, 0));
+    assert!(traces.error.is_some());
+    telemetry.shutdown().unwrap();
+}
+
+#[test]
+fn what_has_no_room_is_dropped_and_counted() {
+    let (_listener, endpoint) = hung();
+    let collector = Collector::start();
+    let (telemetry, dispatch) = telemetry([
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint()),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "10".into()),
+        ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "5".into()),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "50".into()),
+    ]);
+    tracing::dispatcher::with_default(&dispatch, || {
+        for _ in 0..1000 {
+            drop(tracing::info_span!("work").entered());
+        }
+    });
+    // The first batch is taken off the queue and hangs; the queue holds ten more at most.
+    let state = block_on(telemetry.debug().snapshot());
+    let traces = state.exporters.iter().find(|exporter| exporter.signal == "traces").unwrap();
+    assert!(traces.queued <= 10 && traces.processed <= 10, "{traces:?}");
+    assert_eq!(traces.queued + traces.processed + traces.dropped, 1000);
+    // And the count is itself a metric.
+    let dropped = traces.dropped;
+    wait_until("the count of drops", || {
+        let Some(metric) = collector.received_metric("otel.sdk.processor.span.processed") else { return false };
+        let Some(Data::Sum(sum)) = metric.data else { return false };
+        sum.data_points.iter().any(|point| {
+            attribute(&point.attributes, "error.type").as_deref() == Some("queue_full")
+                && format!("{:?}", point.value).contains(&dropped.to_string())
+        })
+    });
+    drop(telemetry);
+}
+
+#[test]
+fn a_disabled_sdk_sends_nothing_and_says_so() {
+    let collector = Collector::start();
+    let (telemetry, dispatch) = collector.telemetry(&[("OTEL_SDK_DISABLED", "true")]);
+    tracing::dispatcher::with_default(&dispatch, || {
+        tracing::info_span!("work").in_scope(|| assert_eq!(context::current_traceparent(), None));
+    });
+    telemetry.instruments().pool.claimed("web", false);
+    let state = block_on(telemetry.debug().snapshot());
+    assert!(state.disabled && state.exporters.is_empty());
+    assert!(state.render(80).contains("OTEL_SDK_DISABLED"));
+    telemetry.shutdown().unwrap();
+    assert!(collector.spans().is_empty());
+}
+
+#[test]
+fn the_exporter_does_not_trace_itself() {
+    let collector = Collector::start();
+    let (telemetry, dispatch) = collector.telemetry(&[("RUST_LOG", "trace"), ("OTEL_BSP_SCHEDULE_DELAY", "10")]);
+    tracing::dispatcher::with_default(&dispatch, || {
+        for _ in 0..20 {
+            drop(tracing::info_span!("work").entered());
+            telemetry.flush().unwrap();
+        }
+    });
+    telemetry.shutdown().unwrap();
+    assert_eq!(collector.names(), ["work"; 20]);
+}
+
+#[test]
+fn what_is_not_sampled_is_seen_here_and_not_sent() {
+    let collector = Collector::start();
+    let (telemetry, dispatch) = collector.telemetry(&[("OTEL_TRACES_SAMPLER", "always_off")]);
+    tracing::dispatcher::with_default(&dispatch, || {
+        tracing::info_span!("work").in_scope(|| {
+            assert!(context::current_traceparent().unwrap().ends_with("-00"));
+        });
+    });
+    let state = block_on(telemetry.debug().snapshot());
+    assert_eq!(state.operations.iter().map(|operation| operation.count).collect::<Vec<_>>(), [1]);
+    telemetry.shutdown().unwrap();
+    assert!(collector.spans().is_empty());
+}
+
+#[test]
+fn links_go_by_traceparent() {
+    let collector = Collector::start();
+    let (telemetry, dispatch) = collector.telemetry(&[]);
+    tracing::dispatcher::with_default(&dispatch, || {
+        let cause = tracing::info_span!("cause").in_scope(|| context::current_traceparent().unwrap());
+        tracing::info_span!("effect").in_scope(|| {
+            context::link_to(&cause);
+            context::link_to("no traceparent");
+        });
+    });
+    telemetry.shutdown().unwrap();
+    let (cause, effect) = (collector.span("cause"), collector.span("effect"));
+    assert_ne!(cause.trace_id, effect.trace_id);
+    assert_eq!(effect.links.len(), 1);
+    assert_eq!((&effect.links[0].trace_id, &effect.links[0].span_id), (&cause.trace_id, &cause.span_id));
+}
+
+#[test]
+fn gauges_are_read_when_collected_and_never_stale() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    let collector = Collector::start();
+    let (telemetry, _) = collector.telemetry(&[]);
+    let truth = Arc::new(AtomicU64::new(3));
+    let (read, reads) = (Arc::clone(&truth), Arc::new(AtomicU64::new(0)));
+    let counted = Arc::clone(&reads);
+    telemetry.gauges().register(&[&names::CHALLENGES, &names::INSTANCES], move || {
+        counted.fetch_add(1, Ordering::SeqCst);
+        let value = read.load(Ordering::SeqCst);
+        async move {
+            tokio::task::yield_now().await;
+            if value == 0 {
+                return Err("the store is away".into());
+            }
+            Ok(vec![
+                Sample::new(&names::CHALLENGES, value),
+                Sample::new(&names::INSTANCES, value).with("state", "ready").with("pool", "false"),
+            ])
+        }
+    });
+    let exported = |name: &str| {
+        let metric = collector.metric(name)?;
+        let Some(Data::Gauge(gauge)) = metric.data else { panic!("no gauge") };
+        Some(format!("{:?} {:?}", gauge.data_points[0].value.unwrap(), attributes(&gauge.data_points[0].attributes)))
+    };
+    telemetry.flush().unwrap();
+    assert_eq!(reads.load(Ordering::SeqCst), 1, "one read serves both");
+    assert_eq!(exported("challenges").unwrap(), "AsInt(3) []");
+    assert_eq!(exported("instances").unwrap(), r#"AsInt(3) ["pool=false", "state=ready"]"#);
+    truth.store(4, Ordering::SeqCst);
+    telemetry.flush().unwrap();
+    assert_eq!(exported("challenges").unwrap(), "AsInt(4) []");
+    truth.store(0, Ordering::SeqCst);
+    telemetry.flush().unwrap();
+    assert_eq!(exported("challenges"), None);
+    assert_eq!(exported("instances"), None);
+    telemetry.flush().unwrap();
+    assert!(collector.metric("gauntlet.gauge.failures").is_some());
+    telemetry.shutdown().unwrap();
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}

@@ -1,0 +1,213 @@
+//! A collector in this process, on a thread of its own, that keeps what it is sent.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "tests; each uses a part of it"
+)]
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use gauntlet_telemetry::{Env, Settings, Telemetry};
+use opentelemetry_proto::tonic::collector::logs::v1::logs_service_server::{LogsService, LogsServiceServer};
+use opentelemetry_proto::tonic::collector::logs::v1::{ExportLogsServiceRequest, ExportLogsServiceResponse};
+use opentelemetry_proto::tonic::collector::metrics::v1::metrics_service_server::{
+    MetricsService, MetricsServiceServer,
+};
+use opentelemetry_proto::tonic::collector::metrics::v1::{ExportMetricsServiceRequest, ExportMetricsServiceResponse};
+use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
+use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
+use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value};
+use opentelemetry_proto::tonic::logs::v1::LogRecord;
+use opentelemetry_proto::tonic::metrics::v1::Metric;
+use opentelemetry_proto::tonic::trace::v1::Span;
+use tonic::{Request, Response, Status};
+
+#[derive(Clone, Default)]
+pub struct Received {
+    traces: Arc<Mutex<Vec<ExportTraceServiceRequest>>>,
+    metrics: Arc<Mutex<Vec<ExportMetricsServiceRequest>>>,
+    logs: Arc<Mutex<Vec<ExportLogsServiceRequest>>>,
+    headers: Arc<Mutex<Vec<String>>>,
+}
+
+#[tonic::async_trait]
+impl TraceService for Received {
+    async fn export(
+        &self,
+        request: Request<ExportTraceServiceRequest>,
+    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        if let Some(key) = request.metadata().get("x-key") {
+            self.headers.lock().unwrap().push(key.to_str().unwrap().to_owned());
+        }
+        self.traces.lock().unwrap().push(request.into_inner());
+        Ok(Response::new(Default::default()))
+    }
+}
+
+#[tonic::async_trait]
+impl MetricsService for Received {
+    async fn export(
+        &self,
+        request: Request<ExportMetricsServiceRequest>,
+    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
+        self.metrics.lock().unwrap().push(request.into_inner());
+        Ok(Response::new(Default::default()))
+    }
+}
+
+#[tonic::async_trait]
+impl LogsService for Received {
+    async fn export(
+        &self,
+        request: Request<ExportLogsServiceRequest>,
+    ) -> Result<Response<ExportLogsServiceResponse>, Status> {
+        self.logs.lock().unwrap().push(request.into_inner());
+        Ok(Response::new(Default::default()))
+    }
+}
+
+pub struct Collector {
+    pub address: SocketAddr,
+    received: Received,
+    _stop: tokio::sync::oneshot::Sender<()>,
+}
+
+impl Collector {
+    pub fn start() -> Self {
+        let received = Received::default();
+        let served = received.clone();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async move {
+                let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+                tonic::transport::Server::builder()
+                    .add_service(TraceServiceServer::new(served.clone()))
+                    .add_service(MetricsServiceServer::new(served.clone()))
+                    .add_service(LogsServiceServer::new(served))
+                    .serve_with_incoming_shutdown(tokio_stream::wrappers::TcpListenerStream::new(listener), async {
+                        let _ = stopped.await;
+                    })
+                    .await
+                    .unwrap();
+            });
+        });
+        Self { address, received, _stop: stop }
+    }
+
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    pub fn env(&self) -> Vec<(&'static str, String)> {
+        vec![("OTEL_EXPORTER_OTLP_ENDPOINT", self.endpoint()), ("OTEL_METRIC_EXPORT_INTERVAL", "3600000".into())]
+    }
+
+    /// Telemetry that sends here, with further variables.
+    pub fn telemetry(&self, more: &[(&'static str, &str)]) -> (Telemetry, tracing::Dispatch) {
+        telemetry(self.env().into_iter().chain(more.iter().map(|(name, value)| (*name, (*value).to_owned()))))
+    }
+
+    pub fn spans(&self) -> Vec<Span> {
+        let requests = self.received.traces.lock().unwrap();
+        let scopes = requests.iter().flat_map(|request| &request.resource_spans).flat_map(|spans| &spans.scope_spans);
+        scopes.flat_map(|scope| scope.spans.clone()).collect()
+    }
+
+    pub fn span(&self, name: &str) -> Span {
+        let found: Vec<_> = self.spans().into_iter().filter(|span| span.name == name).collect();
+        assert_eq!(found.len(), 1, "{name} in {:?}", self.names());
+        found.into_iter().next().unwrap()
+    }
+
+    pub fn names(&self) -> Vec<String> {
+        self.spans().into_iter().map(|span| span.name).collect()
+    }
+
+    pub fn resource(&self) -> Vec<KeyValue> {
+        self.received.traces.lock().unwrap()[0].resource_spans[0].resource.clone().unwrap().attributes
+    }
+
+    pub fn logs(&self) -> Vec<LogRecord> {
+        let requests = self.received.logs.lock().unwrap();
+        let scopes = requests.iter().flat_map(|request| &request.resource_logs).flat_map(|logs| &logs.scope_logs);
+        scopes.flat_map(|scope| scope.log_records.clone()).collect()
+    }
+
+    /// The metrics of the last export.
+    pub fn metrics(&self) -> Vec<Metric> {
+        let requests = self.received.metrics.lock().unwrap();
+        let scopes = requests.last().unwrap().resource_metrics.iter().flat_map(|metrics| &metrics.scope_metrics);
+        scopes.flat_map(|scope| scope.metrics.clone()).collect()
+    }
+
+    pub fn metric(&self, name: &str) -> Option<Metric> {
+        self.metrics().into_iter().find(|metric| metric.name == name)
+    }
+
+    /// A metric of the last export, if there was one.
+    pub fn received_metric(&self, name: &str) -> Option<Metric> {
+        let any = !self.received.metrics.lock().unwrap().is_empty();
+        if any { self.metric(name) } else { None }
+    }
+
+    pub fn headers(&self) -> Vec<String> {
+        self.received.headers.lock().unwrap().clone()
+    }
+}
+
+pub fn telemetry<V: Into<String>>(env: impl IntoIterator<Item = (&'static str, V)>) -> (Telemetry, tracing::Dispatch) {
+    let env: Env = env.into_iter().map(|(name, value)| (name, value.into())).collect();
+    Telemetry::prepare(&Settings::new("test", "1.2.3").with_debug(), &env).unwrap()
+}
+
+/// `key=value` of each attribute, sorted.
+pub fn attributes(attributes: &[KeyValue]) -> Vec<String> {
+    let mut all: Vec<_> = attributes.iter().map(|pair| format!("{}={}", pair.key, text(pair))).collect();
+    all.sort();
+    all
+}
+
+pub fn attribute(attributes: &[KeyValue], key: &str) -> Option<String> {
+    attributes.iter().find(|pair| pair.key == key).map(text)
+}
+
+fn text(pair: &KeyValue) -> String {
+    match pair.value.as_ref().and_then(|value| value.value.clone()) {
+        Some(any_value::Value::StringValue(text)) => text,
+        Some(any_value::Value::IntValue(number)) => number.to_string(),
+        Some(any_value::Value::BoolValue(truth)) => truth.to_string(),
+        Some(any_value::Value::DoubleValue(number)) => number.to_string(),
+        other => format!("{other:?}"),
+    }
+}
+
+/// A listener that takes connections and never answers.
+pub fn hung() -> (std::net::TcpListener, String) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    (listener, address)
+}
+
+/// An address where nobody listens.
+pub fn closed() -> String {
+    hung().1
+}
+
+/// Waits until `done`, and fails if that takes a minute.
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
