@@ -168,8 +168,12 @@ impl Up {
             if let Some(status) = daemon.try_wait().context("wait for the stack")? {
                 bail!("the stack did not start ({status}):\n{}", fs::read_to_string(&log_path).unwrap_or_default());
             }
-            if state().is_some() {
-                print!("{}", fs::read_to_string(&log_path).unwrap_or_default());
+            if let Some((_, ports)) = state() {
+                eprint!("{}", fs::read_to_string(&log_path).unwrap_or_default());
+                say(&format!(
+                    "to report to it: export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:{} OTEL_METRIC_EXPORT_INTERVAL=10000",
+                    ports.get(Port::OtlpGrpc)
+                ));
                 say("it stays up until: cargo xtask stack down");
                 return Ok(ExitCode::SUCCESS);
             }
