@@ -1,1 +1,25 @@
 //! Scenario references, OCI pull and push, templates, flag variation.
+//!
+//! A scenario is a directory with a `scenario.yaml`, named by an OCI reference (`registry/repository:tag@sha256:…`) or, where the
+//! operator allows it, by `file://PATH`. [`Library`] fetches it, checks it, keeps it by digest, and prepares it for one instance;
+//! [`validate`] and [`push`] are its author's side. The format is described in `docs/scenarios.md`.
+
+mod archive;
+mod author;
+mod cache;
+mod document;
+mod files;
+mod flag;
+mod library;
+mod local;
+mod plan;
+mod registry;
+mod template;
+mod yaml;
+
+pub use author::{Progress, PushError, Report, ReportFile, push, validate};
+pub use files::FileLimits;
+pub use flag::{FlagKey, MAX_TEXT_BYTES, MIN_ENTROPY_BITS};
+pub use library::{Config, Library};
+pub use registry::{Access, Credentials};
+pub use yaml::Problem;

@@ -1,0 +1,324 @@
+//! `scenario.yaml`: its fields, their bounds and defaults.
+
+use std::time::Duration;
+
+use gauntlet_domain::{Limits, PortSpec, Probe, Protocol, Readiness};
+
+use crate::{
+    template::{Scope, Template},
+    yaml::{self, Node, Problem, Problems, Value, join},
+};
+
+/// A checked document.
+#[derive(Debug)]
+pub(crate) struct Document {
+    pub(crate) ports: Vec<PortSpec>,
+    pub(crate) command: Vec<Template>,
+    pub(crate) env: Vec<(String, Template)>,
+    pub(crate) limits: Limits,
+    pub(crate) readiness: Readiness,
+    pub(crate) flags: Vec<(String, Template)>,
+    pub(crate) connection_info: Template,
+}
+
+const MAX_COMMAND: usize = 256;
+const MAX_ENV: usize = 256;
+const MAX_PORTS: usize = 16;
+const MAX_FLAGS: usize = 64;
+
+const SECOND: u64 = 1000;
+/// In milliseconds.
+const TIMES: [(&str, u64); 4] = [("ms", 1), ("s", SECOND), ("m", 60 * SECOND), ("h", 3600 * SECOND)];
+/// In bytes.
+const SIZES: [(&str, u64); 4] = [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
+
+impl Document {
+    /// Reads and checks a document; every mistake is reported, in order of lines.
+    pub(crate) fn parse(text: &str) -> Result<Self, Vec<Problem>> {
+        let root = yaml::parse(text).map_err(|problem| vec![problem])?;
+        let mut problems = Problems::default();
+        let document = read(root, &mut problems);
+        let mut problems = problems.0;
+        match document {
+            Some(document) if problems.is_empty() => Ok(document),
+            _ => {
+                problems.sort_by_key(|problem| problem.line);
+                Err(problems)
+            }
+        }
+    }
+}
+
+/// `None` only after a problem was reported.
+fn read(root: Node, problems: &mut Problems) -> Option<Document> {
+    let line = root.line;
+    let known = ["version", "provisioner", "process", "ports", "ready", "flags", "connection_info"];
+    let [version, provisioner, process, ports, ready, flags, connection_info] = problems.fields(root, "", known)?;
+
+    if let Some(version) = required(version, line, "version", "version: 1", problems) {
+        problems.integer(version, "version", 1, 1);
+    }
+    if let Some(provisioner) = required(provisioner, line, "provisioner", "provisioner: process", problems)
+        && let Some((line, name)) = problems.text(provisioner, "provisioner")
+        && name != "process"
+    {
+        problems.at(line, "provisioner", format!("unknown provisioner {name:?}; this release has process"));
+    }
+
+    let ports = read_ports(ports, problems);
+    let port_names: Vec<String> = ports.iter().map(|port| port.name.clone()).collect();
+    let flags = read_flags(flags, problems);
+    let flag_names: Vec<String> = flags.iter().map(|(name, _)| name.clone()).collect();
+    let scope = Scope::Place { flags: &flag_names, ports: &port_names };
+
+    let process = required(process, line, "process", "process: { command: [\"program\"] }", problems)
+        .and_then(|process| read_process(process, &scope, problems));
+    let example = "ready: { tcp: { port: NAME } }";
+    let readiness =
+        required(ready, line, "ready", example, problems).and_then(|ready| read_readiness(ready, &ports, problems));
+    let example = "connection_info: \"http://{{ host }}:{{ ports.NAME }}\"";
+    let connection_info = required(connection_info, line, "connection_info", example, problems)
+        .and_then(|node| template(node, "connection_info", &scope, problems));
+
+    let (command, env, limits) = process?;
+    Some(Document { ports, command, env, limits, readiness: readiness?, flags, connection_info: connection_info? })
+}
+
+fn required(node: Option<Node>, line: u64, field: &str, example: &str, problems: &mut Problems) -> Option<Node> {
+    if node.is_none() {
+        problems.at(line, field, format!("is missing; for example: {example}"));
+    }
+    node
+}
+
+fn template(node: Node, field: &str, scope: &Scope, problems: &mut Problems) -> Option<Template> {
+    let (line, source) = problems.text(node, field)?;
+    Some(Template::check(line, field, source, scope, problems))
+}
+
+fn read_ports(node: Option<Node>, problems: &mut Problems) -> Vec<PortSpec> {
+    let Some(node) = node else { return Vec::new() };
+    let line = node.line;
+    let entries = problems.map(node, "ports").unwrap_or_default();
+    at_most(entries.len(), MAX_PORTS, line, "ports", problems);
+    let mut ports = Vec::new();
+    for (line, name, node) in entries {
+        let field = join("ports", &name);
+        identifier(line, &field, &name, problems);
+        let protocol = match problems.text(node, &field) {
+            Some((_, text)) if text == "udp" => Protocol::Udp,
+            Some((line, text)) => {
+                if text != "tcp" {
+                    problems.at(line, &field, format!("must be tcp or udp, not {text:?}; its number is chosen for it"));
+                }
+                Protocol::Tcp
+            }
+            None => Protocol::Tcp,
+        };
+        ports.push(PortSpec { name, protocol });
+    }
+    ports
+}
+
+fn read_flags(node: Option<Node>, problems: &mut Problems) -> Vec<(String, Template)> {
+    let Some(node) = node else { return Vec::new() };
+    let line = node.line;
+    let entries = problems.map(node, "flags").unwrap_or_default();
+    at_most(entries.len(), MAX_FLAGS, line, "flags", problems);
+    let mut flags = Vec::new();
+    for (line, name, node) in entries {
+        let field = join("flags", &name);
+        identifier(line, &field, &name, problems);
+        flags.extend(template(node, &field, &Scope::Flag, problems).map(|template| (name, template)));
+    }
+    flags
+}
+
+type Process = (Vec<Template>, Vec<(String, Template)>, Limits);
+
+fn read_process(node: Node, scope: &Scope, problems: &mut Problems) -> Option<Process> {
+    let line = node.line;
+    let [command, env, limits] = problems.fields(node, "process", ["command", "env", "limits"])?;
+
+    let mut words = Vec::new();
+    let field = "process.command";
+    if let Some(command) = required(command, line, field, "command: [\"program\", \"--flag\"]", problems)
+        && let Some((line, nodes)) = problems.list(command, field)
+    {
+        if nodes.is_empty() {
+            problems.at(line, field, "must name a program, for example [\"program\"]");
+        }
+        at_most(nodes.len(), MAX_COMMAND, line, field, problems);
+        for (at, node) in nodes.into_iter().enumerate() {
+            words.extend(template(node, &format!("{field}[{at}]"), scope, problems));
+        }
+    }
+
+    let mut variables = Vec::new();
+    if let Some(env) = env {
+        let line = env.line;
+        let entries = problems.map(env, "process.env").unwrap_or_default();
+        at_most(entries.len(), MAX_ENV, line, "process.env", problems);
+        for (line, name, node) in entries {
+            let field = join("process.env", &name);
+            if name.is_empty() || name.contains(['=', '\0']) {
+                problems.at(line, &field, "an environment name is not empty and contains neither = nor NUL");
+            }
+            variables.extend(template(node, &field, scope, problems).map(|template| (name, template)));
+        }
+    }
+
+    let limits = limits.and_then(|limits| read_limits(limits, problems)).unwrap_or_default();
+    Some((words, variables, limits))
+}
+
+fn read_limits(node: Node, problems: &mut Problems) -> Option<Limits> {
+    let field = "process.limits";
+    let [memory, cpu, open_files, output] = problems.fields(node, field, ["memory", "cpu", "open_files", "output"])?;
+    let memory = memory.and_then(|node| quantity(node, "process.limits.memory", &SIZES, "1MiB", "1024GiB", problems));
+    let cpu = cpu.and_then(|node| quantity(node, "process.limits.cpu", &TIMES, "1s", "24h", problems));
+    let output = output.and_then(|node| quantity(node, "process.limits.output", &SIZES, "1KiB", "64MiB", problems));
+    let open_files = open_files.and_then(|node| problems.integer(node, "process.limits.open_files", 8, 1_048_576));
+    Some(Limits {
+        memory,
+        cpu_seconds: cpu.map(|milliseconds| milliseconds.div_ceil(SECOND)),
+        open_files: open_files.and_then(|count| u64::try_from(count).ok()),
+        output,
+    })
+}
+
+fn read_readiness(node: Node, ports: &[PortSpec], problems: &mut Problems) -> Option<Readiness> {
+    let line = node.line;
+    let [tcp, http, output, interval, timeout] =
+        problems.fields(node, "ready", ["tcp", "http", "output", "interval", "timeout"])?;
+    let mut time = |node: Option<Node>, field, max, default| {
+        node.and_then(|node| quantity(node, field, &TIMES, "10ms", max, problems)).unwrap_or(default)
+    };
+    let interval = time(interval, "ready.interval", "1m", 100);
+    let timeout = time(timeout, "ready.timeout", "10m", 30 * SECOND);
+    let probe = match (tcp, http, output) {
+        (Some(node), None, None) => {
+            let [port] = problems.fields(node, "ready.tcp", ["port"])?;
+            Probe::Tcp { port: read_port(port, line, "ready.tcp.port", ports, problems)? }
+        }
+        (None, Some(node), None) => {
+            let line = node.line;
+            let [port, path, status] = problems.fields(node, "ready.http", ["port", "path", "status"])?;
+            let port = read_port(port, line, "ready.http.port", ports, problems);
+            let path = match path {
+                Some(node) => read_path(node, problems),
+                None => Some("/".to_owned()),
+            };
+            let status = match status {
+                Some(node) => problems.integer(node, "ready.http.status", 100, 599),
+                None => Some(200),
+            };
+            Probe::Http { port: port?, path: path?, status: u16::try_from(status?).ok()? }
+        }
+        (None, None, Some(node)) => {
+            let line = node.line;
+            let [contains] = problems.fields(node, "ready.output", ["contains"])?;
+            let field = "ready.output.contains";
+            let contains = required(contains, line, field, "contains: \"listening\"", problems)?;
+            let (line, contains) = problems.text(contains, field)?;
+            if contains.is_empty() || contains.contains('\n') || contains.len() > 1024 {
+                problems.at(line, field, "must be a part of one line, of 1 to 1024 bytes");
+            }
+            Probe::Output { contains }
+        }
+        _ => {
+            problems.at(line, "ready", "must have exactly one of tcp, http, output");
+            return None;
+        }
+    };
+    Some(Readiness { probe, interval: Duration::from_millis(interval), timeout: Duration::from_millis(timeout) })
+}
+
+fn read_port(
+    node: Option<Node>,
+    line: u64,
+    field: &str,
+    ports: &[PortSpec],
+    problems: &mut Problems,
+) -> Option<String> {
+    let node = required(node, line, field, "port: NAME, one of those in ports", problems)?;
+    let (line, name) = problems.text(node, field)?;
+    match ports.iter().find(|port| port.name == name) {
+        Some(port) if port.protocol == Protocol::Udp => {
+            problems.at(line, field, format!("port {name} is udp; probe a tcp port, or use ready.output"));
+        }
+        Some(_) => {}
+        None => {
+            let names: Vec<&str> = ports.iter().map(|port| port.name.as_str()).collect();
+            let fix = match yaml::nearest(&name, &names) {
+                Some(near) => format!("did you mean {near}?"),
+                None => format!("add it there: ports: {{ {name}: tcp }}"),
+            };
+            problems.at(line, field, format!("names a port that is not in ports: {name:?}; {fix}"));
+        }
+    }
+    Some(name)
+}
+
+fn read_path(node: Node, problems: &mut Problems) -> Option<String> {
+    let (line, path) = problems.text(node, "ready.http.path")?;
+    let graphic = path.bytes().all(|b| b.is_ascii_graphic());
+    if !path.starts_with('/') || !graphic || path.len() > 1024 {
+        problems.at(line, "ready.http.path", "must start with / and hold no spaces; percent-encode what is not ASCII");
+    }
+    Some(path)
+}
+
+/// A number and its unit, such as `100ms` or `256MiB`, within bounds written alike.
+fn quantity(
+    node: Node,
+    field: &str,
+    units: &[(&str, u64); 4],
+    min: &str,
+    max: &str,
+    problems: &mut Problems,
+) -> Option<u64> {
+    let line = node.line;
+    let text = match node.value {
+        Value::Text(text) => text,
+        Value::Int(number) => number.to_string(),
+        _ => {
+            problems.text(node, field)?;
+            return None;
+        }
+    };
+    let bounds = amount(min, units).unwrap_or(0)..=amount(max, units).unwrap_or(u64::MAX);
+    match amount(&text, units) {
+        Some(value) if bounds.contains(&value) => Some(value),
+        Some(_) => {
+            problems.at(line, field, format!("must be {min} to {max}, not {text}"));
+            None
+        }
+        None => {
+            let units: Vec<&str> = units.iter().map(|(unit, _)| *unit).collect();
+            let fix = format!("must be a whole number and a unit ({}), such as {min}", units.join(", "));
+            problems.at(line, field, format!("{fix}; not {text:?}"));
+            None
+        }
+    }
+}
+
+fn amount(text: &str, units: &[(&str, u64)]) -> Option<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit())?;
+    let (number, unit) = text.split_at_checked(digits)?;
+    let (_, factor) = units.iter().find(|(name, _)| *name == unit.trim_start())?;
+    number.parse::<u64>().ok()?.checked_mul(*factor)
+}
+
+fn identifier(line: u64, field: &str, name: &str, problems: &mut Problems) {
+    let starts = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
+    if !starts || name.len() > 63 || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
+        problems.at(line, field, "a name is a letter, then letters, digits and _, 63 at most");
+    }
+}
+
+fn at_most(count: usize, max: usize, line: u64, field: &str, problems: &mut Problems) {
+    if count > max {
+        problems.at(line, field, format!("has {count} entries; at most {max}"));
+    }
+}

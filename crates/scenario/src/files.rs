@@ -1,0 +1,286 @@
+//! The files of a scenario: which paths they may have, how large they may be, and a directory in the making that holds to it.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    io::{Read, Write},
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::OFlags;
+use sha2::{Digest as _, Sha256};
+
+/// Bounds on the files of a scenario.
+#[derive(Debug, Clone)]
+pub struct FileLimits {
+    /// The largest file, in bytes.
+    pub file: u64,
+    /// All files together, in bytes.
+    pub total: u64,
+    /// How many files.
+    pub count: usize,
+}
+
+impl Default for FileLimits {
+    /// 128 MiB a file, 512 MiB in all, 2048 files.
+    fn default() -> Self {
+        Self { file: 128 << 20, total: 512 << 20, count: 2048 }
+    }
+}
+
+const MAX_PATH_BYTES: usize = 512;
+const MAX_NAME_BYTES: usize = 255;
+const MAX_DEPTH: usize = 16;
+
+/// What cannot become a file of a scenario.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum FileError {
+    /// The scenario's fault; fit for the client.
+    #[error("{0}")]
+    Refused(String),
+    /// The machine's fault.
+    #[error("{0}: {1}")]
+    Io(PathBuf, io::Error),
+}
+
+pub(crate) type Result<T, E = FileError> = std::result::Result<T, E>;
+
+pub(crate) fn refused<T>(text: impl Into<String>) -> Result<T> {
+    Err(FileError::Refused(text.into()))
+}
+
+/// For `map_err`: names the path.
+pub(crate) fn at(path: &Path) -> impl FnOnce(io::Error) -> FileError + '_ {
+    |error| FileError::Io(path.to_owned(), error)
+}
+
+/// Reads a title or an archive's name as a path that stays where it is put: relative, of plain names, with nothing to climb by.
+pub(crate) fn relative(title: &str) -> Result<String> {
+    let shown: String = title.chars().take(80).collect();
+    let wrong = |rule: &str| refused(format!("file name {shown:?}: {rule}"));
+    if title.len() > MAX_PATH_BYTES {
+        return wrong("longer than 512 bytes");
+    }
+    if title.contains(|c: char| c.is_control() || c == '\\') {
+        return wrong("holds a control character or a backslash");
+    }
+    let path = title.strip_prefix("./").unwrap_or(title);
+    let names: Vec<&str> = path.split('/').collect();
+    if path.starts_with('/') || names.iter().any(|name| matches!(*name, "" | "." | "..")) {
+        return wrong("must be a relative path of plain names, without . and ..");
+    }
+    if names.len() > MAX_DEPTH || names.iter().any(|name| name.len() > MAX_NAME_BYTES) {
+        return wrong("more than 16 names deep, or a name over 255 bytes");
+    }
+    Ok(path.to_owned())
+}
+
+/// Paths taken so far: no two alike but for case, none both file and directory.
+#[derive(Debug, Default)]
+pub(crate) struct Taken {
+    /// Lower case path to whether it is a file.
+    paths: BTreeMap<String, bool>,
+    files: usize,
+    bytes: u64,
+}
+
+impl Taken {
+    /// Takes a path for a file of that size.
+    pub(crate) fn take(&mut self, path: &str, size: u64, limits: &FileLimits) -> Result<()> {
+        self.files += 1;
+        if self.files > limits.count {
+            return refused(format!("more than {} files", limits.count));
+        }
+        self.grow(path, size, limits)?;
+        if size > limits.file {
+            return refused(format!("file {path:?} is {size} bytes; at most {}", limits.file));
+        }
+        let folded = path.to_lowercase();
+        for (end, _) in folded.match_indices('/') {
+            if let Some(directory) = folded.get(..end)
+                && self.paths.insert(directory.to_owned(), false) == Some(true)
+            {
+                return refused(format!("file name {path:?}: {directory:?} is a file already"));
+            }
+        }
+        match self.paths.insert(folded, true) {
+            None => Ok(()),
+            Some(_) => refused(format!("file name {path:?} is there twice, or differs from another by case alone")),
+        }
+    }
+
+    fn grow(&mut self, path: &str, size: u64, limits: &FileLimits) -> Result<()> {
+        self.bytes = self.bytes.saturating_add(size);
+        if self.bytes > limits.total {
+            return refused(format!("with {path:?} the files hold over {} bytes together", limits.total));
+        }
+        Ok(())
+    }
+}
+
+/// One file of a directory.
+#[derive(Debug)]
+pub(crate) struct Listed {
+    /// Relative, with `/`.
+    pub(crate) path: String,
+    pub(crate) size: u64,
+}
+
+/// The files of a directory in order of their paths, checked against the limits. Links and special files are refused.
+pub(crate) fn list(dir: &Path, limits: &FileLimits) -> Result<Vec<Listed>> {
+    let mut files = Vec::new();
+    let mut taken = Taken::default();
+    let mut ahead = vec![String::new()];
+    while let Some(within) = ahead.pop() {
+        let path = dir.join(&within);
+        for entry in fs::read_dir(&path).map_err(at(&path))? {
+            let entry = entry.map_err(at(&path))?;
+            let Ok(name) = entry.file_name().into_string() else {
+                return refused(format!("file name {:?} is not UTF-8", entry.file_name()));
+            };
+            let title = if within.is_empty() { name } else { format!("{within}/{name}") };
+            let title = relative(&title)?;
+            let meta = entry.metadata().map_err(at(&entry.path()))?;
+            if meta.is_dir() {
+                ahead.push(title);
+            } else if meta.is_file() {
+                taken.take(&title, meta.len(), limits)?;
+                files.push(Listed { path: title, size: meta.len() });
+            } else {
+                return refused(format!("{title:?} is a link or a special file; put the file itself there"));
+            }
+        }
+    }
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(files)
+}
+
+/// Opens a listed file; a link that took its place meanwhile is not followed.
+pub(crate) fn open(dir: &Path, listed: &Listed) -> Result<fs::File> {
+    let path = dir.join(&listed.path);
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits();
+    let flags = i32::try_from(flags).unwrap_or_default();
+    fs::OpenOptions::new().read(true).custom_flags(flags).open(&path).map_err(at(&path))
+}
+
+/// A directory being filled; gone when dropped before it is kept.
+#[derive(Debug)]
+pub(crate) struct Draft {
+    dir: tempfile::TempDir,
+    limits: FileLimits,
+    taken: Taken,
+    paths: Vec<PathBuf>,
+}
+
+impl Draft {
+    pub(crate) fn within(parent: &Path, limits: &FileLimits) -> Result<Self> {
+        fs::create_dir_all(parent).map_err(at(parent))?;
+        let dir = tempfile::Builder::new()
+            .prefix("draft-")
+            .permissions(fs::Permissions::from_mode(0o755))
+            .tempdir_in(parent)
+            .map_err(at(parent))?;
+        Ok(Self { dir, limits: limits.clone(), taken: Taken::default(), paths: Vec::new() })
+    }
+
+    pub(crate) fn limits(&self) -> &FileLimits {
+        &self.limits
+    }
+
+    /// How many bytes an archive may still unpack to: files, and a header and padding for each.
+    pub(crate) fn room(&self) -> u64 {
+        let headers = (self.limits.count as u64).saturating_mul(4096);
+        self.limits.total.saturating_sub(self.taken.bytes).saturating_add(headers)
+    }
+
+    /// Creates a file of at most `size` bytes, which the caller holds to.
+    pub(crate) fn create(&mut self, title: &str, size: u64) -> Result<fs::File> {
+        let title = relative(title)?;
+        self.taken.take(&title, size, &self.limits)?;
+        let path = self.dir.path().join(&title);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(at(parent))?;
+        }
+        let file = fs::OpenOptions::new().read(true).write(true).create_new(true).open(&path).map_err(at(&path))?;
+        self.paths.push(path);
+        Ok(file)
+    }
+
+    /// Copies a file of exactly `size` bytes and answers the digest of its content.
+    pub(crate) fn copy(&mut self, title: &str, size: u64, from: impl Read) -> Result<[u8; 32]> {
+        let mut to = self.create(title, size)?;
+        let mut hash = Sha256::new();
+        let mut from = from.take(size.saturating_add(1));
+        let mut buffer = vec![0; 64 * 1024];
+        let mut copied = 0u64;
+        loop {
+            let count = from.read(&mut buffer).map_err(|error| FileError::Io(title.into(), error))?;
+            let chunk = buffer.get(..count).unwrap_or_default();
+            if chunk.is_empty() {
+                break;
+            }
+            copied += chunk.len() as u64;
+            hash.update(chunk);
+            to.write_all(chunk).map_err(|error| FileError::Io(title.into(), error))?;
+        }
+        if copied != size {
+            return refused(format!("file {title:?} is not the {size} bytes it was said to be"));
+        }
+        Ok(hash.finalize().into())
+    }
+
+    /// Seals the files (read-only; executable if they start as a script or an ELF program does), flushes them and moves the
+    /// directory to `to`. If something is kept there already, that stays.
+    pub(crate) fn keep(self, to: &Path) -> Result<()> {
+        for path in &self.paths {
+            let file = fs::File::open(path).map_err(at(path))?;
+            let mut magic = Vec::with_capacity(4);
+            (&file).take(4).read_to_end(&mut magic).map_err(at(path))?;
+            let mode = if is_program(&magic) { 0o555 } else { 0o444 };
+            file.set_permissions(fs::Permissions::from_mode(mode)).map_err(at(path))?;
+            file.sync_all().map_err(at(path))?;
+        }
+        if let Some(parent) = to.parent() {
+            fs::create_dir_all(parent).map_err(at(parent))?;
+        }
+        match fs::rename(self.dir.path(), to) {
+            Ok(()) => {
+                // Moved away: nothing is left to remove.
+                let _ = self.dir.keep();
+                to.parent().map_or(Ok(()), |parent| {
+                    fs::File::open(parent).and_then(|parent| parent.sync_all()).map_err(at(parent))
+                })
+            }
+            Err(_) if to.is_dir() => Ok(()),
+            Err(error) => Err(FileError::Io(to.to_owned(), error)),
+        }
+    }
+}
+
+/// Whether a file that starts so is made executable: the first two bytes of a script, or the first four of an ELF program.
+pub(crate) fn is_program(start: &[u8]) -> bool {
+    start.starts_with(b"#!") || start.starts_with(b"\x7fELF")
+}
+
+/// The digest of a directory's content: of a list of paths, sizes and content digests, in order of paths.
+pub(crate) struct TreeDigest(Sha256);
+
+impl TreeDigest {
+    pub(crate) fn new() -> Self {
+        Self(Sha256::new_with_prefix(b"gauntlet scenario directory 1\n"))
+    }
+
+    pub(crate) fn add(&mut self, path: &str, size: u64, content: [u8; 32]) {
+        self.0.update(format!("{}:{path}:{size}:", path.len()));
+        self.0.update(content);
+    }
+
+    pub(crate) fn finish(self) -> String {
+        digest_text(self.0.finalize().into())
+    }
+}
+
+pub(crate) fn digest_text(digest: [u8; 32]) -> String {
+    digest.iter().fold("sha256:".to_owned(), |text, byte| text + &format!("{byte:02x}"))
+}

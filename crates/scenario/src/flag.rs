@@ -1,0 +1,271 @@
+//! Flags that differ per identity, and the key that makes them underivable.
+
+use std::{fmt, fs, io, os::unix::fs::OpenOptionsExt as _, path::Path};
+
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use rand::{TryRng as _, rngs::SysRng};
+use sha2::Sha256;
+
+/// The fewest bits that a varied flag carries.
+pub const MIN_ENTROPY_BITS: u32 = 64;
+/// The longest text that can be varied, in bytes.
+pub const MAX_TEXT_BYTES: usize = 1024;
+
+/// The operator's secret, from which every varied flag is derived. Managers that share a store share the key. Its `Debug` hides it.
+#[derive(Clone)]
+pub struct FlagKey([u8; 32]);
+
+impl FlagKey {
+    /// Takes 32 bytes from a source that cannot be guessed.
+    pub fn new(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// Reads 64 hexadecimal characters; white space around them is ignored. `None` for anything else.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        let text = text.trim();
+        if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return None;
+        }
+        let mut bytes = [0; 32];
+        for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+        }
+        Some(Self(bytes))
+    }
+
+    /// Reads the key from a file of 64 hexadecimal characters, or writes a fresh one there, readable by its owner alone. Of several
+    /// processes that create it at once, one wins and all read its key. Blocks on the file system.
+    ///
+    /// # Errors
+    /// Whatever the file system answers; `InvalidData` for a file that holds anything else.
+    pub fn load_or_create(path: &Path) -> io::Result<Self> {
+        match fs::read_to_string(path) {
+            Ok(text) => Self::from_hex(&text).ok_or_else(|| {
+                let problem =
+                    "must hold 64 hexadecimal characters; restore it, or remove it and lose every flag made with it";
+                io::Error::new(io::ErrorKind::InvalidData, format!("{}: {problem}", path.display()))
+            }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::create(path),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn create(path: &Path) -> io::Result<Self> {
+        let mut bytes = [0; 32];
+        SysRng.try_fill_bytes(&mut bytes).map_err(io::Error::other)?;
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        fs::create_dir_all(dir)?;
+        // Written whole beside its place and linked there, so that nobody ever reads half a key.
+        let draft = tempfile::Builder::new()
+            .prefix(".key-")
+            .make_in(dir, |draft| fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(draft))?;
+        let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+        io::Write::write_all(&mut draft.as_file(), format!("{hex}\n").as_bytes())?;
+        draft.as_file().sync_all()?;
+        match draft.persist_noclobber(path) {
+            Ok(_) => Ok(Self(bytes)),
+            Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Self::load_or_create(path),
+            Err(error) => Err(error.error),
+        }
+    }
+
+    /// Varies a text for one identity and one flag: letters change case or become digits that look like them, and a tail of base32
+    /// follows where the letters alone carry less than [`MIN_ENTROPY_BITS`]. The same four arguments give the same text; without the
+    /// key nothing is learnt about it from any number of others.
+    pub(crate) fn vary(&self, identity: &str, flag: &str, text: &str) -> String {
+        let mut stream = Stream::new(&self.0, &[identity.as_bytes(), &[0], flag.as_bytes(), &[0], text.as_bytes()]);
+        let mut varied = String::with_capacity(text.len() + 16);
+        // Half bits, rounded down: two choices carry two of them, three choices three.
+        let mut carried = 0u32;
+        for c in text.chars() {
+            let choices = Choices::of(c);
+            carried = carried.saturating_add(choices.half_bits());
+            varied.push(choices.pick(&mut stream));
+        }
+        let missing = (2 * MIN_ENTROPY_BITS).saturating_sub(carried).div_ceil(2);
+        if missing > 0 {
+            if !text.is_empty() {
+                varied.push('_');
+            }
+            for _ in 0..missing.div_ceil(5) {
+                let at = stream.next() % 32;
+                varied.extend(TAIL.get(at as usize).map(|b| char::from(*b)));
+            }
+        }
+        varied
+    }
+}
+
+impl fmt::Debug for FlagKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("FlagKey(hidden)")
+    }
+}
+
+const TAIL: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
+
+/// What a character may become: itself only, either case, or either case and a digit.
+struct Choices {
+    as_is: char,
+    letter: bool,
+    digit: Option<char>,
+}
+
+impl Choices {
+    fn of(c: char) -> Self {
+        let digit = match c.to_ascii_lowercase() {
+            'a' => Some('4'),
+            'b' => Some('8'),
+            'e' => Some('3'),
+            'g' => Some('9'),
+            'i' => Some('1'),
+            'l' => Some('7'),
+            'o' => Some('0'),
+            's' => Some('5'),
+            'z' => Some('2'),
+            _ => None,
+        };
+        Self { as_is: c, letter: c.is_ascii_alphabetic(), digit }
+    }
+
+    /// log2(2) is 1; log2(3) is over 1.58, less than a billionth of it lost to the remainder of a 32-bit draw.
+    fn half_bits(&self) -> u32 {
+        match (self.letter, self.digit) {
+            (false, _) => 0,
+            (true, None) => 2,
+            (true, Some(_)) => 3,
+        }
+    }
+
+    fn pick(&self, stream: &mut Stream) -> char {
+        if !self.letter {
+            return self.as_is;
+        }
+        match (stream.next() % if self.digit.is_some() { 3 } else { 2 }, self.digit) {
+            (2, Some(digit)) => digit,
+            (1, _) => self.as_is.to_ascii_uppercase(),
+            _ => self.as_is.to_ascii_lowercase(),
+        }
+    }
+}
+
+/// Words of HMAC-SHA256 in counter mode over a message, keyed afresh by the HMAC of the message.
+struct Stream {
+    seed: [u8; 32],
+    counter: u32,
+    block: std::array::IntoIter<u8, 32>,
+}
+
+impl Stream {
+    fn new(key: &[u8; 32], message: &[&[u8]]) -> Self {
+        Self { seed: hmac(key, message), counter: 0, block: [0; 32].into_iter() }.emptied()
+    }
+
+    fn emptied(mut self) -> Self {
+        self.block.by_ref().for_each(drop);
+        self
+    }
+
+    fn next(&mut self) -> u32 {
+        let mut word = 0u32;
+        for _ in 0..4 {
+            let byte = self.block.next().unwrap_or_else(|| {
+                self.block = hmac(&self.seed, &[&self.counter.to_be_bytes()]).into_iter();
+                self.counter += 1;
+                self.block.next().unwrap_or_default()
+            });
+            word = word << 8 | u32::from(byte);
+        }
+        word
+    }
+}
+
+fn hmac(key: &[u8; 32], message: &[&[u8]]) -> [u8; 32] {
+    // HMAC itself pads a key to the block of its hash with zeros.
+    let mut block = [0; 64];
+    block.iter_mut().zip(key).for_each(|(to, from)| *to = *from);
+    let mut mac = Hmac::<Sha256>::new(&block.into());
+    message.iter().for_each(|part| mac.update(part));
+    mac.finalize().into_bytes().into()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+    use std::{collections::BTreeSet, os::unix::fs::PermissionsExt as _};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const KEY: FlagKey = FlagKey([7; 32]);
+
+    #[test]
+    fn the_variation_is_fixed_for_all_time() {
+        insta::assert_snapshot!(KEY.vary("0123456789abcdef", "main", "hello web"), @"");
+        insta::assert_snapshot!(KEY.vary("0123456789abcdef", "main", ""), @"");
+        let long = "the quick brown fox jumps over the lazy dog and some more words still";
+        insta::assert_snapshot!(KEY.vary("0123456789abcdef", "main", long), @"");
+    }
+
+    #[test]
+    fn every_part_matters() {
+        let all = [
+            KEY.vary("0000000000000000", "main", "text"),
+            KEY.vary("0000000000000001", "main", "text"),
+            KEY.vary("0000000000000000", "other", "text"),
+            KEY.vary("0000000000000000", "main", "texts"),
+            FlagKey([8; 32]).vary("0000000000000000", "main", "text"),
+        ];
+        assert_eq!(BTreeSet::from(all.clone()).len(), all.len());
+    }
+
+    #[test]
+    fn a_key_is_created_once_for_its_owner_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sub/flag.key");
+        let keys: Vec<_> = std::thread::scope(|scope| {
+            let creating: Vec<_> = (0..8).map(|_| scope.spawn(|| FlagKey::load_or_create(&path).unwrap())).collect();
+            creating.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(keys.iter().all(|key| key.0 == keys[0].0));
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no draft is left");
+        assert_eq!(format!("{:?}", keys[0]), "FlagKey(hidden)");
+
+        fs::write(&path, "short").unwrap();
+        let error = FlagKey::load_or_create(&path).unwrap_err();
+        assert!(error.to_string().contains("64 hexadecimal"), "{error}");
+    }
+
+    /// What a varied text carries by the documented reckoning, in half bits.
+    fn reckoned(text: &str, varied: &str) -> u32 {
+        let tail = varied.chars().count() - text.chars().count();
+        let letters: u32 = text.chars().map(|c| Choices::of(c).half_bits()).sum();
+        letters + 10 * (tail.saturating_sub(usize::from(!text.is_empty())) as u32)
+    }
+
+    proptest! {
+        #[test]
+        fn it_stays_readable_and_carries_enough(bits: u64, text in "\\PC{0,90}") {
+            let identity = format!("{bits:016x}");
+            let varied = KEY.vary(&identity, "main", &text);
+            prop_assert_eq!(&varied, &KEY.vary(&identity, "main", &text));
+            prop_assert!(reckoned(&text, &varied) >= 2 * MIN_ENTROPY_BITS);
+            for (from, to) in text.chars().zip(varied.chars()) {
+                let choices = Choices::of(from);
+                prop_assert!(from.eq_ignore_ascii_case(&to) || choices.digit == Some(to));
+            }
+        }
+
+        #[test]
+        fn hex_reads_back(bytes: [u8; 32]) {
+            let hex: String = bytes.iter().map(|b| format!("{b:02X}")).collect();
+            prop_assert_eq!(FlagKey::from_hex(&format!(" {hex}\n")).unwrap().0, bytes);
+        }
+
+        #[test]
+        fn hex_never_panics(text in "\\PC{0,80}") { let _ = FlagKey::from_hex(&text); }
+    }
+}

@@ -1,0 +1,50 @@
+//! Scenarios in directories of this machine, under a root that the operator allowed.
+
+use std::path::{Component, Path, PathBuf};
+
+use gauntlet_domain::{Error, Result};
+
+use crate::{
+    cache::Cache,
+    files::{self, FileError, FileLimits, TreeDigest},
+};
+
+/// How a reference to a local directory starts.
+pub(crate) const SCHEME: &str = "file://";
+
+/// The directory that `file://PATH` names: under the root, links followed and still under it.
+pub(crate) fn locate(reference: &str, root: Option<&Path>) -> Result<PathBuf> {
+    let not_found =
+        |problem: &str| Err(Error::ScenarioNotFound { reference: reference.to_owned(), problem: problem.to_owned() });
+    let path = Path::new(reference.strip_prefix(SCHEME).unwrap_or(reference));
+    let Some(root) = root else {
+        return not_found("local directories are not allowed here; the operator allows them by setting local_root");
+    };
+    if path.as_os_str().as_encoded_bytes().contains(&0) || path.components().any(|part| part == Component::ParentDir) {
+        return not_found("a local path holds no .. and no NUL");
+    }
+    let outside = "no such directory under the operator's local_root";
+    // An operator's mistake, which the client cannot mend.
+    let root = root.canonicalize().map_err(|error| Error::Unavailable {
+        what: "local scenario root",
+        detail: format!("{}: {error}", root.display()),
+    })?;
+    match root.join(path).canonicalize() {
+        Ok(found) if found.starts_with(&root) && found.is_dir() => Ok(found),
+        _ => not_found(outside),
+    }
+}
+
+/// Copies a directory into the cache and answers the digest of its content and where it is kept.
+pub(crate) fn snapshot(dir: &Path, cache: &Cache, limits: &FileLimits) -> Result<(String, PathBuf), FileError> {
+    let mut draft = cache.draft(limits)?;
+    let mut digest = TreeDigest::new();
+    for listed in files::list(dir, limits)? {
+        let content = draft.copy(&listed.path, listed.size, files::open(dir, &listed)?)?;
+        digest.add(&listed.path, listed.size, content);
+    }
+    let digest = digest.finish();
+    let place = cache.place(&digest)?;
+    draft.keep(&place)?;
+    Ok((digest, place))
+}

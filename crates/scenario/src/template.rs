@@ -1,0 +1,225 @@
+//! Templates: one expression language for commands, environment, flags and connection info.
+//!
+//! Expressions only (`{{ … }}`), strict about what is undefined, no statements, no files. What a template can build is bounded by its
+//! own length and that of its values, since nothing in the language repeats.
+
+use std::{collections::BTreeMap, io, sync::LazyLock};
+
+use gauntlet_domain::{Additional, Identity, Place};
+use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, filters, tests};
+
+use crate::{
+    flag::{FlagKey, MAX_TEXT_BYTES},
+    yaml::{Problems, nearest},
+};
+
+/// The longest text that a template renders to, in bytes.
+pub(crate) const MAX_OUTPUT_BYTES: usize = 64 * 1024;
+/// Instructions of one rendering.
+const FUEL: u64 = 10_000;
+
+/// A template as it stands in the document, checked.
+#[derive(Debug, Clone)]
+pub(crate) struct Template {
+    /// For messages.
+    field: String,
+    source: String,
+}
+
+/// What a template may speak of.
+pub(crate) enum Scope<'a> {
+    /// A flag: identity, additional and `vary`.
+    Flag,
+    /// Anything else: identity, additional, flags, host, ports.
+    Place {
+        /// The names of the flags.
+        flags: &'a [String],
+        /// The names of the ports.
+        ports: &'a [String],
+    },
+}
+
+static ENVIRONMENT: LazyLock<Environment<'static>> = LazyLock::new(|| {
+    let mut env = Environment::empty();
+    env.set_undefined_behavior(UndefinedBehavior::Strict);
+    env.set_fuel(Some(FUEL));
+    env.set_recursion_limit(32);
+    env.add_filter("default", filters::default);
+    env.add_filter("lower", filters::lower);
+    env.add_filter("upper", filters::upper);
+    env.add_filter("capitalize", filters::capitalize);
+    env.add_filter("trim", filters::trim);
+    env.add_filter("length", filters::length);
+    env.add_filter("int", filters::int);
+    env.add_filter("string", filters::string);
+    env.add_test("defined", tests::is_defined);
+    env.add_test("undefined", tests::is_undefined);
+    env.add_test("startingwith", tests::is_startingwith);
+    env.add_test("endingwith", tests::is_endingwith);
+    env
+});
+
+impl Template {
+    /// Checks syntax, names, filters and functions; what is wrong goes to `problems`.
+    pub(crate) fn check(line: u64, field: &str, source: String, scope: &Scope, problems: &mut Problems) -> Self {
+        let template = Self { field: field.to_owned(), source };
+        if let Err(text) = template.problem(scope) {
+            problems.at(line, field, text);
+        }
+        template
+    }
+
+    fn problem(&self, scope: &Scope) -> Result<(), String> {
+        if self.source.contains("{%") {
+            return Err("statements ({% … %}) are not understood; use {{ a if condition else b }}".into());
+        }
+        let template = ENVIRONMENT.template_from_str(&self.source).map_err(|error| describe(&error))?;
+        let (known, members): (&[&str], [(&str, &[String]); 2]) = match scope {
+            Scope::Flag => (&["identity", "additional", "vary"], [("", &[]), ("", &[])]),
+            Scope::Place { flags, ports } => {
+                (&["identity", "additional", "flags", "host", "ports"], [("flags", flags), ("ports", ports)])
+            }
+        };
+        let mut used: Vec<String> = template.undeclared_variables(true).into_iter().collect();
+        used.sort();
+        for name in &used {
+            let (root, member) = name.split_once('.').unwrap_or((name, ""));
+            if !known.contains(&root) {
+                let fix = match (root, nearest(root, known)) {
+                    ("vary", _) => "only a flag is varied; use flags.NAME here".to_owned(),
+                    ("flags" | "host" | "ports", _) => "a flag is made before its instance has a place".to_owned(),
+                    (_, Some(near)) => format!("did you mean {near}?"),
+                    (_, None) => format!("known here: {}", known.join(", ")),
+                };
+                return Err(format!("unknown variable {root}; {fix}"));
+            }
+            for (group, names) in members {
+                if root == group && !member.is_empty() && !names.iter().any(|known| known == member) {
+                    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+                    let fix = match (nearest(member, &names), names.is_empty()) {
+                        (Some(near), _) => format!("did you mean {group}.{near}?"),
+                        (None, true) => format!("the document has no {group}"),
+                        (None, false) => format!("known: {}", names.join(", ")),
+                    };
+                    return Err(format!("unknown {root}.{member}; {fix}"));
+                }
+            }
+        }
+        let sample = match scope {
+            Scope::Flag => {
+                Values::of(&Identity::from_bits(0), &Additional::new()).varying(&FlagKey::new([0; 32]), "sample")
+            }
+            Scope::Place { flags, ports } => {
+                let place = Place {
+                    host: "localhost".into(),
+                    ports: ports.iter().map(|name| (name.clone(), 1)).collect(),
+                    dir: std::path::PathBuf::new(),
+                };
+                let flags = flags.iter().map(|name| (name.clone(), "FLAG{sample}".to_owned()));
+                Values::of(&Identity::from_bits(0), &Additional::new()).placed(flags, &place)
+            }
+        };
+        match self.render_error(&sample) {
+            // A value that only an instance brings.
+            Err(error)
+                if error.kind() == ErrorKind::UndefinedError && used.iter().any(|n| n.starts_with("additional")) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(describe(&error)),
+            Ok(_) => Ok(()),
+        }
+    }
+
+    /// Where it stands, for messages.
+    pub(crate) fn field(&self) -> &str {
+        &self.field
+    }
+
+    /// The text, if no expression is in it.
+    pub(crate) fn literal(&self) -> Option<&str> {
+        (!self.source.contains("{{")).then_some(&self.source)
+    }
+
+    /// Renders; the error names the field and is fit for the client.
+    pub(crate) fn render(&self, values: &Values) -> Result<String, String> {
+        self.render_error(values).map_err(|error| {
+            let hint = match error.kind() {
+                ErrorKind::UndefinedError => {
+                    "; give the missing value in additional, or a default: {{ additional['key'] | default('…') }}"
+                }
+                _ => "",
+            };
+            format!("{}: {}{hint}", self.field, describe(&error))
+        })
+    }
+
+    fn render_error(&self, values: &Values) -> Result<String, minijinja::Error> {
+        let template = ENVIRONMENT.template_from_str(&self.source)?;
+        let mut output = Bounded(Vec::new());
+        template.render_captured_to(Value::from(values.0.clone()), &mut output)?;
+        String::from_utf8(output.0).map_err(|_| minijinja::Error::new(ErrorKind::WriteFailure, "is not UTF-8"))
+    }
+}
+
+/// What a template is rendered with.
+#[derive(Debug, Clone)]
+pub(crate) struct Values(BTreeMap<String, Value>);
+
+impl Values {
+    pub(crate) fn of(identity: &Identity, additional: &Additional) -> Self {
+        let additional = Value::from(additional.clone());
+        Self(BTreeMap::from([
+            ("identity".to_owned(), Value::from(identity.as_str())),
+            ("additional".to_owned(), additional),
+        ]))
+    }
+
+    /// With the function `vary`, for one flag.
+    pub(crate) fn varying(mut self, key: &FlagKey, flag: &str) -> Self {
+        let (key, flag) = (key.clone(), flag.to_owned());
+        let identity = self.0.get("identity").map(ToString::to_string).unwrap_or_default();
+        let vary = move |text: &str| {
+            if text.len() > MAX_TEXT_BYTES {
+                let problem = format!("vary takes at most {MAX_TEXT_BYTES} bytes, got {}", text.len());
+                return Err(minijinja::Error::new(ErrorKind::InvalidOperation, problem));
+            }
+            Ok(key.vary(&identity, &flag, text))
+        };
+        self.0.insert("vary".to_owned(), Value::from_function(vary));
+        self
+    }
+
+    /// With flags, host and ports.
+    pub(crate) fn placed(mut self, flags: impl Iterator<Item = (String, String)>, place: &Place) -> Self {
+        self.0.insert("flags".to_owned(), Value::from(flags.collect::<BTreeMap<_, _>>()));
+        self.0.insert("host".to_owned(), Value::from(place.host.as_str()));
+        self.0.insert("ports".to_owned(), Value::from(place.ports.clone()));
+        self
+    }
+}
+
+fn describe(error: &minijinja::Error) -> String {
+    match (error.kind(), error.detail()) {
+        (ErrorKind::OutOfFuel, _) => format!("takes more than {FUEL} steps"),
+        (ErrorKind::WriteFailure, _) => format!("renders to more than {MAX_OUTPUT_BYTES} bytes"),
+        (kind, Some(detail)) => format!("{kind}: {detail}"),
+        (kind, None) => kind.to_string(),
+    }
+}
+
+struct Bounded(Vec<u8>);
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > MAX_OUTPUT_BYTES {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
