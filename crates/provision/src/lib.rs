@@ -1,1 +1,5 @@
-//! Bringing instances up and down: the process backend.
+//! Bringing instances up and down: the backends of [`gauntlet_domain::Provisioner`].
+//!
+//! [`process`] runs each instance as a group of processes on this machine.
+
+pub mod process;

@@ -1,0 +1,208 @@
+//! What is written down about an instance, and where.
+//!
+//! Every file is replaced whole (written beside, then renamed), so that a reader sees the old text or the new one.
+
+use std::{
+    collections::BTreeMap,
+    fs::{File, OpenOptions},
+    io::{self, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use gauntlet_domain::{ChallengeId, Identity, Limits, Probe, Readiness};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use sha2::{Digest as _, Sha256};
+
+/// The form of [`Record`]; a supervisor refuses any other.
+pub(super) const VERSION: u32 = 1;
+
+/// The variable that marks every process of an instance with its key.
+pub(super) const MARKER: &str = "GAUNTLET_INSTANCE";
+
+pub(super) const LABEL: &str = "label.json";
+pub(super) const RECORD: &str = "instance.json";
+pub(super) const STATE: &str = "state.json";
+pub(super) const READY: &str = "ready";
+pub(super) const RUN_LOCK: &str = "run.lock";
+pub(super) const WORK: &str = "work";
+
+/// The name of an instance's directory. A challenge's id is any text, so only its hash is part of a path.
+pub(super) fn key(challenge: &ChallengeId, identity: &Identity) -> String {
+    let hash = Sha256::digest(challenge.as_str().as_bytes());
+    let mut key: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    key.push('-');
+    key.push_str(identity.as_str());
+    key
+}
+
+/// What is there, for whom, and by which order: the first thing written and the last that stays.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Label {
+    pub(super) challenge: String,
+    pub(super) identity: String,
+    /// The highest generation that was ever ordered.
+    pub(super) generation: u64,
+    /// It was taken down; the label stays for a while so that orders older than that are still refused.
+    pub(super) gone: bool,
+}
+
+/// What the supervisor is to run. Holds secrets: its file is readable by its owner only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) version: u32,
+    pub(super) key: String,
+    pub(super) ports: BTreeMap<String, u16>,
+    pub(super) launch: Launch,
+}
+
+/// A workload with nothing left to decide. Two equal launches need no restart between them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Launch {
+    pub(super) program: PathBuf,
+    pub(super) args: Vec<String>,
+    pub(super) env: BTreeMap<String, String>,
+    #[serde(with = "LimitsForm")]
+    pub(super) limits: Limits,
+    pub(super) output: u64,
+    pub(super) grace: Duration,
+    #[serde(with = "ReadinessForm")]
+    pub(super) readiness: Readiness,
+    pub(super) connection_info: String,
+    pub(super) flags: Vec<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Limits")]
+struct LimitsForm {
+    memory: Option<u64>,
+    cpu_seconds: Option<u64>,
+    open_files: Option<u64>,
+    output: Option<u64>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Readiness")]
+struct ReadinessForm {
+    #[serde(with = "ProbeForm")]
+    probe: Probe,
+    interval: Duration,
+    timeout: Duration,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Probe", rename_all = "lowercase")]
+enum ProbeForm {
+    Tcp { port: String },
+    Http { port: String, path: String, status: u16 },
+    Output { contains: String },
+}
+
+/// What the supervisor last said about itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct State {
+    /// The boot it was said in; process ids of another boot mean nothing.
+    pub(super) boot: String,
+    pub(super) shim: ProcessId,
+    /// The instance's first process, which leads its process group.
+    pub(super) child: Option<ProcessId>,
+    pub(super) end: Option<End>,
+}
+
+/// A process that cannot be mistaken for a later one of the same number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ProcessId {
+    pub(super) pid: i32,
+    /// When it started, in clock ticks since boot.
+    pub(super) start: u64,
+}
+
+/// How it ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct End {
+    /// For the operator: "exit status 3".
+    pub(super) how: String,
+    /// Whether no process is left.
+    pub(super) whole: bool,
+}
+
+/// Reads one; `None` if it is not there.
+pub(super) fn read<T: DeserializeOwned>(dir: &Path, name: &str) -> io::Result<Option<T>> {
+    match std::fs::read(dir.join(name)) {
+        Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes one. `lasting` ones survive a power cut; process states need not, for nothing of them does.
+pub(super) fn write<T: Serialize>(dir: &Path, name: &str, value: &T, lasting: bool) -> io::Result<()> {
+    let beside = dir.join(format!("{name}.new"));
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+    file.write_all(&serde_json::to_vec(value)?)?;
+    if lasting {
+        file.sync_all()?;
+    }
+    std::fs::rename(&beside, dir.join(name))
+}
+
+/// Removes one, if it is there.
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Takes the lock that a supervisor holds for as long as it lives; `None` if another holds it. Kept open by nobody else: it is free again
+/// the moment its holder ends, however it ends.
+pub(super) fn run_lock(dir: &Path) -> io::Result<Option<File>> {
+    let path = dir.join(RUN_LOCK);
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path)?;
+    Ok(if flock(&file)? && same(&file, &path) { Some(file) } else { None })
+}
+
+/// Locks without waiting; false if another holds it.
+pub(super) fn flock(file: &File) -> io::Result<bool> {
+    match rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether what was opened is still what the path names: a lock on something that was removed meanwhile excludes nobody.
+pub(super) fn same(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    match (file.metadata(), std::fs::metadata(path)) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    #[test]
+    fn a_key_is_one_name_whatever_the_id() {
+        let identity = Identity::from_bits(7);
+        for id in ["../../etc/passwd", "/", ".", "a/b\\c", "💥"] {
+            let key = key(&ChallengeId::new(id).unwrap(), &identity);
+            assert_eq!(key.len(), 33);
+            assert!(key.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-'), "{key}");
+        }
+    }
+
+    #[test]
+    fn a_lock_on_a_removed_file_is_no_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = run_lock(dir.path()).unwrap().unwrap();
+        assert!(run_lock(dir.path()).unwrap().is_none());
+        remove(&dir.path().join(RUN_LOCK)).unwrap();
+        assert!(!same(&held, &dir.path().join(RUN_LOCK)));
+        assert!(run_lock(dir.path()).unwrap().is_some());
+    }
+}

@@ -1,0 +1,1 @@
+//! What the process backend promises beyond the contract.

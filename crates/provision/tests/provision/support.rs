@@ -1,0 +1,216 @@
+//! What the tests share: plans, and a directory whose instances end with the test.
+
+use std::{
+    collections::BTreeMap,
+    io::Read as _,
+    net::{IpAddr, Ipv4Addr, TcpStream},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU16, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use gauntlet_domain::{
+    ChallengeId, Identity, Limits, Order, Place, Plan, PortSpec, Probe, Protocol, Provisioner, Readiness, Result,
+    Workload,
+};
+use gauntlet_provision::process::{Config, Process};
+use rustix::process::{Pid, Signal};
+
+/// A plan written down in a test. `LISTEN`, `PORT` and `GREETING` are in its environment.
+#[derive(Debug, Clone)]
+pub(crate) struct Script {
+    pub(crate) files: PathBuf,
+    pub(crate) command: Vec<String>,
+    pub(crate) env: BTreeMap<String, String>,
+    pub(crate) probe: Probe,
+    pub(crate) timeout: Duration,
+    pub(crate) limits: Limits,
+    pub(crate) ports: Vec<PortSpec>,
+    pub(crate) greeting: String,
+}
+
+impl Script {
+    /// Runs a shell script; `$GREETER` is the greeter.
+    pub(crate) fn shell(files: &Path, script: &str) -> Self {
+        Self {
+            files: files.to_owned(),
+            command: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            env: BTreeMap::from([("GREETER".to_owned(), greeter().display().to_string())]),
+            probe: Probe::Tcp { port: "main".to_owned() },
+            timeout: Duration::from_secs(20),
+            limits: Limits::default(),
+            ports: vec![PortSpec { name: "main".to_owned(), protocol: Protocol::Tcp }],
+            greeting: "hello".to_owned(),
+        }
+    }
+
+    pub(crate) fn greeting(mut self, greeting: &str) -> Self {
+        self.greeting = greeting.to_owned();
+        self
+    }
+
+    pub(crate) fn probe(mut self, probe: Probe) -> Self {
+        self.probe = probe;
+        self
+    }
+
+    pub(crate) fn arc(self) -> Arc<dyn Plan> {
+        Arc::new(self)
+    }
+}
+
+impl Plan for Script {
+    fn ports(&self) -> &[PortSpec] {
+        &self.ports
+    }
+
+    fn render(&self, place: &Place) -> Result<Workload> {
+        let mut env = self.env.clone();
+        let port = place.ports.get("main").copied().unwrap_or(0);
+        env.insert("LISTEN".to_owned(), format!("127.0.0.1:{port}"));
+        env.insert("PORT".to_owned(), port.to_string());
+        env.insert("GREETING".to_owned(), self.greeting.clone());
+        Ok(Workload {
+            files: self.files.clone(),
+            command: self.command.clone(),
+            env,
+            readiness: Readiness {
+                probe: self.probe.clone(),
+                interval: Duration::from_millis(50),
+                timeout: self.timeout,
+            },
+            limits: self.limits.clone(),
+            connection_info: format!("{}:{port}", place.host),
+            flags: vec![format!("FLAG{{{}}}", self.greeting)],
+        })
+    }
+}
+
+pub(crate) fn greeter() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_gauntlet-shim")).parent().unwrap().join("examples/greeter")
+}
+
+pub(crate) fn challenge(text: &str) -> ChallengeId {
+    ChallengeId::new(text).unwrap()
+}
+
+pub(crate) fn order(identity: u64, generation: u64, plan: &Arc<dyn Plan>) -> Order {
+    Order {
+        challenge: challenge("a challenge"),
+        identity: Identity::from_bits(identity),
+        generation,
+        plan: plan.clone(),
+    }
+}
+
+/// What is said on a port, or nothing if nobody listens.
+pub(crate) fn said(connection_info: &str) -> Option<String> {
+    let mut text = String::new();
+    TcpStream::connect(connection_info).ok()?.read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
+/// Looks until it is so.
+pub(crate) fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !so() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether a process of that number runs.
+pub(crate) fn runs(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X'])))
+}
+
+pub(crate) fn kill(pid: i32, signal: Signal) {
+    rustix::process::kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+}
+
+/// A directory of the process backend. Its instances end with it.
+pub(crate) struct Rig {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) config: Config,
+}
+
+impl Rig {
+    pub(crate) fn new() -> Self {
+        // Tests that run at the same time draw from different ports.
+        static NEXT: AtomicU16 = AtomicU16::new(0);
+        let slot = (std::process::id() as u16 % 16) * 16 + NEXT.fetch_add(1, Ordering::Relaxed) % 16;
+        let first = 20_000 + slot * 40;
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config::new(dir.path().join("data"));
+        config.shim = Some(env!("CARGO_BIN_EXE_gauntlet-shim").into());
+        config.bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        config.ports = first..=first + 39;
+        config.grace = Duration::from_millis(300);
+        std::fs::create_dir(dir.path().join("files")).unwrap();
+        Self { dir, config }
+    }
+
+    /// Another manager on the same directory.
+    pub(crate) fn manager(&self) -> Process {
+        Process::new(self.config.clone()).unwrap()
+    }
+
+    pub(crate) fn script(&self, script: &str) -> Script {
+        Script::shell(&self.dir.path().join("files"), script)
+    }
+
+    /// The greeter.
+    pub(crate) fn greeter(&self) -> Script {
+        self.script("exec $GREETER")
+    }
+
+    pub(crate) fn homes(&self) -> Vec<PathBuf> {
+        let mut homes: Vec<_> =
+            std::fs::read_dir(self.config.dir.join("instances")).unwrap().map(|e| e.unwrap().path()).collect();
+        homes.sort();
+        homes
+    }
+
+    /// The only instance's directory.
+    pub(crate) fn home(&self) -> PathBuf {
+        let mut homes = self.homes();
+        assert_eq!(homes.len(), 1);
+        homes.remove(0)
+    }
+
+    /// The reserved ports.
+    pub(crate) fn ports(&self) -> Vec<u16> {
+        let entries = std::fs::read_dir(self.config.dir.join("ports")).unwrap();
+        entries.map(|e| e.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect()
+    }
+
+    /// The process ids of supervisor and first process.
+    pub(crate) fn pids(&self, home: &Path) -> Option<(i32, i32)> {
+        let state: serde_json::Value = serde_json::from_slice(&std::fs::read(home.join("state.json")).ok()?).ok()?;
+        let pid = |who: &str| state[who]["pid"].as_i64().map(|pid| pid as i32);
+        Some((pid("shim")?, pid("child")?))
+    }
+
+    /// What a script wrote to a file of its own.
+    pub(crate) fn wrote(&self, home: &Path, name: &str) -> String {
+        std::fs::read_to_string(home.join("work").join(name)).unwrap_or_default().trim().to_owned()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        for home in self.homes() {
+            if let Some((shim, _)) = self.pids(&home).filter(|(shim, _)| runs(*shim)) {
+                let _ = rustix::process::kill_process(Pid::from_raw(shim).unwrap(), Signal::TERM);
+                let deadline = Instant::now() + Duration::from_secs(5);
+                while runs(shim) && Instant::now() < deadline {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            }
+        }
+    }
+}
