@@ -1,0 +1,186 @@
+//! Bodies, paths and queries in; each refused with what is wrong and the fix.
+
+use std::time::Duration;
+
+use axum::{
+    body::{Body, HttpBody as _},
+    extract::{FromRequest, FromRequestParts, RawPathParams, Request},
+};
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt as _;
+use gauntlet_api::{error, json};
+use http::request::Parts;
+use percent_encoding::percent_decode_str;
+use prost::Name;
+use tonic::Status;
+
+use super::answer::Failure;
+
+/// The longest body that is read as a message.
+const BODY_LIMIT: usize = 1024 * 1024;
+/// Up to here the rest of a body that is too long is read and thrown away: a client that is still sending hears the answer then, and not
+/// a connection that breaks.
+const DISCARD_LIMIT: usize = 16 * BODY_LIMIT;
+/// How long a body may take to arrive.
+const BODY_DEADLINE: Duration = Duration::from_secs(30);
+
+/// A message from a JSON body of at most 1 MiB, whatever its content type. No body is the message without any field.
+pub(super) struct Message<M>(pub(super) M);
+
+impl<M, S> FromRequest<S> for Message<M>
+where
+    M: prost::Message + Name + Default,
+    S: Send + Sync,
+{
+    type Rejection = Failure;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, Failure> {
+        let Ok(body) = tokio::time::timeout(BODY_DEADLINE, read(request.into_body())).await else {
+            let seconds = BODY_DEADLINE.as_secs();
+            return Err(Status::deadline_exceeded(format!("The body did not arrive within {seconds} seconds.")).into());
+        };
+        let body = body?;
+        if body.trim_ascii().is_empty() {
+            return Ok(Self(M::default()));
+        }
+        Ok(Self(json::from_slice(&body).map_err(Status::from)?))
+    }
+}
+
+async fn read(body: Body) -> Result<Bytes, Status> {
+    if body.size_hint().lower() > DISCARD_LIMIT as u64 {
+        return Err(too_long());
+    }
+    let mut chunks = body.into_data_stream();
+    let mut kept = BytesMut::new();
+    let mut length = 0;
+    while let Some(chunk) = chunks.next().await {
+        let chunk =
+            chunk.map_err(|_| Status::invalid_argument("The body ends before its announced end; send it again."))?;
+        length += chunk.len();
+        if length <= BODY_LIMIT {
+            kept.extend_from_slice(&chunk);
+        } else if length > DISCARD_LIMIT {
+            break;
+        }
+    }
+    if length > BODY_LIMIT { Err(too_long()) } else { Ok(kept.freeze()) }
+}
+
+fn too_long() -> Status {
+    Status::invalid_argument(format!("The body is longer than {BODY_LIMIT} bytes; send less."))
+}
+
+/// The ids in the path, in order, percent-decoded.
+pub(super) struct PathIds<const N: usize>(pub(super) [String; N]);
+
+impl<const N: usize, S: Send + Sync> FromRequestParts<S> for PathIds<N> {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        check_escapes("path", parts.uri.path())?;
+        let ids = RawPathParams::from_request_parts(parts, state).await;
+        let ids = ids.map_err(|_| not_utf8("path", parts.uri.path()))?;
+        let ids: Vec<_> = ids.iter().map(|(_, id)| id.to_owned()).collect();
+        // Only a route with another number of ids than its handler could get here.
+        ids.try_into().map(Self).map_err(|_| Failure::from(error::internal_error()))
+    }
+}
+
+/// `sourceId`, or `source_id`, of the query; empty where it has none. Given twice, by either name, it is refused, as in a body: which one
+/// is meant cannot be known. Other parameters are ignored.
+pub(super) struct Source(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Source {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Failure> {
+        Ok(Self(source_id(parts.uri.query().unwrap_or_default())?))
+    }
+}
+
+fn source_id(query: &str) -> Result<String, Status> {
+    let mut found = None;
+    for pair in query.split('&') {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        if !matches!(&*percent_decode_str(name).decode_utf8_lossy(), "sourceId" | "source_id") {
+            continue;
+        }
+        check_escapes("sourceId", value)?;
+        // Queries are written as forms are.
+        let value = value.replace('+', " ");
+        let value = percent_decode_str(&value).decode_utf8().map_err(|_| not_utf8("sourceId", &value))?.into_owned();
+        if found.replace(value).is_some() {
+            return Err(error::invalid_field("sourceId", "given twice; give sourceId or source_id once."));
+        }
+    }
+    Ok(found.unwrap_or_default())
+}
+
+fn check_escapes(field: &str, text: &str) -> Result<(), Status> {
+    for after in text.split('%').skip(1) {
+        let digits = after.as_bytes().get(..2).unwrap_or_default();
+        if digits.is_empty() || !digits.iter().all(u8::is_ascii_hexdigit) {
+            let why = format!("{text:?} has a % without two hexadecimal digits after it; write % itself as %25.");
+            return Err(error::invalid_field(field, &why));
+        }
+    }
+    Ok(())
+}
+
+fn not_utf8(field: &str, text: &str) -> Status {
+    error::invalid_field(field, &format!("{text:?} is not UTF-8 once decoded; percent-encode UTF-8."))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    #[test]
+    fn a_query_names_one_source_or_none() {
+        for (query, source) in [
+            ("", ""),
+            ("sourceId=7", "7"),
+            ("source_id=team%2F7", "team/7"),
+            ("a=b&source%5Fid=a+b&%zz", "a b"),
+            ("sourceId", ""),
+            ("sourceid=7", ""),
+        ] {
+            assert_eq!(source_id(query).unwrap(), source, "{query}");
+        }
+        for query in ["sourceId=1&sourceId=1", "sourceId=1&source_id=2", "sourceId=%", "sourceId=%f", "sourceId=%ff"] {
+            assert_eq!(source_id(query).unwrap_err().code(), tonic::Code::InvalidArgument, "{query}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_source_reads_back(source in ".*") {
+            let encoded = percent_encoding::utf8_percent_encode(&source, percent_encoding::NON_ALPHANUMERIC);
+            proptest::prop_assert_eq!(source_id(&format!("sourceId={encoded}")).unwrap(), source);
+        }
+
+        #[test]
+        fn no_query_is_a_panic(query in ".*") {
+            let _ = source_id(&query);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_body_is_bounded_however_it_comes() {
+        let whole = |length: usize| Body::from(vec![b' '; length]);
+        let chunked = |chunks: usize| {
+            let chunk = Bytes::from(vec![b' '; BODY_LIMIT / 4]);
+            Body::from_stream(futures::stream::iter((0..chunks).map(move |_| Ok::<_, std::io::Error>(chunk.clone()))))
+        };
+        assert_eq!(read(whole(BODY_LIMIT)).await.unwrap().len(), BODY_LIMIT);
+        assert_eq!(read(chunked(4)).await.unwrap().len(), BODY_LIMIT);
+        for body in [whole(BODY_LIMIT + 1), whole(DISCARD_LIMIT + 1), chunked(5), chunked(1000)] {
+            assert_eq!(read(body).await.unwrap_err().message(), "The body is longer than 1048576 bytes; send less.");
+        }
+        let broken =
+            Body::from_stream(futures::stream::iter([Ok(Bytes::from("{")), Err(std::io::Error::other("gone"))]));
+        assert_eq!(read(broken).await.unwrap_err().code(), tonic::Code::InvalidArgument);
+    }
+}

@@ -1,0 +1,204 @@
+//! The REST API over the real use cases and the embedded store; scenarios and the provisioner are played.
+
+use std::{fmt::Write as _, path::PathBuf, sync::Arc};
+
+use async_trait::async_trait;
+use axum::{Router, body::Body};
+use gauntlet_coordination::Coordination;
+use gauntlet_domain::{
+    Additional, ChallengeId, Error, Fact, Facts, Found, Gauntlet, Identity, Limits, Order, Outputs, Pinned, Place,
+    Plan, PortSpec, Probe, Provisioner, Readiness, Result, Scenarios, Settings, Workload,
+};
+use http::Request;
+use tower::ServiceExt as _;
+
+use crate::{
+    background::{self, Background},
+    grpc::Handlers,
+    operations::Operations,
+    tasks::Tasks,
+};
+
+/// An API with nothing in it.
+pub(super) struct Api {
+    router: Router,
+    _signals: Background,
+    _store: tempfile::TempDir,
+}
+
+impl Api {
+    pub(super) fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Coordination::embedded(&dir.path().join("store"), "replica").unwrap();
+        let gauntlet =
+            Gauntlet::new(Arc::new(store), Arc::new(Played), Arc::new(Played), Arc::new(Played), Settings::default());
+        let (signals, receiver) = background::signals();
+        let handlers = Handlers::new(Operations::new(gauntlet, Tasks::default(), signals));
+        Self { router: super::super::router(handlers), _signals: receiver, _store: dir }
+    }
+
+    pub(super) fn router(&self) -> Router {
+        self.router.clone()
+    }
+
+    /// Challenge `web`, whose instances live for ten minutes.
+    pub(super) async fn with_challenge() -> Self {
+        let api = Self::new();
+        api.done("POST /api/v1/challenge", r#"{"id":"web","scenario":"reg/web:v1","timeout":"600s"}"#).await;
+        api
+    }
+
+    /// As [`Api::with_challenge`], with an instance of it for source 7.
+    pub(super) async fn with_instance() -> Self {
+        let api = Self::with_challenge().await;
+        api.done("POST /api/v1/instance", r#"{"challengeId":"web","sourceId":"7"}"#).await;
+        api
+    }
+
+    /// A call that prepares a test.
+    pub(super) async fn done(&self, line: &str, body: impl Into<Body>) {
+        let answer = self.call(line, body).await;
+        assert!(answer.starts_with("200 "), "{line}: {answer}");
+    }
+
+    /// A call as `METHOD target`; its answer as status, content type and body, without the times that differ from run to run.
+    pub(super) async fn call(&self, line: &str, body: impl Into<Body>) -> String {
+        answer(self.router.clone(), line, body).await
+    }
+
+    /// What is stored, as the API tells it.
+    pub(super) async fn contents(&self) -> String {
+        self.call("GET /api/v1/challenge", "").await
+    }
+}
+
+pub(super) async fn answer(router: Router, line: &str, body: impl Into<Body>) -> String {
+    let (method, target) = line.split_once(' ').unwrap();
+    let request = Request::builder().method(method).uri(target).body(body.into()).unwrap();
+    text(router.oneshot(request).await.unwrap()).await
+}
+
+pub(super) async fn text(response: axum::response::Response) -> String {
+    let (head, body) = response.into_parts();
+    let mut text = head.status.as_u16().to_string();
+    for (name, value) in [("", "content-type"), ("allow: ", "allow")] {
+        if let Some(value) = head.headers.get(value) {
+            write!(text, " {name}{}", value.to_str().unwrap()).unwrap();
+        }
+    }
+    let body = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+    format!("{text}\n{}", redacted(str::from_utf8(&body).unwrap()))
+}
+
+/// Times that the server chose become `[time]`; they must be RFC 3339 in UTC.
+fn redacted(body: &str) -> String {
+    let mut rest = body;
+    let mut text = String::new();
+    while let Some((at, name)) = ["\"since\":\"", "\"lastRenew\":\"", "\"until\":\""]
+        .iter()
+        .filter_map(|name| Some((rest.find(name)?, name)))
+        .min()
+    {
+        let (before, after) = rest.split_at(at + name.len());
+        let (time, after) = after.split_at(after.find('"').unwrap());
+        let _: jiff::Timestamp = time.parse().unwrap();
+        assert!(time.ends_with('Z'), "{time}");
+        let fixed = time.starts_with("2999") || time.starts_with("1999");
+        text.push_str(before);
+        text.push_str(if fixed { time } else { "[time]" });
+        rest = after;
+    }
+    text + rest
+}
+
+/// Plays scenarios, provisioner and facts. The name of a reference says what becomes of it.
+struct Played;
+
+#[async_trait]
+impl Scenarios for Played {
+    async fn resolve(&self, reference: &str) -> Result<Pinned> {
+        let owned = reference.to_owned();
+        let problem = || "in scenario.yaml, line 3".to_owned();
+        match reference {
+            "reg/malformed:" => {
+                Err(Error::ReferenceMalformed { reference: owned, problem: "the tag is empty".to_owned() })
+            }
+            "reg/unreachable" => {
+                Err(Error::Registry { reference: owned, detail: "10.0.0.1 refused secret".to_owned() })
+            }
+            "reg/unknown" => Err(Error::ReferenceNotFound { reference: owned }),
+            "reg/wrong" => Err(Error::ScenarioInvalid { reference: owned, problem: problem() }),
+            "reg/missing" => Err(Error::ScenarioNotFound { reference: owned, problem: problem() }),
+            "reg/unready" => Err(Error::ScenarioPreprocessing { reference: owned, problem: problem() }),
+            "reg/away" => Err(Error::Unavailable { what: "registry", detail: "10.0.0.1 timed out".to_owned() }),
+            // Another reference is another digest.
+            _ => Ok(Pinned { reference: owned, digest: format!("sha256:{:064x}", reference.len()) }),
+        }
+    }
+
+    async fn plan(&self, scenario: &Pinned, _: &Identity, additional: &Additional) -> Result<Arc<dyn Plan>> {
+        Ok(Arc::new(PlayedPlan { reference: scenario.reference.clone(), additional: additional.clone() }))
+    }
+}
+
+#[derive(Debug)]
+struct PlayedPlan {
+    reference: String,
+    additional: Additional,
+}
+
+impl Plan for PlayedPlan {
+    fn ports(&self) -> &[PortSpec] {
+        &[]
+    }
+
+    fn render(&self, place: &Place) -> Result<Workload> {
+        if self.reference == "reg/fails" {
+            return Err(Error::Provision { step: "start", detail: "/srv/secret: no such file".to_owned() });
+        }
+        let flags: &[&str] = if self.reference == "reg/two" { &["FLAG{1}", "FLAG{2}"] } else { &["FLAG{1}"] };
+        Ok(Workload {
+            files: PathBuf::new(),
+            command: vec!["true".to_owned()],
+            env: self.additional.clone(),
+            readiness: Readiness {
+                probe: Probe::Output { contains: String::new() },
+                interval: std::time::Duration::ZERO,
+                timeout: std::time::Duration::ZERO,
+            },
+            limits: Limits::default(),
+            connection_info: format!("http://{}:1337", place.host),
+            flags: flags.iter().map(|flag| (*flag).to_owned()).collect(),
+        })
+    }
+}
+
+#[async_trait]
+impl Provisioner for Played {
+    fn name(&self) -> &'static str {
+        "played"
+    }
+
+    async fn up(&self, order: &Order) -> Result<Outputs> {
+        let place =
+            Place { host: "host.example".to_owned(), ports: std::collections::BTreeMap::new(), dir: PathBuf::new() };
+        let workload = order.plan.render(&place)?;
+        Ok(Outputs { connection_info: workload.connection_info, flags: workload.flags })
+    }
+
+    async fn update(&self, order: &Order) -> Result<Outputs> {
+        self.up(order).await
+    }
+
+    async fn down(&self, _: &ChallengeId, _: &Identity, _: u64) -> Result<()> {
+        Ok(())
+    }
+
+    async fn list(&self) -> Result<Vec<Found>> {
+        Ok(Vec::new())
+    }
+}
+
+impl Facts for Played {
+    fn note(&self, _: Fact) {}
+}
