@@ -247,6 +247,10 @@ fn endpoint(env: &Env, signal: Signal, protocol: Protocol, insecure: bool) -> Re
     if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none_or(str::is_empty) {
         return Err(EnvError::new(name, value, fix));
     }
+    if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
+        let fix = "set it to an address without a user and password, and put those in OTEL_EXPORTER_OTLP_HEADERS";
+        return Err(EnvError::new(name, "(hidden)", fix));
+    }
     if protocol == Protocol::HttpProtobuf && name == general {
         return Ok(format!("{}/v1/{}", address.trim_end_matches('/'), signal.lower()));
     }
@@ -354,5 +358,153 @@ fn temporality(env: &Env) -> Result<Temporality, EnvError> {
         Some("delta") => Ok(Temporality::Delta),
         Some("lowmemory") => Ok(Temporality::LowMemory),
         Some(value) => Err(EnvError::new(name, value, "set it to cumulative, delta or lowmemory")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(variables: &[(&str, &str)]) -> Result<Config, EnvError> {
+        Config::parse(&variables.iter().copied().collect())
+    }
+
+    fn sends(config: &[Exporter]) -> &Otlp {
+        match config {
+            [Exporter::Otlp(otlp)] => otlp,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn defaults_are_the_standard_ones() {
+        let config = parse(&[]).unwrap();
+        for (exporters, signal) in [(&config.traces, "traces"), (&config.metrics, "metrics"), (&config.logs, "logs")] {
+            assert_eq!(sends(exporters).endpoint, "http://localhost:4317", "{signal}");
+            assert_eq!(sends(exporters).protocol, Protocol::Grpc);
+            assert_eq!(sends(exporters).timeout, Duration::from_secs(10));
+        }
+        assert_eq!(config.propagators, [Propagator::TraceContext, Propagator::Baggage]);
+        assert_eq!((config.parent_based, config.sampler), (true, Sampler::AlwaysOn));
+        assert_eq!((config.spans.queue, config.spans.batch, config.spans.delay), (2048, 512, Duration::from_secs(5)));
+        assert_eq!(config.metric_interval, Duration::from_secs(60));
+        assert_eq!(config, parse(&[("OTEL_TRACES_EXPORTER", ""), ("OTEL_SDK_DISABLED", " ")]).unwrap());
+    }
+
+    #[test]
+    fn each_signal_may_go_its_own_way() {
+        let config = parse(&[
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318/base/"),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
+            ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "https://traces/own"),
+            ("OTEL_EXPORTER_OTLP_LOGS_PROTOCOL", "grpc"),
+            ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", "logs:4317"),
+            ("OTEL_EXPORTER_OTLP_LOGS_INSECURE", "true"),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "a=1,b=x%20y"),
+            ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "a=2"),
+            ("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "250"),
+            ("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
+            ("OTEL_METRICS_EXPORTER", "otlp"),
+        ])
+        .unwrap();
+        assert_eq!(sends(&config.metrics).endpoint, "http://collector:4318/base/v1/metrics");
+        assert_eq!(sends(&config.metrics).timeout, Duration::from_millis(250));
+        assert_eq!(sends(&config.traces).endpoint, "https://traces/own");
+        assert_eq!(sends(&config.traces).headers.get("a").unwrap(), "2");
+        assert_eq!(sends(&config.traces).headers.get("b").unwrap(), "x y");
+        assert_eq!(sends(&config.logs).endpoint, "http://logs:4317");
+        assert_eq!(sends(&config.logs).protocol, Protocol::Grpc);
+        assert_eq!(sends(&config.logs).compression, Some(Compression::Gzip));
+    }
+
+    #[test]
+    fn what_is_asked_for_is_understood() {
+        let config = parse(&[
+            ("OTEL_SDK_DISABLED", "TRUE"),
+            ("OTEL_TRACES_EXPORTER", "console"),
+            ("OTEL_METRICS_EXPORTER", "prometheus,console"),
+            ("OTEL_LOGS_EXPORTER", "none"),
+            ("OTEL_PROPAGATORS", "baggage"),
+            ("OTEL_TRACES_SAMPLER", "traceidratio"),
+            ("OTEL_TRACES_SAMPLER_ARG", "0.25"),
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "100"),
+            ("OTEL_RESOURCE_ATTRIBUTES", "service.name=by-attribute, team = red"),
+            ("LOG_LEVEL", "debug"),
+        ])
+        .unwrap();
+        assert!(config.disabled);
+        assert_eq!(config.traces, [Exporter::Console]);
+        assert_eq!(config.metrics, [Exporter::Prometheus, Exporter::Console]);
+        assert_eq!(config.logs, []);
+        assert_eq!(config.propagators, [Propagator::Baggage]);
+        assert_eq!((config.parent_based, config.sampler), (false, Sampler::Ratio(0.25)));
+        assert_eq!((config.spans.queue, config.spans.batch), (100, 100));
+        assert_eq!(config.service_name.as_deref(), Some("by-attribute"));
+        assert_eq!(config.resource.last().unwrap(), &("team".to_owned(), "red".to_owned()));
+        assert_eq!(config.log_filter.unwrap(), ("LOG_LEVEL".to_owned(), "debug".to_owned()));
+        let named = parse(&[("OTEL_SERVICE_NAME", "by-name"), ("OTEL_RESOURCE_ATTRIBUTES", "service.name=other")]);
+        assert_eq!(named.unwrap().service_name.as_deref(), Some("by-name"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_fix() {
+        let wrong = [
+            ("OTEL_SDK_DISABLED", "yes"),
+            ("OTEL_TRACES_EXPORTER", "jaeger"),
+            ("OTEL_TRACES_EXPORTER", "prometheus"),
+            ("OTEL_METRICS_EXPORTER", "otlp,none"),
+            ("OTEL_PROPAGATORS", "b3"),
+            ("OTEL_TRACES_SAMPLER", "sometimes"),
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
+            ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4096"),
+            ("OTEL_BSP_SCHEDULE_DELAY", "5s"),
+            ("OTEL_METRIC_EXPORT_INTERVAL", "-1"),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+            ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd"),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "ftp://collector"),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://"),
+            ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "soon"),
+            ("OTEL_RESOURCE_ATTRIBUTES", "team"),
+            ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "newest"),
+            ("LOG_FORMAT", "xml"),
+        ];
+        let texts: Vec<_> = wrong
+            .iter()
+            .map(|(name, value)| {
+                let error = parse(&[(name, value)]).unwrap_err();
+                assert_eq!((error.variable.as_str(), error.value.as_str()), (*name, *value));
+                error.to_string()
+            })
+            .collect();
+        insta::assert_snapshot!(texts.join("\n"));
+        let ratio = parse(&[("OTEL_TRACES_SAMPLER", "traceidratio"), ("OTEL_TRACES_SAMPLER_ARG", "1.5")]);
+        assert_eq!(ratio.unwrap_err().variable, "OTEL_TRACES_SAMPLER_ARG");
+    }
+
+    #[test]
+    fn secrets_are_not_repeated() {
+        for headers in ["authorization", "bad name=secret-token", "k=secret-token\u{7}"] {
+            let error = parse(&[("OTEL_EXPORTER_OTLP_HEADERS", headers)]).unwrap_err();
+            assert!(!error.to_string().contains("secret"), "{error}");
+            assert_eq!(error.value, "(hidden)");
+        }
+        let error = parse(&[("OTEL_EXPORTER_OTLP_ENDPOINT", "http://me:secret@collector:4317")]).unwrap_err();
+        assert!(!error.to_string().contains("secret"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_value_makes_it_panic(value in "\\PC{0,40}") {
+            for name in [
+                "OTEL_TRACES_EXPORTER", "OTEL_PROPAGATORS", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_HEADERS",
+                "OTEL_RESOURCE_ATTRIBUTES", "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_TRACES_SAMPLER",
+            ] {
+                let _ = parse(&[(name, &value)]);
+            }
+        }
     }
 }
