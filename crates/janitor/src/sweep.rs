@@ -1,0 +1,341 @@
+//! One sweep: read what there is, delete what has expired.
+
+use std::{
+    pin::pin,
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt as _, stream};
+use gauntlet_api::{
+    error::reason,
+    v1::{
+        challenge::{Challenge, challenge_store_client::ChallengeStoreClient},
+        instance::{DeleteInstanceRequest, RetrieveInstanceRequest, instance_manager_client::InstanceManagerClient},
+    },
+};
+use gauntlet_telemetry::{context, instruments, names};
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status};
+use tracing::{Instrument as _, Span, field::Empty};
+
+use crate::server::{Channel, code_name, within};
+
+/// How long deletions under way may go on once the janitor is told to stop.
+pub const FINISH_WITHIN: Duration = Duration::from_secs(20);
+
+/// What is read longer ago than this is read again before it is deleted: somebody may have deleted it and begun anew.
+const FRESH_FOR: Duration = Duration::from_secs(5);
+
+/// A challenge comes with all its instances in one message.
+const LARGEST_CHALLENGE: usize = 64 << 20;
+
+/// What a sweep, or all sweeps of a service, came to, in instances.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Read from the API.
+    pub seen: u64,
+    /// Past their end when they were read.
+    pub expired: u64,
+    /// Deleted.
+    pub deleted: u64,
+    /// Deleted by somebody else meanwhile.
+    pub gone: u64,
+    /// Given more time, or begun anew, meanwhile; left alone.
+    pub renewed: u64,
+    /// Not deleted because the API, or the way to it, failed.
+    pub failed: u64,
+}
+
+impl Summary {
+    /// Expired ones that a stop left for the next sweep.
+    #[must_use]
+    pub fn left(&self) -> u64 {
+        self.expired.saturating_sub(self.deleted + self.gone + self.renewed + self.failed)
+    }
+
+    /// Whether something was brought to its end.
+    pub(crate) fn did_something(&self) -> bool {
+        self.deleted + self.gone + self.renewed > 0
+    }
+
+    pub(crate) fn add(&mut self, other: Self) {
+        self.seen += other.seen;
+        self.expired += other.expired;
+        self.deleted += other.deleted;
+        self.gone += other.gone;
+        self.renewed += other.renewed;
+        self.failed += other.failed;
+    }
+
+    fn count(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Deleted => self.deleted += 1,
+            Outcome::Gone => self.gone += 1,
+            Outcome::Renewed => self.renewed += 1,
+            Outcome::TimedOut | Outcome::Unavailable | Outcome::Refused => self.failed += 1,
+        }
+    }
+}
+
+/// What a sweep came to, and what went wrong.
+#[derive(Debug, Default)]
+pub(crate) struct Sweep {
+    pub(crate) summary: Summary,
+    /// Why not all challenges could be read. Those read before count.
+    pub(crate) unread: Option<Status>,
+    /// Why the first of the deletions that failed did.
+    pub(crate) first_failure: Option<Status>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Deleted,
+    Gone,
+    Renewed,
+    TimedOut,
+    Unavailable,
+    Refused,
+}
+
+impl Outcome {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Deleted => "ok",
+            Self::Gone => "gone",
+            Self::Renewed => "renewed",
+            Self::TimedOut => "timeout",
+            Self::Unavailable => "unavailable",
+            Self::Refused => "error",
+        }
+    }
+
+    fn of_failure(code: Code) -> Self {
+        match code {
+            Code::DeadlineExceeded => Self::TimedOut,
+            Code::Unavailable => Self::Unavailable,
+            _ => Self::Refused,
+        }
+    }
+}
+
+/// An instance past its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Expired {
+    challenge: String,
+    source: String,
+    /// When it should have ended.
+    until: Timestamp,
+    /// The end that its challenge sets.
+    challenge_until: Option<Timestamp>,
+}
+
+/// Sweeps through one channel.
+#[derive(Clone, Debug)]
+pub(crate) struct Sweeper {
+    challenges: ChallengeStoreClient<Channel>,
+    instances: InstanceManagerClient<Channel>,
+    instruments: instruments::Janitor,
+    concurrency: usize,
+    timeout: Duration,
+    fresh_for: Duration,
+}
+
+impl Sweeper {
+    pub(crate) fn new(
+        channel: Channel,
+        instruments: instruments::Janitor,
+        concurrency: usize,
+        timeout: Duration,
+    ) -> Self {
+        Self {
+            challenges: ChallengeStoreClient::new(channel.clone()).max_decoding_message_size(LARGEST_CHALLENGE),
+            instances: InstanceManagerClient::new(channel),
+            instruments,
+            concurrency,
+            timeout,
+            fresh_for: FRESH_FOR,
+        }
+    }
+
+    /// Sweeps once. When `stop` is cancelled reading ends, no deletion begins, and those under way get [`FINISH_WITHIN`].
+    pub(crate) async fn sweep(&self, stop: &CancellationToken) -> Sweep {
+        let span = tracing::info_span!(
+            parent: None,
+            names::JANITOR_SWEEP.name,
+            janitor.scanned = Empty,
+            janitor.expired = Empty,
+            janitor.deleted = Empty,
+            janitor.failed = Empty,
+            outcome = Empty,
+            error.type = Empty,
+        );
+        async {
+            let sweep = self.read_and_expire(stop).await;
+            let Summary { seen, expired, deleted, failed, .. } = sweep.summary;
+            let span = Span::current();
+            span.record("janitor.scanned", seen);
+            span.record("janitor.expired", expired);
+            span.record("janitor.deleted", deleted);
+            span.record("janitor.failed", failed);
+            let outcome = match &sweep {
+                Sweep { unread: Some(status), .. } => {
+                    tracing::warn!(read = seen, "Not all challenges could be read: {}", said(status));
+                    span.record("error.type", error_type(status));
+                    context::fail_span("not all challenges could be read");
+                    "unread"
+                }
+                _ if failed > 0 => {
+                    context::fail_span(format!("{failed} of {expired} deletions failed"));
+                    "partial"
+                }
+                _ if sweep.summary.left() > 0 => "stopped",
+                _ => "ok",
+            };
+            span.record("outcome", outcome);
+            sweep
+        }
+        .instrument(span)
+        .await
+    }
+
+    async fn read_and_expire(&self, stop: &CancellationToken) -> Sweep {
+        let mut sweep = Sweep::default();
+        let mut found = Vec::new();
+        let read_at = Instant::now();
+        tokio::select! {
+            read = self.read(&mut sweep.summary.seen, &mut found) => sweep.unread = read.err(),
+            () = stop.cancelled() => {}
+        }
+        // What is overdue longest goes first.
+        found.sort_by_key(|expired| expired.until);
+        sweep.summary.expired = u64::try_from(found.len()).unwrap_or(u64::MAX);
+
+        let mut ends = pin!(
+            stream::iter(found)
+                .take_until(stop.cancelled())
+                .map(|expired| self.expire(expired, read_at))
+                .buffer_unordered(self.concurrency)
+        );
+        let mut too_late = pin!(async {
+            stop.cancelled().await;
+            tokio::time::sleep(FINISH_WITHIN).await;
+        });
+        loop {
+            tokio::select! {
+                end = ends.next() => match end {
+                    Some(Ok(outcome)) => sweep.summary.count(outcome),
+                    Some(Err(status)) => {
+                        sweep.summary.count(Outcome::of_failure(status.code()));
+                        sweep.first_failure.get_or_insert(status);
+                    }
+                    None => return sweep,
+                },
+                () = &mut too_late => return sweep,
+            }
+        }
+    }
+
+    /// Reads every challenge and keeps what has expired. What was read before a failure stays.
+    async fn read(&self, seen: &mut u64, found: &mut Vec<Expired>) -> Result<(), Status> {
+        let mut client = self.challenges.clone();
+        within(self.timeout, (), async |request| {
+            let mut answers = client.query_challenge(request).await?.into_inner();
+            while let Some(challenge) = answers.message().await? {
+                *seen += u64::try_from(challenge.instances.len()).unwrap_or(u64::MAX);
+                found.extend(expired(challenge, Timestamp::now()));
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Brings one expired instance to its end, and says so: span, metric, log.
+    async fn expire(&self, expired: Expired, read_at: Instant) -> Result<Outcome, Status> {
+        let span = tracing::info_span!(
+            names::JANITOR_EXPIRE.name,
+            challenge.id = expired.challenge,
+            source.id = expired.source,
+            outcome = Empty,
+            error.type = Empty,
+        );
+        async {
+            let result = self.end(&expired, read_at).await;
+            let outcome = match &result {
+                Ok(outcome) => *outcome,
+                Err(status) => {
+                    Span::current().record("error.type", error_type(status));
+                    context::fail_span(status.message().to_owned());
+                    tracing::warn!(
+                        challenge.id = expired.challenge,
+                        source.id = expired.source,
+                        "An expired instance could not be deleted, the next sweep tries again: {}",
+                        said(status),
+                    );
+                    Outcome::of_failure(status.code())
+                }
+            };
+            Span::current().record("outcome", outcome.as_str());
+            let lag = Duration::try_from(Timestamp::now().duration_since(expired.until)).unwrap_or_default();
+            self.instruments.expired(outcome.as_str(), lag);
+            result
+        }
+        .instrument(span)
+        .await
+    }
+
+    async fn end(&self, expired: &Expired, read_at: Instant) -> Result<Outcome, Status> {
+        let (challenge_id, source_id) = (expired.challenge.clone(), expired.source.clone());
+        let mut client = self.instances.clone();
+        if read_at.elapsed() > self.fresh_for {
+            let request = RetrieveInstanceRequest { challenge_id: challenge_id.clone(), source_id: source_id.clone() };
+            match within(self.timeout, request, async |request| client.retrieve_instance(request).await).await {
+                Ok(answer) => {
+                    let until = earliest(time(answer.get_ref().until), expired.challenge_until);
+                    if until.is_none_or(|until| until > Timestamp::now()) {
+                        return Ok(Outcome::Renewed);
+                    }
+                }
+                Err(status) if status.code() == Code::NotFound => return Ok(Outcome::Gone),
+                Err(status) => return Err(status),
+            }
+        }
+        let request = DeleteInstanceRequest { challenge_id, source_id };
+        match within(self.timeout, request, async |request| client.delete_instance(request).await).await {
+            Ok(_) => Ok(Outcome::Deleted),
+            Err(status) if status.code() == Code::NotFound => Ok(Outcome::Gone),
+            Err(status) => Err(status),
+        }
+    }
+}
+
+/// The instances of `challenge` whose end, or whose challenge's end, is not after `now`.
+fn expired(challenge: Challenge, now: Timestamp) -> impl Iterator<Item = Expired> {
+    let challenge_until = time(challenge.until);
+    challenge.instances.into_iter().filter_map(move |instance| {
+        let until = earliest(time(instance.until), challenge_until).filter(|until| *until <= now)?;
+        Some(Expired { challenge: instance.challenge_id, source: instance.source_id, until, challenge_until })
+    })
+}
+
+fn earliest(one: Option<Timestamp>, other: Option<Timestamp>) -> Option<Timestamp> {
+    one.into_iter().chain(other).min()
+}
+
+/// None for what is unset, and for what no clock will reach.
+fn time(timestamp: Option<prost_types::Timestamp>) -> Option<Timestamp> {
+    timestamp.and_then(|timestamp| Timestamp::new(timestamp.seconds, timestamp.nanos).ok())
+}
+
+/// What clients match on: the reason, or the code where there is none.
+fn error_type(status: &Status) -> String {
+    reason(status).unwrap_or_else(|| code_name(status.code()))
+}
+
+/// An error for operators.
+pub(crate) fn said(status: &Status) -> String {
+    format!("{} ({})", status.message(), error_type(status))
+}
+
+#[cfg(test)]
+mod tests;

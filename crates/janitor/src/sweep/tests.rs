@@ -1,0 +1,65 @@
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use gauntlet_telemetry::Instruments;
+use proptest::prelude::*;
+
+use self::fake::{Fake, at, challenge};
+use super::*;
+
+#[path = "../../tests/fake/mod.rs"]
+mod fake;
+
+fn sources(challenge: Challenge, now: Timestamp) -> Vec<String> {
+    expired(challenge, now).map(|expired| expired.source).collect()
+}
+
+#[test]
+fn what_has_expired() {
+    let now = Timestamp::now();
+    let live = at(3600);
+    let past = at(-3600);
+    assert_eq!(sources(challenge("c", None, &[("1", past), ("2", live), ("3", None)]), now), ["1"]);
+    assert_eq!(sources(challenge("c", past, &[("1", live), ("2", None)]), now), ["1", "2"]);
+    assert_eq!(sources(challenge("c", live, &[("1", past), ("2", None)]), now), ["1"]);
+    // Its last moment is its end.
+    let end = Some(prost_types::Timestamp { seconds: 10, nanos: 5 });
+    assert_eq!(sources(challenge("c", None, &[("1", end)]), Timestamp::new(10, 5).unwrap()), ["1"]);
+    assert_eq!(sources(challenge("c", None, &[("1", end)]), Timestamp::new(10, 4).unwrap()), [""; 0]);
+}
+
+proptest! {
+    #[test]
+    fn any_time_is_either_reached_or_not(seconds: i64, nanos: i32) {
+        let ends = challenge("c", None, &[("1", Some(prost_types::Timestamp { seconds, nanos }))]);
+        let found: Vec<_> = expired(ends, Timestamp::now()).collect();
+        prop_assert!(found.iter().all(|expired| expired.until <= Timestamp::now()));
+    }
+}
+
+/// A sweeper that takes nothing it read as fresh.
+fn doubtful(url: &str) -> Sweeper {
+    let instruments = Instruments::noop();
+    let channel = url.parse::<crate::Server>().unwrap().channel("test", &instruments).unwrap();
+    let sweeper = Sweeper::new(channel, instruments.janitor, 1, Duration::from_secs(10));
+    Sweeper { fresh_for: Duration::ZERO, ..sweeper }
+}
+
+fn stale(challenge: &str, source: &str, challenge_until: Option<Timestamp>) -> Expired {
+    Expired { challenge: challenge.into(), source: source.into(), until: Timestamp::UNIX_EPOCH, challenge_until }
+}
+
+#[tokio::test]
+async fn what_was_read_long_ago_is_read_again() {
+    let fake = Fake::new(vec![challenge("c", None, &[("renewed", at(60)), ("endless", None), ("still", at(-60))])]);
+    let server = fake.serve().await;
+    let sweeper = doubtful(&server.url);
+    let end = async |source, challenge_until| {
+        sweeper.end(&stale("c", source, challenge_until), Instant::now()).await.unwrap()
+    };
+    assert_eq!(end("renewed", None).await, Outcome::Renewed);
+    assert_eq!(end("endless", None).await, Outcome::Renewed);
+    assert_eq!(end("deleted", None).await, Outcome::Gone);
+    assert_eq!(end("still", None).await, Outcome::Deleted);
+    assert_eq!(end("renewed", Some(Timestamp::UNIX_EPOCH)).await, Outcome::Deleted);
+    assert_eq!(fake.deleted(), ["renewed", "still"]);
+}

@@ -1,0 +1,115 @@
+//! A sweep as one trace that reaches the server, and its metrics.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+
+mod fake;
+
+use std::collections::BTreeMap;
+
+use fake::{Deletion, Fake, at, challenge};
+use gauntlet_janitor::{Config, Summary, run};
+use gauntlet_telemetry::{Instruments, layers::GrpcServerLayer};
+use opentelemetry::trace::{SpanId, SpanKind, Status, TracerProvider as _};
+use opentelemetry_sdk::{
+    metrics::{
+        InMemoryMetricExporter, SdkMeterProvider,
+        data::{AggregatedMetrics, MetricData},
+    },
+    propagation::TraceContextPropagator,
+    trace::{InMemorySpanExporter, SdkTracerProvider, SpanData},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::Code;
+use tracing_subscriber::layer::SubscriberExt as _;
+
+const DELETE: &str = "api.v1.instance.InstanceManager/DeleteInstance";
+const QUERY: &str = "api.v1.challenge.ChallengeStore/QueryChallenge";
+
+/// The tree below `parent`, a line for each span, indented, in the order of their text.
+fn tree(spans: &[SpanData], parent: SpanId, depth: usize) -> Vec<String> {
+    let mut branches: Vec<Vec<String>> = spans
+        .iter()
+        .filter(|span| span.parent_span_id == parent)
+        .map(|span| {
+            let attributes: BTreeMap<_, _> = span
+                .attributes
+                .iter()
+                .filter(|attribute| !attribute.key.as_str().starts_with("server."))
+                .map(|attribute| (attribute.key.as_str(), attribute.value.as_str().into_owned()))
+                .filter(|(key, _)| !["rpc.system.name", "rpc.method", "target", "level"].contains(key))
+                .collect();
+            let failed = if matches!(span.status, Status::Error { .. }) { " FAILED" } else { "" };
+            let kind = format!("{:?}", span.span_kind).to_uppercase();
+            let mut lines = vec![format!("{}{} {kind}{failed} {attributes:?}", "  ".repeat(depth), span.name)];
+            lines.extend(tree(spans, span.span_context.span_id(), depth + 1));
+            lines
+        })
+        .collect();
+    branches.sort();
+    branches.concat()
+}
+
+#[tokio::test]
+async fn a_sweep_is_one_trace_that_reaches_the_server() {
+    opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
+    let exporter = InMemorySpanExporter::default();
+    let traces = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
+    let layer = tracing_opentelemetry::layer()
+        .with_tracer(traces.tracer("test"))
+        .with_location(false)
+        .with_threads(false)
+        .with_tracked_inactivity(false);
+    let filter = tracing_subscriber::filter::filter_fn(|meta| meta.is_span() && meta.target().starts_with("gauntlet"));
+    let subscriber = tracing_subscriber::registry().with(tracing_subscriber::Layer::with_filter(layer, filter));
+    tracing::subscriber::set_global_default(subscriber).unwrap();
+    let measured = InMemoryMetricExporter::default();
+    let metrics = SdkMeterProvider::builder().with_periodic_exporter(measured.clone()).build();
+    let instruments = Instruments::new(&metrics);
+
+    let fake =
+        Fake::new(vec![challenge("web-1", None, &[("7", at(-90)), ("8", at(-60)), ("9", at(-30)), ("10", None)])])
+            .deletion("8", Deletion::Fails(Code::Internal))
+            .deletion("9", Deletion::NotFound);
+    let server = fake.serve_observed(GrpcServerLayer::new(&instruments, [QUERY, DELETE])).await;
+    let config = Config::new(server.url.parse().unwrap());
+    let summary = run(&config, &instruments, CancellationToken::new()).await.unwrap();
+    assert_eq!(summary, Summary { seen: 4, expired: 3, deleted: 1, gone: 1, failed: 1, ..Summary::default() });
+
+    fake.until(|_| exporter.get_finished_spans().unwrap().len() == 12).await;
+    let spans = exporter.get_finished_spans().unwrap();
+    let roots: Vec<_> = spans.iter().filter(|span| span.parent_span_id == SpanId::INVALID).collect();
+    assert_eq!(roots.len(), 1, "one root: {roots:#?}");
+    assert!(spans.iter().all(|span| span.span_context.trace_id() == roots[0].span_context.trace_id()));
+    assert_eq!(spans.iter().filter(|span| span.span_kind == SpanKind::Server).count(), 4);
+    assert_eq!(fake.with(|state| state.traceparents.len()), 4, "every call carries its context");
+    insta::assert_snapshot!(tree(&spans, SpanId::INVALID, 0).join("\n"));
+
+    metrics.force_flush().unwrap();
+    let mut counted = BTreeMap::new();
+    let mut lags = 0;
+    for metric in measured
+        .get_finished_metrics()
+        .unwrap()
+        .iter()
+        .flat_map(|all| all.scope_metrics())
+        .flat_map(|scope| scope.metrics())
+    {
+        match (metric.name(), metric.data()) {
+            ("gauntlet.janitor.expired", AggregatedMetrics::U64(MetricData::Sum(sum))) => {
+                for point in sum.data_points() {
+                    let outcome = point.attributes().next().unwrap().value.as_str().into_owned();
+                    counted.insert(outcome, point.value());
+                }
+            }
+            ("gauntlet.janitor.lag", AggregatedMetrics::F64(MetricData::Histogram(histogram))) => {
+                for point in histogram.data_points() {
+                    lags += point.count();
+                    assert!(point.min().unwrap() >= 29.0 && point.max().unwrap() < 3600.0);
+                }
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(format!("{counted:?}"), r#"{"error": 1, "gone": 1, "ok": 1}"#);
+    assert_eq!(lags, 3);
+}
