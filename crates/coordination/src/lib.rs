@@ -1,1 +1,107 @@
 //! Records, owner keys, locks and indexes on etcd or one embedded store.
+//!
+//! [`Coordination`] implements the domain's [`Store`](gauntlet_domain::Store) once, over the narrow port [`kv::Kv`]: every promise of the
+//! store is a transaction there, so that backends differ in how they keep keys and in nothing else.
+
+mod core;
+mod embedded;
+mod keys;
+pub mod kv;
+mod locks;
+mod mirror;
+mod reads;
+mod records;
+mod session;
+mod store;
+mod ticket;
+
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, Mutex, atomic::AtomicU64},
+    time::Duration,
+};
+
+use gauntlet_domain::{Error, Result};
+use tokio::time::timeout;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use crate::embedded::Embedded;
+use crate::{core::Core, keys::Layout, kv::Kv, mirror::Mirror, session::Session, ticket::Reaper};
+
+/// What every key begins with, unless told otherwise.
+pub const PREFIX: &str = "gauntlet/";
+
+/// How long a lease of the embedded store lives without being kept alive. Only a process that stood still that long loses one.
+const EMBEDDED_TTL: Duration = Duration::from_secs(60);
+
+/// How long [`Coordination::shutdown`] takes at most.
+const SHUTDOWN: Duration = Duration::from_secs(5);
+
+/// One replica's view of the coordinated store: records, ownership and locks. [`Coordination::shutdown`] gives up all it owns; dropping it
+/// without that is like a crash: what it owned goes with its lease.
+#[derive(Debug)]
+pub struct Coordination<K: Kv> {
+    core: Arc<Core<K>>,
+    stop: CancellationToken,
+}
+
+impl Coordination<Embedded> {
+    /// Opens the store in one file, for one machine and one process; made if it is not there. `replica` is written beside each ownership.
+    /// To be called within a Tokio runtime.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if another process has the file open or it cannot be opened, [`Error::Internal`] if it is damaged.
+    pub async fn embedded(path: &Path, replica: String) -> Result<Self> {
+        let path = path.to_owned();
+        let opened = tokio::task::spawn_blocking(move || Embedded::open(&path)).await;
+        let kv = opened.map_err(|error| Error::Internal(error.to_string()))??;
+        Ok(Self::over(kv, PREFIX, EMBEDDED_TTL, replica))
+    }
+}
+
+impl<K: Kv> Coordination<K> {
+    /// On any key-value store, all keys beginning with `prefix`. What it owns is lost to others `ttl` after it was last heard of. To be
+    /// called within a Tokio runtime.
+    pub fn over(kv: K, prefix: &str, ttl: Duration, replica: String) -> Self {
+        let (kv, layout) = (Arc::new(kv), Layout::new(prefix));
+        let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let (session, keep) = Session::start(kv.clone(), ttl, stop.clone());
+        let (reaper, reap) = Reaper::start(kv.clone(), stop.clone());
+        let mirror = Arc::new(Mirror::default());
+        tasks.spawn(keep);
+        tasks.spawn(reap);
+        tasks.spawn(mirror.clone().follow(kv.clone(), layout.live(), stop.clone()));
+        let core = Core {
+            kv,
+            layout,
+            session,
+            mirror,
+            reaper,
+            replica,
+            tasks,
+            next: AtomicU64::new(0),
+            reported: Mutex::new(HashMap::new()),
+        };
+        Self { core: Arc::new(core), stop }
+    }
+
+    /// Waits for writes under way, gives up everything owned, and closes the store; at most five seconds. Calls after it fail.
+    pub async fn shutdown(&self) {
+        self.core.tasks.close();
+        self.stop.cancel();
+        let ended = async {
+            self.core.tasks.wait().await;
+            self.core.kv.close().await;
+        };
+        if timeout(SHUTDOWN, ended).await.is_err() {
+            tracing::warn!("the store did not shut down in time; what is owned goes with its lease");
+        }
+    }
+}
+
+impl<K: Kv> Drop for Coordination<K> {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}

@@ -1,0 +1,132 @@
+//! What the parts share: one replica's store, its lease, its mirror of what is owned, and its reaper.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use gauntlet_domain::{By, Error, Result};
+use jiff::Timestamp;
+use tokio_util::task::TaskTracker;
+use tracing::Instrument as _;
+
+use crate::{
+    keys::Layout,
+    kv::{Kv, KvError, Txn, TxnResult},
+    mirror::Mirror,
+    records::{Owner, Unreadable},
+    session::{Lease, Session},
+    ticket::{LiveKey, Of, Reaper, Ticket},
+};
+
+/// Unreadable records remembered as reported.
+const REPORTED: usize = 1024;
+
+#[derive(Debug)]
+pub(crate) struct Core<K> {
+    pub(crate) kv: Arc<K>,
+    pub(crate) layout: Layout,
+    pub(crate) session: Session,
+    pub(crate) mirror: Arc<Mirror>,
+    pub(crate) reaper: Reaper,
+    pub(crate) replica: String,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) next: AtomicU64,
+    pub(crate) reported: Mutex<HashMap<String, u64>>,
+}
+
+impl<K: Kv> Core<K> {
+    /// The domain's error for one of the store.
+    pub(crate) fn error(&self, error: KvError) -> Error {
+        match error {
+            KvError::Broken(detail) => Error::Internal(detail),
+            error => Error::Unavailable { what: self.kv.name(), detail: error.to_string() },
+        }
+    }
+
+    /// Runs a write to its end, even if whoever asked stops waiting: so its outcome is always known to somebody.
+    pub(crate) async fn detached<T: Send + 'static>(
+        &self,
+        write: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        match self.tasks.spawn(write.in_current_span()).await {
+            Ok(result) => result,
+            Err(error) => Err(Error::Internal(format!("a write did not end: {error}"))),
+        }
+    }
+
+    /// A write that takes no ownership.
+    pub(crate) async fn write(self: &Arc<Self>, txn: Txn) -> Result<TxnResult> {
+        let core = self.clone();
+        self.detached(async move { core.kv.txn(txn).await.map_err(|error| core.error(error)) }).await
+    }
+
+    pub(crate) async fn lease(&self) -> Result<Lease> {
+        self.session.lease(self.kv.deadline()).await.ok_or_else(|| Error::Unavailable {
+            what: self.kv.name(),
+            detail: "no lease was granted yet; is it reachable?".to_owned(),
+        })
+    }
+
+    /// A key under the lease, told apart from every other acquisition.
+    pub(crate) fn live_key(&self, lease: Lease, by: &By, key: impl FnOnce(&str) -> String) -> LiveKey {
+        let unique = format!("{:x}-{}", lease.id, self.next.fetch_add(1, Ordering::Relaxed));
+        let owner = Owner {
+            replica: self.replica.clone(),
+            origin: by.origin.clone(),
+            since: Timestamp::now(),
+            unique: unique.clone(),
+        };
+        LiveKey { key: key(&unique), value: owner.write(), lease }
+    }
+
+    /// Runs a transaction that puts `live` if its compares hold (or, with `queue`, in any case).
+    pub(crate) async fn take(
+        self: &Arc<Self>,
+        live: LiveKey,
+        of: Of,
+        txn: Txn,
+        queue: bool,
+    ) -> Result<(Option<Ticket>, TxnResult)> {
+        let core = self.clone();
+        self.detached(async move {
+            match core.kv.txn(txn).await {
+                Ok(result) => {
+                    let put = result.succeeded || queue;
+                    let ticket = put.then(|| Ticket::new(live, result.revision, of, core.reaper.clone()));
+                    Ok((ticket, result))
+                }
+                Err(error) => {
+                    match &error {
+                        KvError::Ambiguous(_) => core.reaper.give(live, true),
+                        KvError::LeaseGone => live.lease.lose(),
+                        KvError::Unavailable(_) | KvError::Broken(_) => {}
+                    }
+                    Err(core.error(error))
+                }
+            }
+        })
+        .await
+    }
+
+    /// Reports a record that cannot be read, once for each time it was written.
+    pub(crate) fn report(&self, key: &str, modified: u64, unreadable: &Unreadable) {
+        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        if reported.get(key) == Some(&modified) {
+            return;
+        }
+        if reported.len() >= REPORTED {
+            reported.clear();
+        }
+        reported.insert(key.to_owned(), modified);
+        tracing::warn!(key, revision = modified, problem = unreadable.0, "a record cannot be read and is left out");
+    }
+}
+
+/// The error for a record that was asked for by name and cannot be read.
+pub(crate) fn unreadable(key: &str, problem: &Unreadable) -> Error {
+    Error::Internal(format!("the record {key:?} cannot be read: {}", problem.0))
+}

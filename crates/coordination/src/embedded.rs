@@ -1,0 +1,647 @@
+//! The backend for one machine: one file, one process.
+//!
+//! Keys without a lease are in the file. Keys under a lease are in memory only: they go with the process, which is what a crash looks like to
+//! whoever recovers from it. One thread writes; what is queued meanwhile shares the next commit and its one fsync. Readers see the last
+//! commit and never wait for the next.
+//!
+//! A revision is the number of the start of the process (kept in the file) times 2^40, plus a counter: it grows across restarts although the
+//! counter is never written.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::OpenOptions,
+    ops::Bound,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use futures::{FutureExt as _, future::BoxFuture};
+use gauntlet_domain::Error;
+use redb::{Database, DatabaseError, ReadOnlyTable, ReadableDatabase as _, ReadableTable, Table, TableDefinition};
+use tokio::{
+    sync::{broadcast, mpsc, oneshot},
+    time::timeout,
+};
+
+use crate::kv::{
+    Compare, Event, Events, Followed, Get, KeyValue, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Test, Txn,
+    TxnResult,
+};
+
+/// Revision of creation, revision of the last put, value.
+type Entry = (u64, u64, &'static [u8]);
+const ENTRIES: TableDefinition<'static, &'static str, Entry> = TableDefinition::new("entries");
+const META: TableDefinition<'static, &'static str, u64> = TableDefinition::new("meta");
+const EPOCH: &str = "epoch";
+const COUNTER_BITS: u32 = 40;
+
+/// Transactions that may wait for the writer, and that share a commit at most.
+const QUEUE: usize = 1024;
+const GROUP: usize = 64;
+/// Commits that a watch may fall behind before it has to list again.
+const BEHIND: usize = 4096;
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// A store in one file.
+#[derive(Debug)]
+pub struct Embedded {
+    /// `None` once closed.
+    jobs: Mutex<Option<mpsc::Sender<Job>>>,
+    writer: Mutex<Option<JoinHandle<()>>>,
+    shared: Arc<Shared>,
+}
+
+/// What the writer and the readers have in common.
+struct Shared {
+    path: PathBuf,
+    published: Mutex<Arc<Snapshot>>,
+    events: broadcast::Sender<Arc<Vec<Event>>>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// Everything, after one commit.
+pub struct Snapshot {
+    table: Arc<ReadOnlyTable<&'static str, Entry>>,
+    live: Arc<Live>,
+    revision: u64,
+}
+
+/// The keys under a lease.
+type Live = BTreeMap<String, Leased>;
+
+#[derive(Debug, Clone)]
+struct Leased {
+    created: u64,
+    modified: u64,
+    value: Vec<u8>,
+    lease: LeaseId,
+}
+
+#[derive(Debug)]
+enum Job {
+    Txn(Txn, oneshot::Sender<KvResult<TxnResult>>),
+    Grant(oneshot::Sender<KvResult<LeaseId>>),
+    KeepAlive(LeaseId, oneshot::Sender<KvResult<()>>),
+    Revoke(LeaseId, oneshot::Sender<KvResult<()>>),
+}
+
+impl Embedded {
+    /// Opens the file, and makes it and its directory if they are not there. Blocks: the file may need repair after a crash.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if another process has it open or it cannot be opened; [`Error::Internal`] if it is damaged.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let unavailable =
+            |problem: String| Error::Unavailable { what: "embedded store", detail: format!("{}: {problem}", path.display()) };
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir).map_err(|error| unavailable(format!("cannot make its directory: {error}")))?;
+        }
+        // It holds flags: for its owner only.
+        match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(unavailable(format!("cannot make it: {error}"))),
+        }
+        let db = Database::create(path).map_err(|error| match error {
+            DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => unavailable(
+                "another process has it open; stop that one or name another file (several managers share a store through etcd only)"
+                    .to_owned(),
+            ),
+            DatabaseError::UpgradeRequired(_) => {
+                Error::Internal(format!("embedded store {}: {error}: it was written by another version", path.display()))
+            }
+            error => match describe(path, &error.into()) {
+                KvError::Broken(detail) => Error::Internal(detail),
+                other => Error::Unavailable { what: "embedded store", detail: other.to_string() },
+            },
+        })?;
+        let (revision, table) = begin_epoch(&db).map_err(|error| Error::Unavailable {
+            what: "embedded store",
+            detail: describe(path, &error).to_string(),
+        })?;
+        let (events, _) = broadcast::channel(BEHIND);
+        let snapshot = Snapshot { table: Arc::new(table), live: Arc::default(), revision };
+        let shared =
+            Arc::new(Shared { path: path.to_owned(), published: Mutex::new(Arc::new(snapshot)), events });
+        let (jobs, queue) = mpsc::channel(QUEUE);
+        let writer = Writer { db, shared: shared.clone(), revision, leases: BTreeSet::new() };
+        let writer = std::thread::Builder::new()
+            .name("store-writer".to_owned())
+            .spawn(move || writer.run(queue))
+            .map_err(|error| unavailable(format!("cannot start its writer: {error}")))?;
+        Ok(Self { jobs: Mutex::new(Some(jobs)), writer: Mutex::new(Some(writer)), shared })
+    }
+
+    async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<KvResult<T>>) -> Job) -> KvResult<T> {
+        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let closed = || KvError::Unavailable("the embedded store is closed".to_owned());
+        let jobs = jobs.ok_or_else(closed)?;
+        let (answer, answered) = oneshot::channel();
+        match timeout(DEADLINE, jobs.reserve()).await {
+            Ok(place) => place.map_err(|_| closed())?.send(job(answer)),
+            Err(_) => return Err(KvError::Unavailable(format!("{QUEUE} writes wait for the disk"))),
+        }
+        match timeout(DEADLINE, answered).await {
+            Ok(answer) => answer.map_err(|_| KvError::Ambiguous("the writer ended".to_owned()))?,
+            Err(_) => Err(KvError::Ambiguous(format!("the disk did not answer within {DEADLINE:?}"))),
+        }
+    }
+
+    fn now(&self) -> Arc<Snapshot> {
+        self.shared.published.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    async fn read<T: Send + 'static>(
+        &self,
+        at: Option<Arc<Snapshot>>,
+        read: impl FnOnce(&Snapshot) -> Result<T, redb::Error> + Send + 'static,
+    ) -> KvResult<(T, Arc<Snapshot>)> {
+        let at = at.unwrap_or_else(|| self.now());
+        let shared = self.shared.clone();
+        tokio::task::spawn_blocking(move || match read(&at) {
+            Ok(answer) => Ok((answer, at)),
+            Err(error) => Err(describe(&shared.path, &error)),
+        })
+        .await
+        .unwrap_or_else(|error| Err(KvError::Broken(error.to_string())))
+    }
+}
+
+impl Kv for Embedded {
+    type Snapshot = Arc<Snapshot>;
+
+    fn name(&self) -> &'static str {
+        "embedded"
+    }
+
+    fn deadline(&self) -> Duration {
+        DEADLINE
+    }
+
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
+        if txn.then.iter().chain(&txn.or).any(|op| !matches!(op, Op::Get(_))) {
+            return self.ask(|answer| Job::Txn(txn, answer)).await;
+        }
+        let read = move |at: &Snapshot| {
+            let succeeded = all_hold(&txn.when, at.table.as_ref(), &at.live)?;
+            let mut reads = Vec::new();
+            for op in if succeeded { &txn.then } else { &txn.or } {
+                if let Op::Get(get) = op {
+                    reads.push(get_all(get, at.table.as_ref(), &at.live)?.0);
+                }
+            }
+            Ok(TxnResult { succeeded, revision: at.revision, reads })
+        };
+        Ok(self.read(None, read).await?.0)
+    }
+
+    async fn page(&self, get: Get, at: Option<Self::Snapshot>) -> KvResult<Page<Self::Snapshot>> {
+        let ((kvs, more), at) = self.read(at, move |at| get_all(&get, at.table.as_ref(), &at.live)).await?;
+        Ok(Page { kvs, more, at })
+    }
+
+    async fn count(&self, keys: Keys, at: Option<Self::Snapshot>) -> KvResult<u64> {
+        let count = move |at: &Snapshot| {
+            let mut count = 0;
+            visit(&keys, at.table.as_ref(), &at.live, |_| {
+                count += 1;
+                true
+            })?;
+            Ok(count)
+        };
+        Ok(self.read(at, count).await?.0)
+    }
+
+    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+        let (events, at) = {
+            let published = self.shared.published.lock().unwrap_or_else(PoisonError::into_inner);
+            (self.shared.events.subscribe(), published.clone())
+        };
+        let get = Get { keys: keys.clone(), limit: 0, keys_only: true };
+        let ((listed, _), at) = self.read(Some(at), move |at| get_all(&get, at.table.as_ref(), &at.live)).await?;
+        Ok(Followed {
+            revision: at.revision,
+            keys: listed.into_iter().map(|kv| (kv.key, kv.created)).collect(),
+            events: Box::new(Watching { keys, events }),
+        })
+    }
+
+    async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
+        Ok((self.ask(Job::Grant).await?, ttl))
+    }
+
+    async fn keep_alive(&self, lease: LeaseId) -> KvResult<()> {
+        self.ask(|answer| Job::KeepAlive(lease, answer)).await
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> KvResult<()> {
+        self.ask(|answer| Job::Revoke(lease, answer)).await
+    }
+
+    async fn close(&self) {
+        drop(self.jobs.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(writer) = writer
+            && let Ok(Err(_)) = tokio::task::spawn_blocking(|| writer.join()).await
+        {
+            tracing::error!(path = %self.shared.path.display(), "the writer of the embedded store panicked");
+        }
+    }
+}
+
+struct Watching {
+    keys: Keys,
+    events: broadcast::Receiver<Arc<Vec<Event>>>,
+}
+
+impl Events for Watching {
+    fn next(&mut self) -> BoxFuture<'_, KvResult<Vec<Event>>> {
+        async {
+            loop {
+                let batch = self.events.recv().await.map_err(|error| KvError::Unavailable(error.to_string()))?;
+                let mine: Vec<Event> = batch.iter().filter(|event| holds(&self.keys, &event.key)).cloned().collect();
+                if !mine.is_empty() {
+                    return Ok(mine);
+                }
+            }
+        }
+        .boxed()
+    }
+}
+
+fn holds(keys: &Keys, key: &str) -> bool {
+    match &keys.to {
+        None => key == keys.from,
+        Some(to) => (keys.from.as_str()..to.as_str()).contains(&key),
+    }
+}
+
+/// Counts a start of the process, and answers the first revision of it and the table as it is.
+fn begin_epoch(db: &Database) -> Result<(u64, ReadOnlyTable<&'static str, Entry>), redb::Error> {
+    let write = db.begin_write()?;
+    let epoch = {
+        let mut meta = write.open_table(META)?;
+        let epoch = meta.get(EPOCH)?.map_or(0, |epoch| epoch.value()) + 1;
+        meta.insert(EPOCH, epoch)?;
+        write.open_table(ENTRIES)?;
+        epoch
+    };
+    write.commit()?;
+    Ok((epoch << COUNTER_BITS, db.begin_read()?.open_table(ENTRIES)?))
+}
+
+fn describe(path: &Path, error: &redb::Error) -> KvError {
+    let path = path.display();
+    match error {
+        redb::Error::Corrupted(detail) => {
+            KvError::Broken(format!("embedded store {path} is damaged: {detail}; restore it from a backup"))
+        }
+        redb::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+            KvError::Unavailable(format!("embedded store {path}: the disk is full; free some space and restart"))
+        }
+        redb::Error::PreviousIo => {
+            KvError::Unavailable(format!("embedded store {path}: an earlier write failed; restart once the disk is well"))
+        }
+        error => KvError::Unavailable(format!("embedded store {path}: {error}")),
+    }
+}
+
+/// The one thread that writes.
+struct Writer {
+    db: Database,
+    shared: Arc<Shared>,
+    revision: u64,
+    leases: BTreeSet<LeaseId>,
+}
+
+impl Writer {
+    fn run(mut self, mut queue: mpsc::Receiver<Job>) {
+        let mut jobs = Vec::with_capacity(GROUP);
+        while let Some(first) = queue.blocking_recv() {
+            jobs.push(first);
+            while jobs.len() < GROUP
+                && let Ok(job) = queue.try_recv()
+            {
+                jobs.push(job);
+            }
+            self.group(jobs.drain(..));
+        }
+    }
+
+    /// Runs some jobs in order and commits them as one; all fail if that fails.
+    fn group(&mut self, jobs: impl Iterator<Item = Job>) {
+        let before = self.shared.published.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut change = Change {
+            live: before.live.clone(),
+            leases: self.leases.clone(),
+            revision: self.revision,
+            durable: false,
+            events: Vec::new(),
+        };
+        let mut answers: Vec<Box<dyn FnOnce(Result<(), KvError>)>> = Vec::new();
+        let jobs: Vec<Job> = jobs.collect();
+        match self.apply(jobs, &mut change, &mut answers, &before) {
+            Ok(after) => {
+                self.revision = change.revision;
+                self.leases = change.leases;
+                let mut published = self.shared.published.lock().unwrap_or_else(PoisonError::into_inner);
+                *published = Arc::new(after);
+                if !change.events.is_empty() {
+                    // An error means that nobody listens.
+                    let _ = self.shared.events.send(Arc::new(change.events));
+                }
+                drop(published);
+                answers.into_iter().for_each(|answer| answer(Ok(())));
+            }
+            Err(error) => {
+                let error = describe(&self.shared.path, &error);
+                tracing::error!(%error, "a write failed");
+                let error = match error {
+                    // It may be in the file all the same.
+                    KvError::Unavailable(detail) if change.durable => KvError::Ambiguous(detail),
+                    error => error,
+                };
+                answers.into_iter().for_each(|answer| answer(Err(error.clone())));
+            }
+        }
+    }
+
+    fn apply(
+        &self,
+        jobs: Vec<Job>,
+        change: &mut Change,
+        answers: &mut Vec<Box<dyn FnOnce(Result<(), KvError>)>>,
+        before: &Snapshot,
+    ) -> Result<Snapshot, redb::Error> {
+        let mut failed = None;
+        let write = self.db.begin_write();
+        let mut table = match &write {
+            Ok(write) => write.open_table(ENTRIES).map_err(redb::Error::from).map_err(|error| failed = Some(error)).ok(),
+            Err(_) => None,
+        };
+        for job in jobs {
+            // Every job gets an answer, also after a failure.
+            let table = table.as_mut().filter(|_| failed.is_none());
+            if let Err(error) = change.job(job, table, answers) {
+                failed = Some(error);
+            }
+        }
+        drop(table);
+        let write = write?;
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        let table = if change.durable {
+            write.commit()?;
+            Arc::new(self.db.begin_read()?.open_table(ENTRIES)?)
+        } else {
+            write.abort()?;
+            before.table.clone()
+        };
+        Ok(Snapshot { table, live: change.live.clone(), revision: change.revision })
+    }
+}
+
+/// What a group of jobs changes.
+struct Change {
+    live: Arc<Live>,
+    leases: BTreeSet<LeaseId>,
+    revision: u64,
+    /// Whether the file changes.
+    durable: bool,
+    events: Vec<Event>,
+}
+
+impl Change {
+    fn job(
+        &mut self,
+        job: Job,
+        table: Option<&mut Table<'_, &'static str, Entry>>,
+        answers: &mut Vec<Box<dyn FnOnce(Result<(), KvError>)>>,
+    ) -> Result<(), redb::Error> {
+        fn reply<T: 'static>(to: oneshot::Sender<KvResult<T>>, value: KvResult<T>) -> Box<dyn FnOnce(Result<(), KvError>)> {
+            // An error means that nobody waits for it any more.
+            Box::new(move |committed| drop(to.send(committed.and(value))))
+        }
+        match job {
+            Job::Txn(txn, to) => {
+                let result = match table {
+                    Some(table) => self.txn(txn, table),
+                    None => Ok(Err(KvError::Unavailable("the group failed".to_owned()))),
+                };
+                match result {
+                    Ok(result) => answers.push(reply(to, result)),
+                    Err(error) => {
+                        answers.push(reply(to, Err(KvError::Unavailable("the group failed".to_owned()))));
+                        return Err(error);
+                    }
+                }
+            }
+            Job::Grant(to) => {
+                self.revision += 1;
+                let lease = i64::try_from(self.revision).unwrap_or(i64::MAX);
+                self.leases.insert(lease);
+                answers.push(reply(to, Ok(lease)));
+            }
+            Job::KeepAlive(lease, to) => {
+                let known = self.leases.contains(&lease);
+                answers.push(reply(to, known.then_some(()).ok_or(KvError::LeaseGone)));
+            }
+            Job::Revoke(lease, to) => {
+                if self.leases.remove(&lease) {
+                    self.revision += 1;
+                    let revision = self.revision;
+                    let events = &mut self.events;
+                    Arc::make_mut(&mut self.live).retain(|key, leased| {
+                        if leased.lease == lease {
+                            events.push(Event { key: key.clone(), revision, created: None });
+                        }
+                        leased.lease != lease
+                    });
+                }
+                answers.push(reply(to, Ok(())));
+            }
+        }
+        Ok(())
+    }
+
+    fn txn(
+        &mut self,
+        txn: Txn,
+        table: &mut Table<'_, &'static str, Entry>,
+    ) -> Result<KvResult<TxnResult>, redb::Error> {
+        let succeeded = all_hold(&txn.when, table, &self.live)?;
+        let ops = if succeeded { txn.then } else { txn.or };
+        let leased = |op: &Op| matches!(op, Op::Put { lease: Some(lease), .. } if !self.leases.contains(lease));
+        if ops.iter().any(leased) {
+            return Ok(Err(KvError::LeaseGone));
+        }
+        let revision = self.revision + 1;
+        let mut reads = Vec::new();
+        for op in ops {
+            match op {
+                Op::Get(get) => reads.push(get_all(&get, table, &self.live)?.0),
+                Op::Put { key, value, lease } => self.put(key, &value, lease, revision, table)?,
+                Op::Delete(keys) => self.delete(&keys, revision, table)?,
+            }
+        }
+        Ok(Ok(TxnResult { succeeded, revision: self.revision, reads }))
+    }
+
+    fn put(
+        &mut self,
+        key: String,
+        value: &[u8],
+        lease: Option<LeaseId>,
+        revision: u64,
+        table: &mut Table<'_, &'static str, Entry>,
+    ) -> Result<(), redb::Error> {
+        let stored = table.get(key.as_str())?.map(|entry| entry.value().0);
+        let created = stored.or_else(|| self.live.get(&key).map(|leased| leased.created)).unwrap_or(revision);
+        match lease {
+            Some(lease) => {
+                if stored.is_some() {
+                    table.remove(key.as_str())?;
+                    self.durable = true;
+                }
+                let leased = Leased { created, modified: revision, value: value.to_vec(), lease };
+                Arc::make_mut(&mut self.live).insert(key.clone(), leased);
+            }
+            None => {
+                if self.live.contains_key(&key) {
+                    Arc::make_mut(&mut self.live).remove(&key);
+                }
+                table.insert(key.as_str(), (created, revision, value))?;
+                self.durable = true;
+            }
+        }
+        self.revision = revision;
+        self.events.push(Event { key, revision, created: Some(created) });
+        Ok(())
+    }
+
+    fn delete(
+        &mut self,
+        keys: &Keys,
+        revision: u64,
+        table: &mut Table<'_, &'static str, Entry>,
+    ) -> Result<(), redb::Error> {
+        let all = Get { keys: keys.clone(), limit: 0, keys_only: true };
+        for kv in get_all(&all, table, &self.live)?.0 {
+            if self.live.contains_key(&kv.key) {
+                Arc::make_mut(&mut self.live).remove(&kv.key);
+            } else {
+                table.remove(kv.key.as_str())?;
+                self.durable = true;
+            }
+            self.revision = revision;
+            self.events.push(Event { key: kv.key, revision, created: None });
+        }
+        Ok(())
+    }
+}
+
+/// A key as it is met on the way through both places.
+struct Met<'a> {
+    key: &'a str,
+    created: u64,
+    modified: u64,
+    value: &'a [u8],
+}
+
+/// Goes through a range in order until `on` answers false.
+fn visit(
+    keys: &Keys,
+    table: &impl ReadableTable<&'static str, Entry>,
+    live: &Live,
+    mut on: impl FnMut(Met<'_>) -> bool,
+) -> Result<(), redb::Error> {
+    let bounds = (
+        Bound::Included(keys.from.as_str()),
+        keys.to.as_deref().map_or(Bound::Included(keys.from.as_str()), Bound::Excluded),
+    );
+    if keys.to.as_ref().is_some_and(|to| *to <= keys.from) {
+        return Ok(());
+    }
+    let mut stored = table.range::<&str>(bounds)?;
+    let mut leased = live.range::<str, _>(bounds).peekable();
+    let mut next = stored.next().transpose()?;
+    loop {
+        // A key is in one place only.
+        let first_leased = match (&next, leased.peek()) {
+            (Some((stored, _)), Some((leased, _))) => leased.as_str() < stored.value(),
+            (None, Some(_)) => true,
+            (Some(_), None) => false,
+            (None, None) => return Ok(()),
+        };
+        if first_leased {
+            if let Some((key, leased)) = leased.next()
+                && !on(Met { key, created: leased.created, modified: leased.modified, value: &leased.value })
+            {
+                return Ok(());
+            }
+        } else if let Some((key, entry)) = next.take() {
+            let (created, modified, value) = entry.value();
+            if !on(Met { key: key.value(), created, modified, value }) {
+                return Ok(());
+            }
+            next = stored.next().transpose()?;
+        }
+    }
+}
+
+/// What a get answers, and whether there is more.
+fn get_all(
+    get: &Get,
+    table: &impl ReadableTable<&'static str, Entry>,
+    live: &Live,
+) -> Result<(Vec<KeyValue>, bool), redb::Error> {
+    let (mut kvs, mut more) = (Vec::new(), false);
+    visit(&get.keys, table, live, |met| {
+        more = get.limit > 0 && kvs.len() == get.limit;
+        if !more {
+            let value = if get.keys_only { Vec::new() } else { met.value.to_vec() };
+            kvs.push(KeyValue { key: met.key.to_owned(), value, created: met.created, modified: met.modified });
+        }
+        !more
+    })?;
+    Ok((kvs, more))
+}
+
+fn all_hold(
+    compares: &[Compare],
+    table: &impl ReadableTable<&'static str, Entry>,
+    live: &Live,
+) -> Result<bool, redb::Error> {
+    for Compare { keys, test } in compares {
+        let (mut any, mut all) = (false, true);
+        visit(keys, table, live, |met| {
+            any = true;
+            all = match test {
+                Test::Exists => true,
+                Test::Absent => false,
+                Test::Created(revision) => met.created == *revision,
+                Test::Modified(revision) => met.modified == *revision,
+                Test::NotAfter(revision) => met.modified <= *revision,
+                Test::Value(value) => met.value == value,
+            };
+            all
+        })?;
+        let holds = match test {
+            Test::Absent | Test::NotAfter(_) => all,
+            Test::Exists | Test::Created(_) | Test::Modified(_) | Test::Value(_) => any && all,
+        };
+        if !holds {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}

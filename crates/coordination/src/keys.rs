@@ -1,0 +1,369 @@
+//! Where things are kept.
+//!
+//! A key is the prefix and some words, set apart by a space. Ids may hold any text without control characters, so within a word a space is
+//! written `!0` and `!` is written `!1`; the rest stands as it is. The space sorts before everything a word can hold, hence a key sorts as
+//! the list of its words does, and what is under `a` never mixes with what is under `a-b`.
+//!
+//! ```text
+//! challenges <c>                     the record of a challenge
+//! instances <c> s <source>           the record of a claimed instance
+//! instances <c> p <identity>         the record of a pooled one
+//! instances <c> s <source> intent    what its owner is doing with it, where that differs from the record
+//! by-source <source> <c>             index: claimed instances
+//! by-expiry <until> <c> s <source>   index: claimed instances that end
+//! working <c> s <source>             index: instances not ready; the value is the time of the next try, if one failed
+//! rollouts <c>                       index: challenges with an update or deletion under way
+//! pools <c> [<identity>]             index: challenges that keep a pool, and pooled instances
+//! live owners <c> s <source>         who works on the instance; under its replica's lease
+//! live locks <kind> <c> w <unique>   who holds or awaits a lock, by revision of creation; under its replica's lease
+//! ```
+
+use gauntlet_domain::{Challenge, ChallengeId, Identity, Instance, LockKind, LockMode, Phase, Seat, Slot, SourceId};
+use jiff::Timestamp;
+
+use crate::kv::Keys;
+
+const SPACE: char = ' ';
+
+/// The keys under one prefix.
+#[derive(Debug, Clone)]
+pub(crate) struct Layout {
+    prefix: String,
+}
+
+impl Layout {
+    pub(crate) fn new(prefix: impl Into<String>) -> Self {
+        Self { prefix: prefix.into() }
+    }
+
+    fn key(&self, words: &[&str]) -> String {
+        let mut key = self.prefix.clone();
+        for (i, word) in words.iter().enumerate() {
+            if i > 0 {
+                key.push(SPACE);
+            }
+            escape(word, &mut key);
+        }
+        key
+    }
+
+    /// Everything whose first words are these; not the key of the words themselves.
+    fn under(&self, words: &[&str]) -> Keys {
+        let key = self.key(words);
+        Keys::between(format!("{key} "), format!("{key}!"))
+    }
+
+    /// The words of a key.
+    fn words(&self, key: &str) -> Option<Vec<String>> {
+        key.strip_prefix(&self.prefix)?.split(SPACE).map(unescape).collect()
+    }
+
+    pub(crate) fn challenge(&self, id: &ChallengeId) -> String {
+        self.key(&["challenges", id.as_str()])
+    }
+
+    pub(crate) fn challenges(&self) -> Keys {
+        self.under(&["challenges"])
+    }
+
+    pub(crate) fn read_challenge(&self, key: &str) -> Option<ChallengeId> {
+        match self.words(key)?.as_slice() {
+            [_, id] => ChallengeId::new(id.as_str()).ok(),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn instance(&self, slot: &Slot) -> String {
+        let (kind, name) = seat(&slot.seat);
+        self.key(&["instances", slot.challenge.as_str(), kind, name])
+    }
+
+    pub(crate) fn intent(&self, slot: &Slot) -> String {
+        let (kind, name) = seat(&slot.seat);
+        self.key(&["instances", slot.challenge.as_str(), kind, name, "intent"])
+    }
+
+    /// The record of an instance and its intent.
+    pub(crate) fn whole(&self, slot: &Slot) -> Keys {
+        let key = self.instance(slot);
+        Keys::between(key.clone(), format!("{key}!"))
+    }
+
+    pub(crate) fn instances(&self) -> Keys {
+        self.under(&["instances"])
+    }
+
+    pub(crate) fn instances_of(&self, id: &ChallengeId) -> Keys {
+        self.under(&["instances", id.as_str()])
+    }
+
+    pub(crate) fn claimed_of(&self, id: &ChallengeId) -> Keys {
+        self.under(&["instances", id.as_str(), "s"])
+    }
+
+    pub(crate) fn pooled_of(&self, id: &ChallengeId) -> Keys {
+        self.under(&["instances", id.as_str(), "p"])
+    }
+
+    /// The slot of an instance's key, and whether it is that of its intent.
+    pub(crate) fn read_instance(&self, key: &str) -> Option<(Slot, bool)> {
+        match self.words(key)?.as_slice() {
+            [_, c, kind, name] => Some((read_slot(c, kind, name)?, false)),
+            [_, c, kind, name, _] => Some((read_slot(c, kind, name)?, true)),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn by_source(&self, source: &SourceId) -> Keys {
+        self.under(&["by-source", source.as_str()])
+    }
+
+    pub(crate) fn read_by_source(&self, key: &str) -> Option<Slot> {
+        match self.words(key)?.as_slice() {
+            [_, source, c] => read_slot(c, "s", source),
+            _ => None,
+        }
+    }
+
+    /// Claimed instances that end at `now` or before.
+    pub(crate) fn ended(&self, now: Timestamp) -> Keys {
+        Keys::between(format!("{} ", self.key(&["by-expiry"])), format!("{}!", self.key(&["by-expiry", &sortable(now)])))
+    }
+
+    pub(crate) fn working(&self, slot: &Slot) -> String {
+        let (kind, name) = seat(&slot.seat);
+        self.key(&["working", slot.challenge.as_str(), kind, name])
+    }
+
+    pub(crate) fn all_working(&self) -> Keys {
+        self.under(&["working"])
+    }
+
+    pub(crate) fn owner(&self, slot: &Slot) -> String {
+        let (kind, name) = seat(&slot.seat);
+        self.key(&["live", "owners", slot.challenge.as_str(), kind, name])
+    }
+
+    pub(crate) fn owners(&self) -> Keys {
+        self.under(&["live", "owners"])
+    }
+
+    /// The slot of a key of `working` or `live owners`.
+    pub(crate) fn read_slot(&self, key: &str) -> Option<Slot> {
+        match self.words(key)?.as_slice() {
+            [.., c, kind, name] => read_slot(c, kind, name),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn rollouts(&self) -> Keys {
+        self.under(&["rollouts"])
+    }
+
+    pub(crate) fn pools(&self) -> Keys {
+        self.under(&["pools"])
+    }
+
+    /// The challenge of a key of `rollouts` or `pools`.
+    pub(crate) fn read_index(&self, key: &str) -> Option<ChallengeId> {
+        match self.words(key)?.as_slice() {
+            [_, c, ..] => ChallengeId::new(c.as_str()).ok(),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn lock(&self, kind: LockKind, id: &ChallengeId, mode: LockMode, unique: &str) -> String {
+        self.key(&["live", "locks", kind.name(), id.as_str(), letter(mode), unique])
+    }
+
+    /// All who hold or await a lock.
+    pub(crate) fn queue(&self, kind: LockKind, id: &ChallengeId) -> Keys {
+        self.under(&["live", "locks", kind.name(), id.as_str()])
+    }
+
+    /// Those of one mode.
+    pub(crate) fn queue_of(&self, kind: LockKind, id: &ChallengeId, mode: LockMode) -> Keys {
+        self.under(&["live", "locks", kind.name(), id.as_str(), letter(mode)])
+    }
+
+    /// All that goes with a lease.
+    pub(crate) fn live(&self) -> Keys {
+        self.under(&["live"])
+    }
+
+    #[cfg(test)]
+    pub(crate) fn everything(&self) -> Keys {
+        Keys::between(self.prefix.clone(), format!("{}\u{10FFFF}", self.prefix))
+    }
+
+    /// The index keys of an instance and their values: they follow from the record alone.
+    pub(crate) fn instance_index(&self, instance: &Instance) -> Vec<(String, String)> {
+        let c = instance.slot.challenge.as_str();
+        let mut index = Vec::new();
+        match &instance.slot.seat {
+            Seat::Source(source) => {
+                index.push((self.key(&["by-source", source.as_str(), c]), String::new()));
+                if let Some(until) = instance.until {
+                    index.push((self.key(&["by-expiry", &sortable(until), c, "s", source.as_str()]), String::new()));
+                }
+            }
+            Seat::Pool(identity) => index.push((self.key(&["pools", c, identity.as_str()]), String::new())),
+        }
+        match &instance.phase {
+            Phase::Ready => {}
+            Phase::Failed(failure) => index.push((self.working(&instance.slot), failure.retry_at.to_string())),
+            Phase::Provisioning | Phase::Updating | Phase::Deleting => {
+                index.push((self.working(&instance.slot), String::new()));
+            }
+        }
+        index
+    }
+
+    /// Every index key a challenge may have, and whether this one has it.
+    pub(crate) fn challenge_index(&self, challenge: &Challenge) -> [(String, bool); 2] {
+        let c = challenge.id.as_str();
+        [
+            (self.key(&["rollouts", c]), challenge.rollout.is_some() || challenge.closing),
+            (self.key(&["pools", c]), challenge.bounds.min() > 0),
+        ]
+    }
+
+    /// The index keys of a challenge that goes.
+    pub(crate) fn all_challenge_index(&self, id: &ChallengeId) -> [String; 2] {
+        [self.key(&["rollouts", id.as_str()]), self.key(&["pools", id.as_str()])]
+    }
+}
+
+fn seat(seat: &Seat) -> (&'static str, &str) {
+    match seat {
+        Seat::Source(source) => ("s", source.as_str()),
+        Seat::Pool(identity) => ("p", identity.as_str()),
+    }
+}
+
+fn letter(mode: LockMode) -> &'static str {
+    match mode {
+        LockMode::Read => "r",
+        LockMode::Write => "w",
+    }
+}
+
+fn read_slot(c: &str, kind: &str, name: &str) -> Option<Slot> {
+    let seat = match kind {
+        "s" => Seat::Source(SourceId::new(name).ok()?),
+        "p" => Seat::Pool(Identity::parse(name).ok()?),
+        _ => return None,
+    };
+    Some(Slot { challenge: ChallengeId::new(c).ok()?, seat })
+}
+
+/// Sorts as the times do, from year 0 on; what is earlier counts as that.
+fn sortable(time: Timestamp) -> String {
+    if time.to_string().starts_with('-') { "0000-01-01T00:00:00.000000000Z".to_owned() } else { format!("{time:.9}") }
+}
+
+fn escape(word: &str, key: &mut String) {
+    for c in word.chars() {
+        match c {
+            ' ' => key.push_str("!0"),
+            '!' => key.push_str("!1"),
+            c => key.push(c),
+        }
+    }
+}
+
+fn unescape(word: &str) -> Option<String> {
+    let mut text = String::with_capacity(word.len());
+    let mut chars = word.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '!' => text.push(match chars.next()? {
+                '0' => ' ',
+                '1' => '!',
+                _ => return None,
+            }),
+            c => text.push(c),
+        }
+    }
+    Some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn slot(c: &str, s: &str) -> Slot {
+        Slot { challenge: ChallengeId::new(c).unwrap(), seat: Seat::Source(SourceId::new(s).unwrap()) }
+    }
+
+    #[test]
+    fn keys_read_well() {
+        let layout = Layout::new("gauntlet/");
+        assert_eq!(layout.instance(&slot("web 1", "team/7!")), "gauntlet/instances web!01 s team/7!1");
+        assert_eq!(layout.intent(&slot("a", "b")), "gauntlet/instances a s b intent");
+        assert_eq!(
+            layout.lock(LockKind::Rollout, &ChallengeId::new("a").unwrap(), LockMode::Write, "7-1"),
+            "gauntlet/live locks rollout a w 7-1"
+        );
+    }
+
+    fn id() -> impl Strategy<Value = String> {
+        prop_oneof!["[ !\"#ab]{1,4}", "\\PC{1,12}"].prop_filter("an id", |text| ChallengeId::new(text.as_str()).is_ok())
+    }
+
+    fn within(keys: &Keys, key: &str) -> bool {
+        key >= keys.from.as_str() && keys.to.as_deref().is_some_and(|to| key < to)
+    }
+
+    proptest! {
+        #[test]
+        fn slots_read_back(c in id(), s in id()) {
+            let layout = Layout::new("gauntlet/");
+            let slot = slot(&c, &s);
+            prop_assert_eq!(layout.read_instance(&layout.instance(&slot)), Some((slot.clone(), false)));
+            prop_assert_eq!(layout.read_instance(&layout.intent(&slot)), Some((slot.clone(), true)));
+            prop_assert_eq!(layout.read_slot(&layout.owner(&slot)), Some(slot.clone()));
+            prop_assert_eq!(layout.read_slot(&layout.working(&slot)), Some(slot.clone()));
+            prop_assert_eq!(layout.read_challenge(&layout.challenge(&slot.challenge)), Some(slot.challenge));
+        }
+
+        #[test]
+        fn keys_sort_as_ids_do(a in (id(), id()), b in (id(), id())) {
+            let layout = Layout::new("gauntlet/");
+            let (ka, kb) = (layout.instance(&slot(&a.0, &a.1)), layout.instance(&slot(&b.0, &b.1)));
+            prop_assert_eq!(a.cmp(&b), ka.cmp(&kb));
+        }
+
+        #[test]
+        fn ranges_hold_their_own_and_nothing_else(a in (id(), id()), b in (id(), id())) {
+            let layout = Layout::new("gauntlet/");
+            let (sa, sb) = (slot(&a.0, &a.1), slot(&b.0, &b.1));
+            prop_assert_eq!(within(&layout.instances_of(&sa.challenge), &layout.instance(&sb)), a.0 == b.0);
+            prop_assert_eq!(within(&layout.instances_of(&sa.challenge), &layout.intent(&sb)), a.0 == b.0);
+            prop_assert_eq!(within(&layout.whole(&sa), &layout.instance(&sb)), a == b);
+            prop_assert_eq!(within(&layout.whole(&sa), &layout.intent(&sb)), a == b);
+            let lock = layout.lock(LockKind::Challenge, &sb.challenge, LockMode::Write, "1");
+            prop_assert_eq!(within(&layout.queue_of(LockKind::Challenge, &sa.challenge, LockMode::Write), &lock), a.0 == b.0);
+            prop_assert!(!within(&layout.queue_of(LockKind::Challenge, &sa.challenge, LockMode::Read), &lock));
+            prop_assert!(within(&layout.live(), &lock) && within(&layout.live(), &layout.owner(&sb)));
+        }
+
+        #[test]
+        fn an_intent_follows_its_record(a in (id(), id()), b in (id(), id())) {
+            let layout = Layout::new("gauntlet/");
+            let (sa, sb) = (slot(&a.0, &a.1), slot(&b.0, &b.1));
+            let (record, intent, other) = (layout.instance(&sa), layout.intent(&sa), layout.instance(&sb));
+            prop_assert!(a == b || other < record || other > intent);
+        }
+
+        #[test]
+        fn expiries_sort_as_times_do(a in -62_167_219_200i64..253_402_207_200, b in -62_167_219_200i64..253_402_207_200, n in 0i32..1_000_000_000) {
+            let (a, b) = (Timestamp::new(a, 0).unwrap(), Timestamp::new(b, 0).unwrap());
+            prop_assert_eq!(sortable(a).cmp(&sortable(b)), a.cmp(&b));
+            if let Ok(later) = Timestamp::new(a.as_second(), n) { prop_assert_eq!(sortable(a).cmp(&sortable(later)), a.cmp(&later)); }
+        }
+    }
+}

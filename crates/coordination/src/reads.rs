@@ -1,0 +1,177 @@
+//! Reading ranges in pages at one revision, and records out of them.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use gauntlet_domain::{Challenge, ChallengeId, Instance, Result, Slot, Stored, Version};
+
+use crate::{
+    core::{Core, unreadable},
+    kv::{Get, KeyValue, Keys, Kv},
+    records::{self, Unreadable},
+};
+
+/// Keys read with their values at once, and without.
+const PAGE: usize = 256;
+const PAGE_OF_KEYS: usize = 4096;
+
+/// A walk through a range, page by page.
+pub(crate) struct Scan<K: Kv> {
+    core: Arc<Core<K>>,
+    /// What is left to read.
+    rest: Option<Get>,
+    at: Option<K::Snapshot>,
+    page: VecDeque<KeyValue>,
+}
+
+impl<K: Kv> Scan<K> {
+    pub(crate) fn values(core: &Arc<Core<K>>, keys: Keys, at: Option<K::Snapshot>) -> Self {
+        let rest = Some(Get { keys, limit: PAGE, keys_only: false });
+        Self { core: core.clone(), rest, at, page: VecDeque::new() }
+    }
+
+    pub(crate) fn keys(core: &Arc<Core<K>>, keys: Keys, at: Option<K::Snapshot>) -> Self {
+        let rest = Some(Get { keys, limit: PAGE_OF_KEYS, keys_only: true });
+        Self { core: core.clone(), rest, at, page: VecDeque::new() }
+    }
+
+    /// The snapshot it reads from; reads the first page if it has not yet.
+    pub(crate) async fn at(&mut self) -> Result<Option<K::Snapshot>> {
+        if self.at.is_none() {
+            self.fill().await?;
+        }
+        Ok(self.at.clone())
+    }
+
+    pub(crate) async fn next(&mut self) -> Result<Option<KeyValue>> {
+        if self.page.is_empty() {
+            self.fill().await?;
+        }
+        Ok(self.page.pop_front())
+    }
+
+    /// Whether everything was read.
+    pub(crate) fn ended(&self) -> bool {
+        self.page.is_empty() && self.rest.is_none()
+    }
+
+    pub(crate) async fn all(mut self) -> Result<Vec<KeyValue>> {
+        let mut all = Vec::new();
+        while let Some(kv) = self.next().await? {
+            all.push(kv);
+        }
+        Ok(all)
+    }
+
+    async fn fill(&mut self) -> Result<()> {
+        let Some(get) = self.rest.take() else { return Ok(()) };
+        let page = self.core.kv.page(get.clone(), self.at.clone()).await;
+        let page = page.map_err(|error| self.core.error(error))?;
+        self.at = Some(page.at);
+        if page.more
+            && let Some(last) = page.kvs.last()
+        {
+            // The least key after the last one read.
+            let keys = Keys { from: format!("{}\0", last.key), ..get.keys };
+            self.rest = Some(Get { keys, ..get });
+        }
+        self.page.extend(page.kvs);
+        Ok(())
+    }
+}
+
+/// The instances of a range, each with its intent applied; what cannot be read is reported and left out.
+pub(crate) struct Instances<K: Kv> {
+    scan: Scan<K>,
+    peeked: Option<KeyValue>,
+}
+
+impl<K: Kv> Instances<K> {
+    pub(crate) fn new(scan: Scan<K>) -> Self {
+        Self { scan, peeked: None }
+    }
+
+    pub(crate) async fn next(&mut self) -> Result<Option<Stored<Instance>>> {
+        loop {
+            let record = match self.peeked.take() {
+                Some(kv) => kv,
+                None => match self.scan.next().await? {
+                    Some(kv) => kv,
+                    None => return Ok(None),
+                },
+            };
+            let core = self.scan.core.clone();
+            let mut group = vec![record];
+            while let Some(kv) = self.scan.next().await? {
+                if core.layout.read_instance(&kv.key).is_some_and(|(_, intent)| intent) {
+                    group.push(kv);
+                } else {
+                    self.peeked = Some(kv);
+                    break;
+                }
+            }
+            if let Some(stored) = core.readable(&group) {
+                return Ok(Some(stored));
+            }
+        }
+    }
+}
+
+impl<K: Kv> Core<K> {
+    pub(crate) fn read_challenge(
+        &self,
+        id: &ChallengeId,
+        kvs: Vec<KeyValue>,
+    ) -> Result<Option<Stored<Challenge>>> {
+        let Some(kv) = kvs.into_iter().next() else { return Ok(None) };
+        let value = records::read_challenge(id.clone(), &kv.value).map_err(|problem| unreadable(&kv.key, &problem))?;
+        Ok(Some(Stored { value, version: Version(kv.modified) }))
+    }
+
+    /// The challenge of a key in a list; reported and left out if it cannot be read.
+    pub(crate) fn readable_challenge(&self, kv: &KeyValue) -> Option<Stored<Challenge>> {
+        let id = self.layout.read_challenge(&kv.key).ok_or_else(|| Unreadable("the key names no challenge".to_owned()));
+        match id.and_then(|id| records::read_challenge(id, &kv.value)) {
+            Ok(value) => Some(Stored { value, version: Version(kv.modified) }),
+            Err(problem) => {
+                self.report(&kv.key, kv.modified, &problem);
+                None
+            }
+        }
+    }
+
+    /// An instance that was asked for: its record and its intent, if any.
+    pub(crate) fn read_instance(&self, slot: &Slot, kvs: &[KeyValue]) -> Result<Option<Stored<Instance>>> {
+        if kvs.is_empty() {
+            return Ok(None);
+        }
+        stored(slot, kvs).map(Some).map_err(|problem| unreadable(&self.layout.instance(slot), &problem))
+    }
+
+    /// The instance of some neighbouring keys in a list; reported and left out if it cannot be read.
+    pub(crate) fn readable(&self, kvs: &[KeyValue]) -> Option<Stored<Instance>> {
+        let first = kvs.first()?;
+        let result = match self.layout.read_instance(&first.key) {
+            Some((slot, false)) => stored(&slot, kvs),
+            _ => Err(Unreadable("the key names no instance".to_owned())),
+        };
+        result.map_err(|problem| self.report(&first.key, version(kvs), &problem)).ok()
+    }
+}
+
+fn stored(slot: &Slot, kvs: &[KeyValue]) -> Result<Stored<Instance>, Unreadable> {
+    let (record, intent) = match kvs {
+        [record] => (record, None),
+        [record, intent] => (record, Some(intent)),
+        _ => return Err(Unreadable("more keys than a record and an intent".to_owned())),
+    };
+    let mut value = records::read_instance(slot.clone(), &record.value)?;
+    if let Some(intent) = intent {
+        records::apply_intent(&mut value, &intent.value)?;
+    }
+    Ok(Stored { value, version: Version(version(kvs)) })
+}
+
+/// The version of an instance: the last revision that touched its record or its intent.
+fn version(kvs: &[KeyValue]) -> u64 {
+    kvs.iter().map(|kv| kv.modified).max().unwrap_or(0)
+}

@@ -1,0 +1,639 @@
+//! The domain's store, as transactions on the key-value port.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use futures::stream;
+use gauntlet_domain::{
+    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, LockMode, Phase, PhaseName,
+    Result, Seat, Slot, SourceId, Store, Stored, Stranded, Stream, Survey, Version,
+};
+use jiff::Timestamp;
+
+use crate::{
+    Coordination,
+    core::Core,
+    kv::{Compare, Get, KeyValue, Keys, Kv, KvError, Op, Test, Txn, TxnResult},
+    locks::{Patience, held},
+    reads::{Instances, Scan},
+    records,
+    ticket::{Of, Ticket},
+};
+
+/// Pooled instances that a survey answers at most.
+const POOLED: usize = 16;
+/// Keys that a survey looks at for them: an instance may have two, and some are not ready.
+const POOLED_KEYS: usize = 48;
+
+#[async_trait]
+impl<K: Kv> Store for Coordination<K> {
+    fn backend(&self) -> &'static str {
+        self.core.kv.name()
+    }
+
+    async fn ping(&self) -> Result<()> {
+        let nothing = Get { keys: self.core.layout.rollouts(), limit: 1, keys_only: true };
+        self.core.kv.page(nothing, None).await.map(|_| ()).map_err(|error| self.core.error(error))
+    }
+
+    async fn insert_challenge(&self, challenge: &Challenge) -> Result<()> {
+        let layout = &self.core.layout;
+        let key = layout.challenge(&challenge.id);
+        let mut then = vec![Op::put(&key, records::write_challenge(challenge))];
+        then.extend(layout.challenge_index(challenge).into_iter().filter(|(_, has)| *has).map(|(key, _)| Op::put(key, "")));
+        let txn = Txn { when: vec![Compare::absent(Keys::one(key))], then, or: Vec::new() };
+        if self.core.write(txn).await?.succeeded { Ok(()) } else { Err(Error::ChallengeExists(challenge.id.clone())) }
+    }
+
+    async fn challenge(&self, id: &ChallengeId) -> Result<Option<Stored<Challenge>>> {
+        let mut read = self.core.read(vec![Op::get(Keys::one(self.core.layout.challenge(id)))]).await?;
+        self.core.read_challenge(id, read.next_read())
+    }
+
+    async fn survey(&self, id: &ChallengeId, source: &SourceId) -> Result<Survey> {
+        let core = &self.core;
+        let slot = Slot { challenge: id.clone(), seat: Seat::Source(source.clone()) };
+        let mut read = core
+            .read(vec![
+                Op::get(Keys::one(core.layout.challenge(id))),
+                Op::get(core.layout.whole(&slot)),
+                Op::Get(Get { keys: core.layout.pooled_of(id), limit: POOLED_KEYS, keys_only: false }),
+            ])
+            .await?;
+        let challenge = core.read_challenge(id, read.next_read())?;
+        let instance = core.read_instance(&slot, &read.next_read())?;
+        let listed = read.next_read();
+        let cut = listed.len() == POOLED_KEYS;
+        let mut pooled = core.ready_among(listed, cut);
+        if pooled.is_empty() && cut {
+            // None among the first: look on. A claim compares versions, so reading later is no harm.
+            let mut all = Instances::new(Scan::values(core, core.layout.pooled_of(id), None));
+            while pooled.len() < POOLED
+                && let Some(stored) = all.next().await?
+            {
+                pooled.extend(Some(stored).filter(|stored| stored.value.phase == Phase::Ready));
+            }
+        }
+        Ok(Survey { challenge, instance, pooled })
+    }
+
+    fn challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)> {
+        let challenges = Scan::values(&self.core, self.core.layout.challenges(), None);
+        Box::pin(stream::try_unfold((challenges, None), move |(mut challenges, mut instances)| async move {
+            if instances.is_none() {
+                let at = challenges.at().await?;
+                instances = Some((Instances::new(Scan::values(&self.core, self.core.layout.instances(), at)), None));
+            }
+            while let Some(kv) = challenges.next().await? {
+                let Some(challenge) = self.core.readable_challenge(&kv) else { continue };
+                let mut own = Vec::new();
+                // Both are in order of the challenge's id.
+                if let Some((scan, peeked)) = &mut instances {
+                    loop {
+                        let next: Option<Stored<Instance>> = match peeked.take() {
+                            Some(next) => Some(next),
+                            None => scan.next().await?,
+                        };
+                        match next {
+                            Some(next) if next.value.slot.challenge < challenge.value.id => {}
+                            Some(next) if next.value.slot.challenge == challenge.value.id => own.push(next.value),
+                            later => {
+                                *peeked = later;
+                                break;
+                            }
+                        }
+                    }
+                }
+                return Ok(Some(((challenge.value, own), (challenges, instances))));
+            }
+            Ok(None)
+        }))
+    }
+
+    async fn instance(&self, slot: &Slot) -> Result<Option<Stored<Instance>>> {
+        let mut read = self.core.read(vec![Op::get(self.core.layout.whole(slot))]).await?;
+        self.core.read_instance(slot, &read.next_read())
+    }
+
+    fn instances_of(&self, id: &ChallengeId) -> Stream<'_, Stored<Instance>> {
+        let instances = Instances::new(Scan::values(&self.core, self.core.layout.instances_of(id), None));
+        Box::pin(stream::try_unfold(instances, |mut instances| async move {
+            Ok(instances.next().await?.map(|stored| (stored, instances)))
+        }))
+    }
+
+    fn instances_by_source(&self, source: Option<&SourceId>) -> Stream<'_, Instance> {
+        match source {
+            None => {
+                let instances = Instances::new(Scan::values(&self.core, self.core.layout.instances(), None));
+                Box::pin(stream::try_unfold(instances, |mut instances| async move {
+                    while let Some(stored) = instances.next().await? {
+                        if !stored.value.slot.seat.is_pool() {
+                            return Ok(Some((stored.value, instances)));
+                        }
+                    }
+                    Ok(None)
+                }))
+            }
+            Some(source) => {
+                let index = Scan::keys(&self.core, self.core.layout.by_source(source), None);
+                let found = std::collections::VecDeque::new();
+                Box::pin(stream::try_unfold((index, found), move |(mut index, mut found)| async move {
+                    loop {
+                        if let Some(instance) = found.pop_front() {
+                            return Ok(Some((instance, (index, found))));
+                        }
+                        found = self.core.indexed(&mut index).await?.into();
+                        if found.is_empty() && index.ended() {
+                            return Ok(None);
+                        }
+                    }
+                }))
+            }
+        }
+    }
+
+    async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {
+        self.core.acquire(kind, id, LockMode::Write, by).await
+    }
+
+    async fn release(&self, held: Held) -> Result<()> {
+        let txn = ticket(&held)?.live.removal();
+        self.core.finish(held, txn, |_| true).await.map(|_| ())
+    }
+
+    async fn update_challenge(&self, held: Held, challenge: &Challenge) -> Result<()> {
+        let layout = &self.core.layout;
+        let ticket = self.core.lock_on(&held, &challenge.id)?;
+        let key = layout.challenge(&challenge.id);
+        let record = records::write_challenge(challenge);
+        let mut then = vec![Op::put(&key, record.clone()), Op::delete(&ticket.live.key)];
+        then.extend(
+            layout
+                .challenge_index(challenge)
+                .into_iter()
+                .map(|(key, has)| if has { Op::put(key, "") } else { Op::delete(key) }),
+        );
+        let txn = Txn {
+            when: vec![ticket.stands(), Compare::exists(&key)],
+            then,
+            or: vec![Op::get(Keys::one(&key)), Op::keys(Keys::one(&ticket.live.key))],
+        };
+        let (fence, id) = (held.fence, challenge.id.clone());
+        let applied = move |read: &[Vec<KeyValue>]| matches!(read, [c, _] if is(c, &record));
+        let mut result = self.core.finish(held, txn, applied).await?;
+        if result.succeeded {
+            return Ok(());
+        }
+        let stored = !result.next_read().is_empty();
+        let stands = result.next_read().first().is_some_and(|kv| kv.created == fence);
+        Err(if stands && !stored { Error::ChallengeNotFound(id) } else { fenced(LockKind::Challenge, fence) })
+    }
+
+    async fn remove_challenge(&self, held: Held, id: &ChallengeId) -> Result<()> {
+        let layout = &self.core.layout;
+        let ticket = self.core.lock_on(&held, id)?;
+        let key = layout.challenge(id);
+        let mut then = vec![Op::delete(&key), Op::delete(&ticket.live.key)];
+        then.extend(layout.all_challenge_index(id).map(Op::delete));
+        let txn = Txn {
+            when: vec![ticket.stands(), Compare::absent(layout.instances_of(id))],
+            then,
+            or: vec![Op::keys(Keys::one(&key)), Op::keys(Keys::one(&ticket.live.key))],
+        };
+        let fence = held.fence;
+        let mut result = self.core.finish(held, txn, |read| matches!(read, [c, _] if c.is_empty())).await?;
+        if result.succeeded {
+            return Ok(());
+        }
+        let _challenge = result.next_read();
+        let stands = result.next_read().first().is_some_and(|kv| kv.created == fence);
+        Err(if stands { Error::Conflict } else { fenced(LockKind::Challenge, fence) })
+    }
+
+    async fn begin_create(
+        &self,
+        challenge: &Stored<Challenge>,
+        intent: &Instance,
+        under: Option<&Held>,
+        by: &By,
+    ) -> Result<Held> {
+        let (core, layout, id) = (&self.core, &self.core.layout, &challenge.value.id);
+        let slot = &intent.slot;
+        let lock = under.map(|held| core.lock_on(held, id)).transpose()?;
+        let mut patience = Patience::new(by, || format!("the challenge lock of {id:?}"));
+        loop {
+            let lease = core.lease().await?;
+            let live = core.live_key(lease.clone(), by, |_| layout.owner(slot));
+            let writers = layout.queue_of(LockKind::Challenge, id, LockMode::Write);
+            let mut then = vec![live.put(), Op::put(layout.instance(slot), records::write_instance(intent))];
+            then.extend(layout.instance_index(intent).into_iter().map(|(key, value)| Op::put(key, value)));
+            let txn = Txn {
+                when: vec![
+                    Compare::modified(layout.challenge(id), challenge.version.0),
+                    Compare::absent(layout.whole(slot)),
+                    Compare::absent(Keys::one(layout.owner(slot))),
+                    lock.map_or_else(|| Compare::absent(writers.clone()), Ticket::stands),
+                ],
+                then,
+                or: vec![
+                    Op::keys(Keys::one(layout.challenge(id))),
+                    Op::keys(layout.whole(slot)),
+                    Op::get(Keys::one(layout.owner(slot))),
+                    Op::get(writers),
+                ],
+            };
+            let of = Of::Instance(Box::new(intent.clone()));
+            let (taken, mut result) = core.take(live, of, txn, false).await?;
+            if let Some(ticket) = taken {
+                return Ok(held(LockKind::Instance, ticket, patience));
+            }
+            let (stored, seat) = (result.next_read(), result.next_read());
+            let (mut ahead, writers) = (result.next_read(), result.next_read());
+            if stored.first().map(|kv| kv.modified) != Some(challenge.version.0) || !seat.is_empty() {
+                return Err(Error::Conflict);
+            }
+            match lock {
+                Some(lock) if writers.iter().all(|kv| kv.created != lock.fence) => {
+                    return Err(fenced(LockKind::Challenge, lock.fence));
+                }
+                Some(_) => {}
+                None => ahead.extend(writers),
+            }
+            patience.wait(core, &lease, ahead).await?;
+        }
+    }
+
+    async fn claim(
+        &self,
+        challenge: &Stored<Challenge>,
+        pooled: &Stored<Instance>,
+        claimed: &Instance,
+        by: &By,
+    ) -> Result<Option<Held>> {
+        let (core, layout, id) = (&self.core, &self.core.layout, &challenge.value.id);
+        let (from, to) = (&pooled.value.slot, &claimed.slot);
+        let mut patience = Patience::new(by, || format!("the challenge lock of {id:?}"));
+        let working = claimed.phase.is_working();
+        loop {
+            let lease = core.lease().await?;
+            let live = core.live_key(lease.clone(), by, |_| layout.owner(to));
+            let writers = layout.queue_of(LockKind::Challenge, id, LockMode::Write);
+            let mut then =
+                vec![Op::Delete(layout.whole(from)), Op::put(layout.instance(to), records::write_instance(claimed))];
+            then.extend(working.then(|| live.put()));
+            then.extend(layout.instance_index(&pooled.value).into_iter().map(|(key, _)| Op::delete(key)));
+            then.extend(layout.instance_index(claimed).into_iter().map(|(key, value)| Op::put(key, value)));
+            let txn = Txn {
+                when: vec![
+                    Compare::modified(layout.challenge(id), challenge.version.0),
+                    Compare::exists(layout.instance(from)),
+                    not_after(layout.whole(from), pooled.version),
+                    Compare::absent(Keys::one(layout.owner(from))),
+                    Compare::absent(layout.whole(to)),
+                    Compare::absent(Keys::one(layout.owner(to))),
+                    Compare::absent(writers.clone()),
+                ],
+                then,
+                or: vec![
+                    Op::keys(Keys::one(layout.challenge(id))),
+                    Op::keys(layout.whole(from)),
+                    Op::keys(Keys::one(layout.owner(from))),
+                    Op::keys(layout.whole(to)),
+                    Op::get(Keys::one(layout.owner(to))),
+                    Op::get(writers),
+                ],
+            };
+            let mut result = if working {
+                let of = Of::Instance(Box::new(claimed.clone()));
+                match core.take(live, of, txn, false).await? {
+                    (Some(ticket), _) => return Ok(Some(held(LockKind::Instance, ticket, patience))),
+                    (None, result) => result,
+                }
+            } else {
+                core.write(txn).await?
+            };
+            if result.succeeded {
+                return Ok(None);
+            }
+            let changed = result.next_read().first().map(|kv| kv.modified) != Some(challenge.version.0);
+            let pooled_changed = version(&result.next_read()) != Some(pooled.version);
+            let pooled_owned = !result.next_read().is_empty();
+            let seat_taken = !result.next_read().is_empty();
+            if changed || pooled_changed || pooled_owned || seat_taken {
+                return Err(Error::Conflict);
+            }
+            let mut ahead = result.next_read();
+            ahead.extend(result.next_read());
+            patience.wait(core, &lease, ahead).await?;
+        }
+    }
+
+    async fn begin(&self, slot: &Slot, begin: Begin, by: &By) -> Result<(Held, Instance)> {
+        let (core, layout) = (&self.core, &self.core.layout);
+        let mut patience = Patience::new(by, || format!("the instance {:?} of {:?}", slot.seat, slot.challenge));
+        // What an owner that is gone had been doing, if the record alone does not tell.
+        let mut left: Option<Stored<Instance>> = None;
+        loop {
+            let lease = core.lease().await?;
+            let live = core.live_key(lease.clone(), by, |_| layout.owner(slot));
+            let mut when = vec![Compare::exists(layout.instance(slot)), Compare::absent(Keys::one(layout.owner(slot)))];
+            let mut then = vec![live.put()];
+            match (&begin, left.take()) {
+                (Begin::Recover, _) => when.push(Compare::exists(layout.working(slot))),
+                // Nothing of before would be lost: the new intent goes beside a record that needs no reading.
+                (Begin::Update(_) | Begin::Delete, None) => {
+                    let target = if let Begin::Update(target) = &begin { Some(target) } else { None };
+                    when.push(Compare::absent(Keys::one(layout.intent(slot))));
+                    then.push(Op::put(layout.intent(slot), records::write_intent(target)));
+                    then.push(Op::put(layout.working(slot), ""));
+                }
+                (Begin::Update(_) | Begin::Delete, Some(before)) => {
+                    when.push(not_after(layout.whole(slot), before.version));
+                    let mut record = before.value;
+                    begun(&mut record, &begin);
+                    then.push(Op::put(layout.instance(slot), records::write_instance(&record)));
+                    then.push(Op::delete(layout.intent(slot)));
+                    then.push(Op::put(layout.working(slot), ""));
+                }
+            }
+            then.push(Op::get(layout.whole(slot)));
+            let or = vec![
+                Op::get(layout.whole(slot)),
+                Op::get(Keys::one(layout.owner(slot))),
+                Op::keys(Keys::one(layout.working(slot))),
+            ];
+            // Its instance is put in below, once it is read.
+            let of = Of::Lock(LockKind::Instance, slot.challenge.clone());
+            let (taken, mut result) = core.take(live, of, Txn { when, then, or }, false).await?;
+            let whole = result.next_read();
+            if let Some(mut ticket) = taken {
+                let Some(Stored { value, .. }) = core.read_instance(slot, &whole)? else { return Err(Error::Conflict) };
+                ticket.of = Of::Instance(Box::new(value.clone()));
+                return Ok((held(LockKind::Instance, ticket, patience), value));
+            }
+            let (owner, working) = (result.next_read(), result.next_read());
+            if whole.is_empty() || (begin == Begin::Recover && (!owner.is_empty() || working.is_empty())) {
+                return Err(Error::Conflict);
+            }
+            if owner.is_empty() {
+                left = core.read_instance(slot, &whole)?;
+            }
+            patience.wait(core, &lease, owner).await?;
+        }
+    }
+
+    async fn commit(&self, held: Held, slot: &Slot, commit: Commit) -> Result<()> {
+        let layout = &self.core.layout;
+        let ticket = ticket(&held)?;
+        let before = match &ticket.of {
+            Of::Instance(before) if before.slot == *slot => before,
+            other => return Err(Error::Internal(format!("an ownership of {other:?} commits nothing to {slot:?}"))),
+        };
+        let (key, intent) = (layout.instance(slot), layout.intent(slot));
+        let old = layout.instance_index(before).into_iter().map(|(key, _)| key);
+        let mut then = vec![Op::delete(&ticket.live.key), Op::delete(intent)];
+        let record = match &commit {
+            Commit::Remove => {
+                then.push(Op::delete(&key));
+                then.extend(old.map(Op::delete));
+                None
+            }
+            Commit::Put(instance) if instance.slot == *slot => {
+                let record = records::write_instance(instance);
+                then.push(Op::put(&key, record.clone()));
+                then.extend(reindex(old.collect(), layout.instance_index(instance)));
+                Some(record)
+            }
+            Commit::Put(instance) => {
+                return Err(Error::Internal(format!("{:?} is not committed to {slot:?}", instance.slot)));
+            }
+        };
+        let fence = held.fence;
+        let txn = Txn { when: vec![ticket.stands()], then, or: vec![Op::get(layout.whole(slot))] };
+        let applied = move |read: &[Vec<KeyValue>]| match (&record, read) {
+            (None, [whole]) => whole.is_empty(),
+            (Some(record), [whole]) => is(whole, record),
+            _ => false,
+        };
+        let result = self.core.finish(held, txn, applied).await?;
+        if result.succeeded { Ok(()) } else { Err(fenced(LockKind::Instance, fence)) }
+    }
+
+    async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &By) -> Result<()> {
+        let (core, layout, slot) = (&self.core, &self.core.layout, &read.value.slot);
+        if instance.slot != *slot {
+            return Err(Error::Internal(format!("{:?} is not rewritten as {:?}", slot, instance.slot)));
+        }
+        let mut patience = Patience::new(by, || format!("the instance {:?} of {:?}", slot.seat, slot.challenge));
+        let old: Vec<String> = layout.instance_index(&read.value).into_iter().map(|(key, _)| key).collect();
+        loop {
+            let mut then = vec![
+                Op::put(layout.instance(slot), records::write_instance(instance)),
+                Op::delete(layout.intent(slot)),
+            ];
+            then.extend(reindex(old.clone(), layout.instance_index(instance)));
+            let txn = Txn {
+                when: vec![
+                    Compare::exists(layout.instance(slot)),
+                    not_after(layout.whole(slot), read.version),
+                    Compare::absent(Keys::one(layout.owner(slot))),
+                ],
+                then,
+                or: vec![Op::get(Keys::one(layout.owner(slot)))],
+            };
+            let mut result = core.write(txn).await?;
+            if result.succeeded {
+                return Ok(());
+            }
+            let owner = result.next_read();
+            if owner.is_empty() {
+                return Err(Error::Conflict);
+            }
+            let lease = core.lease().await?;
+            patience.wait(core, &lease, owner).await?;
+        }
+    }
+
+    async fn stranded(&self, now: Timestamp) -> Result<Vec<Stranded>> {
+        let (core, layout) = (&self.core, &self.core.layout);
+        let mut working = Scan::values(core, layout.all_working(), None);
+        let at = working.at().await?;
+        let live = Scan::keys(core, layout.live(), at.clone()).all().await?;
+        let owned = |key: &str| live.binary_search_by(|kv| kv.key.as_str().cmp(key)).is_ok();
+        let locked = |keys: &Keys| {
+            let first = live.partition_point(|kv| kv.key < keys.from);
+            live.get(first).zip(keys.to.as_ref()).is_some_and(|(kv, to)| kv.key < *to)
+        };
+        let mut stranded = Vec::new();
+        while let Some(kv) = working.next().await? {
+            let Some(slot) = layout.read_slot(&kv.key) else { continue };
+            let retry_at = std::str::from_utf8(&kv.value).ok().and_then(|text| text.parse::<Timestamp>().ok());
+            if retry_at.is_none_or(|retry_at| retry_at <= now) && !owned(&layout.owner(&slot)) {
+                stranded.push(Stranded::Instance(slot));
+            }
+        }
+        for kv in Scan::keys(core, layout.rollouts(), at).all().await? {
+            let Some(id) = layout.read_index(&kv.key) else { continue };
+            if !locked(&layout.queue(LockKind::Rollout, &id)) {
+                stranded.push(Stranded::Challenge(id));
+            }
+        }
+        Ok(stranded)
+    }
+
+    async fn pools(&self) -> Result<Vec<ChallengeId>> {
+        let mut keys = Scan::keys(&self.core, self.core.layout.pools(), None);
+        let mut pools: Vec<ChallengeId> = Vec::new();
+        while let Some(kv) = keys.next().await? {
+            if let Some(id) = self.core.layout.read_index(&kv.key)
+                && pools.last() != Some(&id)
+            {
+                pools.push(id);
+            }
+        }
+        Ok(pools)
+    }
+
+    async fn census(&self, now: Timestamp) -> Result<Census> {
+        let (core, layout) = (&self.core, &self.core.layout);
+        let mut instances = Scan::values(core, layout.instances(), None);
+        let at = instances.at().await?;
+        let mut census = Census {
+            challenges: core.kv.count(layout.challenges(), at.clone()).await.map_err(|error| core.error(error))?,
+            overdue: core.kv.count(layout.ended(now), at).await.map_err(|error| core.error(error))?,
+            ..Census::default()
+        };
+        let mut instances = Instances::new(instances);
+        while let Some(Stored { value, .. }) = instances.next().await? {
+            let pooled = value.slot.seat.is_pool();
+            *census
+                .instances
+                .entry((value.slot.challenge, PhaseName::from(&value.phase), pooled))
+                .or_default() += 1;
+        }
+        Ok(census)
+    }
+}
+
+impl<K: Kv> Core<K> {
+    async fn read(&self, then: Vec<Op>) -> Result<TxnResult> {
+        let txn = Txn { then, ..Txn::default() };
+        self.kv.txn(txn).await.map_err(|error| self.error(error))
+    }
+
+    /// The ready ones among listed keys of a pool, if the list was `cut` without the last, which may miss its intent.
+    fn ready_among(&self, listed: Vec<KeyValue>, cut: bool) -> Vec<Stored<Instance>> {
+        let mut groups: Vec<Vec<KeyValue>> = Vec::new();
+        for kv in listed {
+            match groups.last_mut() {
+                Some(group) if self.layout.read_instance(&kv.key).is_some_and(|(_, intent)| intent) => group.push(kv),
+                _ => groups.push(vec![kv]),
+            }
+        }
+        if cut {
+            groups.pop();
+        }
+        let ready = |stored: &Stored<Instance>| stored.value.phase == Phase::Ready;
+        groups.iter().filter_map(|group| self.readable(group)).filter(ready).take(POOLED).collect()
+    }
+
+    /// The instances of the next few keys of the index by source.
+    async fn indexed(&self, index: &mut Scan<K>) -> Result<Vec<Instance>> {
+        const AT_ONCE: usize = 32;
+        let mut slots = Vec::new();
+        while slots.len() < AT_ONCE
+            && let Some(kv) = index.next().await?
+        {
+            slots.extend(self.layout.read_by_source(&kv.key));
+        }
+        if slots.is_empty() {
+            return Ok(Vec::new());
+        }
+        let ops = slots.iter().map(|slot| Op::get(self.layout.whole(slot))).collect();
+        Ok(self.read(ops).await?.reads.iter().filter_map(|group| self.readable(group)).map(|stored| stored.value).collect())
+    }
+
+    /// Runs the transaction that ends an ownership. If its outcome is unknown it is run once more, which is safe since it can succeed only
+    /// once: if it is refused then, `applied` tells from what it read whether the first one had succeeded.
+    async fn finish(
+        self: &Arc<Self>,
+        held: Held,
+        txn: Txn,
+        applied: impl Fn(&[Vec<KeyValue>]) -> bool + Send + 'static,
+    ) -> Result<TxnResult> {
+        if ticket(&held)?.live.lease.is_lost() {
+            return Err(fenced(held.kind, held.fence));
+        }
+        let core = self.clone();
+        self.detached(async move {
+            let result = match core.kv.txn(txn.clone()).await {
+                Err(KvError::Ambiguous(detail)) => {
+                    tracing::warn!(detail, "the outcome of a commit is unknown, asking again");
+                    core.kv.txn(txn).await.map(|result| {
+                        let succeeded = result.succeeded || applied(&result.reads);
+                        TxnResult { succeeded, ..result }
+                    })
+                }
+                result => result,
+            };
+            // Otherwise the reaper gets the key, and the work is found stranded.
+            let result = result.map_err(|error| core.error(error))?;
+            if result.succeeded {
+                ticket(&held)?.spend();
+            }
+            Ok(result)
+        })
+        .await
+    }
+
+    /// The ticket of a challenge's own lock.
+    fn lock_on<'a>(&self, held: &'a Held, id: &ChallengeId) -> Result<&'a Ticket> {
+        let ticket = ticket(held)?;
+        match &ticket.of {
+            Of::Lock(LockKind::Challenge, locked) if locked == id => Ok(ticket),
+            other => Err(Error::Internal(format!("an ownership of {other:?} is no lock on the challenge {id:?}"))),
+        }
+    }
+}
+
+fn ticket(held: &Held) -> Result<&Ticket> {
+    let ticket = held.grant().as_any().downcast_ref();
+    ticket.ok_or_else(|| Error::Internal("the ownership is of another store".to_owned()))
+}
+
+fn fenced(kind: LockKind, fence: u64) -> Error {
+    Error::Fenced(format!("{} (token {fence})", kind.name()))
+}
+
+fn not_after(keys: Keys, version: Version) -> Compare {
+    Compare { keys, test: Test::NotAfter(version.0) }
+}
+
+fn version(whole: &[KeyValue]) -> Option<Version> {
+    whole.iter().map(|kv| kv.modified).max().map(Version)
+}
+
+/// Whether a record is stored, and with no intent.
+fn is(whole: &[KeyValue], record: &[u8]) -> bool {
+    matches!(whole, [kv] if kv.value == record)
+}
+
+fn begun(instance: &mut Instance, begin: &Begin) {
+    match begin {
+        Begin::Update(target) => {
+            instance.phase = Phase::Updating;
+            instance.target = Some(target.clone());
+        }
+        Begin::Delete => instance.phase = Phase::Deleting,
+        Begin::Recover => {}
+    }
+}
+
+/// Replaces old index keys with new ones, touching none twice.
+fn reindex(old: Vec<String>, new: Vec<(String, String)>) -> Vec<Op> {
+    let stale = old.into_iter().filter(|key| !new.iter().any(|(kept, _)| kept == key)).map(Op::delete);
+    let mut ops: Vec<Op> = stale.collect();
+    ops.extend(new.into_iter().map(|(key, value)| Op::put(key, value)));
+    ops
+}

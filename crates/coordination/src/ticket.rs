@@ -1,0 +1,174 @@
+//! The adapter's side of an ownership, and the task that removes what was given up by dropping it.
+
+use std::{
+    any::Any,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::{FutureExt as _, future::BoxFuture};
+use gauntlet_domain::{ChallengeId, Grant, Instance, LockKind};
+use tokio::{
+    sync::mpsc::{self, error::TrySendError},
+    time::{Instant, sleep, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    kv::{Compare, Kv, LeaseId, Op, Txn},
+    session::Lease,
+};
+
+/// Keys that may wait for their removal. Beyond that the whole lease is given up, which removes them too.
+const QUEUE: usize = 4096;
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+const RETRY_LONGEST: Duration = Duration::from_secs(2);
+
+/// A key of ours under a lease; its value is told apart from every other acquisition's.
+#[derive(Debug, Clone)]
+pub(crate) struct LiveKey {
+    pub(crate) key: String,
+    pub(crate) value: Vec<u8>,
+    pub(crate) lease: Lease,
+}
+
+impl LiveKey {
+    pub(crate) fn put(&self) -> Op {
+        let lease: LeaseId = self.lease.id;
+        Op::Put { key: self.key.clone(), value: self.value.clone(), lease: Some(lease) }
+    }
+
+    /// Removes it, and no other that has come to its place.
+    pub(crate) fn removal(&self) -> Txn {
+        Txn {
+            when: vec![Compare::value(&self.key, self.value.clone())],
+            then: vec![Op::delete(&self.key)],
+            or: Vec::new(),
+        }
+    }
+}
+
+/// What is owned.
+#[derive(Debug, Clone)]
+pub(crate) enum Of {
+    /// A lock, or a place in its queue.
+    Lock(LockKind, ChallengeId),
+    /// An instance, and how it stood when it was taken (its index keys follow from it).
+    Instance(Box<Instance>),
+}
+
+/// An ownership. Dropping it hands its key to the reaper.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    pub(crate) live: LiveKey,
+    /// The revision at which the key came to be.
+    pub(crate) fence: u64,
+    pub(crate) of: Of,
+    reaper: Reaper,
+    spent: AtomicBool,
+}
+
+impl Ticket {
+    pub(crate) fn new(live: LiveKey, fence: u64, of: Of, reaper: Reaper) -> Self {
+        Self { live, fence, of, reaper, spent: AtomicBool::new(false) }
+    }
+
+    /// Its key is gone, or somebody else's: nothing is left to remove.
+    pub(crate) fn spend(&self) {
+        self.spent.store(true, Ordering::Release);
+    }
+
+    /// Holds in the store as long as the ownership does.
+    pub(crate) fn stands(&self) -> Compare {
+        Compare::created(&self.live.key, self.fence)
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if !self.spent.load(Ordering::Acquire) {
+            self.reaper.give(self.live.clone(), false);
+        }
+    }
+}
+
+impl Grant for Ticket {
+    fn lost(&self) -> BoxFuture<'static, ()> {
+        self.live.lease.lost().boxed()
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// Where keys to remove are handed in.
+#[derive(Debug, Clone)]
+pub(crate) struct Reaper {
+    queue: mpsc::Sender<Given>,
+}
+
+#[derive(Debug)]
+struct Given {
+    live: LiveKey,
+    /// It may yet come to be: look again later.
+    unsure: bool,
+}
+
+impl Reaper {
+    /// The reaper, and the task that works for it until `stop`.
+    pub(crate) fn start<K: Kv>(kv: Arc<K>, stop: CancellationToken) -> (Self, impl Future<Output = ()> + Send) {
+        let (queue, given) = mpsc::channel(QUEUE);
+        (Self { queue }, async move { tokio::select! { () = stop.cancelled() => {}, () = reap(kv, given) => {} } })
+    }
+
+    /// Removes a key in the background, unless its lease goes first.
+    pub(crate) fn give(&self, live: LiveKey, unsure: bool) {
+        if let Err(TrySendError::Full(given)) = self.queue.try_send(Given { live, unsure }) {
+            tracing::error!(QUEUE, "too many ownerships were dropped at once: the lease is given up");
+            given.live.lease.lose();
+        }
+    }
+}
+
+async fn reap<K: Kv>(kv: Arc<K>, mut given: mpsc::Receiver<Given>) {
+    // In order of time: each is due the same while after it was handed in.
+    let mut again: std::collections::VecDeque<(Instant, LiveKey)> = std::collections::VecDeque::new();
+    loop {
+        let due = again.front().map(|(due, _)| *due);
+        let live = tokio::select! {
+            next = given.recv() => match next {
+                None => return,
+                Some(Given { live, unsure }) => {
+                    if unsure {
+                        again.push_back((Instant::now() + kv.deadline() * 2, live.clone()));
+                    }
+                    Some(live)
+                }
+            },
+            () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
+                again.pop_front().map(|(_, live)| live)
+            }
+        };
+        if let Some(live) = live {
+            remove(kv.as_ref(), &live).await;
+        }
+    }
+}
+
+async fn remove<K: Kv>(kv: &K, live: &LiveKey) {
+    let mut delay = RETRY_FIRST;
+    while !live.lease.is_lost() {
+        match kv.txn(live.removal()).await {
+            Ok(_) => return,
+            Err(error) => {
+                tracing::warn!(%error, key = live.key, "an ownership that was given up could not be removed, trying again");
+                tokio::select! { () = sleep(delay) => {}, () = live.lease.lost() => {} }
+                delay = (delay * 2).min(RETRY_LONGEST);
+            }
+        }
+    }
+}
