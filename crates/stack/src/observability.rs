@@ -269,6 +269,8 @@ impl Prometheus {
             .arg("--storage.tsdb.retention.time=7d")
             .arg("--enable-feature=exemplar-storage")
             .arg(format!("--web.listen-address={}", ports.address(Port::Prometheus)));
+        // What it sends before it has discovered Alertmanager is lost until it is sent again.
+        let spec = if options.pace == Pace::Fast { spec.arg("--rules.alert.resend-delay=5s") } else { spec };
         Ok(Prometheus { process: Process::spawn(spec)?, url: ports.url(Port::Prometheus) })
     }
 

@@ -131,11 +131,12 @@ fn what_is_pushed_is_shown() {
 }
 
 fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(90);
+    let (started, deadline) = (Instant::now(), Instant::now() + Duration::from_secs(90));
     while !is_so() {
         assert!(Instant::now() < deadline, "not within 90 s: {what}");
         thread::sleep(Duration::from_millis(300));
     }
+    eprintln!("{what}: after {:.1} s", started.elapsed().as_secs_f64());
 }
 
 fn now_nanos() -> u128 {
