@@ -141,7 +141,7 @@ impl Health {
                 let lost = std::mem::take(&mut trouble.lost);
                 drop(trouble);
                 if recovered {
-                    tracing::info!(signal = self.signal.lower(), target = %self.target, lost, "telemetry is exported again");
+                    tracing::info!(signal = self.signal.lower(), endpoint = %self.target, lost, "telemetry is exported again");
                 }
             }
             Err(error) => {
@@ -162,7 +162,7 @@ impl Health {
                 drop(trouble);
                 if due {
                     tracing::warn!(
-                        signal = self.signal.lower(), target = %self.target, lost, error,
+                        signal = self.signal.lower(), endpoint = %self.target, lost, error,
                         "telemetry is not exported; the service goes on without, and this is said at most once a minute \
                          (OTEL_EXPORTER_OTLP_ENDPOINT says where to, OTEL_SDK_DISABLED=true turns it off)"
                     );

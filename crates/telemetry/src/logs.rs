@@ -143,3 +143,82 @@ fn one_line(text: &str) -> String {
         line
     })
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+
+    use opentelemetry::trace::{SpanContext, SpanId, TraceFlags, TraceId, TraceState};
+    use tracing_subscriber::layer::SubscriberExt;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Buffer(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Buffer {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn written(line: Line, ansi: bool, log: impl FnOnce()) -> String {
+        let buffer = Buffer::default();
+        let writer = buffer.clone();
+        let lines =
+            tracing_subscriber::fmt::layer().with_ansi(ansi).event_format(line).with_writer(move || writer.clone());
+        let subscriber = tracing_subscriber::registry().with(lines);
+        tracing::subscriber::with_default(subscriber, log);
+        String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap()
+    }
+
+    fn in_trace() -> opentelemetry::ContextGuard {
+        let ids = (TraceId::from(0xabc_u128), SpanId::from(0xdef_u64));
+        let span = SpanContext::new(ids.0, ids.1, TraceFlags::SAMPLED, true, TraceState::default());
+        Context::new().with_remote_span_context(span).attach()
+    }
+
+    #[test]
+    fn a_json_line_has_the_ids_and_keeps_its_own_fields() {
+        let text = written(Line::Json, false, || {
+            let _trace = in_trace();
+            tracing::warn!(answer = 42, level = "mine", "two\nlines");
+        });
+        let line: Value = serde_json::from_str(text.trim_end()).unwrap();
+        assert_eq!(text.lines().count(), 1);
+        assert_eq!(
+            (&line["message"], &line["answer"], &line["level"]),
+            (&"two\nlines".into(), &42.into(), &"WARN".into())
+        );
+        assert_eq!(line["trace_id"], "00000000000000000000000000000abc");
+        assert_eq!(line["span_id"], "0000000000000def");
+        assert!(line["timestamp"].as_str().unwrap().ends_with('Z'));
+    }
+
+    #[test]
+    fn a_human_line_is_one_line_without_what_steers_a_terminal() {
+        let log = || {
+            let _trace = in_trace();
+            let name = "a\x1b[2J\nERROR forged";
+            tracing::info!(name, "said {}", "x\ny");
+        };
+        let text = written(Line::Human, false, log);
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(!text.contains('\x1b'), "{text}");
+        assert!(text.contains(" INFO ") && text.contains("trace_id=00000000000000000000000000000abc"), "{text}");
+        assert!(written(Line::Human, true, log).contains("\x1b[32m"));
+    }
+
+    #[test]
+    fn outside_a_trace_there_are_no_ids() {
+        assert!(!written(Line::Json, false, || tracing::info!("said")).contains("trace_id"));
+    }
+}

@@ -14,6 +14,8 @@ use crate::names;
 /// The window of rates and percentiles: six slots of ten seconds.
 const SLOT: Duration = Duration::from_secs(10);
 const SLOTS: usize = 6;
+/// Longer durations count as this one.
+const LONGEST: Duration = Duration::from_secs(3600);
 /// Names beyond these are counted together.
 const OPERATIONS: usize = 128;
 /// Traces that have not ended, and spans of each.
@@ -103,7 +105,9 @@ impl View {
             stats.slots.push_back((slot, histogram));
         }
         if let Some((_, histogram)) = stats.slots.back_mut() {
-            histogram.saturating_record(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX).max(1));
+            // It grows to what it is given, so the longest is bounded; within that it cannot fail.
+            let micros = duration.min(LONGEST).as_micros().max(1);
+            let _ = histogram.record(u64::try_from(micros).unwrap_or(u64::MAX));
         }
     }
 
@@ -301,4 +305,114 @@ fn tree(trace: TraceId, root: SpanId, spans: Vec<Ended>, cut: bool) -> Trace {
 
 fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+
+    use opentelemetry::trace::{SpanContext, TraceFlags, TraceState};
+    use opentelemetry_sdk::trace::{SpanEvents, SpanLinks};
+
+    use super::*;
+
+    fn span(trace: u128, id: u64, parent: u64, name: &str, millis: u64) -> SpanData {
+        let (trace, id) = (TraceId::from(trace), SpanId::from(id));
+        SpanData {
+            span_context: SpanContext::new(trace, id, TraceFlags::SAMPLED, false, TraceState::default()),
+            parent_span_id: SpanId::from(parent),
+            parent_span_is_remote: false,
+            span_kind: SpanKind::Internal,
+            name: name.to_owned().into(),
+            start_time: SystemTime::UNIX_EPOCH,
+            end_time: SystemTime::UNIX_EPOCH + Duration::from_millis(millis),
+            attributes: Vec::new(),
+            dropped_attributes_count: 0,
+            events: SpanEvents::default(),
+            links: SpanLinks::default(),
+            status: Status::Unset,
+            instrumentation_scope: opentelemetry::InstrumentationScope::default(),
+        }
+    }
+
+    fn failed(mut span: SpanData, why: &'static str) -> SpanData {
+        span.status = Status::error(why);
+        span
+    }
+
+    #[test]
+    fn rates_and_percentiles_are_of_the_last_minute() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut view = View::new(start);
+        for second in 0..60 {
+            view.add(at(second), span(u128::from(second) + 1, 1, 0, "work", second + 1));
+        }
+        let (operations, ..) = view.read(at(59));
+        assert_eq!(operations[0].count, 60);
+        assert!((operations[0].rate - 60.0 / 59.0).abs() < 0.01);
+        let latency = operations[0].latency.unwrap();
+        assert!((29.0..=31.0).contains(&latency.p50) && (59.0..=61.0).contains(&latency.p99), "{latency:?}");
+        // Half of it is out of the window.
+        let (operations, ..) = view.read(at(90));
+        assert!((operations[0].rate - 0.5).abs() < 0.2, "{}", operations[0].rate);
+        let (operations, ..) = view.read(at(200));
+        assert_eq!((operations[0].count, operations[0].rate, operations[0].latency), (60, 0.0, None));
+    }
+
+    #[test]
+    fn a_served_call_inside_a_longer_trace_is_a_tree_of_its_own() {
+        let now = Instant::now();
+        let mut view = View::new(now);
+        let mut served = span(1, 2, 1, "served", 9);
+        served.parent_span_is_remote = true;
+        view.add(now, span(1, 5, 9, "elsewhere", 1));
+        view.add(now, failed(span(1, 3, 2, "inner", 5), "broken"));
+        view.add(now, served);
+        view.add(now, span(1, 1, 0, "sweep", 20));
+        let (_, slow, failed) = view.read(now);
+        let names = |trace: &Trace| trace.spans.iter().map(|span| span.name.clone()).collect::<Vec<_>>();
+        assert_eq!(failed.iter().map(names).collect::<Vec<_>>(), [vec!["served", "inner"]]);
+        assert_eq!(slow.iter().map(names).collect::<Vec<_>>(), [vec!["sweep"], vec!["served", "inner"]]);
+    }
+
+    #[test]
+    fn everything_is_bounded() {
+        let now = Instant::now();
+        let mut view = View::new(now);
+        for n in 0..3000 {
+            // None of these ever has its root.
+            view.add(now, span(u128::from(n) + 1, 2, 1, &format!("name {n}"), 1));
+            view.add(now, span(7_000_000, n + 2, 1, "child", 1));
+        }
+        assert!(view.pending.len() <= PENDING && view.arrivals.len() <= PENDING);
+        let mut root = span(7_000_000, 1, 0, "root", 1);
+        root.status = Status::error("x".repeat(5000));
+        view.add(now, root);
+        let (operations, slow, broken) = view.read(now);
+        // A group may have its own row for the rest.
+        assert!(operations.len() <= OPERATIONS + 4);
+        assert!(slow.len() <= KEPT && broken.len() <= KEPT);
+        assert!(broken[0].spans.len() <= SPANS);
+        assert!(broken[0].spans.iter().all(|span| span.error.as_ref().is_none_or(|error| error.len() <= TEXT)));
+        for n in 0..100_u64 {
+            view.add(now, failed(span(8_000_000 + u128::from(n), 1, 0, "root", n), "again"));
+        }
+        let (_, slow, broken) = view.read(now);
+        assert_eq!((slow.len(), broken.len()), (KEPT, KEPT));
+        assert_eq!(slow[0].duration, 99.0);
+        assert!(view.read(now + SLOW_FOR).1.is_empty());
+    }
+
+    #[test]
+    fn what_ends_after_its_root_is_forgotten_in_time() {
+        let now = Instant::now();
+        let mut view = View::new(now);
+        for n in 1..=2000 {
+            view.add(now, span(n, 1, 0, "root", 1));
+            view.add(now, span(n, 2, 1, "late", 1));
+        }
+        assert!(view.pending.len() <= PENDING);
+        assert_eq!(view.read(now).0.iter().map(|operation| operation.count).sum::<u64>(), 4000);
+    }
 }
