@@ -1,1 +1,82 @@
-//! The manager: gRPC, REST and background work over the ports.
+//! The manager: gRPC, REST and background work over the ports. This is the composition root: what stands behind each port is decided here.
+
+mod background;
+mod backends;
+mod config;
+mod gauges;
+mod grpc;
+mod health;
+mod observed;
+mod operations;
+mod rest;
+mod server;
+mod status;
+mod tasks;
+
+use std::{net::SocketAddr, sync::Arc};
+
+use anyhow::{Context as _, Result};
+pub use config::{Config, DebugAddress, Secret};
+use gauntlet_domain::{Gauntlet, Settings, Store};
+pub use gauntlet_provision::process::shim::run_if_requested as supervise_if_requested;
+use gauntlet_telemetry::Telemetry;
+use observed::{CountedFacts, ObservedProvisioner, ObservedStore};
+use operations::Operations;
+use tasks::Tasks;
+
+/// A running manager. Ends with [`Manager::stop`]; dropping it leaves its tasks to the runtime.
+pub struct Manager {
+    /// Where the API listens: the port is the chosen one when 0 was asked for.
+    pub api: SocketAddr,
+    /// Where the debug page listens, if it does.
+    pub debug: Option<SocketAddr>,
+    config: Config,
+    tasks: Tasks,
+    backend: backends::Backend,
+}
+
+impl Manager {
+    /// Puts everything together and listens. Fails, with what to do about it, if the data directory, the store or a port cannot be had.
+    pub async fn start(config: Config, telemetry: &Telemetry) -> Result<Self> {
+        let replica = config.replica.clone().unwrap_or_else(backends::replica_name);
+        tracing::info!(%replica, dir = %config.dir.display(), etcd = ?config.etcd_endpoints, "starting");
+        let instruments = telemetry.instruments();
+        let tasks = Tasks::default();
+
+        let scenarios = backends::scenarios(&config)?;
+        let provisioner = ObservedProvisioner::new(Arc::new(backends::provisioner(&config)?), instruments.clone());
+        let backend = backends::store(&config, replica, instruments).await?;
+        let store: Arc<dyn Store> = Arc::new(ObservedStore::new(backend.store(), instruments.clone()));
+
+        let settings = Settings { patience: config.patience, ..Settings::default() };
+        let facts = Arc::new(CountedFacts(instruments.clone()));
+        let gauntlet = Gauntlet::new(store.clone(), Arc::new(provisioner), Arc::new(scenarios), facts, settings);
+
+        gauges::register(telemetry.gauges(), backend.store());
+        let (signals, background) = background::signals();
+        let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals));
+        let (reporter, health_service) = tonic_health::server::health_reporter();
+        let health = health::watch(&tasks, backend.store(), reporter).await;
+        let rest = rest::router(handlers.clone()).merge(rest::health::router(health));
+        let router = server::api(handlers, rest, health_service, instruments)?;
+        let api = server::serve(&tasks, "API", SocketAddr::new(config.bind, config.port), router).await?;
+        let debug = match config.debug_address.0 {
+            Some(address) => Some(server::serve(&tasks, "debug page", address, telemetry.debug().router()).await?),
+            None => None,
+        };
+        background.start(&tasks, &gauntlet, config.reconcile_every);
+        tracing::info!(%api, debug = debug.map(tracing::field::display), backend = store.backend(), "ready");
+        Ok(Self { api, debug, config, tasks, backend })
+    }
+
+    /// Stops listening, lets calls under way end (for as long as the configuration says), and gives up what this replica owns. Instances go
+    /// on.
+    pub async fn stop(self) -> Result<()> {
+        tracing::info!("stopping: no new calls, those under way end");
+        let left = self.tasks.drain(self.config.drain).await;
+        if left > 0 {
+            tracing::warn!(left, after = ?self.config.drain, "calls were still under way: what they left is recovered at the next start");
+        }
+        self.backend.shutdown().await.context("closing the store")
+    }
+}

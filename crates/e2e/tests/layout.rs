@@ -1,0 +1,58 @@
+//! Dependencies between our crates run one way.
+
+use std::collections::BTreeMap;
+
+/// What each crate may depend on, of ours, outside of its tests.
+fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
+    BTreeMap::from([
+        ("gauntlet-api", &[] as &[_]),
+        ("gauntlet-domain", &[]),
+        ("gauntlet-telemetry", &[]),
+        ("gauntlet-stack", &[]),
+        ("gauntlet-coordination", &["gauntlet-domain", "gauntlet-telemetry"]),
+        ("gauntlet-scenario", &["gauntlet-domain", "gauntlet-telemetry"]),
+        ("gauntlet-provision", &["gauntlet-domain", "gauntlet-telemetry"]),
+        (
+            "gauntlet-manager",
+            &[
+                "gauntlet-api",
+                "gauntlet-coordination",
+                "gauntlet-domain",
+                "gauntlet-provision",
+                "gauntlet-scenario",
+                "gauntlet-telemetry",
+            ],
+        ),
+        ("gauntlet-janitor", &["gauntlet-api", "gauntlet-telemetry"]),
+        ("gauntlet-cli", &["gauntlet-api", "gauntlet-janitor", "gauntlet-manager", "gauntlet-scenario", "gauntlet-telemetry"]),
+        ("gauntlet-e2e", &[]),
+        ("xtask", &["gauntlet-stack"]),
+        ("example-web", &[]),
+        ("example-vault", &[]),
+    ])
+}
+
+#[test]
+fn dependencies_run_one_way() {
+    let metadata = cargo_metadata::MetadataCommand::new().no_deps().other_options(["--offline".to_owned()]).exec().unwrap();
+    let allowed = allowed();
+    let ours: Vec<&str> = metadata.packages.iter().map(|package| package.name.as_str()).collect();
+    for package in &metadata.packages {
+        let name = package.name.as_str();
+        let may = allowed.get(name).unwrap_or_else(|| panic!("{name} has no row in this test: say what it may depend on"));
+        for dependency in &package.dependencies {
+            let to = dependency.name.as_str();
+            let counts = dependency.kind != cargo_metadata::DependencyKind::Development && ours.contains(&to);
+            assert!(!counts || may.contains(&to), "{name} must not depend on {to}");
+        }
+    }
+}
+
+/// What the domain must not know, whatever brings it in.
+#[test]
+fn the_domain_knows_no_transport() {
+    let manifest = std::fs::read_to_string(gauntlet_stack::workspace_root().join("crates/domain/Cargo.toml")).unwrap();
+    for stranger in ["prost", "tonic", "http", "axum", "opentelemetry", "tracing", "tokio", "clap", "redb", "etcd"] {
+        assert!(!manifest.contains(stranger), "the domain depends on {stranger}");
+    }
+}

@@ -1,0 +1,178 @@
+//! One challenge's whole life, on both backends.
+
+use gauntlet_api::v1::instance::{
+    CreateInstanceRequest, DeleteInstanceRequest, Instance, RenewInstanceRequest, RetrieveInstanceRequest,
+};
+use serde_json::json;
+use tonic::Code;
+
+use crate::harness::{Backend, Manager, World, eventually, fetch, local};
+
+async fn create(manager: &Manager, challenge: &str, source: &str) -> Result<Instance, tonic::Status> {
+    let request = CreateInstanceRequest { challenge_id: challenge.into(), source_id: source.into(), ..Default::default() };
+    manager.instances().await.create_instance(request).await.map(tonic::Response::into_inner)
+}
+
+/// The address in a connection info, up to the first blank.
+fn address(connection_info: &str) -> &str {
+    let at = connection_info.find("http://").unwrap_or_else(|| panic!("no address in {connection_info:?}"));
+    connection_info[at..].split_whitespace().next().unwrap()
+}
+
+fn from_registry_to_gone(backend: Backend) {
+    let world = World::bare(backend).with_registry();
+    let manager = world.manager("m1");
+    let reference = world.push("web");
+
+    // By REST.
+    let challenge = manager.create_challenge("web", &reference, &json!({ "timeout": "600s" }));
+    assert_eq!(challenge["scenario"], reference);
+    assert_eq!(challenge["timeout"], "600s");
+
+    world.runtime.block_on(async {
+        // By gRPC.
+        let alice = create(&manager, "web", "alice").await.unwrap();
+        let bob = create(&manager, "web", "bob").await.unwrap();
+        assert_ne!(alice.flags, bob.flags, "a flag of one's own");
+        assert_ne!(alice.connection_info, bob.connection_info);
+        let page = address(&alice.connection_info).to_owned();
+        fetch(&page).unwrap();
+        assert_eq!(create(&manager, "web", "alice").await.unwrap_err().code(), Code::AlreadyExists);
+
+        let mut client = manager.instances().await;
+        let seat = ("web".to_owned(), "alice".to_owned());
+        let renewed = client.renew_instance(RenewInstanceRequest { challenge_id: seat.0.clone(), source_id: seat.1.clone() }).await;
+        let until = |instance: &Instance| instance.until.map(|until| (until.seconds, until.nanos)).unwrap();
+        assert!(until(renewed.unwrap().get_ref()) > until(&alice), "renewal moves until");
+
+        client.delete_instance(DeleteInstanceRequest { challenge_id: seat.0.clone(), source_id: seat.1.clone() }).await.unwrap();
+        assert!(fetch(&page).is_err(), "the process ended with its instance");
+        let gone = client.retrieve_instance(RetrieveInstanceRequest { challenge_id: seat.0, source_id: seat.1 }).await;
+        assert_eq!(gone.unwrap_err().code(), Code::NotFound);
+        fetch(address(&bob.connection_info)).unwrap();
+    });
+
+    manager.delete("/api/v1/challenge/web").ok();
+    assert_eq!(manager.get("/api/v1/challenge").lines(), Vec::<serde_json::Value>::new());
+    assert_eq!(std::fs::read_dir(world.path("data/process/instances")).unwrap().count(), 0, "nothing is left of any instance");
+}
+
+#[test]
+fn from_registry_to_gone_embedded() {
+    from_registry_to_gone(Backend::Embedded);
+}
+
+#[test]
+fn from_registry_to_gone_etcd() {
+    from_registry_to_gone(Backend::Etcd);
+}
+
+fn survives_a_killed_manager(backend: Backend) {
+    let world = World::bare(backend);
+    let mut manager = world.manager("m1");
+    manager.create_challenge("vault", &local("vault"), &json!({}));
+    let before = manager.create_instance("vault", "team").ok();
+    assert_eq!(before["flags"].as_array().unwrap().len(), 2);
+    assert!(before.get("flag").is_none(), "`flag` is there only when there is one");
+    let page = address(before["connectionInfo"].as_str().unwrap()).to_owned();
+    fetch(&page).unwrap();
+
+    manager.process.kill().unwrap();
+    fetch(&page).expect("the instance outlives the manager");
+    manager.process.start().unwrap();
+    assert_eq!(manager.get("/api/v1/instance/vault/team").ok(), before);
+    assert_eq!(manager.create_instance("vault", "team").status, 409);
+    assert_eq!(std::fs::read_dir(world.path("data/process/instances")).unwrap().count(), 1, "not doubled");
+
+    eventually("the restarted manager takes it down", || {
+        let answer = manager.delete("/api/v1/instance/vault/team");
+        if answer.status == 200 { Ok(()) } else { Err(answer.text) }
+    });
+    assert!(fetch(&page).is_err());
+}
+
+#[test]
+fn survives_a_killed_manager_embedded() {
+    survives_a_killed_manager(Backend::Embedded);
+}
+
+#[test]
+fn survives_a_killed_manager_etcd() {
+    survives_a_killed_manager(Backend::Etcd);
+}
+
+fn pools_and_updates(backend: Backend) {
+    let world = World::bare(backend);
+    let manager = world.manager("m1");
+    manager.create_challenge("web", &local("web"), &json!({ "min": "2", "max": "3", "timeout": "600s" }));
+    let instances = world.path("data/process/instances");
+    let running = || std::fs::read_dir(&instances).map_or(0, Iterator::count);
+    let settles_at = |count: usize| {
+        eventually("the pool settles", || if running() == count { Ok(()) } else { Err(format!("{} of {count}", running())) });
+    };
+    settles_at(2);
+    assert_eq!(manager.get("/api/v1/instance").lines().len(), 0, "pooled instances are nobody's");
+
+    let claimed = manager.create_instance("web", "a").ok();
+    fetch(address(claimed["connectionInfo"].as_str().unwrap())).unwrap();
+    settles_at(3);
+    manager.create_instance("web", "b").ok();
+    // Two claimed and one pooled make three: no refill beyond max.
+    manager.create_instance("web", "c").ok();
+    settles_at(3);
+
+    let before = manager.get("/api/v1/instance/web/a").ok();
+    let same = manager.patch("/api/v1/challenge/web", &json!({})).ok();
+    assert_eq!(same["instances"].as_array().unwrap().len(), 3);
+    let after = manager.get("/api/v1/instance/web/a").ok();
+    assert_ne!(after["until"], before["until"], "every update computes until again");
+    assert_eq!(after["connectionInfo"], before["connectionInfo"], "and touches nothing when nothing changed");
+
+    for (strategy, moves) in [("update_in_place", false), ("blue_green", true), ("recreate", true)] {
+        let before = manager.get("/api/v1/instance/web/a").ok();
+        let update = json!({ "additional": { "motd": strategy }, "updateMask": "additional", "updateStrategy": strategy });
+        manager.patch("/api/v1/challenge/web", &update).ok();
+        let after = manager.get("/api/v1/instance/web/a").ok();
+        fetch(address(after["connectionInfo"].as_str().unwrap())).unwrap();
+        assert_eq!(after["flags"] != before["flags"], moves, "{strategy}: a new identity has flags of its own");
+    }
+    settles_at(3);
+    manager.delete("/api/v1/challenge/web").ok();
+    settles_at(0);
+}
+
+#[test]
+fn pools_and_updates_embedded() {
+    pools_and_updates(Backend::Embedded);
+}
+
+#[test]
+fn pools_and_updates_etcd() {
+    pools_and_updates(Backend::Etcd);
+}
+
+#[test]
+fn a_scenario_that_does_not_start_leaves_nothing() {
+    let world = World::bare(Backend::Embedded);
+    let manager = world.manager("m1");
+    manager.create_challenge("broken", &local("broken"), &json!({}));
+    let answer = manager.create_instance("broken", "a");
+    assert_eq!((answer.status, &answer.json()["code"]), (500, &json!(13)), "{}", answer.text);
+    assert!(!answer.text.contains("no good"), "what the operator knows is not for players: {}", answer.text);
+    assert_eq!(manager.get("/api/v1/instance/broken/a").status, 404);
+    assert_eq!(std::fs::read_dir(world.path("data/process/instances")).unwrap().count(), 0);
+    let log = std::fs::read_to_string(manager.process.log()).unwrap();
+    assert!(log.contains("no good"), "the operator is told why:\n{log}");
+}
+
+#[test]
+fn a_pulumi_scenario_is_refused_in_plain_words() {
+    let world = World::bare(Backend::Embedded);
+    let manager = world.manager("m1");
+    std::fs::create_dir_all(world.path("scenarios/pulumi")).unwrap();
+    std::fs::write(world.path("scenarios/pulumi/Pulumi.yaml"), "name: x\nruntime: go\n").unwrap();
+    let answer = manager.post("/api/v1/challenge", &json!({ "id": "p", "scenario": local("pulumi") }));
+    assert_eq!(answer.status, 400, "{}", answer.text);
+    assert_eq!(answer.json()["details"][0]["reason"], "SCENARIO_NON_MATCHING_SPECIFICATION");
+    assert!(answer.text.contains("Pulumi"), "{}", answer.text);
+}

@@ -1,0 +1,205 @@
+//! Flags and environment, checked before anything starts. The names of chall-manager's environment are accepted.
+
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::Parser;
+
+/// A text that is never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text itself.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+impl FromStr for Secret {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// Runs challenge instances on demand, over gRPC, gRPC-web and REST on one port.
+///
+/// Without flags it runs embedded: state in one file below --dir, no etcd, no collector. With --etcd-endpoints several managers share one
+/// etcd. OpenTelemetry is configured by the standard OTEL_* environment.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "gauntlet-manager", version, about, long_about)]
+pub struct Config {
+    /// The address to listen on.
+    #[arg(long, env = "BIND", default_value = "0.0.0.0", value_name = "ADDRESS")]
+    pub bind: std::net::IpAddr,
+    /// The port of gRPC, gRPC-web and REST; 0 picks a free one.
+    #[arg(long, env = "PORT", default_value_t = 8080)]
+    pub port: u16,
+    /// Where the debug page listens; it shows traces, so keep it off the network. "off" for none.
+    #[arg(long, env = "DEBUG_ADDRESS", default_value = "127.0.0.1:8081", value_name = "ADDRESS", value_parser = debug_address)]
+    pub debug_address: DebugAddress,
+    /// Where everything is kept that is not in etcd: instances, scenarios, the embedded store, the flag key.
+    #[arg(long, env = "DIR", default_value = "gauntlet-data", value_name = "DIR")]
+    pub dir: PathBuf,
+    /// What this replica is called in locks and logs; the host's name and the process id unless given.
+    #[arg(long, env = "REPLICA", value_name = "NAME")]
+    pub replica: Option<String>,
+
+    /// etcd, as host:port or URL, comma-separated; none runs the embedded store.
+    #[arg(long, env = "ETCD_ENDPOINTS", visible_alias = "etcd-endpoint", value_delimiter = ',', value_name = "URL,...", help_heading = "etcd")]
+    pub etcd_endpoints: Vec<String>,
+    /// The user of etcd.
+    #[arg(long, env = "ETCD_USERNAME", requires = "etcd_password", value_name = "NAME", help_heading = "etcd")]
+    pub etcd_username: Option<String>,
+    /// Its password; better given by the environment.
+    #[arg(long, env = "ETCD_PASSWORD", hide_env_values = true, value_name = "PASSWORD", help_heading = "etcd")]
+    pub etcd_password: Option<Secret>,
+    /// The authority that signed etcd's certificate, PEM.
+    #[arg(long, env = "ETCD_CA", value_name = "FILE", help_heading = "etcd")]
+    pub etcd_ca: Option<PathBuf>,
+    /// The certificate to show to etcd, PEM.
+    #[arg(long, env = "ETCD_CERT", requires = "etcd_key", value_name = "FILE", help_heading = "etcd")]
+    pub etcd_cert: Option<PathBuf>,
+    /// Its private key, PEM.
+    #[arg(long, env = "ETCD_KEY", requires = "etcd_cert", value_name = "FILE", help_heading = "etcd")]
+    pub etcd_key: Option<PathBuf>,
+    /// What every key in etcd begins with.
+    #[arg(long, env = "ETCD_PREFIX", default_value = "gauntlet/", value_name = "PREFIX", help_heading = "etcd")]
+    pub etcd_prefix: String,
+    /// How long a replica that went silent keeps what it owns, at least 2s.
+    #[arg(long, env = "LEASE_TTL", default_value = "10s", value_parser = duration, value_name = "DURATION", help_heading = "etcd")]
+    pub lease_ttl: Duration,
+
+    /// Speak plain HTTP with registries.
+    #[arg(long, env = "OCI_INSECURE", value_parser = clap::builder::BoolishValueParser::new(), default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set, value_name = "BOOL", help_heading = "Scenarios")]
+    pub oci_insecure: bool,
+    /// The user of registries.
+    #[arg(long, env = "OCI_USERNAME", requires = "oci_password", value_name = "NAME", help_heading = "Scenarios")]
+    pub oci_username: Option<String>,
+    /// Its password; better given by the environment.
+    #[arg(long, env = "OCI_PASSWORD", hide_env_values = true, value_name = "PASSWORD", help_heading = "Scenarios")]
+    pub oci_password: Option<Secret>,
+    /// The directory below which `file://` scenarios are allowed; none allows no local scenario.
+    #[arg(long, env = "SCENARIO_ROOT", value_name = "DIR", help_heading = "Scenarios")]
+    pub scenario_root: Option<PathBuf>,
+    /// The key that varies flags, 64 hexadecimal characters; made on first use below --dir unless given. Replicas must share it.
+    #[arg(long, env = "FLAG_KEY_FILE", value_name = "FILE", help_heading = "Scenarios")]
+    pub flag_key_file: Option<PathBuf>,
+
+    /// What players call this host in connection infos.
+    #[arg(long, env = "INSTANCE_HOST", default_value = "127.0.0.1", value_name = "HOST", help_heading = "Instances")]
+    pub instance_host: String,
+    /// The ports instances listen on, as FIRST-LAST.
+    #[arg(long, env = "INSTANCE_PORTS", default_value = "20000-29999", value_parser = ports, value_name = "FIRST-LAST", help_heading = "Instances")]
+    pub instance_ports: (u16, u16),
+    /// More directories to look for the programs of scenarios in, before PATH.
+    #[arg(long, env = "INSTANCE_PATH", value_delimiter = ':', value_name = "DIR:...", help_heading = "Instances")]
+    pub instance_path: Vec<PathBuf>,
+
+    /// How long a call waits for whoever works on the same challenge or instance.
+    #[arg(long, env = "PATIENCE", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
+    pub patience: Duration,
+    /// How often to look for work that a crash left.
+    #[arg(long, env = "RECONCILE_EVERY", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
+    pub reconcile_every: Duration,
+    /// How long calls under way may take to end at shutdown.
+    #[arg(long, env = "DRAIN", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
+    pub drain: Duration,
+    /// What to log, as LEVEL or tracing directives.
+    #[arg(long, env = "LOG_LEVEL", default_value = "info", value_name = "LEVEL", help_heading = "Background")]
+    pub log_level: String,
+}
+
+/// Where the debug page listens, if anywhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DebugAddress(pub Option<SocketAddr>);
+
+fn debug_address(text: &str) -> Result<DebugAddress, String> {
+    if text == "off" {
+        return Ok(DebugAddress(None));
+    }
+    text.parse().map(|address| DebugAddress(Some(address))).map_err(|_| format!("expected HOST:PORT such as 127.0.0.1:8081, or \"off\"; got {text:?}"))
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let friendly = text.parse::<jiff::SignedDuration>().ok().or_else(|| text.parse().ok().map(jiff::SignedDuration::from_secs));
+    friendly
+        .and_then(|duration| Duration::try_from(duration).ok())
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| format!("expected a time above zero such as 30s or 1m30s; got {text:?}"))
+}
+
+fn ports(text: &str) -> Result<(u16, u16), String> {
+    text.split_once('-')
+        .and_then(|(first, last)| Some((first.trim().parse().ok()?, last.trim().parse().ok()?)))
+        .filter(|(first, last)| *first > 0 && first <= last)
+        .ok_or_else(|| format!("expected FIRST-LAST such as 20000-29999; got {text:?}"))
+}
+
+impl Config {
+    /// Reads flags and environment. A wrong value is printed with its name and the fix, and ends the process with 64 (EX_USAGE of
+    /// sysexits.h); `--help` and `--version` end it with 0.
+    pub fn parse_or_exit() -> Self {
+        Self::try_parse().unwrap_or_else(|error| {
+            let code = if error.use_stderr() { 64 } else { 0 };
+            let _ = error.print();
+            std::process::exit(code)
+        })
+    }
+
+    /// The directory instances are kept in.
+    pub(crate) fn instances_dir(&self) -> PathBuf {
+        self.dir.join("process")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Config, clap::Error> {
+        Config::try_parse_from(std::iter::once("gauntlet-manager").chain(arguments.iter().copied()))
+    }
+
+    #[test]
+    fn defaults_run_embedded() {
+        let config = parse(&[]).unwrap();
+        assert!(config.etcd_endpoints.is_empty());
+        assert_eq!(config.port, 8080);
+        assert_eq!(config.debug_address, DebugAddress(Some(([127, 0, 0, 1], 8081).into())));
+    }
+
+    #[test]
+    fn wrong_values_name_themselves_and_the_fix() {
+        for (arguments, part) in [
+            (["--patience", "soon"], "expected a time above zero such as 30s"),
+            (["--instance-ports", "9-3"], "expected FIRST-LAST"),
+            (["--debug-address", "8081"], "expected HOST:PORT"),
+            (["--port", "70000"], "70000"),
+        ] {
+            let text = parse(&arguments).unwrap_err().to_string();
+            assert!(text.contains(part) && text.contains(arguments[0]), "{text}");
+        }
+    }
+
+    #[test]
+    fn durations_as_go_writes_them_and_plain_seconds() {
+        assert_eq!(duration("1m30s"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("45"), Ok(Duration::from_secs(45)));
+        assert!(duration("-3s").is_err());
+    }
+
+    #[test]
+    fn secrets_are_not_printed() {
+        let config = parse(&["--etcd-username", "root", "--etcd-password", "hunter2"]).unwrap();
+        assert!(!format!("{config:?}").contains("hunter2"));
+    }
+}

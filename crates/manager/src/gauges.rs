@@ -1,0 +1,26 @@
+//! `challenges`, `instances` and what is overdue, read from the store whenever they are collected.
+
+use std::sync::Arc;
+
+use gauntlet_domain::Store;
+use gauntlet_telemetry::{Gauges, Sample, names};
+use jiff::Timestamp;
+
+/// Has the store counted at each collection. The store is the one behind the decorators: collecting is not a call.
+pub(crate) fn register(gauges: &Gauges, store: Arc<dyn Store>) {
+    let read = move || {
+        let store = store.clone();
+        async move {
+            let census = store.census(Timestamp::now()).await?;
+            let instances = census.instances.into_iter().map(|((challenge, phase, pool), count)| {
+                Sample::new(&names::INSTANCES, count)
+                    .with("challenge", challenge.as_str())
+                    .with("state", phase.name())
+                    .with("pool", if pool { "true" } else { "false" })
+            });
+            let totals = [Sample::new(&names::CHALLENGES, census.challenges), Sample::new(&names::INSTANCES_OVERDUE, census.overdue)];
+            Ok(totals.into_iter().chain(instances).collect())
+        }
+    };
+    gauges.register(&[&names::CHALLENGES, &names::INSTANCES, &names::INSTANCES_OVERDUE], read);
+}

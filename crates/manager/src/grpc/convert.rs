@@ -1,0 +1,191 @@
+//! Between messages and domain types; what cannot be one is refused with the field, the value and the fix.
+
+use std::time::Duration;
+
+use gauntlet_api::v1::{challenge as pbc, instance as pbi};
+use gauntlet_domain::{
+    Additional, Challenge, ChallengeId, ChallengeUpdate, Error, Instance, InvalidId, NewChallenge, Result, SourceId, Strategy,
+};
+use jiff::Timestamp;
+
+/// The most template values, and the most bytes of keys and values together, that one message may carry.
+const ADDITIONAL_ENTRIES: usize = 1024;
+const ADDITIONAL_BYTES: usize = 256 * 1024;
+
+pub(super) fn challenge_id(field: &'static str, text: String) -> Result<ChallengeId> {
+    ChallengeId::new(text).map_err(|problem| bad_id(field, &problem))
+}
+
+pub(super) fn source_id(field: &'static str, text: String) -> Result<SourceId> {
+    SourceId::new(text).map_err(|problem| bad_id(field, &problem))
+}
+
+fn bad_id(field: &'static str, problem: &InvalidId) -> Error {
+    Error::Invalid { field, problem: problem.to_string() }
+}
+
+fn timeout(duration: prost_types::Duration) -> Result<Duration> {
+    Duration::try_from(duration).map_err(|_| Error::Invalid {
+        field: "timeout",
+        problem: format!("must not be negative, got {}s {}ns; leave it out for no timeout", duration.seconds, duration.nanos),
+    })
+}
+
+fn until(timestamp: prost_types::Timestamp) -> Result<Timestamp> {
+    let bad = |problem: String| Error::Invalid { field: "until", problem };
+    if !(0..1_000_000_000).contains(&timestamp.nanos) {
+        return Err(bad(format!("nanos must be 0 to 999999999, got {}", timestamp.nanos)));
+    }
+    Timestamp::new(timestamp.seconds, timestamp.nanos)
+        .map_err(|_| bad(format!("must lie in the years 1 to 9999, got {} seconds since 1970", timestamp.seconds)))
+}
+
+pub(super) fn additional(map: impl IntoIterator<Item = (String, String)>) -> Result<Additional> {
+    let additional: Additional = map.into_iter().collect();
+    let bytes: usize = additional.iter().map(|(key, value)| key.len() + value.len()).sum();
+    if additional.len() > ADDITIONAL_ENTRIES || bytes > ADDITIONAL_BYTES {
+        let problem = format!(
+            "must have at most {ADDITIONAL_ENTRIES} entries and {ADDITIONAL_BYTES} bytes, got {} entries and {bytes} bytes",
+            additional.len()
+        );
+        return Err(Error::Invalid { field: "additional", problem });
+    }
+    Ok(additional)
+}
+
+fn scenario(text: String) -> Result<String> {
+    if text.is_empty() {
+        let problem = "must name a scenario, such as registry.example/team/challenge:v1".to_owned();
+        return Err(Error::Invalid { field: "scenario", problem });
+    }
+    Ok(text)
+}
+
+pub(super) fn new_challenge(request: pbc::CreateChallengeRequest) -> Result<NewChallenge> {
+    Ok(NewChallenge {
+        id: challenge_id("id", request.id)?,
+        scenario: scenario(request.scenario)?,
+        timeout: request.timeout.map(timeout).transpose()?,
+        until: request.until.map(until).transpose()?,
+        additional: additional(request.additional)?,
+        min: request.min,
+        max: request.max,
+    })
+}
+
+pub(super) fn challenge_update(request: pbc::UpdateChallengeRequest) -> Result<(ChallengeId, ChallengeUpdate)> {
+    let id = challenge_id("id", request.id)?;
+    let paths = request.update_mask.map(|mask| mask.paths).unwrap_or_default();
+    let strategy = match request.update_strategy.map(pbc::UpdateStrategy::try_from) {
+        None | Some(Ok(pbc::UpdateStrategy::UpdateInPlace)) => Strategy::UpdateInPlace,
+        Some(Ok(pbc::UpdateStrategy::BlueGreen)) => Strategy::BlueGreen,
+        Some(Ok(pbc::UpdateStrategy::Recreate)) => Strategy::Recreate,
+        Some(Err(unknown)) => {
+            let problem = format!("must be 0 (update_in_place), 1 (blue_green) or 2 (recreate), got {}", unknown.0);
+            return Err(Error::Invalid { field: "update_strategy", problem });
+        }
+    };
+    let mut update = ChallengeUpdate { strategy, ..ChallengeUpdate::default() };
+    let mut unknown = false;
+    let mut new_scenario = request.scenario;
+    let mut values = Some(request.additional);
+    for path in &paths {
+        match path.as_str() {
+            "scenario" => update.scenario = update.scenario.take().or(Some(scenario(new_scenario.take().unwrap_or_default())?)),
+            "timeout" => update.timeout = Some(request.timeout.map(timeout).transpose()?),
+            "until" => update.until = Some(request.until.map(until).transpose()?),
+            "additional" => {
+                if let Some(values) = values.take() {
+                    update.additional = Some(additional(values)?);
+                }
+            }
+            "min" => update.min = Some(request.min),
+            "max" => update.max = Some(request.max),
+            "update_strategy" => {}
+            _ => unknown = true,
+        }
+    }
+    if unknown {
+        return Err(Error::InvalidUpdateMask(paths.join(",")));
+    }
+    Ok((id, update))
+}
+
+fn timestamp(at: Timestamp) -> prost_types::Timestamp {
+    // Jiff keeps seconds and nanoseconds of one sign; protobuf's nanoseconds always count forward.
+    let (seconds, nanos) = (at.as_second(), at.subsec_nanosecond());
+    if nanos < 0 {
+        prost_types::Timestamp { seconds: seconds - 1, nanos: nanos + 1_000_000_000 }
+    } else {
+        prost_types::Timestamp { seconds, nanos }
+    }
+}
+
+pub(super) fn challenge(challenge: Challenge, instances: Vec<Instance>) -> pbc::Challenge {
+    pbc::Challenge {
+        id: challenge.id.as_str().to_owned(),
+        scenario: challenge.scenario.reference,
+        timeout: challenge.timeout.and_then(|timeout| prost_types::Duration::try_from(timeout).ok()),
+        until: challenge.until.map(timestamp),
+        instances: instances.into_iter().map(instance).collect(),
+        additional: challenge.additional.into_iter().collect(),
+        min: challenge.bounds.min(),
+        max: challenge.bounds.max(),
+    }
+}
+
+#[allow(deprecated, reason = "the field is deprecated, and clients read it")]
+pub(super) fn instance(instance: Instance) -> pbi::Instance {
+    let flag = match instance.flags.as_slice() {
+        [only] => Some(only.clone()),
+        _ => None,
+    };
+    pbi::Instance {
+        challenge_id: instance.slot.challenge.as_str().to_owned(),
+        source_id: instance.slot.seat.source().map(|source| source.as_str().to_owned()).unwrap_or_default(),
+        since: Some(timestamp(instance.since)),
+        last_renew: Some(timestamp(instance.last_renew)),
+        until: instance.until.map(timestamp),
+        connection_info: instance.connection_info,
+        flag,
+        additional: instance.additional.into_iter().collect(),
+        flags: instance.flags,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    #[test]
+    fn odd_durations_and_times_are_named() {
+        let request = |seconds| pbc::CreateChallengeRequest {
+            id: "a".into(),
+            scenario: "s".into(),
+            timeout: Some(prost_types::Duration { seconds, nanos: 0 }),
+            ..Default::default()
+        };
+        assert_eq!(new_challenge(request(999_999_999)).unwrap().timeout, Some(Duration::from_secs(999_999_999)));
+        let refused = new_challenge(request(-1)).unwrap_err();
+        assert_eq!(refused.to_string(), "timeout: must not be negative, got -1s 0ns; leave it out for no timeout");
+        assert!(until(prost_types::Timestamp { seconds: i64::MAX, nanos: 0 }).is_err());
+    }
+
+    #[test]
+    fn times_before_1970_read_back() {
+        let at = prost_types::Timestamp { seconds: -2, nanos: 500_000_000 };
+        assert_eq!(timestamp(until(at).unwrap()), at);
+    }
+
+    #[test]
+    fn only_masked_fields_change() {
+        let mut request = pbc::UpdateChallengeRequest { id: "a".into(), min: 3, ..Default::default() };
+        assert_eq!(challenge_update(request.clone()).unwrap().1, ChallengeUpdate::default());
+        request.update_mask = Some(prost_types::FieldMask { paths: vec!["min".into(), "until".into()] });
+        let update = challenge_update(request.clone()).unwrap().1;
+        assert_eq!((update.min, update.until, update.max), (Some(3), Some(None), None));
+        request.update_mask = Some(prost_types::FieldMask { paths: vec!["min".into(), "instances".into()] });
+        assert_eq!(challenge_update(request).unwrap_err(), Error::InvalidUpdateMask("min,instances".into()));
+    }
+}

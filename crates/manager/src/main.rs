@@ -1,0 +1,56 @@
+//! `gauntlet-manager`: trace, configure, build, serve, drain.
+
+use std::process::ExitCode;
+
+use gauntlet_manager::{Config, Manager};
+use gauntlet_telemetry::{Env, Settings, Telemetry};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// A flag or variable is wrong: EX_USAGE of sysexits.h.
+const USAGE: u8 = 64;
+
+fn main() -> ExitCode {
+    gauntlet_manager::supervise_if_requested();
+    let config = Config::parse_or_exit();
+    let settings = Settings {
+        log_filter: config.log_level.clone(),
+        ..Settings::new("gauntlet-manager", env!("CARGO_PKG_VERSION")).with_debug()
+    };
+    let telemetry = match Telemetry::start(&settings, &environment()) {
+        Ok(telemetry) => telemetry,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return USAGE.into();
+        }
+    };
+    let code = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(serve(config, &telemetry)),
+        Err(error) => Err(error.into()),
+    };
+    if let Err(error) = &code {
+        tracing::error!("{error:#}");
+    }
+    if let Err(error) = telemetry.shutdown() {
+        eprintln!("warning: {error}");
+    }
+    if code.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The environment without LOG_LEVEL, over which a flag may have gone.
+fn environment() -> Env {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .filter(|(name, _)| name != "LOG_LEVEL")
+        .collect()
+}
+
+async fn serve(config: Config, telemetry: &Telemetry) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let manager = Manager::start(config, telemetry).await?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    manager.stop().await
+}

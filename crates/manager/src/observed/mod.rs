@@ -1,0 +1,9 @@
+//! The ports, observed: what a port means (a lock waited for, an instance provisioned) is measured here, once, whatever stands behind it.
+
+mod facts;
+mod provisioner;
+mod store;
+
+pub(crate) use facts::CountedFacts;
+pub(crate) use provisioner::ObservedProvisioner;
+pub(crate) use store::ObservedStore;

@@ -1,0 +1,203 @@
+//! The store, observed: `lock.acquire` and `lock.hold` spans, and the `gauntlet.lock.*` metrics, wherever an ownership is taken.
+
+use std::{sync::Arc, time::Instant};
+
+use async_trait::async_trait;
+use futures::FutureExt as _;
+use gauntlet_domain::{
+    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, LockMode, Result, Slot, SourceId, Store, Stored,
+    Stranded, Stream, Survey,
+};
+use gauntlet_telemetry::{context, instruments::Instruments};
+use jiff::Timestamp;
+use tracing::{Instrument as _, Span, field::Empty, info_span};
+
+/// Measures every ownership taken through the store behind it.
+pub(crate) struct ObservedStore {
+    inner: Arc<dyn Store>,
+    instruments: Instruments,
+}
+
+/// Lives as long as an ownership; its end is the release.
+struct Hold {
+    kind: LockKind,
+    since: Instant,
+    instruments: Instruments,
+    span: Span,
+    lost: futures::future::BoxFuture<'static, ()>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.instruments.lock.held(self.kind.name(), LockMode::Write.name(), self.since.elapsed());
+        if (&mut self.lost).now_or_never().is_some() {
+            self.instruments.lock.lost(self.kind.name(), LockMode::Write.name());
+            self.span.record("error.type", "FENCED");
+            self.span.in_scope(|| context::fail_span("the lease ran out while this was held"));
+        }
+    }
+}
+
+impl ObservedStore {
+    pub(crate) fn new(inner: Arc<dyn Store>, instruments: Instruments) -> Self {
+        Self { inner, instruments }
+    }
+
+    /// Runs something that takes an ownership; `held` finds it in the answer, to be wrapped.
+    async fn acquire<T>(
+        &self,
+        kind: LockKind,
+        challenge: &ChallengeId,
+        work: impl Future<Output = Result<T>>,
+        wrap: impl FnOnce(T, &dyn Fn(Held) -> Held) -> T,
+    ) -> Result<T> {
+        let mode = LockMode::Write;
+        let span = info_span!(
+            "lock.acquire",
+            lock.kind = kind.name(),
+            lock.mode = mode.name(),
+            lock.backend = self.inner.backend(),
+            challenge.id = %challenge,
+            lock.contended = Empty,
+            lock.queue_depth = Empty,
+            lock.token = Empty,
+            outcome = Empty,
+            error.type = Empty,
+        );
+        let waiting = self.instruments.lock.waiting(kind.name(), mode.name());
+        let started = Instant::now();
+        let result = work.instrument(span.clone()).await;
+        drop(waiting);
+        let outcome = match &result {
+            Ok(_) => "acquired",
+            Err(error) => error.code(),
+        };
+        self.instruments.lock.waited(kind.name(), mode.name(), outcome, started.elapsed());
+        span.record("outcome", outcome);
+        match result {
+            Ok(answer) => Ok(wrap(answer, &|held| self.witnessed(&span, held))),
+            Err(error) => {
+                if error.is_fault() && error != Error::Conflict {
+                    span.record("error.type", error.code());
+                    span.in_scope(|| context::fail_span(error.to_string()));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn witnessed(&self, acquire: &Span, held: Held) -> Held {
+        acquire.record("lock.contended", held.waited.contended);
+        acquire.record("lock.queue_depth", held.waited.queue_depth);
+        acquire.record("lock.token", held.fence);
+        if let Some(holder) = &held.waited.holder {
+            context::link(acquire, holder);
+        }
+        let span = info_span!(
+            "lock.hold",
+            lock.kind = held.kind.name(),
+            lock.mode = LockMode::Write.name(),
+            lock.backend = self.inner.backend(),
+            lock.token = held.fence,
+            error.type = Empty,
+        );
+        let hold = Hold {
+            kind: held.kind,
+            since: Instant::now(),
+            instruments: self.instruments.clone(),
+            span,
+            lost: held.grant().lost(),
+        };
+        held.witnessed(std::sync::Mutex::new(hold))
+    }
+}
+
+#[async_trait]
+impl Store for ObservedStore {
+    fn backend(&self) -> &'static str {
+        self.inner.backend()
+    }
+
+    async fn ping(&self) -> Result<()> {
+        self.inner.ping().await
+    }
+
+    async fn insert_challenge(&self, challenge: &Challenge) -> Result<()> {
+        self.inner.insert_challenge(challenge).await
+    }
+
+    async fn challenge(&self, id: &ChallengeId) -> Result<Option<Stored<Challenge>>> {
+        self.inner.challenge(id).await
+    }
+
+    async fn survey(&self, id: &ChallengeId, source: &SourceId) -> Result<Survey> {
+        self.inner.survey(id, source).await
+    }
+
+    fn challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)> {
+        self.inner.challenges()
+    }
+
+    async fn instance(&self, slot: &Slot) -> Result<Option<Stored<Instance>>> {
+        self.inner.instance(slot).await
+    }
+
+    fn instances_of(&self, id: &ChallengeId) -> Stream<'_, Stored<Instance>> {
+        self.inner.instances_of(id)
+    }
+
+    fn instances_by_source(&self, source: Option<&SourceId>) -> Stream<'_, Instance> {
+        self.inner.instances_by_source(source)
+    }
+
+    async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {
+        self.acquire(kind, id, self.inner.lock(kind, id, by), |held, wrap| wrap(held)).await
+    }
+
+    async fn release(&self, held: Held) -> Result<()> {
+        self.inner.release(held).await
+    }
+
+    async fn update_challenge(&self, held: Held, challenge: &Challenge) -> Result<()> {
+        self.inner.update_challenge(held, challenge).await
+    }
+
+    async fn remove_challenge(&self, held: Held, id: &ChallengeId) -> Result<()> {
+        self.inner.remove_challenge(held, id).await
+    }
+
+    async fn begin_create(&self, challenge: &Stored<Challenge>, intent: &Instance, under: Option<&Held>, by: &By) -> Result<Held> {
+        let begin = self.inner.begin_create(challenge, intent, under, by);
+        self.acquire(LockKind::Instance, &intent.slot.challenge, begin, |held, wrap| wrap(held)).await
+    }
+
+    async fn claim(&self, challenge: &Stored<Challenge>, pooled: &Stored<Instance>, claimed: &Instance, by: &By) -> Result<Option<Held>> {
+        let claim = self.inner.claim(challenge, pooled, claimed, by);
+        self.acquire(LockKind::Instance, &claimed.slot.challenge, claim, |held, wrap| held.map(wrap)).await
+    }
+
+    async fn begin(&self, slot: &Slot, begin: Begin, by: &By) -> Result<(Held, Instance)> {
+        let begin = self.inner.begin(slot, begin, by);
+        self.acquire(LockKind::Instance, &slot.challenge, begin, |(held, instance), wrap| (wrap(held), instance)).await
+    }
+
+    async fn commit(&self, held: Held, slot: &Slot, commit: Commit) -> Result<()> {
+        self.inner.commit(held, slot, commit).await
+    }
+
+    async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &By) -> Result<()> {
+        self.inner.rewrite(read, instance, by).await
+    }
+
+    async fn stranded(&self, now: Timestamp) -> Result<Vec<Stranded>> {
+        self.inner.stranded(now).await
+    }
+
+    async fn pools(&self) -> Result<Vec<ChallengeId>> {
+        self.inner.pools().await
+    }
+
+    async fn census(&self, now: Timestamp) -> Result<Census> {
+        self.inner.census(now).await
+    }
+}

@@ -1,0 +1,116 @@
+//! What every transport calls: a use case as a call that happens now, in the caller's trace, and goes on if the caller goes away.
+
+use std::sync::Arc;
+
+use gauntlet_domain::{
+    Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Entropy, Error, Gauntlet, Instance, NewChallenge, Result, SourceId, Stream,
+    Updated,
+};
+use gauntlet_telemetry::context;
+use jiff::Timestamp;
+
+use crate::{background::Signals, tasks::Tasks};
+
+/// Randomness from the operating system.
+pub(crate) struct OsEntropy;
+
+impl Entropy for OsEntropy {
+    fn bits(&self) -> u64 {
+        rand::random()
+    }
+}
+
+/// A call that happens now, in the current trace.
+pub(crate) fn call_now() -> Call {
+    Call { now: Timestamp::now(), origin: context::current_traceparent(), entropy: Arc::new(OsEntropy) }
+}
+
+/// The use cases as the transports call them. Dropping the future of a changing call does not stop the change.
+#[derive(Clone)]
+pub(crate) struct Operations {
+    gauntlet: Gauntlet,
+    tasks: Tasks,
+    signals: Signals,
+}
+
+impl Operations {
+    pub(crate) fn new(gauntlet: Gauntlet, tasks: Tasks, signals: Signals) -> Self {
+        Self { gauntlet, tasks, signals }
+    }
+
+    /// A read that goes on beside its caller; it must end by itself.
+    pub(crate) fn detached(&self, read: impl Future<Output = ()> + Send + 'static) {
+        drop(self.tasks.operation(read));
+    }
+
+    /// Runs one use case on the supervised tasks; `mend` says whether its failure may have left work behind.
+    async fn run<T, F>(&self, work: impl FnOnce(Gauntlet, Call) -> F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let result = match self.tasks.operation(work(self.gauntlet.clone(), call_now())).await {
+            Ok(result) => result,
+            Err(panic) => Err(Error::Internal(format!("the operation ended early: {panic}"))),
+        };
+        if result.as_ref().is_err_and(Error::is_fault) {
+            self.signals.reconcile();
+        }
+        result
+    }
+
+    pub(crate) async fn create_challenge(&self, new: NewChallenge) -> Result<Challenge> {
+        let created = self.run(|gauntlet, call| async move { gauntlet.create_challenge(&call, new).await }).await?;
+        self.tend(&created);
+        Ok(created)
+    }
+
+    pub(crate) async fn retrieve_challenge(&self, id: &ChallengeId) -> Result<(Challenge, Vec<Instance>)> {
+        self.gauntlet.retrieve_challenge(id).await
+    }
+
+    pub(crate) fn query_challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)> {
+        self.gauntlet.query_challenges()
+    }
+
+    pub(crate) async fn update_challenge(&self, id: ChallengeId, update: ChallengeUpdate) -> Result<Updated> {
+        let updated = self.run(|gauntlet, call| async move { gauntlet.update_challenge(&call, &id, update).await }).await?;
+        // A lowered bound leaves instances to drain: always worth a look.
+        self.signals.pool(&updated.challenge.id);
+        Ok(updated)
+    }
+
+    pub(crate) async fn delete_challenge(&self, id: ChallengeId) -> Result<()> {
+        self.run(|gauntlet, call| async move { gauntlet.delete_challenge(&call, &id).await }).await
+    }
+
+    pub(crate) async fn create_instance(&self, challenge: ChallengeId, source: SourceId, additional: Additional) -> Result<Instance> {
+        let id = challenge.clone();
+        let created =
+            self.run(|gauntlet, call| async move { gauntlet.create_instance(&call, &challenge, &source, additional).await }).await?;
+        self.signals.pool(&id);
+        Ok(created)
+    }
+
+    pub(crate) async fn retrieve_instance(&self, challenge: &ChallengeId, source: &SourceId) -> Result<Instance> {
+        self.gauntlet.retrieve_instance(challenge, source).await
+    }
+
+    pub(crate) fn query_instances(&self, source: Option<&SourceId>) -> Stream<'_, Instance> {
+        self.gauntlet.query_instances(source)
+    }
+
+    pub(crate) async fn renew_instance(&self, challenge: ChallengeId, source: SourceId) -> Result<Instance> {
+        self.run(|gauntlet, call| async move { gauntlet.renew_instance(&call, &challenge, &source).await }).await
+    }
+
+    pub(crate) async fn delete_instance(&self, challenge: ChallengeId, source: SourceId) -> Result<()> {
+        self.run(|gauntlet, call| async move { gauntlet.delete_instance(&call, &challenge, &source).await }).await
+    }
+
+    fn tend(&self, challenge: &Challenge) {
+        if challenge.bounds.min() > 0 {
+            self.signals.pool(&challenge.id);
+        }
+    }
+}
