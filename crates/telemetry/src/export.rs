@@ -43,12 +43,30 @@ pub(crate) struct Health {
     exported: AtomicU64,
     failed: AtomicU64,
     trouble: Mutex<Trouble>,
+    reports: Reports,
+}
+
+/// When trouble was last reported, by any exporter of this process: a collector that is down is one trouble.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Reports(Arc<Mutex<Option<Instant>>>);
+
+impl Reports {
+    /// Whether it is time to say something; then the next time is a while away.
+    fn due(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|last| last.elapsed() >= REPORT_EVERY);
+        if due {
+            *last = Some(Instant::now());
+        }
+        due
+    }
 }
 
 #[derive(Debug, Default)]
 struct Trouble {
     error: Option<String>,
-    reported: Option<Instant>,
+    /// Whether this trouble was reported, so that its end is reported too.
+    reported: bool,
     last_success: Option<SystemTime>,
     lost: u64,
 }
@@ -81,7 +99,13 @@ pub struct ExportState {
 }
 
 impl Health {
-    pub(crate) fn new(signal: Signal, exporter: &'static str, target: String, capacity: usize) -> Arc<Self> {
+    pub(crate) fn new(
+        signal: Signal,
+        exporter: &'static str,
+        target: String,
+        capacity: usize,
+        reports: &Reports,
+    ) -> Arc<Self> {
         Arc::new(Self {
             signal,
             exporter,
@@ -93,6 +117,7 @@ impl Health {
             exported: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             trouble: Mutex::default(),
+            reports: reports.clone(),
         })
     }
 
@@ -137,7 +162,8 @@ impl Health {
                 self.exported.fetch_add(count, Ordering::Relaxed);
                 let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
                 trouble.last_success = Some(SystemTime::now());
-                let recovered = trouble.error.take().is_some();
+                trouble.error = None;
+                let recovered = std::mem::take(&mut trouble.reported);
                 let lost = std::mem::take(&mut trouble.lost);
                 drop(trouble);
                 if recovered {
@@ -155,10 +181,8 @@ impl Health {
                 trouble.lost += count;
                 trouble.error = Some(error.clone());
                 let lost = trouble.lost;
-                let due = trouble.reported.is_none_or(|reported| reported.elapsed() >= REPORT_EVERY);
-                if due {
-                    trouble.reported = Some(Instant::now());
-                }
+                let due = self.reports.due();
+                trouble.reported |= due;
                 drop(trouble);
                 if due {
                     tracing::warn!(
@@ -327,5 +351,63 @@ impl<P: LogProcessor> LogProcessor for Bounded<P> {
 
     fn set_resource(&mut self, resource: &Resource) {
         self.inner.set_resource(resource);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use tracing_subscriber::layer::{Layer, SubscriberExt};
+
+    use super::*;
+
+    /// Counts lines by level.
+    #[derive(Clone, Default)]
+    struct Lines(Arc<[AtomicUsize; 2]>);
+
+    impl<S: tracing::Subscriber> Layer<S> for Lines {
+        fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+            let [warned, informed] = &*self.0;
+            let count = if *event.metadata().level() == tracing::Level::WARN { warned } else { informed };
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn trouble_is_said_once_and_so_is_its_end() {
+        let lines = Lines::default();
+        let said = || {
+            let [warned, informed] = &*lines.0;
+            (warned.load(Ordering::Relaxed), informed.load(Ordering::Relaxed))
+        };
+        let reports = Reports::default();
+        let new = |signal| Health::new(signal, "exporter", "http://nowhere".into(), 8, &reports);
+        let (traces, logs) = (new(Signal::Traces), new(Signal::Logs));
+        let failure = || Err(OTelSdkError::InternalFailure("refused".into()));
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(lines.clone()), || {
+            for _ in 0..100 {
+                traces.ended(2, &failure());
+                logs.ended(3, &failure());
+            }
+            assert_eq!(said(), (1, 0));
+            traces.ended(2, &Ok(()));
+            logs.ended(3, &Ok(()));
+            assert_eq!(said(), (1, 1), "what was not reported needs no end");
+            traces.ended(2, &failure());
+            traces.ended(2, &Ok(()));
+            assert_eq!(said(), (1, 1), "an exporter that comes and goes is no flood");
+        });
+        assert_eq!((traces.state().failed, traces.state().exported), (202, 4));
+    }
+
+    #[test]
+    fn the_queue_holds_what_it_holds() {
+        let health = Health::new(Signal::Traces, "exporter", "http://nowhere".into(), 2, &Reports::default());
+        assert_eq!([health.admit(), health.admit(), health.admit()], [true, true, false]);
+        health.taken(2);
+        assert!(health.admit());
+        let state = health.state();
+        assert_eq!((state.queued, state.processed, state.dropped), (1, 2, 1));
     }
 }

@@ -138,7 +138,7 @@ macro_rules! spans {
 spans! {
     /// A call served over gRPC or gRPC-web.
     RPC_SERVER = "{package.Service}/{Method}", Server, "each gRPC call served",
-        ["rpc.system.name", "rpc.method", "rpc.response.status_code", "error.type"];
+        ["rpc.system.name", "rpc.method", "rpc.method_original", "rpc.response.status_code", "error.type"];
     /// A call served over REST.
     HTTP_SERVER = "{METHOD} {route}", Server, "each REST call served",
         ["http.request.method", "http.route", "http.response.status_code", "url.path", "url.scheme", "error.type"];

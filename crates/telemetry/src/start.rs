@@ -28,7 +28,7 @@ use tracing_subscriber::{EnvFilter, Layer};
 use crate::config::{Batch, Config, Exporter, LogFormat, Otlp, Propagator, Sampler, Signal};
 use crate::debug::Debug;
 use crate::env::{Env, EnvError};
-use crate::export::{Bounded, Guarded, Health};
+use crate::export::{Bounded, Guarded, Health, Reports};
 use crate::gauges::Gauges;
 use crate::instruments::{Instruments, SCOPE};
 use crate::logs::Line;
@@ -185,7 +185,13 @@ impl Telemetry {
         let filters = (log_filter(settings, &config)?, log_filter(settings, &config)?);
         let (sending, runtime) = Sending::start()?;
         let (closing, watching) = watch::channel(false);
-        let mut builder = Builder { config: &config, runtime: &runtime, closing: watching, exporters: Vec::new() };
+        let mut builder = Builder {
+            config: &config,
+            runtime: &runtime,
+            closing: watching,
+            exporters: Vec::new(),
+            reports: Reports::default(),
+        };
         let debug = Debug::new(config.disabled);
         let resource = resource::resource(settings, &config);
 
@@ -359,6 +365,7 @@ struct Builder<'a> {
     runtime: &'a Handle,
     closing: watch::Receiver<bool>,
     exporters: Vec<Arc<Health>>,
+    reports: Reports,
 }
 
 impl Builder<'_> {
@@ -395,12 +402,18 @@ impl Builder<'_> {
             provider = match exporter {
                 Exporter::Otlp(otlp) => {
                     let kind = exporters::component(Signal::Traces, otlp.protocol);
-                    let health = Health::new(Signal::Traces, kind, otlp.endpoint.clone(), config.spans.queue);
+                    let health =
+                        Health::new(Signal::Traces, kind, otlp.endpoint.clone(), config.spans.queue, &self.reports);
                     provider.with_span_processor(self.span_processor(exporters::spans(otlp)?, health))
                 }
                 Exporter::Console | Exporter::Prometheus => {
-                    let health =
-                        Health::new(Signal::Traces, "console_span_exporter", "console".into(), config.spans.queue);
+                    let health = Health::new(
+                        Signal::Traces,
+                        "console_span_exporter",
+                        "console".into(),
+                        config.spans.queue,
+                        &self.reports,
+                    );
                     provider
                         .with_span_processor(self.span_processor(opentelemetry_stdout::SpanExporter::default(), health))
                 }
@@ -433,12 +446,18 @@ impl Builder<'_> {
             provider = match exporter {
                 Exporter::Otlp(otlp) => {
                     let kind = exporters::component(Signal::Logs, otlp.protocol);
-                    let health = Health::new(Signal::Logs, kind, otlp.endpoint.clone(), config.records.queue);
+                    let health =
+                        Health::new(Signal::Logs, kind, otlp.endpoint.clone(), config.records.queue, &self.reports);
                     provider.with_log_processor(self.log_processor(exporters::logs(otlp)?, health))
                 }
                 Exporter::Console | Exporter::Prometheus => {
-                    let health =
-                        Health::new(Signal::Logs, "console_log_exporter", "console".into(), config.records.queue);
+                    let health = Health::new(
+                        Signal::Logs,
+                        "console_log_exporter",
+                        "console".into(),
+                        config.records.queue,
+                        &self.reports,
+                    );
                     provider
                         .with_log_processor(self.log_processor(opentelemetry_stdout::LogExporter::default(), health))
                 }
@@ -473,12 +492,13 @@ impl Builder<'_> {
             provider = match exporter {
                 Exporter::Otlp(otlp) => {
                     let kind = exporters::component(Signal::Metrics, otlp.protocol);
-                    let health = Health::new(Signal::Metrics, kind, otlp.endpoint.clone(), 0);
+                    let health = Health::new(Signal::Metrics, kind, otlp.endpoint.clone(), 0, &self.reports);
                     let exporter = self.guard(exporters::metrics(otlp, config.temporality)?, limit, health);
                     provider.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
                 }
                 Exporter::Console => {
-                    let health = Health::new(Signal::Metrics, "console_metric_exporter", "console".into(), 0);
+                    let health =
+                        Health::new(Signal::Metrics, "console_metric_exporter", "console".into(), 0, &self.reports);
                     let exporter = self.guard(opentelemetry_stdout::MetricExporter::default(), limit, health);
                     provider.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
                 }

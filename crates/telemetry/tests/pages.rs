@@ -166,3 +166,18 @@ fn a_wrong_environment_is_refused_inside_a_runtime_too() {
         assert!(prepare("OTEL_EXPORTER_OTLP_CERTIFICATE", "/nowhere/ca.pem").contains("/nowhere/ca.pem"));
     });
 }
+
+#[tokio::test]
+async fn https_is_possible_both_ways() {
+    for protocol in ["grpc", "http/protobuf"] {
+        let (telemetry, dispatch) = telemetry([
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", closed().replace("http", "https")),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", protocol.to_owned()),
+            ("OTEL_EXPORTER_OTLP_TIMEOUT", "500".into()),
+        ]);
+        tracing::dispatcher::with_default(&dispatch, || drop(tracing::info_span!("work").entered()));
+        telemetry.flush().unwrap();
+        let state = telemetry.debug().snapshot().await;
+        assert_eq!(state.exporters[0].failed, 1, "{protocol}: {state:?}");
+    }
+}
