@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
-use gauntlet_stack::{Etcd, Progress, Tool, Tools, process::spawn_bound, tools, workspace_root};
+use gauntlet_stack::{Etcd, Port, Ports, Progress, Tool, Tools, process::spawn_bound, tools, workspace_root};
 use rustix::process::{Pid, Signal};
 
 use crate::console::{Screen, Stop, say};
-use crate::stack::bring_up;
+use crate::stack::{PortChoice, bring_up, running};
 use crate::test::{cargo, run};
 
 #[derive(Debug, Args)]
@@ -27,6 +27,8 @@ pub(crate) struct Dev {
     /// Where state is kept
     #[arg(long, value_enum, default_value_t = Backend::Embedded)]
     backend: Backend,
+    #[command(flatten)]
+    choice: PortChoice,
     /// Handed to `gauntlet dev` as they are
     #[arg(last = true)]
     rest: Vec<String>,
@@ -51,8 +53,8 @@ impl Dev {
 
         tools.ensure_packages(tools::BUILD, &mut Screen(&stop))?;
         let beside = (!self.no_stack).then(|| {
-            let mut notices = notices.clone();
-            thread::spawn(move || beside(&mut notices))
+            let (ports, mut notices) = (self.choice.ports(), notices.clone());
+            thread::spawn(move || beside(ports, &mut notices))
         });
         let outcome = self.foreground(&tools, &notices, &stop, &data);
         // A build that is still going on is given up; a stack that is up is ended by who waits for this.
@@ -98,8 +100,10 @@ impl Dev {
         gauntlet.env("GAUNTLET_DEV_NOTICES", &notices.path);
         if !self.no_stack {
             // Where the collector will be: what is sent before is tried again or dropped, and counted.
+            let ports = running()?.unwrap_or_else(|| self.choice.ports());
+            let collector = format!("http://127.0.0.1:{}", ports.get(Port::OtlpGrpc));
             for (name, value) in [
-                ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4317"),
+                ("OTEL_EXPORTER_OTLP_ENDPOINT", collector.as_str()),
                 ("OTEL_METRIC_EXPORT_INTERVAL", "5000"),
                 ("OTEL_BSP_SCHEDULE_DELAY", "1000"),
             ] {
@@ -121,13 +125,10 @@ impl Dev {
 }
 
 /// Brings the stack up beside the main job and keeps it until the end.
-fn beside(notices: &mut Notices) {
-    match bring_up(&[], notices) {
-        Ok(Some(_held)) => {
-            while !notices.stop.asked() {
-                thread::sleep(Duration::from_millis(100));
-            }
-        }
+fn beside(ports: Ports, notices: &mut Notices) {
+    let stop = notices.stop.clone();
+    match bring_up(ports, notices) {
+        Ok(Some(held)) => held.keep(&stop, notices),
         Ok(None) => notices.report("the stack runs already (cargo xtask stack status): using that"),
         Err(_) if notices.stop.asked() => {}
         Err(error) => notices.report(&format!("the stack is not up: {error:#}")),

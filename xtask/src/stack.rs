@@ -34,9 +34,25 @@ pub(crate) struct Up {
     /// Stay in the foreground until Ctrl-C
     #[arg(long)]
     foreground: bool,
-    /// Another port than the documented one, such as prometheus=9190; may be repeated
+    #[command(flatten)]
+    choice: PortChoice,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PortChoice {
+    /// Another port of the stack than the documented one, such as prometheus=9190; may be repeated
     #[arg(long = "port", value_name = "NAME=NUMBER", value_parser = parse_port)]
     ports: Vec<(Port, u16)>,
+}
+
+impl PortChoice {
+    pub(crate) fn ports(&self) -> Ports {
+        let mut ports = Ports::documented();
+        for (port, number) in &self.ports {
+            ports.set(*port, *number);
+        }
+        ports
+    }
 }
 
 impl Command {
@@ -66,19 +82,31 @@ fn home() -> PathBuf {
 
 /// The running stack and the right to run it.
 pub(crate) struct Held {
-    pub(crate) stack: Stack,
+    stack: Stack,
     _lock: File,
 }
 
+impl Held {
+    /// Keeps it up until the process is asked to end, and reports a component that ends before.
+    pub(crate) fn keep(mut self, stop: &Stop, progress: &mut dyn Progress) {
+        let mut ended = Vec::new();
+        while !stop.asked() {
+            for (name, process) in self.stack.processes() {
+                if !process.is_running() && !ended.contains(&name) {
+                    progress.report(&format!("{name} has ended: see {}", process.log().display()));
+                    ended.push(name);
+                }
+            }
+            thread::sleep(POLL);
+        }
+    }
+}
+
 /// Installs and builds what is missing, then starts the stack. `None` when another process runs it already.
-pub(crate) fn bring_up(choice: &[(Port, u16)], progress: &mut dyn Progress) -> Result<Option<Held>> {
+pub(crate) fn bring_up(ports: Ports, progress: &mut dyn Progress) -> Result<Option<Held>> {
     let Some(lock) = try_lock()? else { return Ok(None) };
     Tools::from_env().ensure(tools::OBSERVABILITY, progress)?;
-    let mut options = Options::deployed(home());
-    for (port, number) in choice {
-        options.ports.set(*port, *number);
-    }
-    let stack = Stack::start(options, progress)?;
+    let stack = Stack::start(Options { ports, ..Options::deployed(home()) }, progress)?;
     let ports: Value = Port::ALL.iter().map(|port| (port.name().to_owned(), json!(stack.port(*port)))).collect();
     fs::write(state_path(), json!({"pid": process::id(), "ports": ports}).to_string())
         .context("write the stack's state file")?;
@@ -109,6 +137,11 @@ fn try_lock() -> Result<Option<File>> {
     }
 }
 
+/// The ports of a stack that is up, whoever runs it.
+pub(crate) fn running() -> Result<Option<Ports>> {
+    Ok(if try_lock()?.is_none() { state().map(|(_, ports)| ports) } else { None })
+}
+
 /// The process that runs the stack and its ports, once it is up.
 fn state() -> Option<(Pid, Ports)> {
     let state: Value = serde_json::from_str(&fs::read_to_string(state_path()).ok()?).ok()?;
@@ -124,19 +157,11 @@ fn state() -> Option<(Pid, Ports)> {
 impl Up {
     fn foreground(self) -> Result<ExitCode> {
         let stop = Stop::listen()?;
-        let Some(mut held) = bring_up(&self.ports, &mut Screen(&stop))? else {
+        let mut screen = Screen(&stop);
+        let Some(held) = bring_up(self.choice.ports(), &mut screen)? else {
             bail!("the stack already runs: cargo xtask stack status")
         };
-        let mut dead = Vec::new();
-        while !stop.asked() {
-            for (name, process) in held.stack.processes() {
-                if !process.is_running() && !dead.contains(&name) {
-                    say(&format!("{name} has ended: see {}", process.log().display()));
-                    dead.push(name);
-                }
-            }
-            thread::sleep(POLL);
-        }
+        held.keep(&stop, &mut screen);
         Ok(ExitCode::SUCCESS)
     }
 
@@ -153,7 +178,7 @@ impl Up {
         let errors = log.try_clone().context("open the log a second time")?;
         let mut daemon = process::Command::new(std::env::current_exe().context("find this binary")?);
         daemon.args(["stack", "up", "--foreground"]);
-        for (port, number) in &self.ports {
+        for (port, number) in &self.choice.ports {
             daemon.arg("--port").arg(format!("{}={number}", port.name()));
         }
         // Out of the terminal's group: it is to outlive this command and its Ctrl-C.
