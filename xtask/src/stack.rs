@@ -104,7 +104,7 @@ impl Held {
 
 /// Installs and builds what is missing, then starts the stack. `None` when another process runs it already.
 pub(crate) fn bring_up(ports: Ports, progress: &mut dyn Progress) -> Result<Option<Held>> {
-    let Some(lock) = try_lock()? else { return Ok(None) };
+    let Some(lock) = take_lock()? else { return Ok(None) };
     Tools::from_env().ensure(tools::OBSERVABILITY, progress)?;
     let stack = Stack::start(Options { ports, ..Options::deployed(home()) }, progress)?;
     let ports: Value = Port::ALL.iter().map(|port| (port.name().to_owned(), json!(stack.port(*port)))).collect();
@@ -122,6 +122,17 @@ impl Drop for Held {
 
 fn state_path() -> PathBuf {
     home().join("state.json")
+}
+
+/// The lock, also when another command holds it for the moment in which it looks whether the stack runs.
+fn take_lock() -> Result<Option<File>> {
+    for _ in 0..5 {
+        if let Some(lock) = try_lock()? {
+            return Ok(Some(lock));
+        }
+        thread::sleep(POLL);
+    }
+    Ok(None)
 }
 
 /// The lock of who runs the stack; `None` while another process holds it.
