@@ -15,6 +15,11 @@
 //! ```
 //!
 //! Several managers of one machine (and one pid namespace) share the directory.
+//!
+//! It keeps instances apart from each other's ways, not from each other's reach: they run as the manager's user, with limits and without
+//! new privileges, on its file system and network. It is for scenarios that are trusted with that. Where the manager runs under a service
+//! manager that ends all processes of a service with it (systemd's default), tell it to end the main process only (`KillMode=process`),
+//! or instances end with the manager and are brought up again when they are next asked for.
 
 mod home;
 mod launch;
@@ -64,7 +69,7 @@ const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 /// Where and how instances run on this machine.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Everything that is kept; made if it is not there, readable by its owner only.
+    /// Everything that is kept; made if it is not there. What it holds is readable by its owner only.
     pub dir: PathBuf,
     /// What players call this machine.
     pub host: String,
@@ -131,7 +136,7 @@ macro_rules! step {
             provisioner = "process",
             instance.identity = $home.identity(),
             otel.status_code = Empty,
-            error.r#type = Empty,
+            "error.type" = Empty,
         )
     };
 }

@@ -66,6 +66,7 @@ pub fn run_if_requested() {
 }
 
 fn supervise(dir: &Path) -> io::Result<()> {
+    close_inherited()?;
     // Fails only if it leads a group already, which then is as good.
     let _ = rustix::process::setsid();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
@@ -93,6 +94,19 @@ fn supervise(dir: &Path) -> io::Result<()> {
     };
     state.end = Some(end);
     record::write(dir, STATE, &state, false)
+}
+
+/// Closes what whoever started the manager left open: an instance must neither have it nor keep it open.
+fn close_inherited() -> io::Result<()> {
+    let open: Vec<i32> = std::fs::read_dir("/proc/self/fd")?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|fd| *fd > 2)
+        .collect();
+    for fd in open {
+        // Nothing here owns one yet; the listing's own is closed already, which is no matter.
+        let _ = nix::unistd::close(fd);
+    }
+    Ok(())
 }
 
 fn wait_for_lock(dir: &Path) -> io::Result<Option<File>> {

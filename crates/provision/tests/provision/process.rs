@@ -1,1 +1,430 @@
 //! What the process backend promises beyond the contract.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use gauntlet_domain::{Error, Identity, Limits, PortSpec, Probe, Protocol, Provisioner};
+use gauntlet_provision::process::Process;
+use rustix::process::Signal;
+use tracing::{
+    Event, Subscriber,
+    field::{Field, Visit},
+    span::{self, Attributes, Id},
+};
+use tracing_subscriber::{
+    Layer,
+    layer::{Context, SubscriberExt as _},
+};
+
+use crate::support::{Rig, challenge, kill, order, runs, said, until};
+
+async fn down(manager: &Process, identity: u64) {
+    manager.down(&challenge("a challenge"), &Identity::from_bits(identity), u64::MAX).await.unwrap();
+}
+
+fn detail(error: Error) -> String {
+    match error {
+        Error::Provision { step, detail } => format!("{step}: {detail}"),
+        other => panic!("{other}"),
+    }
+}
+
+#[tokio::test]
+async fn an_instance_outlives_its_manager_and_is_found_again() {
+    let rig = Rig::new();
+    let (one, plan) = (rig.manager(), rig.greeter().arc());
+    let outputs = one.up(&order(1, 1, &plan)).await.unwrap();
+    let pids = rig.pids(&rig.home()).unwrap();
+    drop(one);
+    let two = rig.manager();
+    assert_eq!(two.list().await.unwrap().len(), 1);
+    assert_eq!(two.up(&order(1, 2, &plan)).await.unwrap(), outputs);
+    assert_eq!(rig.pids(&rig.home()).unwrap(), pids, "neither ended nor doubled");
+    down(&two, 1).await;
+    assert!(!runs(pids.0) && !runs(pids.1));
+}
+
+#[tokio::test]
+async fn supervisors_and_programs_leave_no_zombie() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    manager.up(&order(1, 1, &rig.greeter().arc())).await.unwrap();
+    let (shim, child) = rig.pids(&rig.home()).unwrap();
+    down(&manager, 1).await;
+    until("both are reaped", || [shim, child].iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists()));
+}
+
+#[tokio::test]
+async fn every_descendant_ends_with_it() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    rig.program("linger", "trap '' TERM; echo $$ > $1; while :; do sleep 1; done");
+    // One in its group, one that left group and session, one that is nobody's child and hides its origin; all deaf to SIGTERM.
+    let script = "$SCENARIO_DIR/linger a &
+        setsid $SCENARIO_DIR/linger b &
+        setsid env -i PATH=$PATH sh -c \"$SCENARIO_DIR/linger c & exit\" &
+        exec $GREETER";
+    manager.up(&order(1, 1, &rig.script(script).arc())).await.unwrap();
+    let home = rig.home();
+    let (shim, child) = rig.pids(&home).unwrap();
+    let names = ["a", "b", "c"];
+    until("all have said who they are", || names.iter().all(|name| !rig.wrote(&home, name).is_empty()));
+    let pids = names.map(|name| rig.wrote(&home, name).parse().unwrap());
+    assert!(pids.iter().all(|pid| runs(*pid)));
+    down(&manager, 1).await;
+    assert!([shim, child].iter().chain(&pids).all(|pid| !runs(*pid)));
+}
+
+#[tokio::test]
+async fn what_a_killed_supervisor_leaves_is_ended() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    rig.program("linger", "echo $$ > $1; while :; do sleep 1; done");
+    let script = "setsid $SCENARIO_DIR/linger far & env -i PATH=$PATH $SCENARIO_DIR/linger near & exec $GREETER";
+    let plan = rig.script(script).arc();
+    let outputs = manager.up(&order(1, 1, &plan)).await.unwrap();
+    let home = rig.home();
+    let (shim, child) = rig.pids(&home).unwrap();
+    until("both have said who they are", || ["far", "near"].iter().all(|name| !rig.wrote(&home, name).is_empty()));
+    let left = ["far", "near"].map(|name| rig.wrote(&home, name).parse().unwrap());
+    kill(shim, Signal::KILL);
+    until("the program went with its supervisor", || !runs(child));
+    assert!(left.iter().all(|pid| runs(*pid)));
+    // Brought up again, in the same place.
+    assert_eq!(manager.up(&order(1, 1, &plan)).await.unwrap(), outputs);
+    assert!(left.iter().all(|pid| !runs(*pid)));
+
+    let (shim, _) = rig.pids(&home).unwrap();
+    let again = ["far", "near"].map(|name| {
+        until("it has said who it is", || rig.wrote(&home, name).parse().is_ok_and(|pid: i32| !left.contains(&pid)));
+        rig.wrote(&home, name).parse().unwrap()
+    });
+    kill(shim, Signal::KILL);
+    down(&manager, 1).await;
+    assert!(again.iter().all(|pid| !runs(*pid)));
+}
+
+#[tokio::test]
+async fn a_supervisor_that_hangs_is_killed() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    manager.up(&order(1, 1, &rig.greeter().arc())).await.unwrap();
+    let (shim, child) = rig.pids(&rig.home()).unwrap();
+    kill(shim, Signal::STOP);
+    down(&manager, 1).await;
+    assert!(!runs(shim) && !runs(child));
+}
+
+#[tokio::test]
+async fn what_ended_by_itself_is_brought_up_again_in_its_place() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    let plan = rig.script("echo again >> runs; exec $GREETER").arc();
+    let outputs = manager.up(&order(1, 1, &plan)).await.unwrap();
+    let (shim, child) = rig.pids(&rig.home()).unwrap();
+    kill(child, Signal::KILL);
+    until("the supervisor has gone", || !runs(shim));
+    assert_eq!(manager.up(&order(1, 1, &plan)).await.unwrap(), outputs);
+    assert_eq!(rig.wrote(&rig.home(), "runs"), "again\nagain", "what it wrote is still there");
+}
+
+#[tokio::test]
+async fn an_update_that_changes_nothing_restarts_nothing() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    manager.up(&order(1, 1, &rig.greeter().arc())).await.unwrap();
+    let pids = rig.pids(&rig.home());
+    manager.update(&order(1, 2, &rig.greeter().arc())).await.unwrap();
+    assert_eq!(rig.pids(&rig.home()), pids);
+    manager.update(&order(1, 3, &rig.greeter().greeting("other").arc())).await.unwrap();
+    assert_ne!(rig.pids(&rig.home()), pids);
+}
+
+#[tokio::test]
+async fn an_update_gives_and_takes_ports() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    let named = |names: &[&str]| {
+        let mut plan = rig.greeter();
+        plan.ports = names.iter().map(|name| PortSpec { name: (*name).to_owned(), protocol: Protocol::Tcp }).collect();
+        // Another number of ports is another plan to run.
+        plan.greeting = names.join(",");
+        plan.arc()
+    };
+    let first = manager.up(&order(1, 1, &named(&["main"]))).await.unwrap();
+    let two = manager.update(&order(1, 1, &named(&["extra", "main"]))).await.unwrap();
+    assert_eq!(first.connection_info, two.connection_info);
+    assert_eq!(rig.ports().len(), 2);
+    manager.update(&order(1, 1, &named(&["main"]))).await.unwrap();
+    assert_eq!(rig.ports().len(), 1);
+    down(&manager, 1).await;
+    assert_eq!(rig.ports().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn managers_that_share_a_directory_share_its_ports() {
+    let rig = Rig::new();
+    let (managers, plan) = ([rig.manager(), rig.manager()], rig.greeter().arc());
+    let orders: Vec<_> = (0..20).map(|identity| order(identity, 1, &plan)).collect();
+    let up = orders.iter().enumerate().map(|(at, order)| managers[at % 2].up(order));
+    let outputs = futures::future::try_join_all(up).await.unwrap();
+    let places: BTreeSet<_> = outputs.iter().map(|outputs| &outputs.connection_info).collect();
+    assert_eq!(places.len(), 20);
+    assert_eq!(managers[0].list().await.unwrap().len(), 20);
+    let down = orders.iter().map(|order| managers[0].down(&order.challenge, &order.identity, 1));
+    futures::future::try_join_all(down).await.unwrap();
+    assert!(places.iter().all(|place| said(place).is_none()));
+    assert_eq!(rig.ports(), [0; 0]);
+}
+
+#[tokio::test]
+async fn a_port_that_is_in_use_is_not_given_out() {
+    let mut rig = Rig::new();
+    let first = *rig.config.ports.start();
+    rig.config.ports = first..=first + 1;
+    let taken = std::net::TcpListener::bind((rig.config.bind, first)).unwrap();
+    let manager = rig.manager();
+    let outputs = manager.up(&order(1, 1, &rig.greeter().arc())).await.unwrap();
+    assert_eq!(outputs.connection_info, format!("127.0.0.1:{}", first + 1));
+    let error = manager.up(&order(2, 1, &rig.greeter().arc())).await.unwrap_err();
+    assert!(detail(error).contains("no free port"));
+    // What an instance left behind without giving it back is given out again.
+    drop(taken);
+    std::os::unix::fs::symlink("../instances/none", rig.config.dir.join(format!("ports/{first}"))).unwrap();
+    manager.up(&order(2, 1, &rig.greeter().arc())).await.unwrap();
+}
+
+#[tokio::test]
+async fn it_is_alone_with_its_environment_directory_and_limits() {
+    let rig = Rig::new();
+    let mut plan = rig.script(
+        "env > env; pwd > pwd; ulimit -v > memory; ulimit -n > files; ulimit -t > cpu; ulimit -c > core; umask > umask
+         grep NoNewPrivs /proc/self/status > privileges; ls -l /proc/self/fd > open; exec $GREETER",
+    );
+    plan.limits = Limits { memory: Some(512 << 20), cpu_seconds: Some(50), open_files: Some(64), output: None };
+    // Not closed on exec, as careless parents leave them.
+    let leaked = std::fs::File::create(rig.dir.path().join("leaked")).unwrap();
+    let _leaked = rustix::io::dup(&leaked).unwrap();
+    let manager = rig.manager();
+    manager.up(&order(1, 1, &plan.arc())).await.unwrap();
+    let home = rig.home();
+    let wrote = |name| rig.wrote(&home, name);
+    let env = wrote("env");
+    let env: BTreeMap<_, _> = env.lines().filter_map(|line| line.split_once('=')).collect();
+    let known = [
+        "GAUNTLET_INSTANCE",
+        "GREETER",
+        "GREETING",
+        "HOME",
+        "LISTEN",
+        "OLDPWD",
+        "PATH",
+        "PORT",
+        "PWD",
+        "SCENARIO_DIR",
+        "SHLVL",
+        "TMPDIR",
+        "_",
+    ];
+    assert!(env.keys().all(|name| known.contains(name)), "{env:?}");
+    let work = home.join("work").display().to_string();
+    assert_eq!((env["HOME"], env["TMPDIR"], wrote("pwd")), (work.as_str(), work.as_str(), work.clone()));
+    assert_eq!(Path::new(env["SCENARIO_DIR"]), rig.dir.path().join("files"));
+    assert_eq!((wrote("memory"), wrote("files")), ((512 << 10).to_string(), "64".to_owned()));
+    assert_eq!((wrote("cpu"), wrote("core"), wrote("umask")), ("50".to_owned(), "0".to_owned(), "0077".to_owned()));
+    assert!(wrote("privileges").ends_with('1'));
+    let open = wrote("open");
+    assert!(!open.contains("run.lock") && !open.contains("leaked"), "{open}");
+}
+
+#[tokio::test]
+async fn nobody_else_may_read_what_is_kept() {
+    let rig = Rig::new();
+    rig.manager().up(&order(1, 1, &rig.greeter().arc())).await.unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let home = rig.home();
+    assert_eq!(mode(&home), 0o700);
+    for file in ["instance.json", "label.json", "state.json", "output.log"] {
+        assert_eq!(mode(&home.join(file)), 0o600, "{file}");
+    }
+}
+
+#[tokio::test]
+async fn output_is_kept_within_its_limit() {
+    let rig = Rig::new();
+    let mut plan =
+        rig.script("i=0; while [ $i -lt 5000 ]; do echo line $i; i=$((i+1)); done; echo last; exec $GREETER");
+    plan.limits.output = Some(4096);
+    plan.probe = Probe::Output { contains: "listening".to_owned() };
+    rig.manager().up(&order(1, 1, &plan.arc())).await.unwrap();
+    let home = rig.home();
+    let read = |name| std::fs::read_to_string(home.join(name)).unwrap();
+    let kept = read("output.old.log") + &read("output.log");
+    assert!(kept.len() <= 4096 && kept.ends_with("line 4999\nlast\nlistening\n"), "{kept}");
+}
+
+#[tokio::test]
+async fn each_probe_waits_for_its_answer() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    let http = |path: &str, status| Probe::Http { port: "main".to_owned(), path: path.to_owned(), status };
+    let mut plan = rig.greeter().probe(http("/", 200));
+    plan.env.insert("HTTP".to_owned(), "1".to_owned());
+    manager.up(&order(1, 1, &plan.clone().arc())).await.unwrap();
+    plan = plan.probe(Probe::Output { contains: "istenin".to_owned() });
+    manager.up(&order(2, 1, &plan.clone().arc())).await.unwrap();
+    plan.timeout = Duration::from_millis(100);
+    let error = manager.up(&order(3, 1, &plan.clone().probe(http("/", 204)).arc())).await.unwrap_err();
+    let text = detail(error);
+    for part in ["ready: GET / with status 204 on port \"main\" (127.0.0.1:", "100ms", "status 200", "listening"] {
+        assert!(text.contains(part), "{part:?} in {text}");
+    }
+    let error = manager.up(&order(4, 1, &plan.clone().probe(http("/ HTTP/1.1\r\nX: y", 200)).arc())).await.unwrap_err();
+    assert!(detail(error).contains("control character"));
+    let error = manager.up(&order(5, 1, &plan.probe(Probe::Tcp { port: "nay".to_owned() }).arc())).await.unwrap_err();
+    assert!(detail(error).contains("not a port of this instance"));
+}
+
+#[tokio::test]
+async fn what_is_not_ready_in_time_does_not_stay() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    let mut plan = rig.script("echo $$ > pid; exec sleep 1000");
+    plan.timeout = Duration::from_millis(200);
+    let text = detail(manager.up(&order(1, 1, &plan.arc())).await.unwrap_err());
+    assert!(text.contains("a TCP connection to port \"main\"") && text.contains("it wrote nothing"), "{text}");
+    assert!(!runs(rig.wrote(&rig.home(), "pid").parse().unwrap()));
+}
+
+#[tokio::test]
+async fn errors_say_what_happened() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    // Long before the timeout.
+    let plan = rig.script("echo one; echo \"bad: $GREETING FLAG{$GREETING}\" >&2; exit 3").greeting("secret").arc();
+    let text = detail(manager.up(&order(1, 1, &plan)).await.unwrap_err());
+    assert_eq!(text, "ready: the program ended with exit status 3; its last output:\none\nbad: secret [flag]");
+
+    let plan = rig.script("kill -SEGV $$").arc();
+    let text = detail(manager.up(&order(1, 2, &plan)).await.unwrap_err());
+    assert!(text.contains("was ended by signal 11"), "{text}");
+
+    let mut plan = rig.greeter();
+    plan.command = vec!["no-such-program".to_owned()];
+    let text = detail(manager.up(&order(2, 1, &plan.clone().arc())).await.unwrap_err());
+    assert!(text.contains("\"no-such-program\" not found"), "{text}");
+
+    std::fs::write(rig.program("broken", ""), "#!/no/such/interpreter\n").unwrap();
+    plan.command = vec!["broken".to_owned()];
+    let text = detail(manager.up(&order(3, 1, &plan.clone().arc())).await.unwrap_err());
+    assert!(text.contains("exit status 126") && text.contains("files/broken: No such file"), "{text}");
+
+    plan.command = Vec::new();
+    assert!(detail(manager.up(&order(4, 1, &plan.arc())).await.unwrap_err()).contains("command is empty"));
+}
+
+#[tokio::test]
+async fn a_supervisor_that_is_none_is_noticed() {
+    let mut rig = Rig::new();
+    rig.config.shim = Some("/bin/false".into());
+    let text = detail(rig.manager().up(&order(1, 1, &rig.greeter().arc())).await.unwrap_err());
+    assert!(text.contains("its supervisor /bin/false ended with exit status: 1"), "{text}");
+    rig.config.shim = Some("/no/such/file".into());
+    assert!(detail(Process::new(rig.config.clone()).unwrap_err()).contains("/no/such/file is not there"));
+}
+
+#[tokio::test]
+async fn records_that_cannot_be_read_are_written_anew() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    let plan = rig.greeter().arc();
+    manager.up(&order(1, 1, &plan)).await.unwrap();
+    let home = rig.home();
+    let (shim, child) = rig.pids(&home).unwrap();
+    kill(child, Signal::KILL);
+    until("the supervisor has gone", || !runs(shim));
+    for name in ["label.json", "instance.json", "state.json"] {
+        std::fs::write(home.join(name), "{").unwrap();
+    }
+    assert_eq!(manager.list().await.unwrap(), []);
+    manager.up(&order(1, 1, &plan)).await.unwrap();
+    assert_eq!(manager.list().await.unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_trivial_instance_is_ready_at_once() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    let plan = rig.greeter().arc();
+    let mut took = Vec::new();
+    for identity in 0..20 {
+        let began = std::time::Instant::now();
+        manager.up(&order(identity, 1, &plan)).await.unwrap();
+        took.push(began.elapsed());
+        if identity == 0 {
+            let (shim, _) = rig.pids(&rig.home()).unwrap();
+            let status = std::fs::read_to_string(format!("/proc/{shim}/status")).unwrap();
+            let memory: Vec<_> =
+                status.lines().filter(|line| line.starts_with("Rss") || line.starts_with("VmRSS")).collect();
+            println!("supervisor: {}", memory.join(", "));
+        }
+        down(&manager, identity).await;
+    }
+    took.sort();
+    println!("ready after: median {:?}, slowest {:?}", took[10], took[19]);
+}
+
+#[tokio::test]
+async fn each_step_is_a_span_and_none_tells_a_secret() {
+    let rig = Rig::new();
+    let seen = Seen::default();
+    let guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(seen.clone()));
+    let manager = rig.manager();
+    let plan = |greeting: &str| rig.greeter().greeting(greeting).arc();
+    manager.up(&order(1, 1, &plan("secret-one"))).await.unwrap();
+    manager.update(&order(1, 1, &plan("secret-two"))).await.unwrap();
+    manager.up(&order(2, 1, &rig.script("echo FLAG{$GREETING}; exit 1").arc())).await.unwrap_err();
+    down(&manager, 1).await;
+    drop(guard);
+    let seen = std::mem::take(&mut *seen.0.lock().unwrap());
+    let names: Vec<_> = seen.iter().filter_map(|line| line.strip_prefix("span ")).collect();
+    let (up, update) = (["allocate", "start", "ready"], ["allocate", "stop", "start", "ready"]);
+    let failed = ["allocate", "start", "ready", "stop"];
+    let steps: Vec<_> = [&up[..], &update[..], &failed[..], &["stop", "remove"]].concat();
+    assert_eq!(names, steps.iter().map(|step| format!("provision.{step}")).collect::<Vec<_>>());
+    let all = seen.join("\n");
+    assert!(all.contains("instance.identity=\"0000000000000001\"") && all.contains("provisioner=\"process\""), "{all}");
+    assert_eq!(all.matches("otel.status_code=\"ERROR\"").count(), 1, "{all}");
+    assert!(all.contains("error.type="), "{all}");
+    assert!(!all.contains("secret-") && !all.contains("FLAG{"), "{all}");
+}
+
+/// Everything that spans and events say.
+#[derive(Clone, Default)]
+struct Seen(Arc<Mutex<Vec<String>>>);
+
+impl Visit for Seen {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        self.0.lock().unwrap().push(format!("{field}={value:?}"));
+    }
+}
+
+impl<S: Subscriber> Layer<S> for Seen {
+    fn on_new_span(&self, attributes: &Attributes<'_>, _: &Id, _: Context<'_, S>) {
+        self.0.lock().unwrap().push(format!("span {}", attributes.metadata().name()));
+        attributes.record(&mut self.clone());
+    }
+
+    fn on_record(&self, _: &Id, values: &span::Record<'_>, _: Context<'_, S>) {
+        values.record(&mut self.clone());
+    }
+
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        event.record(&mut self.clone());
+    }
+}

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     io::Read as _,
     net::{IpAddr, Ipv4Addr, TcpStream},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -13,8 +14,7 @@ use std::{
 };
 
 use gauntlet_domain::{
-    ChallengeId, Identity, Limits, Order, Place, Plan, PortSpec, Probe, Protocol, Provisioner, Readiness, Result,
-    Workload,
+    ChallengeId, Identity, Limits, Order, Place, Plan, PortSpec, Probe, Protocol, Readiness, Result, Workload,
 };
 use gauntlet_provision::process::{Config, Process};
 use rustix::process::{Pid, Signal};
@@ -161,6 +161,14 @@ impl Rig {
 
     pub(crate) fn script(&self, script: &str) -> Script {
         Script::shell(&self.dir.path().join("files"), script)
+    }
+
+    /// Puts a shell script among the scenario's files.
+    pub(crate) fn program(&self, name: &str, script: &str) -> PathBuf {
+        let path = self.dir.path().join("files").join(name);
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
     }
 
     /// The greeter.
