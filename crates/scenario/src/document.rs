@@ -322,3 +322,143 @@ fn at_most(count: usize, max: usize, line: u64, field: &str, problems: &mut Prob
         problems.at(line, field, format!("has {count} entries; at most {max}"));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const WEB: &str = r#"
+version: 1
+provisioner: process
+process:
+  command: ["example-web", "--listen", "0.0.0.0:{{ ports.http }}", 8080]
+  env: { FLAG: "{{ flags.main }}", MOTD: "{{ additional['motd'] | default('hello') }}" }
+  limits: { memory: 256MiB, cpu: 60s, open_files: 256, output: 1MiB }
+ports:
+  http: tcp
+ready:
+  http: { port: http, path: /, status: 200 }
+  timeout: 10s
+flags:
+  main: "FLAG{ {{ vary('hello web') }} }"
+connection_info: "http://{{ host }}:{{ ports.http }}"
+"#;
+
+    fn wrong(text: &str) -> String {
+        let problems = Document::parse(text).expect_err("it is wrong");
+        problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn a_whole_document() {
+        let document = Document::parse(WEB).unwrap();
+        assert_eq!(document.command.len(), 4);
+        assert_eq!(document.ports, [PortSpec { name: "http".into(), protocol: Protocol::Tcp }]);
+        let limits =
+            Limits { memory: Some(256 << 20), cpu_seconds: Some(60), open_files: Some(256), output: Some(1 << 20) };
+        assert_eq!(document.limits, limits);
+        let probe = Probe::Http { port: "http".into(), path: "/".into(), status: 200 };
+        let (interval, timeout) = (Duration::from_millis(100), Duration::from_secs(10));
+        assert_eq!(document.readiness, Readiness { probe, interval, timeout });
+    }
+
+    #[test]
+    fn the_least_document() {
+        let least = "version: 1\nprovisioner: process\nprocess: {command: [a]}\nready: {output: {contains: up}}\nconnection_info: here\n";
+        let document = Document::parse(least).unwrap();
+        assert!(document.flags.is_empty() && document.ports.is_empty() && document.env.is_empty());
+        assert_eq!(document.readiness.timeout, Duration::from_secs(30));
+    }
+
+    #[test]
+    fn mistakes_name_line_field_and_fix() {
+        let mistakes = [
+            ("command:", "comand:"),
+            ("version: 1", "version: 2"),
+            ("provisioner: process", "provisioner: kubernetes"),
+            ("http: tcp", "http: 8080"),
+            ("port: http,", "port: htpp,"),
+            ("status: 200", "status: 1000"),
+            ("timeout: 10s", "timeout: 10"),
+            ("timeout: 10s", "timeout: 11m"),
+            ("memory: 256MiB", "memory: 256MB"),
+            ("path: /,", "path: index.html,"),
+            ("ports.http }}\", 8080", "ports.htpt }}\", 8080"),
+            ("{{ host }}", "{{ hots }}"),
+            ("{{ host }}", "{{ host "),
+            ("{{ host }}", "{{ host | rot13 }}"),
+            ("{{ host }}", "{% if host %}x{% endif %}"),
+            ("{{ host }}", "{{ vary('x') }}"),
+            ("{{ host }}", "{{ ports['htpp'] }}"),
+            ("{{ flags.main }}", "{{ flags.mian }}"),
+            ("vary('hello web')", "vari('hello web')"),
+            ("vary('hello web')", "host"),
+            ("MOTD: \"{{ additional['motd'] | default('hello') }}\"", "MOTD: yes, DEBUG: true"),
+            ("main:", "\"ma-in\":"),
+            ("8080]", "8080"),
+            ("ports:\n", "ports:\nports:\n"),
+        ];
+        let mut all = String::new();
+        for (right, mistake) in mistakes {
+            let text = WEB.replacen(right, mistake, 1);
+            assert_ne!(text, WEB, "{right} is not in the document");
+            all += &format!("{mistake:?}\n  {}\n", wrong(&text).replace('\n', "\n  "));
+        }
+        insta::assert_snapshot!(all);
+    }
+
+    #[test]
+    fn several_mistakes_are_told_at_once() {
+        insta::assert_snapshot!(wrong("provisioner: process\nprocess: {env: [], command: run}\nready: {}\n"));
+        insta::assert_snapshot!(wrong(""));
+        insta::assert_snapshot!(wrong("- a\n- b\n"));
+        insta::assert_snapshot!(wrong("ports: {a: udp}\nready: {tcp: {port: a}, interval: 5ms}\nflags: {b: 1.5}\n"));
+    }
+
+    #[test]
+    fn bombs_are_refused_quickly() {
+        let mut laughs = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
+        for level in 1..12 {
+            let before = format!("*a{}", level - 1);
+            laughs += &format!("a{level}: &a{level} [{}]\n", vec![before; 9].join(", "));
+        }
+        for bomb in [
+            laughs,
+            "[".repeat(30_000),
+            "a: ".to_owned() + &"{b: ".repeat(10_000),
+            "x".repeat(yaml::MAX_BYTES + 1),
+            "- a\n".repeat(10_000),
+            "a: &a [*a]".into(),
+            "a: !!python/object x".into(),
+            "a: 1\n---\nb: 2\n".into(),
+            "<<: {version: 1}".into(),
+        ] {
+            let text = wrong(&bomb);
+            assert!(text.len() < 2000, "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn parsing_never_panics(text in "\\PC{0,200}") {
+            let _ = Document::parse(&text);
+        }
+
+        #[test]
+        fn a_damaged_document_never_panics(at in 0usize..600, cut in 0usize..40, put in "[\\PC\n]{0,12}") {
+            let from = (0..=at.min(WEB.len())).rev().find(|i| WEB.is_char_boundary(*i)).unwrap();
+            let to = (from + cut).min(WEB.len());
+            if WEB.is_char_boundary(to) {
+                let _ = Document::parse(&format!("{}{put}{}", &WEB[..from], &WEB[to..]));
+            }
+        }
+
+        #[test]
+        fn amounts_never_wrap(text in "[0-9]{0,30}(ms|s|m|h|B|KiB|MiB|GiB)?") {
+            let _ = (amount(&text, &TIMES), amount(&text, &SIZES));
+        }
+    }
+}

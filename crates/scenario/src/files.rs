@@ -284,3 +284,116 @@ impl TreeDigest {
 pub(crate) fn digest_text(digest: [u8; 32]) -> String {
     digest.iter().fold("sha256:".to_owned(), |text, byte| text + &format!("{byte:02x}"))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn names_that_climb_or_confuse_are_refused() {
+        for title in [
+            "",
+            ".",
+            "..",
+            "/",
+            "/etc/passwd",
+            "../x",
+            "a/../b",
+            "a/..",
+            "a//b",
+            "a/",
+            "./",
+            "./../x",
+            "a/./b",
+            "a\0b",
+            "a\nb",
+            "a\\..\\b",
+            "C:\\x",
+        ] {
+            assert!(relative(title).is_err(), "{title:?}");
+        }
+        assert!(relative(&"x".repeat(256)).is_err() && relative(&"a/".repeat(20)).is_err());
+        assert!(relative(&"a/".repeat(300)).is_err());
+        assert_eq!(relative("./a/..b").unwrap(), "a/..b");
+        assert_eq!(relative("schöne datei.txt").unwrap(), "schöne datei.txt");
+    }
+
+    #[test]
+    fn names_that_collide_are_refused() {
+        let limits = FileLimits::default();
+        let collides = |paths: [&str; 2]| {
+            let mut taken = Taken::default();
+            paths.iter().map(|path| taken.take(path, 1, &limits)).collect::<Result<Vec<_>>>().is_err()
+        };
+        assert!(collides(["a", "a"]) && collides(["a", "A"]) && collides(["Ä", "ä"]));
+        assert!(
+            collides(["a", "a/b"]) && collides(["a/b", "a"]) && collides(["a/b", "A/B"]) && collides(["a/b/c", "a/B"])
+        );
+        assert!(!collides(["a/b", "a/c"]) && !collides(["a", "ab"]) && !collides(["a/b", "ab"]));
+    }
+
+    #[test]
+    fn limits_hold() {
+        let limits = FileLimits { file: 10, total: 15, count: 2 };
+        let mut taken = Taken::default();
+        assert!(taken.take("big", 11, &limits).is_err());
+        let mut taken = Taken::default();
+        taken.take("a", 10, &limits).unwrap();
+        assert!(taken.take("b", 10, &limits).is_err());
+        let mut taken = Taken::default();
+        taken.take("a", 1, &limits).unwrap();
+        taken.take("b", 1, &limits).unwrap();
+        assert!(taken.take("c", 1, &limits).is_err());
+    }
+
+    #[test]
+    fn links_and_special_files_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
+        let error = list(dir.path(), &FileLimits::default()).unwrap_err().to_string();
+        assert!(error.contains("\"link\" is a link"), "{error}");
+        let listed = Listed { path: "link".into(), size: 1 };
+        assert!(open(dir.path(), &listed).is_err());
+    }
+
+    #[test]
+    fn a_draft_is_sealed_when_kept_and_gone_when_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = FileLimits::default();
+        drop(Draft::within(dir.path(), &limits).unwrap());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+
+        let mut draft = Draft::within(dir.path(), &limits).unwrap();
+        draft.copy("bin/run", 9, &b"#!/bin/sh"[..]).unwrap();
+        draft.copy("data", 4, &b"data"[..]).unwrap();
+        assert!(draft.copy("longer", 2, &b"data"[..]).is_err() && draft.copy("shorter", 9, &b"data"[..]).is_err());
+        let place = dir.path().join("kept/x");
+        draft.keep(&place).unwrap();
+        let mode = |name| fs::metadata(place.join(name)).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode("bin/run"), mode("data")), (0o555, 0o444));
+
+        let mut second = Draft::within(dir.path(), &limits).unwrap();
+        second.copy("data", 5, &b"other"[..]).unwrap();
+        second.keep(&place).unwrap();
+        assert_eq!(fs::read(place.join("data")).unwrap(), b"data", "the first stays");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no draft is left");
+    }
+
+    proptest! {
+        #[test]
+        fn titles_never_escape(title in "(\\.|\\.\\.|/|\\./|a|\\\\|\0|\\PC){0,12}") {
+            if let Ok(path) = relative(&title) {
+                let mut depth = 0i32;
+                for part in Path::new(&path).components() {
+                    prop_assert!(matches!(part, std::path::Component::Normal(_)), "{title:?}");
+                    depth += 1;
+                }
+                prop_assert!(depth > 0);
+                prop_assert!(Path::new("/root/dir").join(&path).starts_with("/root/dir"));
+            }
+        }
+    }
+}

@@ -203,10 +203,10 @@ mod tests {
 
     #[test]
     fn the_variation_is_fixed_for_all_time() {
-        insta::assert_snapshot!(KEY.vary("0123456789abcdef", "main", "hello web"), @"");
-        insta::assert_snapshot!(KEY.vary("0123456789abcdef", "main", ""), @"");
+        insta::assert_snapshot!(KEY.vary("0123456789abcdef", "main", "hello web"), @"hel7o w3b_efml6eaho3r");
+        insta::assert_snapshot!(KEY.vary("0123456789abcdef", "main", ""), @"4flkfsngu2fgr");
         let long = "the quick brown fox jumps over the lazy dog and some more words still";
-        insta::assert_snapshot!(KEY.vary("0123456789abcdef", "main", long), @"");
+        insta::assert_snapshot!(KEY.vary("0123456789abcdef", "main", long), @"tHe QuicK BR0wn FOX jUMPs oV3R the 7azY DOg and 50ME MOrE w0RdS ST1l7");
     }
 
     #[test]

@@ -8,9 +8,10 @@ use oci_client::{
     Client, Reference,
     client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol},
     errors::{OciDistributionError, OciErrorCode},
-    manifest::{OCI_IMAGE_MEDIA_TYPE, OciDescriptor, OciImageManifest},
+    manifest::{OCI_IMAGE_INDEX_MEDIA_TYPE, OCI_IMAGE_MEDIA_TYPE, OciDescriptor, OciImageManifest},
     secrets::RegistryAuth,
 };
+use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncWriteExt as _;
 
@@ -119,6 +120,12 @@ impl Registry {
     pub(crate) fn new(access: &Access) -> Result<Self, String> {
         // The first provider stays, whoever installed it; where it is there already, that is as good.
         let _ = rustls::crypto::ring::default_provider().install_default();
+        for (at, pem) in access.extra_roots.iter().enumerate() {
+            let mut certificates = CertificateDer::pem_slice_iter(pem).peekable();
+            if certificates.peek().is_none() || certificates.any(|certificate| certificate.is_err()) {
+                return Err(format!("extra root {}: holds no certificate in PEM form", at + 1));
+            }
+        }
         let root = |pem: &Vec<u8>| Certificate { encoding: CertificateEncoding::Pem, data: pem.clone() };
         let config = ClientConfig {
             protocol: if access.insecure { ClientProtocol::Http } else { ClientProtocol::Https },
@@ -220,7 +227,8 @@ impl Registry {
     }
 
     async fn manifest(&self, reference: &str, target: &Reference, digest: &str) -> Result<OciImageManifest> {
-        let accepted = [OCI_IMAGE_MEDIA_TYPE];
+        // An index is asked for too, to say what is wrong with it.
+        let accepted = [OCI_IMAGE_MEDIA_TYPE, OCI_IMAGE_INDEX_MEDIA_TYPE];
         let pulled = self.client.pull_manifest_raw(target, &self.auth(target), &accepted).await;
         let (bytes, _) = pulled.map_err(|error| failed(reference, &error))?;
         if digest_text(Sha256::digest(&bytes).into()) != digest {

@@ -144,13 +144,17 @@ impl Template {
     /// Renders; the error names the field and is fit for the client.
     pub(crate) fn render(&self, values: &Values) -> Result<String, String> {
         self.render_error(values).map_err(|error| {
-            let hint = match error.kind() {
-                ErrorKind::UndefinedError => {
-                    "; give the missing value in additional, or a default: {{ additional['key'] | default('…') }}"
-                }
-                _ => "",
+            let missing = match error.kind() {
+                ErrorKind::UndefinedError => values.missing(&self.source),
+                _ => Vec::new(),
             };
-            format!("{}: {}{hint}", self.field, describe(&error))
+            match missing.first() {
+                Some(key) => format!(
+                    "{}: additional has no {key:?}; give it there, or a default: {{{{ additional[{key:?}] | default('…') }}}}",
+                    self.field
+                ),
+                None => format!("{}: {}", self.field, describe(&error)),
+            }
         })
     }
 
@@ -173,6 +177,19 @@ impl Values {
             ("identity".to_owned(), Value::from(identity.as_str())),
             ("additional".to_owned(), additional),
         ]))
+    }
+
+    /// The keys of `additional` that a template speaks of by name and that are not there.
+    fn missing<'a>(&self, source: &'a str) -> Vec<&'a str> {
+        let additional = self.0.get("additional");
+        let there =
+            |key: &str| additional.is_some_and(|map| map.get_attr(key).is_ok_and(|value| !value.is_undefined()));
+        let named = source.split("additional").skip(1).filter_map(|rest| {
+            let quoted = |quote: char| rest.strip_prefix('[')?.trim_start().strip_prefix(quote)?.split(quote).next();
+            let plain = || rest.strip_prefix('.')?.split(|c: char| !(c.is_alphanumeric() || c == '_')).next();
+            quoted('\'').or_else(|| quoted('"')).or_else(plain)
+        });
+        named.filter(|key| !key.is_empty() && !there(key)).collect()
     }
 
     /// With the function `vary`, for one flag.
@@ -203,6 +220,7 @@ fn describe(error: &minijinja::Error) -> String {
     match (error.kind(), error.detail()) {
         (ErrorKind::OutOfFuel, _) => format!("takes more than {FUEL} steps"),
         (ErrorKind::WriteFailure, _) => format!("renders to more than {MAX_OUTPUT_BYTES} bytes"),
+        (ErrorKind::UndefinedError, None) => "speaks of something that is not there".into(),
         (kind, Some(detail)) => format!("{kind}: {detail}"),
         (kind, None) => kind.to_string(),
     }
@@ -221,5 +239,60 @@ impl io::Write for Bounded {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod checks {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn template(source: &str) -> Template {
+        Template { field: "field".into(), source: source.into() }
+    }
+
+    fn values() -> Values {
+        let additional = [("add-flag", "FLAG{x}"), ("a b", "1"), ("n", "3")];
+        let additional = additional.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+        let place = Place { host: "h".into(), ports: BTreeMap::from([("http".into(), 80)]), dir: "/d".into() };
+        let flags = [("main".to_owned(), "F".to_owned())].into_iter();
+        Values::of(&Identity::from_bits(1), &additional).placed(flags, &place)
+    }
+
+    #[test]
+    fn what_templates_can_say() {
+        let says = |source: &str| template(source).render(&values()).unwrap();
+        assert_eq!(says("plain"), "plain");
+        assert_eq!(says("{{ identity }}"), "0000000000000001");
+        assert_eq!(says("{{ additional['add-flag'] }}{{ additional['a b'] }}"), "FLAG{x}1");
+        assert_eq!(says("{{ additional['none'] | default('d') }}"), "d");
+        assert_eq!(says("{{ 'y' if additional.n == '3' else 'n' }}"), "y");
+        assert_eq!(says("{{ 'y' if 'none' in additional else 'n' }}"), "n");
+        assert_eq!(says("{{ additional.n | int + 1 }}"), "4");
+        assert_eq!(says("{{ host }}:{{ ports.http }}:{{ ports['http'] }}:{{ flags.main | lower }}"), "h:80:80:f");
+        assert_eq!(says("<{{ '<&>' }}>"), "<<&>>", "nothing is escaped: these are not pages");
+    }
+
+    #[test]
+    fn what_templates_cannot_do() {
+        let fails = |source: &str| template(source).render(&values()).unwrap_err();
+        insta::assert_snapshot!(fails("{{ additional['motd'] }}"));
+        insta::assert_snapshot!(fails("{{ 'x' * 70000 }}"));
+        insta::assert_snapshot!(fails("{{ 'x' * 99999999999 }}"));
+        insta::assert_snapshot!(fails("{{ range(5) }}"));
+        insta::assert_snapshot!(fails("{{ 1 / 0 }}"));
+        insta::assert_snapshot!(fails(&format!("{{{{ {}1{} }}}}", "(".repeat(5000), ")".repeat(5000))));
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(source in "(\\{\\{ |\\}\\}|additional|\\['|'\\]|ports|\\.|\\||default|vary|\\(|\\)|[0-9]{1,12}|'|\\*|~|-| |\\PC){0,24}") {
+            let scope = Scope::Place { flags: &["main".to_owned()], ports: &["http".to_owned()] };
+            let mut problems = Problems::default();
+            let checked = Template::check(1, "field", source, &scope, &mut problems);
+            let _ = checked.render(&values());
+        }
     }
 }

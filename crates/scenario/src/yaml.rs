@@ -1,10 +1,10 @@
 //! A YAML document as a tree that knows its lines, and a reader that reports every mistake in it.
 
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{Error as _, MapAccess, SeqAccess, Visitor},
+    de::{MapAccess, SeqAccess, Visitor},
 };
 use serde_saphyr::Spanned;
 
@@ -65,7 +65,7 @@ impl Value {
     }
 }
 
-/// Reads a document; bounded in size, depth, nodes and aliases. Duplicate keys, merge keys and unknown tags are refused.
+/// Reads a document; bounded in size, depth, nodes and aliases. Merge keys and unknown tags are refused.
 pub(crate) fn parse(text: &str) -> Result<Node, Problem> {
     let whole = |text: String| Problem { line: None, field: String::new(), text };
     if text.len() > MAX_BYTES {
@@ -82,6 +82,8 @@ pub(crate) fn parse(text: &str) -> Result<Node, Problem> {
             flow_nesting_limit: 16,
         },
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 8192, max_replay_stack_depth: 8 },
+        // Reported with the other mistakes, by whoever reads the mapping.
+        duplicate_keys: serde_saphyr::DuplicateKeyPolicy::PassThrough,
         merge_keys: serde_saphyr::MergeKeyPolicy::Error,
         leading_zero_numbers_as_strings: true,
         underscored_numbers_as_strings: true,
@@ -160,11 +162,8 @@ impl<'de> Deserialize<'de> for Value {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
-                let mut entries: Vec<(u64, String, Node)> = Vec::new();
+                let mut entries = Vec::new();
                 while let Some(key) = map.next_key::<Spanned<String>>()? {
-                    if entries.iter().any(|(_, name, _)| *name == key.value) {
-                        return Err(A::Error::custom(format!("duplicate key {:?}", key.value)));
-                    }
                     entries.push((key.referenced.line(), key.value, map.next_value::<Spanned<Value>>()?.into()));
                 }
                 Ok(Value::Map(entries))
@@ -206,7 +205,8 @@ impl Problems {
         match node.value {
             Value::Int(number) if (min..=max).contains(&number) => Some(number),
             Value::Int(number) => {
-                self.at(node.line, field, format!("must be {min} to {max}, not {number}"));
+                let range = if min == max { min.to_string() } else { format!("{min} to {max}") };
+                self.at(node.line, field, format!("must be {range}, not {number}"));
                 None
             }
             _ => {
@@ -226,10 +226,20 @@ impl Problems {
         }
     }
 
-    /// A mapping whose keys the author chooses.
+    /// A mapping whose keys the author chooses; one that comes again is reported.
     pub(crate) fn map(&mut self, node: Node, field: &str) -> Option<Vec<(u64, String, Node)>> {
         match node.value {
-            Value::Map(entries) => Some(entries),
+            Value::Map(mut entries) => {
+                let mut seen = BTreeSet::new();
+                entries.retain(|(line, name, _)| {
+                    let first = seen.insert(name.clone());
+                    if !first {
+                        self.at(*line, &join(field, name), "is there twice");
+                    }
+                    first
+                });
+                Some(entries)
+            }
             // `flags:` with nothing after it.
             Value::Null => Some(Vec::new()),
             _ => {
@@ -252,11 +262,16 @@ impl Problems {
             match found.iter_mut().zip(known).find(|(_, known)| *known == name) {
                 Some((slot, _)) => *slot = Some(node),
                 None => {
-                    let fix = match nearest(&name, &known) {
+                    let near = nearest(&name, &known);
+                    let fix = match near {
                         Some(near) => format!("did you mean {near}?"),
                         None => format!("known here: {}", known.join(", ")),
                     };
                     self.at(line, &join(field, &name), format!("unknown field; {fix}"));
+                    // Read as what it was meant to be, so that one slip is one report.
+                    if let Some((slot, _)) = found.iter_mut().zip(known).find(|(_, known)| near == Some(known)) {
+                        slot.get_or_insert(node);
+                    }
                 }
             }
         }
@@ -271,7 +286,7 @@ pub(crate) fn join(field: &str, name: &str) -> String {
 
 /// The one of `known` that is most like `name`, if any is like it.
 pub(crate) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
-    let far = (name.chars().count() / 3).max(1);
+    let far = (name.chars().count() / 2).clamp(1, 3);
     known.iter().map(|known| (distance(name, known), *known)).min().filter(|(d, _)| *d <= far).map(|(_, known)| known)
 }
 
