@@ -18,9 +18,11 @@ pub mod instruments;
 pub mod layers;
 mod logs;
 pub mod names;
+mod pipeline;
 mod process;
 mod resource;
 mod start;
+mod subscriber;
 
 pub use self::env::{Env, EnvError};
 pub use self::export::ExportState;

@@ -1,46 +1,30 @@
 //! Starting and ending telemetry.
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use opentelemetry::propagation::{TextMapCompositePropagator, TextMapPropagator};
-use opentelemetry::trace::TracerProvider;
 use opentelemetry::{global, metrics::MeterProvider as _};
-use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
-use opentelemetry_sdk::logs::{
-    BatchConfigBuilder as LogBatchConfig, BatchLogProcessor, LogExporter, SdkLoggerProvider,
-};
-use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
-use opentelemetry_sdk::propagation::{BaggagePropagator, TraceContextPropagator};
-use opentelemetry_sdk::trace::{
-    BatchConfigBuilder as SpanBatchConfig, BatchSpanProcessor, Sampler as SdkSampler, SamplingDecision, SamplingResult,
-    SdkTracerProvider, ShouldSample, SpanExporter,
-};
+use opentelemetry_sdk::logs::SdkLoggerProvider;
+use opentelemetry_sdk::metrics::SdkMeterProvider;
+use opentelemetry_sdk::trace::SdkTracerProvider;
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
-use tracing::level_filters::LevelFilter;
-use tracing_subscriber::filter::filter_fn;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::{EnvFilter, Layer};
 
-use crate::config::{Batch, Config, Exporter, LogFormat, Otlp, Propagator, Sampler, Signal};
+use crate::config::{Config, Otlp};
 use crate::debug::Debug;
 use crate::env::{Env, EnvError};
-use crate::export::{Bounded, Guarded, Health, Reports};
+use crate::export::Reports;
 use crate::gauges::Gauges;
 use crate::instruments::{Instruments, SCOPE};
-use crate::logs::Line;
-use crate::{exporters, process, resource};
+use crate::pipeline::{Pipeline, propagator};
+use crate::subscriber::{log_filter, subscriber};
+use crate::{process, resource};
 
 /// How long [`Telemetry::shutdown`] takes at most.
 pub const SHUTDOWN_WITHIN: Duration = Duration::from_secs(5);
 /// How much of it is left to exporters to give up once they are told to.
 const GIVE_UP_WITHIN: Duration = Duration::from_millis(500);
-
-/// Libraries below the exporters. Their spans would make telemetry trace its own sending, and drown ours.
-const PLUMBING: [&str; 7] = ["hyper", "h2", "tonic", "tower", "reqwest", "rustls", "opentelemetry"];
 
 /// What a process says about itself.
 #[derive(Clone, Debug)]
@@ -157,10 +141,10 @@ pub struct Telemetry {
 }
 
 #[derive(Clone, Debug)]
-struct Providers {
-    traces: SdkTracerProvider,
-    metrics: SdkMeterProvider,
-    logs: SdkLoggerProvider,
+pub(crate) struct Providers {
+    pub(crate) traces: SdkTracerProvider,
+    pub(crate) metrics: SdkMeterProvider,
+    pub(crate) logs: SdkLoggerProvider,
 }
 
 impl Telemetry {
@@ -185,7 +169,7 @@ impl Telemetry {
         let filters = (log_filter(settings, &config)?, log_filter(settings, &config)?);
         let (sending, runtime) = Sending::start()?;
         let (closing, watching) = watch::channel(false);
-        let mut builder = Builder {
+        let mut pipeline = Pipeline {
             config: &config,
             runtime: &runtime,
             closing: watching,
@@ -202,14 +186,14 @@ impl Telemetry {
         if !config.disabled {
             // Exporters over gRPC are made where there is a runtime.
             let _runtime = runtime.enter();
-            traces = builder.traces(traces.with_sampler(builder.sampler(settings.debug)))?;
+            traces = pipeline.traces(traces.with_sampler(pipeline.sampler(settings.debug)))?;
             if settings.debug {
                 traces = traces.with_span_processor(debug.processor());
             }
-            (metrics, registry) = builder.metrics(metrics)?;
-            logs = builder.logs(logs)?;
+            (metrics, registry) = pipeline.metrics(metrics)?;
+            logs = pipeline.logs(logs)?;
         }
-        let exporters = builder.exporters;
+        let exporters = pipeline.exporters;
         let providers = Providers { traces: traces.build(), metrics: metrics.build(), logs: logs.build() };
 
         let meter = if config.disabled {
@@ -321,261 +305,4 @@ fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 
         let _ = sender.send(work());
     });
     receiver.recv_timeout(limit).ok()
-}
-
-fn propagator(propagators: &[Propagator]) -> TextMapCompositePropagator {
-    TextMapCompositePropagator::new(
-        propagators
-            .iter()
-            .map(|propagator| -> Box<dyn TextMapPropagator + Send + Sync> {
-                match propagator {
-                    Propagator::TraceContext => Box::new(TraceContextPropagator::new()),
-                    Propagator::Baggage => Box::new(BaggagePropagator::new()),
-                }
-            })
-            .collect(),
-    )
-}
-
-/// Records for the debug page what `inner` would drop; what is not sampled is never exported.
-#[derive(Clone, Debug)]
-struct RecordAll(SdkSampler);
-
-impl ShouldSample for RecordAll {
-    fn should_sample(
-        &self,
-        parent: Option<&opentelemetry::Context>,
-        trace: opentelemetry::trace::TraceId,
-        name: &str,
-        kind: &opentelemetry::trace::SpanKind,
-        attributes: &[opentelemetry::KeyValue],
-        links: &[opentelemetry::trace::Link],
-    ) -> SamplingResult {
-        let mut result = self.0.should_sample(parent, trace, name, kind, attributes, links);
-        if result.decision == SamplingDecision::Drop {
-            result.decision = SamplingDecision::RecordOnly;
-        }
-        result
-    }
-}
-
-/// Makes the processors and readers that the configuration asks for.
-struct Builder<'a> {
-    config: &'a Config,
-    runtime: &'a Handle,
-    closing: watch::Receiver<bool>,
-    exporters: Vec<Arc<Health>>,
-    reports: Reports,
-}
-
-impl Builder<'_> {
-    fn sampler(&self, record_all: bool) -> Box<dyn ShouldSample> {
-        let root = match self.config.sampler {
-            Sampler::AlwaysOn => SdkSampler::AlwaysOn,
-            Sampler::AlwaysOff => SdkSampler::AlwaysOff,
-            Sampler::Ratio(ratio) => SdkSampler::TraceIdRatioBased(ratio),
-        };
-        let sampler = if self.config.parent_based { SdkSampler::ParentBased(Box::new(root)) } else { root };
-        if record_all { Box::new(RecordAll(sampler)) } else { Box::new(sampler) }
-    }
-
-    fn guard<E>(&mut self, inner: E, limit: Duration, health: Arc<Health>) -> Guarded<E> {
-        self.exporters.push(Arc::clone(&health));
-        Guarded { inner, health, runtime: self.runtime.clone(), limit, closing: self.closing.clone() }
-    }
-
-    fn traces(
-        &mut self,
-        mut provider: opentelemetry_sdk::trace::TracerProviderBuilder,
-    ) -> Result<opentelemetry_sdk::trace::TracerProviderBuilder, Error> {
-        let config = self.config;
-        if let Some(limit) = config.span_attributes {
-            provider = provider.with_max_attributes_per_span(limit);
-        }
-        if let Some(limit) = config.span_events {
-            provider = provider.with_max_events_per_span(limit);
-        }
-        if let Some(limit) = config.span_links {
-            provider = provider.with_max_links_per_span(limit);
-        }
-        for exporter in &config.traces {
-            provider = match exporter {
-                Exporter::Otlp(otlp) => {
-                    let kind = exporters::component(Signal::Traces, otlp.protocol);
-                    let health =
-                        Health::new(Signal::Traces, kind, otlp.endpoint.clone(), config.spans.queue, &self.reports);
-                    provider.with_span_processor(self.span_processor(exporters::spans(otlp)?, health))
-                }
-                Exporter::Console | Exporter::Prometheus => {
-                    let health = Health::new(
-                        Signal::Traces,
-                        "console_span_exporter",
-                        "console".into(),
-                        config.spans.queue,
-                        &self.reports,
-                    );
-                    provider
-                        .with_span_processor(self.span_processor(opentelemetry_stdout::SpanExporter::default(), health))
-                }
-            };
-        }
-        Ok(provider)
-    }
-
-    fn span_processor(
-        &mut self,
-        exporter: impl SpanExporter + 'static,
-        health: Arc<Health>,
-    ) -> Bounded<BatchSpanProcessor> {
-        let Batch { queue, batch, delay, timeout } = self.config.spans;
-        let settings = SpanBatchConfig::default()
-            .with_max_queue_size(queue)
-            .with_max_export_batch_size(batch)
-            .with_scheduled_delay(delay)
-            .build();
-        let exporter = self.guard(exporter, timeout, Arc::clone(&health));
-        Bounded { inner: BatchSpanProcessor::new(exporter, settings), health }
-    }
-
-    fn logs(
-        &mut self,
-        mut provider: opentelemetry_sdk::logs::LoggerProviderBuilder,
-    ) -> Result<opentelemetry_sdk::logs::LoggerProviderBuilder, Error> {
-        let config = self.config;
-        for exporter in &config.logs {
-            provider = match exporter {
-                Exporter::Otlp(otlp) => {
-                    let kind = exporters::component(Signal::Logs, otlp.protocol);
-                    let health =
-                        Health::new(Signal::Logs, kind, otlp.endpoint.clone(), config.records.queue, &self.reports);
-                    provider.with_log_processor(self.log_processor(exporters::logs(otlp)?, health))
-                }
-                Exporter::Console | Exporter::Prometheus => {
-                    let health = Health::new(
-                        Signal::Logs,
-                        "console_log_exporter",
-                        "console".into(),
-                        config.records.queue,
-                        &self.reports,
-                    );
-                    provider
-                        .with_log_processor(self.log_processor(opentelemetry_stdout::LogExporter::default(), health))
-                }
-            };
-        }
-        Ok(provider)
-    }
-
-    fn log_processor(
-        &mut self,
-        exporter: impl LogExporter + 'static,
-        health: Arc<Health>,
-    ) -> Bounded<BatchLogProcessor> {
-        let Batch { queue, batch, delay, timeout } = self.config.records;
-        let settings = LogBatchConfig::default()
-            .with_max_queue_size(queue)
-            .with_max_export_batch_size(batch)
-            .with_scheduled_delay(delay)
-            .build();
-        let exporter = self.guard(exporter, timeout, Arc::clone(&health));
-        Bounded { inner: BatchLogProcessor::builder(exporter).with_batch_config(settings).build(), health }
-    }
-
-    fn metrics(
-        &mut self,
-        mut provider: opentelemetry_sdk::metrics::MeterProviderBuilder,
-    ) -> Result<(opentelemetry_sdk::metrics::MeterProviderBuilder, Option<prometheus::Registry>), Error> {
-        let config = self.config;
-        let (interval, limit) = (config.metric_interval, config.metric_timeout);
-        let mut registry = None;
-        for exporter in &config.metrics {
-            provider = match exporter {
-                Exporter::Otlp(otlp) => {
-                    let kind = exporters::component(Signal::Metrics, otlp.protocol);
-                    let health = Health::new(Signal::Metrics, kind, otlp.endpoint.clone(), 0, &self.reports);
-                    let exporter = self.guard(exporters::metrics(otlp, config.temporality)?, limit, health);
-                    provider.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
-                }
-                Exporter::Console => {
-                    let health =
-                        Health::new(Signal::Metrics, "console_metric_exporter", "console".into(), 0, &self.reports);
-                    let exporter = self.guard(opentelemetry_stdout::MetricExporter::default(), limit, health);
-                    provider.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
-                }
-                Exporter::Prometheus => {
-                    let prometheus = registry.insert(prometheus::Registry::new()).clone();
-                    let reader = opentelemetry_prometheus::exporter()
-                        .with_registry(prometheus)
-                        .scope_info_enabled(false)
-                        .build()
-                        .map_err(|error| Error::Exporter { target: "prometheus".into(), reason: error.to_string() })?;
-                    provider.with_reader(reader)
-                }
-            };
-        }
-        Ok((provider, registry))
-    }
-}
-
-fn log_filter(settings: &Settings, config: &Config) -> Result<EnvFilter, EnvError> {
-    let (variable, text) = match &config.log_filter {
-        Some((variable, text)) => (variable.as_str(), text.as_str()),
-        None => ("RUST_LOG", settings.log_filter.as_str()),
-    };
-    let fix = "set it to error, warn, info, debug, trace or off";
-    if variable == "LOG_LEVEL" && text.parse::<LevelFilter>().is_err() {
-        // The filter would take it for the name of a module and silence all others.
-        return Err(EnvError::new(variable, text, fix));
-    }
-    // The SDK's own lines come per batch; what they say is counted and said once a minute by `export`.
-    let filter = if text.contains("opentelemetry") { text.to_owned() } else { format!("opentelemetry=off,{text}") };
-    EnvFilter::try_new(filter)
-        .map_err(|_| EnvError::new(variable, text, format!("{fix}, or to a list such as info,gauntlet_manager=debug")))
-}
-
-fn subscriber(
-    (for_lines, for_records): (EnvFilter, EnvFilter),
-    config: &Config,
-    providers: &Providers,
-) -> tracing::Dispatch {
-    let terminal = std::io::stderr().is_terminal();
-    let line = match config.log_format {
-        LogFormat::Human => Line::Human,
-        LogFormat::Json => Line::Json,
-        LogFormat::Auto => {
-            if terminal {
-                Line::Human
-            } else {
-                Line::Json
-            }
-        }
-    };
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(terminal && line == Line::Human)
-        .event_format(line)
-        .with_filter(for_lines);
-    let plumbing = |target: &str| PLUMBING.iter().any(|library| target.starts_with(library));
-    let spans = (!config.disabled).then(|| {
-        tracing_opentelemetry::layer()
-            .with_tracer(providers.traces.tracer(SCOPE))
-            .with_location(false)
-            .with_threads(false)
-            .with_tracked_inactivity(false)
-            .with_target(false)
-            // Events are logs, exported as such with the ids of their span, so they are not repeated in the span.
-            .with_filter(filter_fn(move |meta| {
-                meta.is_span() && *meta.level() <= LevelFilter::INFO && !plumbing(meta.target())
-            }))
-    });
-    let export_logs = !config.disabled && !config.logs.is_empty();
-    let records = match export_logs {
-        true => Some(
-            OpenTelemetryTracingBridge::new(&providers.logs)
-                .with_filter(for_records)
-                .with_filter(filter_fn(move |meta| !plumbing(meta.target()))),
-        ),
-        false => None,
-    };
-    tracing_subscriber::registry().with(spans).with(lines).with(records).into()
 }
