@@ -162,11 +162,12 @@ impl Gauges {
 
 impl Shared {
     /// A bounded read of `source`, which counts its failure.
-    fn begin(&self, source: &Source) -> impl Future<Output = Option<Vec<Sample>>> + Send + 'static {
-        let read = (source.read)();
+    fn begin(&self, source: &Arc<Source>) -> impl Future<Output = Option<Vec<Sample>>> + Send + 'static {
+        let source = Arc::clone(source);
         let failures = self.failures.clone();
         async move {
-            let error = match tokio::time::timeout(DEADLINE, read).await {
+            // Called in here, so that a panic ends this task and not the SDK's collection.
+            let error = match tokio::time::timeout(DEADLINE, async { (source.read)().await }).await {
                 Ok(Ok(samples)) => return Some(samples),
                 Ok(Err(error)) => {
                     tracing::debug!(%error, "a gauge could not be read");
@@ -180,7 +181,7 @@ impl Shared {
     }
 
     /// The values of `metric`, read now unless this collection has read its source already.
-    fn collect(&self, source: &Source, metric: &'static Metric) -> Vec<Sample> {
+    fn collect(&self, source: &Arc<Source>, metric: &'static Metric) -> Vec<Sample> {
         let now = Instant::now();
         let mut state = source.state.lock().unwrap_or_else(PoisonError::into_inner);
         let shared =
@@ -193,7 +194,10 @@ impl Shared {
             self.runtime.spawn(async move {
                 let _ = sender.send(read.await);
             });
-            let samples = receiver.recv_timeout(DEADLINE + Duration::from_millis(500)).ok().flatten();
+            let samples = receiver.recv_timeout(DEADLINE + Duration::from_millis(500)).unwrap_or_else(|_| {
+                self.failures.add(1, &[KeyValue::new("error.type", "panicked")]);
+                None
+            });
             state = source.state.lock().unwrap_or_else(PoisonError::into_inner);
             state.samples = match samples {
                 Some(samples) => state.seen.complete(now, samples),

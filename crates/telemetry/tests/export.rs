@@ -249,6 +249,26 @@ fn gauges_are_read_when_collected_and_never_stale() {
     telemetry.shutdown().unwrap();
 }
 
+#[test]
+fn a_gauge_that_panics_harms_no_other() {
+    let collector = Collector::start();
+    let (telemetry, _) = collector.telemetry(&[]);
+    telemetry
+        .gauges()
+        .register(&[&names::CHALLENGES], || -> std::future::Ready<Result<Vec<Sample>, _>> { panic!("for the test") });
+    telemetry
+        .gauges()
+        .register(&[&names::INSTANCES_OVERDUE], async || Ok(vec![Sample::new(&names::INSTANCES_OVERDUE, 1)]));
+    for _ in 0..2 {
+        telemetry.flush().unwrap();
+        assert!(collector.metric("challenges").is_none());
+        assert!(collector.metric("gauntlet.instances.overdue").is_some());
+    }
+    assert!(collector.metric("gauntlet.gauge.failures").is_some());
+    let shown = block_on(telemetry.debug().snapshot());
+    assert_eq!(shown.gauges.iter().map(|gauge| gauge.name).collect::<Vec<_>>(), ["gauntlet.instances.overdue"]);
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
