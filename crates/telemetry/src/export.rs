@@ -71,7 +71,7 @@ struct Trouble {
     lost: u64,
 }
 
-/// [`Health`] at one moment.
+/// What became of the telemetry given to one exporter, at one moment.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct ExportState {
     /// `traces`, `metrics` or `logs`.
