@@ -6,12 +6,21 @@ mod fake;
 
 use std::{
     process::{ExitStatus, Output, Stdio},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
 use fake::{Deletion, Fake, at, challenge};
-use tokio::process::{Child, Command};
-use tonic::Code;
+use opentelemetry_proto::tonic::collector::trace::v1::{
+    ExportTraceServiceRequest, ExportTraceServiceResponse,
+    trace_service_server::{TraceService, TraceServiceServer},
+};
+use tokio::{
+    net::TcpListener,
+    process::{Child, Command},
+};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Code, Request, Response, Status, async_trait};
 
 fn janitor(arguments: &[&str], environment: &[(&str, &str)]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gauntlet-janitor"));
@@ -96,6 +105,72 @@ async fn a_collector_that_is_away_does_not_hold_up_the_exit() {
     let environment = [("OTEL_SDK_DISABLED", "false"), ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")];
     let (code, text) = ended(&mut janitor(&["--url", &server.url], &environment)).await;
     assert_eq!(code, Some(0), "{text}");
+}
+
+/// A collector that keeps the names of spans, each with its service.
+#[derive(Clone, Default)]
+struct Collector(Arc<Mutex<Vec<String>>>);
+
+#[async_trait]
+impl TraceService for Collector {
+    async fn export(
+        &self,
+        request: Request<ExportTraceServiceRequest>,
+    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        for batch in request.into_inner().resource_spans {
+            let resource = format!("{:?}", batch.resource);
+            assert!(resource.contains("gauntlet-janitor"), "{resource}");
+            let spans = batch.scope_spans.into_iter().flat_map(|scope| scope.spans);
+            self.0.lock().unwrap().extend(spans.map(|span| span.name));
+        }
+        Ok(Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+#[tokio::test]
+async fn one_shot_sends_its_telemetry_before_it_ends() {
+    let fake = one_expired();
+    let server = fake.serve().await;
+    let collector = Collector::default();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let service = TraceServiceServer::new(collector.clone());
+    let collecting = tokio::spawn(
+        tonic::transport::Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)),
+    );
+    let environment = [
+        ("OTEL_SDK_DISABLED", "false"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint),
+        ("OTEL_METRICS_EXPORTER", "none"),
+        ("OTEL_LOGS_EXPORTER", "none"),
+    ];
+    let (code, text) = ended(&mut janitor(&["--url", &server.url], &environment)).await;
+    assert_eq!(code, Some(0), "{text}");
+    let mut names = collector.0.lock().unwrap().clone();
+    names.sort();
+    assert_eq!(
+        names,
+        [
+            "api.v1.challenge.ChallengeStore/QueryChallenge",
+            "api.v1.instance.InstanceManager/DeleteInstance",
+            "janitor.expire",
+            "janitor.sweep",
+        ]
+    );
+    collecting.abort();
+}
+
+#[tokio::test]
+async fn a_collector_that_hangs_does_not_hold_up_the_exit() {
+    let fake = one_expired();
+    let server = fake.serve().await;
+    // Connections wait in its queue for ever.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", silent.local_addr().unwrap());
+    let environment = [("OTEL_SDK_DISABLED", "false"), ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str())];
+    let (code, text) = ended(&mut janitor(&["--url", &server.url], &environment)).await;
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("could not be flushed"), "{text}");
 }
 
 async fn terminated(mut child: Child) -> ExitStatus {

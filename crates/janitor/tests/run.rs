@@ -116,6 +116,7 @@ async fn so_many_at_once_and_no_more() {
     let server = fake.serve().await;
     let config = Config { concurrency: NonZeroUsize::new(3).unwrap(), ..config(&server) };
     let sweeping = tokio::spawn(async move { sweep(&config).await });
+    fake.until(|state| state.under_way == 3).await;
     while !sweeping.is_finished() {
         fake.release.notify_waiters();
         tokio::time::sleep(Duration::from_millis(1)).await;

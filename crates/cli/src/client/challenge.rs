@@ -1,0 +1,204 @@
+//! `gauntlet challenge`.
+
+use clap::{Args, Subcommand, ValueEnum};
+use gauntlet_api::v1::challenge::{
+    CreateChallengeRequest, DeleteChallengeRequest, RetrieveChallengeRequest, UpdateChallengeRequest, UpdateStrategy,
+    challenge_store_client::ChallengeStoreClient,
+};
+use tonic::Request;
+
+use super::{
+    LARGEST_ANSWER, Session,
+    arguments::{Setting, moment, setting, timeout},
+    failure::Failure,
+    output::shown,
+};
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  gauntlet challenge create web-1 --scenario registry.lan:5000/web:1 --timeout 10m
+  gauntlet challenge create web-2 --scenario registry.lan:5000/web:1 --min 2 --additional level=hard
+  gauntlet challenge update web-1 --scenario registry.lan:5000/web:2 --strategy blue-green
+  gauntlet challenge update web-1 --no-timeout --until 2026-01-31T18:00:00Z
+  gauntlet challenge list --output json | jq -r .id";
+
+/// What to do with challenges.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Register a challenge and fill its pool.
+    Create(Create),
+    /// Show a challenge and its instances.
+    Get {
+        /// The challenge.
+        id: String,
+    },
+    /// Show every challenge.
+    List,
+    /// Change a challenge and bring its instances along; what is not named stays as it is.
+    Update(Update),
+    /// Remove a challenge and take its instances down.
+    Delete {
+        /// The challenge.
+        id: String,
+    },
+}
+
+/// A challenge to register.
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    /// What to call it: 1 to 256 bytes without control characters.
+    id: String,
+    /// Where its scenario is, as registry/repository:tag, with @sha256:... to pin it.
+    #[arg(long, value_name = "REF")]
+    scenario: String,
+    /// How long an instance lives without renewal, such as 10m; without it there is no such limit.
+    #[arg(long, value_parser = timeout, value_name = "DURATION")]
+    timeout: Option<prost_types::Duration>,
+    /// When every instance ends at the latest, such as 2026-01-31T18:00:00Z.
+    #[arg(long, value_parser = moment, value_name = "TIME")]
+    until: Option<prost_types::Timestamp>,
+    /// A setting for the scenario; may be given again, and the last of a key counts.
+    #[arg(long, value_parser = setting, value_name = "KEY=VALUE")]
+    additional: Vec<Setting>,
+    /// How many unclaimed instances the pool keeps ready.
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_name = "COUNT")]
+    min: i64,
+    /// How many instances, claimed and pooled, the pool may bring about; 0 for no bound.
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_name = "COUNT")]
+    max: i64,
+}
+
+/// What to change. Without a change the ends of its instances are worked out anew.
+#[derive(Debug, Args)]
+pub(crate) struct Update {
+    /// The challenge.
+    id: String,
+    /// Where its new scenario is.
+    #[arg(long, value_name = "REF")]
+    scenario: Option<String>,
+    /// How running instances follow.
+    #[arg(long, value_name = "STRATEGY")]
+    strategy: Option<Strategy>,
+    /// How long an instance lives without renewal.
+    #[arg(long, value_parser = timeout, value_name = "DURATION")]
+    timeout: Option<prost_types::Duration>,
+    /// Let instances live without renewal.
+    #[arg(long, conflicts_with = "timeout")]
+    no_timeout: bool,
+    /// When every instance ends at the latest.
+    #[arg(long, value_parser = moment, value_name = "TIME")]
+    until: Option<prost_types::Timestamp>,
+    /// Let instances live without such an end.
+    #[arg(long, conflicts_with = "until")]
+    no_until: bool,
+    /// A setting for the scenario; those given replace all there were.
+    #[arg(long, value_parser = setting, value_name = "KEY=VALUE")]
+    additional: Vec<Setting>,
+    /// Drop all settings.
+    #[arg(long, conflicts_with = "additional")]
+    no_additional: bool,
+    /// How many unclaimed instances the pool keeps ready.
+    #[arg(long, allow_negative_numbers = true, value_name = "COUNT")]
+    min: Option<i64>,
+    /// How many instances, claimed and pooled, the pool may bring about; 0 for no bound.
+    #[arg(long, allow_negative_numbers = true, value_name = "COUNT")]
+    max: Option<i64>,
+}
+
+/// How running instances follow a new scenario.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Strategy {
+    /// Change the resources where they run.
+    InPlace,
+    /// Bring the new instance up, then take the old one down.
+    BlueGreen,
+    /// Take the old instance down, then bring the new one up.
+    Recreate,
+}
+
+impl From<Strategy> for UpdateStrategy {
+    fn from(strategy: Strategy) -> Self {
+        match strategy {
+            Strategy::InPlace => Self::UpdateInPlace,
+            Strategy::BlueGreen => Self::BlueGreen,
+            Strategy::Recreate => Self::Recreate,
+        }
+    }
+}
+
+impl From<Create> for CreateChallengeRequest {
+    fn from(create: Create) -> Self {
+        Self {
+            id: create.id,
+            scenario: create.scenario,
+            timeout: create.timeout,
+            until: create.until,
+            additional: create.additional.into_iter().collect(),
+            min: create.min,
+            max: create.max,
+        }
+    }
+}
+
+impl From<Update> for UpdateChallengeRequest {
+    fn from(update: Update) -> Self {
+        let named = [
+            ("scenario", update.scenario.is_some()),
+            ("timeout", update.timeout.is_some() || update.no_timeout),
+            ("until", update.until.is_some() || update.no_until),
+            ("additional", !update.additional.is_empty() || update.no_additional),
+            ("min", update.min.is_some()),
+            ("max", update.max.is_some()),
+        ];
+        let paths: Vec<_> = named.into_iter().filter(|(_, named)| *named).map(|(path, _)| path.to_owned()).collect();
+        Self {
+            id: update.id,
+            scenario: update.scenario,
+            update_strategy: update.strategy.map(|strategy| UpdateStrategy::from(strategy).into()),
+            timeout: update.timeout,
+            until: update.until,
+            update_mask: (!paths.is_empty()).then_some(prost_types::FieldMask { paths }),
+            additional: update.additional.into_iter().collect(),
+            min: update.min.unwrap_or_default(),
+            max: update.max.unwrap_or_default(),
+        }
+    }
+}
+
+pub(super) async fn run(session: &Session, command: Command) -> Result<(), Failure> {
+    let mut client = ChallengeStoreClient::new(session.channel.clone()).max_decoding_message_size(LARGEST_ANSWER);
+    let output = session.output;
+    match command {
+        Command::Create(create) => {
+            let created = session
+                .call(create.into(), async |request: Request<CreateChallengeRequest>| {
+                    client.create_challenge(request).await
+                })
+                .await?;
+            output.challenge(&created)
+        }
+        Command::Get { id } => {
+            let request = RetrieveChallengeRequest { id };
+            let found = session.call(request, async |request| client.retrieve_challenge(request).await).await?;
+            output.challenge(&found)
+        }
+        Command::List => {
+            let query = async |request: Request<()>| client.query_challenge(request).await;
+            session.list((), query, |found| output.challenges(found)).await
+        }
+        Command::Update(update) => {
+            let updated = session
+                .call(update.into(), async |request: Request<UpdateChallengeRequest>| {
+                    client.update_challenge(request).await
+                })
+                .await?;
+            output.challenge(&updated)
+        }
+        Command::Delete { id } => {
+            let text = format!("Deleted challenge {}.", shown(&id));
+            let request = DeleteChallengeRequest { id };
+            session.call(request, async |request| client.delete_challenge(request).await).await?;
+            output.done(&text)
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! `gauntlet scenario`: the author's side.
+
+use std::{
+    io::{IsTerminal as _, Read as _},
+    path::PathBuf,
+};
+
+use clap::{Args, Subcommand};
+use gauntlet_scenario::{Access, Credentials, Progress, Report};
+
+use super::{
+    failure::Failure,
+    output::{shown, write},
+};
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  gauntlet scenario validate ./web
+  gauntlet scenario push ./web registry.lan:5000/web:1 --insecure
+  gauntlet scenario push ./web ghcr.io/team/web:1 --username ci --password-stdin < password";
+
+/// A password is a line; what is longer is a mistake.
+const LONGEST_PASSWORD: u64 = 64 << 10;
+
+/// What to do with a scenario.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Check a directory: its scenario.yaml, its templates, its files.
+    Validate {
+        /// The scenario's directory.
+        dir: PathBuf,
+    },
+    /// Check a directory, push it, and print its reference with the digest.
+    Push(Push),
+}
+
+/// What to push where.
+#[derive(Debug, Args)]
+pub(crate) struct Push {
+    /// The scenario's directory.
+    dir: PathBuf,
+    /// Where it goes, as registry/repository:tag.
+    #[arg(value_name = "REF")]
+    reference: String,
+    /// Speak plain HTTP with the registry.
+    #[arg(long, env = "OCI_INSECURE", value_parser = clap::builder::BoolishValueParser::new(), default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set, value_name = "BOOL", hide_default_value = true)]
+    insecure: bool,
+    /// The user of the registry; the password comes from OCI_PASSWORD or --password-stdin.
+    #[arg(long, env = "OCI_USERNAME", value_name = "NAME")]
+    username: Option<String>,
+    /// Read the password from standard input.
+    #[arg(long, requires = "username")]
+    password_stdin: bool,
+}
+
+pub(super) async fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Validate { dir } => {
+            let report = gauntlet_scenario::validate(&dir)?;
+            warn(&report);
+            if !report.is_sound() {
+                return Err(Failure::Unsound(report));
+            }
+            write(&contents(&report))
+        }
+        Command::Push(push) => {
+            let access = Access { insecure: push.insecure, credentials: credentials(&push)?, ..Access::default() };
+            warn(&gauntlet_scenario::validate(&push.dir)?);
+            let reference = gauntlet_scenario::push(&push.dir, &push.reference, &access, &progress).await?;
+            write(&shown(&reference))
+        }
+    }
+}
+
+fn credentials(push: &Push) -> Result<Option<Credentials>, Failure> {
+    let Some(username) = push.username.clone().filter(|username| !username.is_empty()) else { return Ok(None) };
+    let password = if push.password_stdin {
+        let mut text = String::new();
+        std::io::stdin().lock().take(LONGEST_PASSWORD).read_to_string(&mut text).map_err(Failure::Io)?;
+        text.trim_end_matches(['\r', '\n']).to_owned()
+    } else {
+        std::env::var("OCI_PASSWORD").unwrap_or_default()
+    };
+    if password.is_empty() {
+        return Err(Failure::Usage("--username has no password; set OCI_PASSWORD, or give --password-stdin"));
+    }
+    let registry = push.reference.split_once('/').map(|(registry, _)| registry.to_owned());
+    Ok(Some(Credentials { registry, username, password }))
+}
+
+fn warn(report: &Report) {
+    for warning in &report.warnings {
+        anstream::eprintln!("warning: {}", shown(warning));
+    }
+}
+
+fn contents(report: &Report) -> String {
+    let bytes: u64 = report.files.iter().map(|file| file.size).sum();
+    let mut lines = vec![format!("The scenario is sound: {} files, {bytes} bytes.", report.files.len())];
+    lines.extend(report.files.iter().map(|file| {
+        let executable = if file.executable { "  executable" } else { "" };
+        format!("  {:>10}  {}{executable}", file.size, shown(&file.path))
+    }));
+    lines.join("\n")
+}
+
+/// Says how far it is, to people only.
+fn progress(progress: Progress) {
+    if !std::io::stderr().is_terminal() {
+        return;
+    }
+    match progress {
+        Progress::File { path, done, of, known } => {
+            let how = if known { "there already" } else { "sent" };
+            anstream::eprintln!("{done}/{of} {} {how}", shown(&path));
+        }
+        Progress::Manifest { digest } => anstream::eprintln!("pushed {digest}"),
+    }
+}
