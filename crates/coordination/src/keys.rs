@@ -97,10 +97,6 @@ impl Layout {
         self.under(&["instances", id.as_str()])
     }
 
-    pub(crate) fn claimed_of(&self, id: &ChallengeId) -> Keys {
-        self.under(&["instances", id.as_str(), "s"])
-    }
-
     pub(crate) fn pooled_of(&self, id: &ChallengeId) -> Keys {
         self.under(&["instances", id.as_str(), "p"])
     }
@@ -142,10 +138,6 @@ impl Layout {
     pub(crate) fn owner(&self, slot: &Slot) -> String {
         let (kind, name) = seat(&slot.seat);
         self.key(&["live", "owners", slot.challenge.as_str(), kind, name])
-    }
-
-    pub(crate) fn owners(&self) -> Keys {
-        self.under(&["live", "owners"])
     }
 
     /// The slot of a key of `working` or `live owners`.

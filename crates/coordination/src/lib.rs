@@ -3,8 +3,11 @@
 //! [`Coordination`] implements the domain's [`Store`](gauntlet_domain::Store) once, over the narrow port [`kv::Kv`]: every promise of the
 //! store is a transaction there, so that backends differ in how they keep keys and in nothing else.
 
+#[cfg(test)]
+mod contract;
 mod core;
 mod embedded;
+mod etcd;
 mod keys;
 pub mod kv;
 mod locks;
@@ -23,10 +26,14 @@ use std::{
 };
 
 use gauntlet_domain::{Error, Result};
+use gauntlet_telemetry::db::Database;
 use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use crate::embedded::Embedded;
+pub use crate::{
+    embedded::Embedded,
+    etcd::{Etcd, EtcdConfig, EtcdTls},
+};
 use crate::{core::Core, keys::Layout, kv::Kv, mirror::Mirror, session::Session, ticket::Reaper};
 
 /// What every key begins with, unless told otherwise.
@@ -57,6 +64,22 @@ impl Coordination<Embedded> {
         let opened = tokio::task::spawn_blocking(move || Embedded::open(&path)).await;
         let kv = opened.map_err(|error| Error::Internal(error.to_string()))??;
         Ok(Self::over(kv, PREFIX, EMBEDDED_TTL, replica))
+    }
+}
+
+impl Coordination<Etcd> {
+    /// On an etcd cluster, shared by replicas, each of a name of its own. Does not connect yet: while etcd is not reached, calls fail with
+    /// [`Error::Unavailable`], and work as soon as it is. Every call to etcd is observed by `database`. To be called within a Tokio runtime.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], naming what is wrong with the configuration.
+    pub async fn etcd(config: EtcdConfig, replica: String, database: Database) -> Result<Self> {
+        let prefix = config.prefix.clone();
+        let ttl = config.lease_ttl;
+        // Reads files.
+        let made = tokio::task::spawn_blocking(move || Etcd::new(&config, database)).await;
+        let kv = made.map_err(|error| Error::Internal(error.to_string()))??;
+        Ok(Self::over(kv, &prefix, ttl, replica))
     }
 }
 

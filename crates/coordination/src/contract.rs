@@ -1,0 +1,285 @@
+//! What the store promises, as tests that run on every backend.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+
+mod budget;
+mod faults;
+mod instances;
+mod locks;
+mod queries;
+mod rig;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use futures::TryStreamExt as _;
+use gauntlet_domain::{
+    Begin, Bounds, By, Challenge, ChallengeId, Commit, Error, Failure, Held, Identity, Instance, LockKind, LockMode,
+    Operation, Phase, PhaseName, Pinned, Rollout, Seat, Slot, SourceId, Store as _, Stored, Stranded, Strategy, Target,
+};
+use jiff::Timestamp;
+use rig::{Fault, Rig, Tested};
+
+use crate::{Coordination, kv::Kv as _, kv::Op, kv::Txn, reads::Scan, records};
+
+/// Runs each test on each backend.
+macro_rules! contract {
+    ($($area:ident { $($name:ident),+ $(,)? })+) => {
+        mod embedded {
+            $($(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    super::$area::$name(&super::rig::EmbeddedRig::start()).await;
+                }
+            )+)+
+        }
+        mod etcd {
+            $($(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    super::$area::$name(&super::rig::EtcdRig::start()).await;
+                }
+            )+)+
+        }
+    };
+}
+
+contract! {
+    locks {
+        a_free_lock_is_taken_at_once,
+        a_lock_is_handed_on_in_order_of_asking,
+        a_lock_never_reenters,
+        locks_of_different_challenges_and_kinds_do_not_meet,
+        readers_share_and_no_side_starves,
+        who_waits_learns_who_held,
+        patience_ends_with_busy_and_leaves_no_key,
+        without_patience_nothing_queues,
+        a_cancelled_acquire_leaves_nothing,
+        a_dropped_lock_is_given_up,
+        a_lock_is_shared_by_replicas,
+        fences_grow,
+        contended_writers_exclude_each_other,
+    }
+    instances {
+        a_seat_is_taken_once,
+        a_changed_challenge_conflicts,
+        a_create_waits_for_the_challenge_lock,
+        a_create_under_the_lock_does_not_wait,
+        a_create_under_a_lost_lock_is_fenced,
+        closing_and_creating_never_miss_each_other,
+        a_pooled_instance_is_claimed_once,
+        a_claim_with_values_is_owned,
+        a_claim_of_what_changed_conflicts,
+        a_delete_takes_the_instance_as_it_is,
+        an_update_sets_the_target,
+        an_owner_is_waited_for,
+        what_an_owner_left_is_kept_by_the_next,
+        a_rewrite_needs_the_version_it_read,
+        a_rewrite_waits_for_the_owner,
+        nothing_begins_where_nothing_is,
+        a_dropped_ownership_is_given_up,
+        a_cancelled_begin_leaves_no_owner,
+    }
+    queries {
+        a_challenge_is_inserted_once,
+        a_challenge_changes_under_its_lock,
+        a_challenge_with_instances_is_not_removed,
+        a_survey_answers_all_at_once,
+        a_survey_finds_the_ready_behind_the_others,
+        all_is_listed_over_many_pages,
+        challenges_come_in_order_with_their_instances,
+        a_source_finds_its_own,
+        a_list_is_of_one_revision,
+        a_census_counts,
+        pools_are_found,
+        the_unreadable_hides_no_other,
+        any_text_is_an_id,
+    }
+    faults {
+        a_lost_lease_cannot_commit,
+        a_lost_lease_is_noticed_and_replaced,
+        a_crash_leaves_work_that_is_found,
+        a_failure_is_found_when_it_is_due,
+        an_unfinished_rollout_is_found,
+        an_unknown_commit_is_resolved,
+        an_unknown_acquisition_is_given_up,
+        a_commit_of_another_store_is_refused,
+        shutdown_gives_up_what_is_owned,
+        a_dropped_store_gives_up_what_it_owned,
+    }
+    budget {
+        each_operation_keeps_its_budget,
+    }
+}
+
+fn id(text: &str) -> ChallengeId {
+    ChallengeId::new(text).unwrap()
+}
+
+fn source(text: &str) -> SourceId {
+    SourceId::new(text).unwrap()
+}
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(second).unwrap()
+}
+
+fn pinned() -> Pinned {
+    Pinned { reference: "registry.test/web:1".to_owned(), digest: format!("sha256:{}", "ab".repeat(32)) }
+}
+
+fn challenge(name: &str) -> Challenge {
+    Challenge {
+        id: id(name),
+        scenario: pinned(),
+        timeout: Some(Duration::from_secs(60)),
+        until: None,
+        additional: BTreeMap::new(),
+        bounds: Bounds::default(),
+        revision: 1,
+        content: 1,
+        rollout: None,
+        closing: false,
+        origin: None,
+    }
+}
+
+fn seat(challenge: &str, name: &str) -> Slot {
+    Slot { challenge: id(challenge), seat: Seat::Source(source(name)) }
+}
+
+fn pool_seat(challenge: &str, bits: u64) -> Slot {
+    Slot { challenge: id(challenge), seat: Seat::Pool(Identity::from_bits(bits)) }
+}
+
+fn instance(slot: Slot, phase: Phase) -> Instance {
+    let identity = match &slot.seat {
+        Seat::Pool(identity) => identity.clone(),
+        Seat::Source(_) => Identity::from_bits(7),
+    };
+    Instance {
+        slot,
+        identity,
+        phase,
+        since: at(10),
+        last_renew: at(10),
+        until: Some(at(70)),
+        scenario: pinned(),
+        applied: 1,
+        additional: BTreeMap::new(),
+        connection_info: String::new(),
+        flags: Vec::new(),
+        target: None,
+        origin: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned()),
+    }
+}
+
+fn target(bits: u64) -> Target {
+    Target { identity: Identity::from_bits(bits), scenario: pinned(), applied: 2, strategy: Strategy::BlueGreen }
+}
+
+/// Waits no longer than a test may take.
+fn patient() -> By {
+    By { origin: Some("00-11111111111111111111111111111111-2222222222222222-01".to_owned()), patience: Duration::from_secs(30) }
+}
+
+fn at_once() -> By {
+    By::default()
+}
+
+fn short() -> By {
+    By { origin: None, patience: Duration::from_millis(50) }
+}
+
+/// Polls until it holds; fails when it does not within half a minute.
+async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    while !holds().await {
+        assert!(tokio::time::Instant::now() < deadline, "never came true: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+impl<T: Tested> Coordination<T> {
+    /// Every key there is.
+    async fn all_keys(&self) -> Vec<String> {
+        let all = Scan::keys(&self.core, self.core.layout.everything(), None).all().await.unwrap();
+        all.into_iter().map(|kv| kv.key).collect()
+    }
+
+    /// The keys of who owns or waits.
+    async fn live_keys(&self) -> Vec<String> {
+        let all = Scan::keys(&self.core, self.core.layout.live(), None).all().await.unwrap();
+        all.into_iter().map(|kv| kv.key).collect()
+    }
+
+    async fn stored(&self, name: &str) -> Stored<Challenge> {
+        self.challenge(&id(name)).await.unwrap().unwrap()
+    }
+
+    async fn at(&self, slot: &Slot) -> Stored<Instance> {
+        self.instance(slot).await.unwrap().unwrap()
+    }
+
+    /// A challenge, stored.
+    async fn with(&self, name: &str) -> Stored<Challenge> {
+        self.insert_challenge(&challenge(name)).await.unwrap();
+        self.stored(name).await
+    }
+
+    /// An instance, through its whole creation.
+    async fn ready(&self, challenge: &Stored<Challenge>, slot: Slot) -> Stored<Instance> {
+        let held =
+            self.begin_create(challenge, &instance(slot.clone(), Phase::Provisioning), None, &patient()).await.unwrap();
+        let ready = instance(slot.clone(), Phase::Ready);
+        self.commit(held, &slot, Commit::Put(Box::new(ready))).await.unwrap();
+        self.at(&slot).await
+    }
+
+    /// Stores instances as they are, and their index keys, without the steps.
+    async fn put(&self, instances: &[Instance]) {
+        for some in instances.chunks(30) {
+            let layout = &self.core.layout;
+            let mut then = Vec::new();
+            for instance in some {
+                then.push(Op::put(layout.instance(&instance.slot), records::write_instance(instance)));
+                then.extend(layout.instance_index(instance).into_iter().map(|(key, value)| Op::put(key, value)));
+            }
+            self.core.kv.txn(Txn { then, ..Txn::default() }).await.unwrap();
+        }
+    }
+
+    /// Puts raw bytes in a key's place.
+    async fn garble(&self, key: String, value: &str) {
+        self.core.kv.txn(Txn { then: vec![Op::put(key, value)], ..Txn::default() }).await.unwrap();
+    }
+
+    /// Ends the lease behind the store's back, as if it had run out.
+    async fn revoke(&self) {
+        let lease = self.core.lease().await.unwrap();
+        self.core.kv.revoke(lease.id).await.unwrap();
+    }
+
+    /// The index is what follows from the records, no more and no less; and nothing is owned.
+    async fn check(&self) {
+        eventually("nothing is owned", || async { self.live_keys().await.is_empty() }).await;
+        let layout = &self.core.layout;
+        let mut expected = BTreeSet::new();
+        let all: Vec<_> = self.challenges().try_collect().await.unwrap();
+        for (challenge, instances) in all {
+            expected.insert(layout.challenge(&challenge.id));
+            expected.extend(layout.challenge_index(&challenge).into_iter().filter(|(_, has)| *has).map(|(key, _)| key));
+            for instance in instances {
+                expected.insert(layout.instance(&instance.slot));
+                expected.extend(layout.instance_index(&instance).into_iter().map(|(key, _)| key));
+            }
+        }
+        let found: BTreeSet<String> = self.all_keys().await.into_iter().filter(|key| !key.ends_with(" intent")).collect();
+        assert_eq!(found, expected);
+    }
+}
+
+fn keys_of(instances: &[Stored<Instance>]) -> BTreeSet<Slot> {
+    instances.iter().map(|stored| stored.value.slot.clone()).collect()
+}

@@ -1,0 +1,209 @@
+//! Locks.
+
+use futures::FutureExt as _;
+
+use super::*;
+
+pub(super) async fn a_free_lock_is_taken_at_once(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let held = store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
+    assert_eq!(held.waited, gauntlet_domain::Waited::default());
+    assert_eq!(held.kind, LockKind::Challenge);
+    assert_eq!(store.live_keys().await.len(), 1);
+    store.release(held).await.unwrap();
+    assert!(store.live_keys().await.is_empty());
+}
+
+pub(super) async fn a_lock_is_handed_on_in_order_of_asking(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let first = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
+    let mut waiting = futures::stream::FuturesUnordered::new();
+    for n in 0..8 {
+        let mut one = Box::pin({
+            let store = &store;
+            async move {
+                let held = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
+                assert!(held.waited.contended);
+                assert_eq!(held.waited.queue_depth, n + 1);
+                let fence = held.fence;
+                store.release(held).await.unwrap();
+                (n, fence)
+            }
+        });
+        // Queued before the next one asks.
+        eventually("queued", || {
+            assert!(one.as_mut().now_or_never().is_none());
+            async { store.live_keys().await.len() as u64 == n + 2 }
+        })
+        .await;
+        waiting.push(one);
+    }
+    store.release(first).await.unwrap();
+    let order: Vec<(u64, u64)> = futures::StreamExt::collect(waiting).await;
+    assert_eq!(order.iter().map(|(n, _)| *n).collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
+    assert!(order.is_sorted_by_key(|(_, fence)| *fence));
+    store.check().await;
+}
+
+pub(super) async fn a_lock_never_reenters(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let _held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    assert!(matches!(store.lock(LockKind::Challenge, &id("web"), &short()).await, Err(Error::Busy { ahead: 1, .. })));
+}
+
+pub(super) async fn locks_of_different_challenges_and_kinds_do_not_meet(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let mut held = Vec::new();
+    for name in ["web", "web 2", "we", "web!"] {
+        for kind in [LockKind::Challenge, LockKind::Rollout] {
+            held.push(store.lock(kind, &id(name), &at_once()).await.unwrap());
+        }
+    }
+    assert_eq!(store.live_keys().await.len(), 8);
+}
+
+pub(super) async fn readers_share_and_no_side_starves(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = id("web");
+    let acquire = |mode, by| {
+        let core = store.core.clone();
+        async move { core.acquire(LockKind::Challenge, &id("web"), mode, &by).await }
+    };
+    let one = acquire(LockMode::Read, at_once()).await.unwrap();
+    let two = acquire(LockMode::Read, at_once()).await.unwrap();
+    assert!(matches!(acquire(LockMode::Write, at_once()).await, Err(Error::Busy { ahead: 2, .. })));
+    let mut writer = Box::pin(acquire(LockMode::Write, patient()));
+    eventually("the writer queues", || {
+        assert!(writer.as_mut().now_or_never().is_none());
+        async { store.live_keys().await.len() == 3 }
+    })
+    .await;
+    // A reader that comes later waits for the writer that waits.
+    assert!(matches!(acquire(LockMode::Read, at_once()).await, Err(Error::Busy { ahead: 1, .. })));
+    let mut reader = Box::pin(acquire(LockMode::Read, patient()));
+    eventually("the reader queues", || {
+        assert!(reader.as_mut().now_or_never().is_none());
+        async { store.live_keys().await.len() == 4 }
+    })
+    .await;
+    store.release(one).await.unwrap();
+    assert!(writer.as_mut().now_or_never().is_none());
+    store.release(two).await.unwrap();
+    let writing = writer.await.unwrap();
+    assert!(reader.as_mut().now_or_never().is_none());
+    store.release(writing).await.unwrap();
+    store.release(reader.await.unwrap()).await.unwrap();
+    store.release(store.lock(LockKind::Challenge, &web, &at_once()).await.unwrap()).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn who_waits_learns_who_held(rig: &impl Rig) {
+    let (one, two) = (rig.replica("a"), rig.replica("b"));
+    let by = By { origin: Some("00-aa-bb-01".to_owned()), ..patient() };
+    let held = one.lock(LockKind::Challenge, &id("web"), &by).await.unwrap();
+    let waiting = two.lock(LockKind::Challenge, &id("web"), &patient());
+    let release = async {
+        eventually("queued", || async { one.live_keys().await.len() == 2 }).await;
+        one.release(held).await.unwrap();
+    };
+    let (held, ()) = tokio::join!(waiting, release);
+    let held = held.unwrap();
+    assert_eq!(held.waited.holder.as_deref(), Some("00-aa-bb-01"));
+    assert!(held.waited.contended);
+    assert_eq!(held.waited.queue_depth, 1);
+    two.release(held).await.unwrap();
+}
+
+pub(super) async fn patience_ends_with_busy_and_leaves_no_key(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    let waited = store.lock(LockKind::Challenge, &id("web"), &short()).await;
+    let Err(Error::Busy { what, waited_ms, ahead }) = waited else { panic!("{waited:?}") };
+    assert_eq!((what.as_str(), ahead), ("the challenge lock of \"web\"", 1));
+    assert!(waited_ms >= 50);
+    assert_eq!(store.live_keys().await.len(), 1, "at the time of the answer");
+    store.release(held).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn without_patience_nothing_queues(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let _held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    store.core.kv.reset();
+    assert!(matches!(store.lock(LockKind::Challenge, &id("web"), &at_once()).await, Err(Error::Busy { ahead: 1, .. })));
+    assert_eq!(store.core.kv.calls(), BTreeMap::from([("txn", 1)]));
+}
+
+pub(super) async fn a_cancelled_acquire_leaves_nothing(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    for name in ["web", "free"] {
+        for polls in 0..12 {
+            let name = id(name);
+            let by = patient();
+            let mut acquire = Box::pin(store.lock(LockKind::Challenge, &name, &by));
+            for _ in 0..polls {
+                if acquire.as_mut().now_or_never().is_some() {
+                    break;
+                }
+                tokio::task::yield_now().await;
+                tokio::time::sleep(Duration::from_micros(300)).await;
+            }
+        }
+    }
+    eventually("only the holder is left", || async { store.live_keys().await.len() == 1 }).await;
+    store.release(held).await.unwrap();
+    let free = store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
+    store.release(free).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn a_dropped_lock_is_given_up(rig: &impl Rig) {
+    let store = rig.replica("a");
+    drop(store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap());
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    store.release(held).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn a_lock_is_shared_by_replicas(rig: &impl Rig) {
+    let (one, two) = (rig.replica("a"), rig.replica("b"));
+    let held = one.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    assert!(matches!(two.lock(LockKind::Challenge, &id("web"), &at_once()).await, Err(Error::Busy { .. })));
+    one.release(held).await.unwrap();
+    two.release(two.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap()).await.unwrap();
+}
+
+pub(super) async fn fences_grow(rig: &impl Rig) {
+    let (one, two) = (rig.replica("a"), rig.replica("b"));
+    let mut last = 0;
+    for n in 0..6 {
+        let store = if n % 2 == 0 { &one } else { &two };
+        let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+        assert!(held.fence > last);
+        last = held.fence;
+        store.release(held).await.unwrap();
+    }
+}
+
+pub(super) async fn contended_writers_exclude_each_other(rig: &impl Rig) {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    let stores = [rig.replica("a"), rig.replica("b")];
+    let (inside, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let workers = (0..16).map(|n| {
+        let (store, inside, done) = (&stores[n % 2], &inside, &done);
+        async move {
+            for _ in 0..4 {
+                let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+                assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+                tokio::task::yield_now().await;
+                inside.fetch_sub(1, Ordering::SeqCst);
+                store.release(held).await.unwrap();
+                done.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+    });
+    futures::future::join_all(workers).await;
+    assert_eq!(done.into_inner(), 64);
+    stores[0].check().await;
+}

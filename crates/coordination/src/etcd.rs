@@ -1,0 +1,610 @@
+//! The backend for many replicas: etcd.
+//!
+//! One client for each endpoint, and failover here: the client library does not fail over by itself. A call goes to the endpoint that answered
+//! last. One that was surely not sent is tried on the next endpoint; so is a read. A write whose answer is missing is answered
+//! [`KvError::Ambiguous`] and not sent again.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
+
+use etcd_client::{
+    Certificate, Client, CompareOp, ConnectOptions, DeleteOptions, EventType, GetOptions, Identity, PutOptions,
+    TlsOptions, TxnOp, TxnOpResponse, WatchOptions, WatchStream,
+};
+use futures::{FutureExt as _, future::BoxFuture};
+use gauntlet_domain::Error;
+use gauntlet_telemetry::db::{Database, Operation};
+use tokio::{
+    sync::OnceCell,
+    time::{Instant, timeout_at},
+};
+use tonic::Code;
+
+use crate::kv::{
+    Compare, Event, Events, Followed, Get, KeyValue, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Test, Txn,
+    TxnResult,
+};
+
+/// The largest answer accepted, in bytes.
+const LARGEST: usize = 64 * 1024 * 1024;
+/// Keys listed at once before they are followed.
+const LISTED: usize = 4096;
+/// Pings on a connection in use, and how long one may go unanswered. A frozen server is told from a quiet one by this. etcd allows one
+/// every five seconds.
+const PING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
+
+/// How etcd is reached.
+#[derive(Clone)]
+pub struct EtcdConfig {
+    /// Where: `http://host:port`, `https://host:port` or `host:port`; at least one. Members of one cluster.
+    pub endpoints: Vec<String>,
+    /// Who to log in as, if authentication is on.
+    pub username: Option<String>,
+    /// The password that goes with it. Not shown by `Debug`.
+    pub password: Option<String>,
+    /// TLS; needed for `https` endpoints.
+    pub tls: Option<EtcdTls>,
+    /// What every key begins with.
+    pub prefix: String,
+    /// How long after a replica was last heard of what it owns counts as given up. etcd takes whole seconds and no less than two.
+    pub lease_ttl: Duration,
+    /// How long one call may take, over all endpoints tried.
+    pub deadline: Duration,
+}
+
+/// TLS files, in PEM form.
+#[derive(Debug, Clone)]
+pub struct EtcdTls {
+    /// The certificates of the authorities that sign the members' certificates.
+    pub ca: PathBuf,
+    /// The client's certificate and its key, if members ask for one.
+    pub identity: Option<(PathBuf, PathBuf)>,
+}
+
+impl EtcdConfig {
+    /// Endpoints, with neither login nor TLS; leases of ten seconds and calls of five.
+    pub fn new(endpoints: impl IntoIterator<Item = String>) -> Self {
+        Self {
+            endpoints: endpoints.into_iter().collect(),
+            username: None,
+            password: None,
+            tls: None,
+            prefix: crate::PREFIX.to_owned(),
+            lease_ttl: Duration::from_secs(10),
+            deadline: Duration::from_secs(5),
+        }
+    }
+}
+
+impl fmt::Debug for EtcdConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EtcdConfig")
+            .field("endpoints", &self.endpoints)
+            .field("username", &self.username)
+            .field("password", &self.password.as_ref().map(|_| "hidden"))
+            .field("tls", &self.tls)
+            .field("prefix", &self.prefix)
+            .field("lease_ttl", &self.lease_ttl)
+            .field("deadline", &self.deadline)
+            .finish()
+    }
+}
+
+/// An etcd cluster.
+pub struct Etcd {
+    endpoints: Vec<Endpoint>,
+    /// The endpoint that answered last.
+    current: AtomicUsize,
+    deadline: Duration,
+    database: Database,
+}
+
+impl fmt::Debug for Etcd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.endpoints.iter().map(|endpoint| &endpoint.address)).finish()
+    }
+}
+
+struct Endpoint {
+    url: String,
+    /// `host:port`.
+    address: String,
+    options: ConnectOptions,
+    client: OnceCell<Client>,
+}
+
+/// Why one call to one endpoint failed.
+#[derive(Debug)]
+enum Failure {
+    Client(etcd_client::Error),
+    Deadline,
+}
+
+impl From<etcd_client::Error> for Failure {
+    fn from(error: etcd_client::Error) -> Self {
+        Self::Client(error)
+    }
+}
+
+/// What a failure says about the call.
+enum Meaning {
+    /// It did not reach the endpoint.
+    NotSent,
+    /// It may have been done.
+    Unknown,
+    /// It was refused.
+    Refused(KvError),
+}
+
+impl Etcd {
+    /// Checks the configuration and reads its files. Connects when first called, and again whenever it must.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], naming what is wrong with the configuration.
+    pub fn new(config: &EtcdConfig, database: Database) -> Result<Self, Error> {
+        if config.endpoints.is_empty() {
+            return Err(invalid("etcd endpoint", "there is none; name at least one, such as http://127.0.0.1:2379".to_owned()));
+        }
+        if config.username.is_some() != config.password.is_some() {
+            return Err(invalid("etcd username", "username and password go together; give both or none".to_owned()));
+        }
+        let mut options = ConnectOptions::new()
+            .with_connect_timeout(config.deadline / 2)
+            .with_keep_alive(PING.0, PING.1)
+            .with_keep_alive_while_idle(false)
+            .with_require_leader(true)
+            .with_auto_token_refresh(true);
+        if let (Some(username), Some(password)) = (&config.username, &config.password) {
+            options = options.with_user(username, password);
+        }
+        if let Some(tls) = &config.tls {
+            options = options.with_tls(tls_options(tls)?);
+        }
+        let endpoints = config.endpoints.iter().map(|url| endpoint(url, config.tls.is_some(), &options));
+        Ok(Self {
+            endpoints: endpoints.collect::<Result<_, _>>()?,
+            current: AtomicUsize::new(0),
+            deadline: config.deadline,
+            database,
+        })
+    }
+
+    /// Makes a call; one that is `repeatable` is made again on another endpoint if its outcome is unknown.
+    async fn call<T, F>(&self, operation: Operation, repeatable: bool, call: impl Fn(Client) -> F) -> KvResult<T>
+    where
+        F: Future<Output = Result<T, etcd_client::Error>>,
+    {
+        let ends = Instant::now() + self.deadline;
+        let first = self.current.load(Ordering::Relaxed);
+        let all = self.endpoints.len();
+        let mut last = KvError::Unavailable("no endpoint".to_owned());
+        for (tried, at) in (first..first + all).map(|at| at % all).enumerate() {
+            let Some(endpoint) = self.endpoints.get(at) else { continue };
+            // What may be tried elsewhere must leave time for it.
+            let left = ends.saturating_duration_since(Instant::now());
+            let ends = if repeatable && tried + 1 < all { Instant::now() + left / 2 } else { ends };
+            let attempt = async {
+                let client = timeout_at(ends, endpoint.client()).await.map_err(|_| Failure::Deadline)??;
+                timeout_at(ends, call(client)).await.map_err(|_| Failure::Deadline)?.map_err(Failure::from)
+            };
+            match self.database.call(operation, &endpoint.address, Failure::code, attempt).await {
+                Ok(answer) => {
+                    if tried > 0 {
+                        self.current.store(at, Ordering::Relaxed);
+                    }
+                    return Ok(answer);
+                }
+                Err(failure) => {
+                    let detail = format!("{}: {failure}", endpoint.address);
+                    match failure.meaning() {
+                        Meaning::Refused(error) => return Err(error),
+                        Meaning::Unknown if !repeatable => {
+                            self.current.store((at + 1) % all, Ordering::Relaxed);
+                            return Err(KvError::Ambiguous(detail));
+                        }
+                        Meaning::Unknown | Meaning::NotSent => last = KvError::Unavailable(detail),
+                    }
+                }
+            }
+        }
+        Err(last)
+    }
+}
+
+impl Endpoint {
+    async fn client(&self) -> Result<Client, etcd_client::Error> {
+        let connect = || Client::connect([self.url.as_str()], Some(self.options.clone()));
+        self.client.get_or_try_init(connect).await.cloned()
+    }
+}
+
+fn invalid(field: &'static str, problem: String) -> Error {
+    Error::Invalid { field, problem }
+}
+
+fn tls_options(tls: &EtcdTls) -> Result<TlsOptions, Error> {
+    let read = |field, path: &Path| {
+        std::fs::read(path).map_err(|error| invalid(field, format!("{} cannot be read: {error}", path.display())))
+    };
+    let options = TlsOptions::new().ca_certificate(Certificate::from_pem(read("etcd CA certificate", &tls.ca)?));
+    match &tls.identity {
+        None => Ok(options),
+        Some((certificate, key)) => Ok(options.identity(Identity::from_pem(
+            read("etcd client certificate", certificate)?,
+            read("etcd client key", key)?,
+        ))),
+    }
+}
+
+fn endpoint(url: &str, tls: bool, options: &ConnectOptions) -> Result<Endpoint, Error> {
+    let wrong = |problem: &str| invalid("etcd endpoint", format!("{url:?} {problem}"));
+    let (scheme, rest) = url.split_once("://").unwrap_or((if tls { "https" } else { "http" }, url));
+    match (scheme, tls) {
+        ("http", false) | ("https", true) => {}
+        ("http", true) => return Err(wrong("is plain http, but TLS is configured: use https")),
+        ("https", false) => return Err(wrong("is https, but no CA certificate is configured")),
+        _ => return Err(wrong("is neither http nor https")),
+    }
+    let address = rest.trim_end_matches('/');
+    match address.rsplit_once(':') {
+        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0) => {}
+        _ => return Err(wrong("has no host and port, such as in http://127.0.0.1:2379")),
+    }
+    if address.contains(['/', '@', ' ']) {
+        return Err(wrong("has more than a host and a port, such as in http://127.0.0.1:2379"));
+    }
+    Ok(Endpoint {
+        url: format!("{scheme}://{address}"),
+        address: address.to_owned(),
+        options: options.clone(),
+        client: OnceCell::new(),
+    })
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Deadline => f.write_str("no answer in time"),
+            Self::Client(etcd_client::Error::GRpcStatus(status)) => {
+                write!(f, "{:?}: {}", status.code(), status.message())?;
+                let mut source = std::error::Error::source(status);
+                while let Some(error) = source {
+                    source = error.source();
+                    if source.is_none() {
+                        write!(f, ": {error}")?;
+                    }
+                }
+                Ok(())
+            }
+            Self::Client(error) => error.fmt(f),
+        }
+    }
+}
+
+impl Failure {
+    /// `error.type` on spans and metrics.
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Deadline => "DEADLINE_EXCEEDED",
+            Self::Client(etcd_client::Error::GRpcStatus(status)) => match status.code() {
+                Code::Ok => "OK",
+                Code::Cancelled => "CANCELLED",
+                Code::Unknown => "UNKNOWN",
+                Code::InvalidArgument => "INVALID_ARGUMENT",
+                Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+                Code::NotFound => "NOT_FOUND",
+                Code::AlreadyExists => "ALREADY_EXISTS",
+                Code::PermissionDenied => "PERMISSION_DENIED",
+                Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+                Code::FailedPrecondition => "FAILED_PRECONDITION",
+                Code::Aborted => "ABORTED",
+                Code::OutOfRange => "OUT_OF_RANGE",
+                Code::Unimplemented => "UNIMPLEMENTED",
+                Code::Internal => "INTERNAL",
+                Code::Unavailable => "UNAVAILABLE",
+                Code::DataLoss => "DATA_LOSS",
+                Code::Unauthenticated => "UNAUTHENTICATED",
+            },
+            Self::Client(_) => "client",
+        }
+    }
+
+    fn meaning(&self) -> Meaning {
+        use etcd_client::Error as E;
+        let status = match self {
+            Self::Client(E::GRpcStatus(status)) => status,
+            Self::Client(E::TransportError(_)) => return Meaning::NotSent,
+            // What the library says when a lease that is to be kept alive is gone.
+            Self::Client(E::LeaseKeepAliveError(_)) => return Meaning::Refused(KvError::LeaseGone),
+            Self::Client(E::InvalidArgs(_) | E::InvalidUri(_) | E::InvalidMetadataValue(_)) => {
+                return Meaning::Refused(KvError::Broken(format!("etcd client: {self}")));
+            }
+            Self::Client(_) | Self::Deadline => return Meaning::Unknown,
+        };
+        match status.code() {
+            Code::NotFound if status.message().contains("lease not found") => Meaning::Refused(KvError::LeaseGone),
+            Code::OutOfRange | Code::ResourceExhausted => {
+                Meaning::Refused(KvError::Unavailable(format!("etcd: {}", status.message())))
+            }
+            Code::InvalidArgument
+            | Code::PermissionDenied
+            | Code::Unauthenticated
+            | Code::FailedPrecondition
+            | Code::Unimplemented => Meaning::Refused(KvError::Broken(format!("etcd refused: {}", status.message()))),
+            _ if never_connected(status) => Meaning::NotSent,
+            _ => Meaning::Unknown,
+        }
+    }
+}
+
+fn never_connected(status: &tonic::Status) -> bool {
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        source = error.source();
+    }
+    false
+}
+
+impl Kv for Etcd {
+    /// A revision.
+    type Snapshot = i64;
+
+    fn name(&self) -> &'static str {
+        "etcd"
+    }
+
+    fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
+        let repeatable = txn.then.iter().chain(&txn.or).all(|op| matches!(op, Op::Get(_)));
+        let txn = etcd_client::Txn::new()
+            .when(txn.when.into_iter().map(compare).collect::<Vec<_>>())
+            .and_then(txn.then.into_iter().map(op).collect::<Vec<_>>())
+            .or_else(txn.or.into_iter().map(op).collect::<Vec<_>>());
+        let answer = self.call(Operation::Txn, repeatable, |client| {
+            let (mut kv, txn) = (client.kv_client().max_decoding_message_size(LARGEST), txn.clone());
+            async move { kv.txn(txn).await }
+        });
+        let answer = answer.await?;
+        let reads = answer.op_responses().into_iter().filter_map(|response| match response {
+            TxnOpResponse::Get(mut get) => Some(get.take_kvs().into_iter().filter_map(key_value).collect()),
+            TxnOpResponse::Put(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
+        });
+        Ok(TxnResult {
+            succeeded: answer.succeeded(),
+            revision: revision(answer.header().map(|header| header.revision())),
+            reads: reads.collect(),
+        })
+    }
+
+    async fn page(&self, get: Get, at: Option<i64>) -> KvResult<Page<i64>> {
+        let options = options(&get).with_revision(at.unwrap_or(0));
+        let answer = self.call(Operation::Range, true, |client| {
+            let (mut kv, from) = (client.kv_client().max_decoding_message_size(LARGEST), get.keys.from.clone());
+            let options = options.clone();
+            async move { kv.get(from, Some(options)).await }
+        });
+        let mut answer = answer.await?;
+        let now = answer.header().map_or(0, |header| header.revision());
+        Ok(Page {
+            more: answer.more(),
+            kvs: answer.take_kvs().into_iter().filter_map(key_value).collect(),
+            at: at.unwrap_or(now),
+        })
+    }
+
+    async fn count(&self, keys: Keys, at: Option<i64>) -> KvResult<u64> {
+        let get = Get { keys, limit: 0, keys_only: false };
+        let options = options(&get).with_count_only().with_revision(at.unwrap_or(0));
+        let answer = self.call(Operation::Range, true, |client| {
+            let (mut kv, from, options) = (client.kv_client(), get.keys.from.clone(), options.clone());
+            async move { kv.get(from, Some(options)).await }
+        });
+        Ok(u64::try_from(answer.await?.count()).unwrap_or(0))
+    }
+
+    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+        let mut listed = std::collections::BTreeMap::new();
+        let (mut at, mut rest) = (None, Some(keys.clone()));
+        while let Some(keys) = rest.take() {
+            let get = Get { keys, limit: LISTED, keys_only: true };
+            let page = self.page(get.clone(), at).await?;
+            at = Some(page.at);
+            if page.more
+                && let Some(last) = page.kvs.last()
+            {
+                rest = Some(Keys { from: format!("{}\0", last.key), ..get.keys });
+            }
+            listed.extend(page.kvs.into_iter().map(|kv| (kv.key, kv.created)));
+        }
+        let listed_at = at.unwrap_or(0);
+        let mut options = WatchOptions::new().with_start_revision(listed_at + 1);
+        if let Some(to) = &keys.to {
+            options = options.with_range(to.as_str());
+        }
+        let stream = self.call(Operation::Watch, true, |client| {
+            let (mut watch, from, options) = (client.watch_client(), keys.from.clone(), options.clone());
+            async move {
+                let mut stream = watch.watch(from, Some(options)).await?;
+                // The first message says that it was made.
+                match stream.message().await? {
+                    Some(made) if made.created() && !made.canceled() => Ok(stream),
+                    refused => Err(etcd_client::Error::WatchError(format!("not made: {refused:?}"))),
+                }
+            }
+        });
+        Ok(Followed { revision: revision(Some(listed_at)), keys: listed, events: Box::new(Watching(stream.await?)) })
+    }
+
+    async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
+        let seconds = i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX);
+        // A lease granted twice runs out by itself.
+        let answer = self.call(Operation::Lease, true, |client| {
+            let mut lease = client.lease_client();
+            async move { lease.grant(seconds, None).await }
+        });
+        let answer = answer.await?;
+        Ok((answer.id(), Duration::from_secs(u64::try_from(answer.ttl()).unwrap_or(0))))
+    }
+
+    async fn keep_alive(&self, id: LeaseId) -> KvResult<()> {
+        // The library waits for the first answer, and fails if it says that the lease is gone.
+        let answer = self.call(Operation::Lease, true, |client| {
+            let mut lease = client.lease_client();
+            async move { lease.keep_alive(id).await }
+        });
+        answer.await.map(|_| ())
+    }
+
+    async fn revoke(&self, id: LeaseId) -> KvResult<()> {
+        let answer = self.call(Operation::Lease, true, |client| {
+            let mut lease = client.lease_client();
+            async move { lease.revoke(id).await }
+        });
+        match answer.await {
+            Ok(_) | Err(KvError::LeaseGone) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Connections end with the last call.
+    async fn close(&self) {}
+}
+
+struct Watching(WatchStream);
+
+impl Events for Watching {
+    fn next(&mut self) -> BoxFuture<'_, KvResult<Vec<Event>>> {
+        async {
+            let ended = |detail: String| KvError::Unavailable(format!("watch: {detail}"));
+            match self.0.message().await {
+                Err(error) => Err(ended(Failure::Client(error).to_string())),
+                Ok(None) => Err(ended("ended by the server".to_owned())),
+                Ok(Some(message)) if message.canceled() => Err(ended(message.cancel_reason().to_owned())),
+                Ok(Some(message)) => Ok(message.events().iter().filter_map(event).collect()),
+            }
+        }
+        .boxed()
+    }
+}
+
+fn event(event: &etcd_client::Event) -> Option<Event> {
+    let kv = event.kv()?;
+    let created = match event.event_type() {
+        EventType::Put => Some(revision(Some(kv.create_revision()))),
+        EventType::Delete => None,
+    };
+    Some(Event { key: kv.key_str().ok()?.to_owned(), revision: revision(Some(kv.mod_revision())), created })
+}
+
+fn revision(number: Option<i64>) -> u64 {
+    number.and_then(|number| u64::try_from(number).ok()).unwrap_or(0)
+}
+
+/// A revision as the wire has it.
+fn number(revision: u64) -> i64 {
+    i64::try_from(revision).unwrap_or(i64::MAX)
+}
+
+/// `None` for a key that is no text: none of ours.
+fn key_value(kv: etcd_client::KeyValue) -> Option<KeyValue> {
+    let (created, modified) = (revision(Some(kv.create_revision())), revision(Some(kv.mod_revision())));
+    let (key, value) = kv.into_key_value();
+    Some(KeyValue { key: String::from_utf8(key).ok()?, value, created, modified })
+}
+
+fn compare(compare: Compare) -> etcd_client::Compare {
+    use etcd_client::Compare as C;
+    let Compare { keys, test } = compare;
+    let from = keys.from;
+    // A key that is not there has revisions of 0, and no value to compare.
+    let compare = match test {
+        Test::Exists => C::create_revision(from, CompareOp::Greater, 0),
+        Test::Absent => C::create_revision(from, CompareOp::Equal, 0),
+        Test::Created(revision) => C::create_revision(from, CompareOp::Equal, number(revision)),
+        Test::Modified(revision) => C::mod_revision(from, CompareOp::Equal, number(revision)),
+        Test::NotAfter(revision) => C::mod_revision(from, CompareOp::Less, number(revision).saturating_add(1)),
+        Test::Value(value) => C::value(from, CompareOp::Equal, value),
+    };
+    match keys.to {
+        None => compare,
+        Some(to) => compare.with_range(to),
+    }
+}
+
+fn op(op: Op) -> TxnOp {
+    match op {
+        Op::Put { key, value, lease } => {
+            TxnOp::put(key, value, lease.map(|lease| PutOptions::new().with_lease(lease)))
+        }
+        Op::Delete(keys) => TxnOp::delete(keys.from, keys.to.map(|to| DeleteOptions::new().with_range(to))),
+        Op::Get(get) => {
+            let options = options(&get);
+            TxnOp::get(get.keys.from, Some(options))
+        }
+    }
+}
+
+fn options(get: &Get) -> GetOptions {
+    let mut options = GetOptions::new().with_limit(i64::try_from(get.limit).unwrap_or(i64::MAX));
+    if let Some(to) = &get.keys.to {
+        options = options.with_range(to.as_str());
+    }
+    if get.keys_only {
+        options = options.with_keys_only();
+    }
+    options
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use gauntlet_telemetry::Instruments;
+
+    use super::*;
+
+    fn refused(config: &EtcdConfig) -> String {
+        Etcd::new(config, Database::etcd(&Instruments::noop())).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_wrong_configuration_is_named() {
+        let of = |url: &str| EtcdConfig::new([url.to_owned()]);
+        assert!(refused(&EtcdConfig::new([])).contains("name at least one"));
+        for (url, problem) in [
+            ("ftp://a:1", "neither http nor https"),
+            ("https://a:1", "no CA certificate"),
+            ("localhost", "no host and port"),
+            ("http://a:1/path", "no host and port"),
+            ("http://a/b:1", "more than a host and a port"),
+            ("http://:2379", "no host and port"),
+        ] {
+            let text = refused(&of(url));
+            assert!(text.contains(problem) && text.contains(url), "{text}");
+        }
+        let tls = EtcdTls { ca: "/nowhere/ca.pem".into(), identity: None };
+        let text = refused(&EtcdConfig { tls: Some(tls), ..of("https://a:1") });
+        assert!(text.contains("etcd CA certificate: /nowhere/ca.pem cannot be read"), "{text}");
+        let text = refused(&EtcdConfig { username: Some("root".to_owned()), ..of("http://a:1") });
+        assert!(text.contains("give both or none"), "{text}");
+    }
+
+    #[test]
+    fn the_password_is_not_shown() {
+        let config = EtcdConfig {
+            username: Some("root".to_owned()),
+            password: Some("hunter2".to_owned()),
+            ..EtcdConfig::new(["http://a:1".to_owned()])
+        };
+        assert!(!format!("{config:?}").contains("hunter2"));
+    }
+}
