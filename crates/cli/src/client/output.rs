@@ -202,7 +202,13 @@ fn moment(timestamp: Option<prost_types::Timestamp>, now: Timestamp) -> String {
     let Some(timestamp) = timestamp else { return NONE.into() };
     let Ok(at) = Timestamp::new(timestamp.seconds, 0) else { return format!("{} s since 1970", timestamp.seconds) };
     let away = SignedDuration::from_secs(at.as_second().saturating_sub(now.as_second()));
-    if away.is_negative() { format!("{at} ({:#} ago)", away.abs()) } else { format!("{at} (in {away:#})") }
+    if away.is_zero() {
+        format!("{at} (now)")
+    } else if away.is_negative() {
+        format!("{at} ({:#} ago)", away.abs())
+    } else {
+        format!("{at} (in {away:#})")
+    }
 }
 
 #[cfg(test)]
@@ -223,7 +229,7 @@ mod tests {
             challenge_id: "web-1".into(),
             source_id: "42".into(),
             since: at(0),
-            last_renew: at(30),
+            last_renew: at(60),
             until: at(630),
             connection_info: "curl http://127.0.0.1:20001\u{1b}[2J".into(),
             flags: vec!["FLAG{one}".into(), "FLAG{two}".into()],
@@ -283,7 +289,7 @@ mod tests {
         Flag        FLAG{one}
         Flag        FLAG{two}
         Since       1970-01-01T00:00:00Z (1m ago)
-        Renewed     1970-01-01T00:00:30Z (30s ago)
+        Renewed     1970-01-01T00:01:00Z (now)
         Until       1970-01-01T00:10:30Z (in 9m 30s)
         ");
     }
