@@ -10,6 +10,9 @@ use crate::{
     template::{Template, Values},
 };
 
+/// The most that `additional` may hold, keys and values together.
+const MAX_ADDITIONAL_BYTES: usize = 256 * 1024;
+
 /// What an instance runs, once host and ports are known. Its `Debug` shows no flags.
 pub(crate) struct Plan {
     reference: String,
@@ -29,6 +32,13 @@ impl Plan {
         identity: &Identity,
         additional: &Additional,
     ) -> Result<Self> {
+        let size: usize = additional.iter().map(|(key, value)| key.len() + value.len()).sum();
+        if size > MAX_ADDITIONAL_BYTES {
+            return Err(unprepared(
+                reference,
+                format!("additional holds {size} bytes; at most {MAX_ADDITIONAL_BYTES}"),
+            ));
+        }
         let values = Values::of(identity, additional);
         let mut flags = Vec::with_capacity(document.flags.len());
         for (name, template) in &document.flags {
