@@ -75,7 +75,8 @@ pub struct Config {
     pub host: String,
     /// The address that instances listen on: ports are tried there. Probes ask there too, or on loopback if it is unspecified.
     pub bind: IpAddr,
-    /// The ports to give out.
+    /// The ports to give out. Nothing else should listen there: what is in use is passed over, but what takes a port in the moment before
+    /// its instance does may be mistaken for it.
     pub ports: RangeInclusive<u16>,
     /// The program to supervise with: one whose `main` begins with [`shim::run_if_requested`]. `None` is `gauntlet-shim` beside the running
     /// program, or else the running program itself.
@@ -165,11 +166,12 @@ impl Process {
         if config.ports.is_empty() || *config.ports.start() == 0 {
             return Err(refused(format!("ports {:?}: give a range such as 20000 to 29999", config.ports)));
         }
-        let dir = std::path::absolute(&config.dir)
+        // By one name for all managers, whatever links lead there.
+        let dir = std::fs::create_dir_all(&config.dir)
+            .and_then(|()| config.dir.canonicalize())
             .map_err(failed("configure", format!("directory {}", config.dir.display())))?;
         let (instances, ports) = (dir.join("instances"), dir.join("ports"));
-        std::fs::create_dir_all(&dir)
-            .and_then(|()| home::make(&instances))
+        home::make(&instances)
             .and_then(|()| home::make(&ports))
             .map_err(failed("configure", format!("directory {}", dir.display())))?;
         let shim = match config.shim.clone() {
@@ -190,6 +192,18 @@ impl Process {
             address => address,
         };
         Ok(Self { config, shim, instances, ports, probed })
+    }
+
+    /// Ends every instance and keeps what is recorded of it, as a machine that is shut down does: an `up` or `update` brings it back on its
+    /// ports. Answers how many were running.
+    pub async fn halt(&self) -> Result<usize> {
+        let running: Vec<_> = self.list().await?.into_iter().filter(|found| found.alive).collect();
+        let halts = running.iter().map(|found| async {
+            let home = self.enter(&found.challenge, &found.identity, found.generation).await?;
+            step(step!("provision.stop", home), self.stop(&home)).await.map(drop)
+        });
+        futures::future::try_join_all(halts).await?;
+        Ok(running.len())
     }
 
     async fn bring(&self, order: &Order, running: Running) -> Result<Outputs> {
@@ -240,7 +254,7 @@ impl Process {
             let ports = ports.assign(&home.key, plan.ports(), &before, running)?;
             let place = Place { host: config.host.clone(), ports: ports.clone(), dir: work };
             let launch = launch::decide(&config, &place, plan.render(&place)?)?;
-            Ok(Record { version: record::VERSION, key: home.key.clone(), ports, launch })
+            Ok(Record { version: record::VERSION, ports, launch })
         })
         .await
     }
@@ -363,7 +377,7 @@ impl Process {
                 if state.boot != procfs::boot() {
                     return Ok(());
                 }
-                let swept = procfs::sweep(&home.key, &state, STOP_PATIENCE).map_err(failed("stop", "sweeping"))?;
+                let swept = procfs::sweep(&home.dir, &state, STOP_PATIENCE).map_err(failed("stop", "sweeping"))?;
                 if swept > 0 {
                     tracing::warn!(
                         instance.identity = home.identity(),

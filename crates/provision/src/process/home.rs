@@ -123,7 +123,9 @@ pub(super) fn list(instances: &Path) -> io::Result<Vec<Found>> {
             Ok(Some(label)) if label.gone => forget(&dir),
             Ok(Some(label)) => match (ChallengeId::new(label.challenge), Identity::parse(&label.identity)) {
                 (Ok(challenge), Ok(identity)) => {
-                    found.push(Found { challenge, identity, generation: label.generation });
+                    // Its supervisor holds the lock for as long as the instance runs.
+                    let alive = record::run_lock(&dir)?.is_none();
+                    found.push(Found { challenge, identity, generation: label.generation, alive });
                 }
                 _ => tracing::warn!(directory = %dir.display(), "the label of an instance names no instance: skipped"),
             },
@@ -160,7 +162,7 @@ fn lock(dir: &Path) -> io::Result<Option<File>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file?,
     };
-    Ok(if record::flock(&file)? && record::same(&file, dir) { Some(file) } else { None })
+    Ok(if record::try_lock(&file)? && record::same(&file, dir) { Some(file) } else { None })
 }
 
 /// Makes a directory that only its owner may look into; one that is there is success.

@@ -145,7 +145,7 @@ impl Ports {
             Err(error) => return Err(failed(error)),
         };
         loop {
-            match record::flock(&file) {
+            match record::try_lock(&file) {
                 Ok(true) => return Ok(file),
                 Ok(false) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
                 Ok(false) => return Err(failed(io::ErrorKind::TimedOut.into())),

@@ -1,6 +1,12 @@
 //! What the kernel says about processes.
 
-use std::{collections::BTreeMap, fs, io, time::Duration, time::Instant};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::unix::ffi::OsStrExt as _,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use rustix::process::{Pid, PidfdFlags, Signal};
 
@@ -91,9 +97,9 @@ pub(super) fn signal(id: ProcessId, signal: Signal) -> io::Result<()> {
 
 /// Kills what a supervisor that was itself killed has left: whatever carries the instance's marker, or is still of its process group and
 /// session. Answers how many were found.
-pub(super) fn sweep(key: &str, state: &State, patience: Duration) -> io::Result<usize> {
+pub(super) fn sweep(dir: &Path, state: &State, patience: Duration) -> io::Result<usize> {
     let deadline = Instant::now() + patience;
-    let marker = format!("{MARKER}={key}");
+    let marker = [MARKER.as_bytes(), b"=", dir.as_os_str().as_bytes()].concat();
     let mut swept = 0;
     loop {
         let left: Vec<Stat> = all().into_iter().filter(|stat| !stat.zombie && belongs(stat, &marker, state)).collect();
@@ -112,12 +118,12 @@ pub(super) fn sweep(key: &str, state: &State, patience: Duration) -> io::Result<
     }
 }
 
-fn belongs(stat: &Stat, marker: &str, state: &State) -> bool {
+fn belongs(stat: &Stat, marker: &[u8], state: &State) -> bool {
     let ours = state.child.is_some_and(|child| {
         stat.session == state.shim.pid && stat.group == child.pid && stat.start >= state.shim.start
     });
     ours || fs::read(format!("/proc/{}/environ", stat.pid))
-        .is_ok_and(|environ| environ.split(|byte| *byte == 0).any(|entry| entry == marker.as_bytes()))
+        .is_ok_and(|environ| environ.split(|byte| *byte == 0).any(|entry| entry == marker))
 }
 
 #[cfg(test)]

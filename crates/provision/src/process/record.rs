@@ -4,7 +4,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{File, OpenOptions},
+    fs::{File, OpenOptions, TryLockError},
     io::{self, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
@@ -18,7 +18,8 @@ use sha2::{Digest as _, Sha256};
 /// The form of [`Record`]; a supervisor refuses any other.
 pub(super) const VERSION: u32 = 1;
 
-/// The variable that marks every process of an instance with its key.
+/// The variable that marks every process of an instance with its directory: a key may be there twice on a machine, under another
+/// directory of instances.
 pub(super) const MARKER: &str = "GAUNTLET_INSTANCE";
 
 pub(super) const LABEL: &str = "label.json";
@@ -52,7 +53,6 @@ pub(super) struct Label {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record {
     pub(super) version: u32,
-    pub(super) key: String,
     pub(super) ports: BTreeMap<String, u16>,
     pub(super) launch: Launch,
 }
@@ -160,15 +160,15 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
 pub(super) fn run_lock(dir: &Path) -> io::Result<Option<File>> {
     let path = dir.join(RUN_LOCK);
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path)?;
-    Ok(if flock(&file)? && same(&file, &path) { Some(file) } else { None })
+    Ok(if try_lock(&file)? && same(&file, &path) { Some(file) } else { None })
 }
 
 /// Locks without waiting; false if another holds it.
-pub(super) fn flock(file: &File) -> io::Result<bool> {
-    match rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+pub(super) fn try_lock(file: &File) -> io::Result<bool> {
+    match file.try_lock() {
         Ok(()) => Ok(true),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
-        Err(error) => Err(error.into()),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(error)) => Err(error),
     }
 }
 

@@ -141,7 +141,7 @@ fn start(dir: &Path, record: &Record) -> io::Result<(Pid, PipeReader)> {
         .arg(BECOME)
         .arg(dir)
         .env_clear()
-        .env(MARKER, &record.key)
+        .env(MARKER, dir)
         .stdin(Stdio::null())
         .stdout(writer.try_clone()?)
         .stderr(writer)
@@ -263,7 +263,7 @@ fn become_program(dir: &Path) -> io::Error {
         limit(Resource::As, limits.memory)?;
         Ok(record)
     };
-    let Record { key, launch, .. } = match prepared() {
+    let Record { launch, .. } = match prepared() {
         Ok(record) => record,
         Err(error) => return error,
     };
@@ -271,7 +271,7 @@ fn become_program(dir: &Path) -> io::Error {
         .args(&launch.args)
         .env_clear()
         .envs(&launch.env)
-        .env(MARKER, key)
+        .env(MARKER, dir)
         .current_dir(dir.join(WORK))
         .exec();
     io::Error::new(error.kind(), format!("{}: {error}", launch.program.display()))

@@ -104,8 +104,12 @@ async fn what_a_killed_supervisor_leaves_is_ended() {
         until("it has said who it is", || rig.wrote(&home, name).parse().is_ok_and(|pid: i32| !left.contains(&pid)));
         rig.wrote(&home, name).parse().unwrap()
     });
+    // Another directory's instance of the same name is none of its business.
+    let other = Rig::new();
+    let elsewhere = other.manager().up(&order(1, 1, &other.greeter().arc())).await.unwrap();
     kill(shim, Signal::KILL);
     down(&manager, 1).await;
+    assert_eq!(said(&elsewhere.connection_info).as_deref(), Some("hello"));
     assert!(again.iter().all(|pid| !runs(*pid)));
 }
 

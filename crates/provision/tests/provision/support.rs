@@ -2,14 +2,12 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     io::Read as _,
     net::{IpAddr, Ipv4Addr, TcpStream},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU16, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -132,18 +130,27 @@ pub(crate) fn kill(pid: i32, signal: Signal) {
     rustix::process::kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
 }
 
+/// Ports that no other test on this machine draws from for as long as the file is open.
+fn own_ports() -> (u16, File) {
+    let dir = std::env::temp_dir().join("gauntlet-provision-test-ports");
+    std::fs::create_dir_all(&dir).unwrap();
+    (20_000..29_960)
+        .step_by(40)
+        .map(|first| (first, File::create(dir.join(first.to_string())).unwrap()))
+        .find(|(_, file)| file.try_lock().is_ok())
+        .unwrap()
+}
+
 /// A directory of the process backend. Its instances end with it.
 pub(crate) struct Rig {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) config: Config,
+    _slot: File,
 }
 
 impl Rig {
     pub(crate) fn new() -> Self {
-        // Tests that run at the same time draw from different ports.
-        static NEXT: AtomicU16 = AtomicU16::new(0);
-        let slot = (std::process::id() as u16 % 16) * 16 + NEXT.fetch_add(1, Ordering::Relaxed) % 16;
-        let first = 20_000 + slot * 40;
+        let (first, slot) = own_ports();
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config::new(dir.path().join("data"));
         config.shim = Some(env!("CARGO_BIN_EXE_gauntlet-shim").into());
@@ -151,7 +158,7 @@ impl Rig {
         config.ports = first..=first + 39;
         config.grace = Duration::from_millis(300);
         std::fs::create_dir(dir.path().join("files")).unwrap();
-        Self { dir, config }
+        Self { dir, config, _slot: slot }
     }
 
     /// Another manager on the same directory.
@@ -177,8 +184,8 @@ impl Rig {
     }
 
     pub(crate) fn homes(&self) -> Vec<PathBuf> {
-        let mut homes: Vec<_> =
-            std::fs::read_dir(self.config.dir.join("instances")).unwrap().map(|e| e.unwrap().path()).collect();
+        let instances = std::fs::read_dir(self.config.dir.join("instances"));
+        let mut homes: Vec<_> = instances.into_iter().flatten().map(|e| e.unwrap().path()).collect();
         homes.sort();
         homes
     }
