@@ -147,7 +147,10 @@ impl Etcd {
     /// [`Error::Invalid`], naming what is wrong with the configuration.
     pub fn new(config: &EtcdConfig, database: Database) -> Result<Self, Error> {
         if config.endpoints.is_empty() {
-            return Err(invalid("etcd endpoint", "there is none; name at least one, such as http://127.0.0.1:2379".to_owned()));
+            return Err(invalid(
+                "etcd endpoint",
+                "there is none; name at least one, such as http://127.0.0.1:2379".to_owned(),
+            ));
         }
         if config.username.is_some() != config.password.is_some() {
             return Err(invalid("etcd username", "username and password go together; give both or none".to_owned()));
@@ -543,9 +546,7 @@ fn compare(compare: Compare) -> etcd_client::Compare {
 
 fn op(op: Op) -> TxnOp {
     match op {
-        Op::Put { key, value, lease } => {
-            TxnOp::put(key, value, lease.map(|lease| PutOptions::new().with_lease(lease)))
-        }
+        Op::Put { key, value, lease } => TxnOp::put(key, value, lease.map(|lease| PutOptions::new().with_lease(lease))),
         Op::Delete(keys) => TxnOp::delete(keys.from, keys.to.map(|to| DeleteOptions::new().with_range(to))),
         Op::Get(get) => {
             let options = options(&get);
@@ -568,12 +569,129 @@ fn options(get: &Get) -> GetOptions {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+    use gauntlet_domain::{By, ChallengeId, LockKind, Store as _};
+    use gauntlet_stack::Etcd as Server;
     use gauntlet_telemetry::Instruments;
 
     use super::*;
+    use crate::Coordination;
+
+    fn database() -> Database {
+        Database::etcd(&Instruments::noop())
+    }
+
+    async fn replica(config: EtcdConfig) -> Coordination<Etcd> {
+        Coordination::etcd(config, "a".to_owned(), database()).await.unwrap()
+    }
+
+    async fn until_ok<T, F: Future<Output = Result<T, Error>>>(mut call: impl FnMut() -> F) -> T {
+        let ends = Instant::now() + Duration::from_secs(30);
+        loop {
+            match call().await {
+                Ok(answer) => return answer,
+                Err(error) => assert!(Instant::now() < ends, "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    fn by() -> By {
+        By { origin: None, patience: Duration::from_secs(30) }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn an_etcd_that_is_away_is_told_and_found_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut server = Server::start(dir.path()).unwrap();
+        let deadline = Duration::from_secs(2);
+        let store = replica(EtcdConfig { deadline, ..EtcdConfig::new([server.url()]) }).await;
+        let (web, by) = (ChallengeId::new("web").unwrap(), by());
+        let held = until_ok(|| store.lock(LockKind::Challenge, &web, &by)).await;
+        store.release(held).await.unwrap();
+        for _ in 0..2 {
+            server.process.kill().unwrap();
+            for _ in 0..3 {
+                let error = store.challenge(&web).await.unwrap_err();
+                assert!(matches!(&error, Error::Unavailable { what: "etcd", .. }), "{error}");
+                let error = store.lock(LockKind::Challenge, &web, &by).await.unwrap_err();
+                assert!(matches!(&error, Error::Unavailable { what: "etcd", .. }), "{error}");
+            }
+            server.process.start().unwrap();
+            until_ok(|| store.ping()).await;
+            let held = until_ok(|| store.lock(LockKind::Challenge, &web, &by)).await;
+            // The watch is back, too.
+            let waiting = store.lock(LockKind::Challenge, &web, &by);
+            drop(held);
+            store.release(waiting.await.unwrap()).await.unwrap();
+        }
+        store.shutdown().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_member_that_is_away_is_passed_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::start(dir.path()).unwrap();
+        let away = "http://127.0.0.1:1".to_owned();
+        for endpoints in [[away.clone(), server.url()], [server.url(), away.clone()]] {
+            let store = replica(EtcdConfig::new(endpoints)).await;
+            for n in 0..20 {
+                let id = ChallengeId::new(format!("web-{n}")).unwrap();
+                let held = store.lock(LockKind::Challenge, &id, &by()).await.unwrap();
+                store.release(held).await.unwrap();
+                store.ping().await.unwrap();
+            }
+            store.shutdown().await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_frozen_etcd_does_not_hang_a_call() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::start(dir.path()).unwrap();
+        let deadline = Duration::from_millis(300);
+        let store = replica(EtcdConfig { deadline, ..EtcdConfig::new([server.url()]) }).await;
+        let (web, by) = (ChallengeId::new("web").unwrap(), by());
+        let held = until_ok(|| store.lock(LockKind::Challenge, &web, &by)).await;
+        server.process.signal(rustix::process::Signal::STOP);
+        assert!(matches!(store.challenge(&web).await, Err(Error::Unavailable { .. })));
+        assert!(matches!(store.lock(LockKind::Rollout, &web, &by).await, Err(Error::Unavailable { .. })));
+        assert!(matches!(store.release(held).await, Err(Error::Unavailable { .. })));
+        server.process.signal(rustix::process::Signal::CONT);
+        let held = until_ok(|| store.lock(LockKind::Challenge, &web, &by)).await;
+        store.release(held).await.unwrap();
+        store.shutdown().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn it_logs_in_and_a_wrong_password_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::start(dir.path()).unwrap();
+        let mut admin = Client::connect([server.url()], None).await.unwrap();
+        admin.user_add("root", "hunter2", None).await.unwrap();
+        admin.role_add("root").await.unwrap();
+        admin.user_grant_role("root", "root").await.unwrap();
+        admin.auth_enable().await.unwrap();
+        let config = |password: &str| EtcdConfig {
+            username: Some("root".to_owned()),
+            password: Some(password.to_owned()),
+            ..EtcdConfig::new([server.url()])
+        };
+        let store = replica(config("hunter2")).await;
+        store.ping().await.unwrap();
+        let held = store.lock(LockKind::Challenge, &ChallengeId::new("web").unwrap(), &by()).await.unwrap();
+        store.release(held).await.unwrap();
+        store.shutdown().await;
+        let store = replica(config("wrong-secret")).await;
+        let text = store.ping().await.unwrap_err().to_string();
+        assert!(text.contains("authentication failed") && !text.contains("wrong-secret"), "{text}");
+        store.shutdown().await;
+        let store = replica(EtcdConfig::new([server.url()])).await;
+        let text = store.ping().await.unwrap_err().to_string();
+        assert!(text.contains("etcd refused"), "{text}");
+    }
 
     fn refused(config: &EtcdConfig) -> String {
-        Etcd::new(config, Database::etcd(&Instruments::noop())).unwrap_err().to_string()
+        Etcd::new(config, database()).unwrap_err().to_string()
     }
 
     #[test]

@@ -104,8 +104,10 @@ impl Layout {
     /// The slot of an instance's key, and whether it is that of its intent.
     pub(crate) fn read_instance(&self, key: &str) -> Option<(Slot, bool)> {
         match self.words(key)?.as_slice() {
-            [_, c, kind, name] => Some((read_slot(c, kind, name)?, false)),
-            [_, c, kind, name, _] => Some((read_slot(c, kind, name)?, true)),
+            [what, c, kind, name] if what == "instances" => Some((read_slot(c, kind, name)?, false)),
+            [what, c, kind, name, intent] if what == "instances" && intent == "intent" => {
+                Some((read_slot(c, kind, name)?, true))
+            }
             _ => None,
         }
     }
@@ -123,7 +125,10 @@ impl Layout {
 
     /// Claimed instances that end at `now` or before.
     pub(crate) fn ended(&self, now: Timestamp) -> Keys {
-        Keys::between(format!("{} ", self.key(&["by-expiry"])), format!("{}!", self.key(&["by-expiry", &sortable(now)])))
+        Keys::between(
+            format!("{} ", self.key(&["by-expiry"])),
+            format!("{}!", self.key(&["by-expiry", &sortable(now)])),
+        )
     }
 
     pub(crate) fn working(&self, slot: &Slot) -> String {

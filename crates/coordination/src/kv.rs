@@ -260,7 +260,8 @@ pub trait Kv: Send + Sync + 'static {
     fn txn(&self, txn: Txn) -> impl Future<Output = KvResult<TxnResult>> + Send;
 
     /// Reads part of a range, at a snapshot or now.
-    fn page(&self, get: Get, at: Option<Self::Snapshot>) -> impl Future<Output = KvResult<Page<Self::Snapshot>>> + Send;
+    fn page(&self, get: Get, at: Option<Self::Snapshot>)
+    -> impl Future<Output = KvResult<Page<Self::Snapshot>>> + Send;
 
     /// Counts the keys of a range, at a snapshot or now.
     fn count(&self, keys: Keys, at: Option<Self::Snapshot>) -> impl Future<Output = KvResult<u64>> + Send;

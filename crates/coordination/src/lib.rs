@@ -30,11 +30,11 @@ use gauntlet_telemetry::db::Database;
 use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use crate::{core::Core, keys::Layout, kv::Kv, mirror::Mirror, session::Session, ticket::Reaper};
 pub use crate::{
     embedded::Embedded,
     etcd::{Etcd, EtcdConfig, EtcdTls},
 };
-use crate::{core::Core, keys::Layout, kv::Kv, mirror::Mirror, session::Session, ticket::Reaper};
 
 /// What every key begins with, unless told otherwise.
 pub const PREFIX: &str = "gauntlet/";

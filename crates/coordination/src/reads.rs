@@ -117,11 +117,7 @@ impl<K: Kv> Instances<K> {
 }
 
 impl<K: Kv> Core<K> {
-    pub(crate) fn read_challenge(
-        &self,
-        id: &ChallengeId,
-        kvs: Vec<KeyValue>,
-    ) -> Result<Option<Stored<Challenge>>> {
+    pub(crate) fn read_challenge(&self, id: &ChallengeId, kvs: Vec<KeyValue>) -> Result<Option<Stored<Challenge>>> {
         let Some(kv) = kvs.into_iter().next() else { return Ok(None) };
         let value = records::read_challenge(id.clone(), &kv.value).map_err(|problem| unreadable(&kv.key, &problem))?;
         Ok(Some(Stored { value, version: Version(kv.modified) }))

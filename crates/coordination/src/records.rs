@@ -37,7 +37,9 @@ fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Unreadable> {
     let unreadable = |error: serde_json::Error| Unreadable(error.to_string());
     let VersionOf { v } = serde_json::from_slice(bytes).map_err(unreadable)?;
     if v != VERSION {
-        return Err(Unreadable(format!("version {v} is not one this build reads (it reads {VERSION}): run a newer build")));
+        return Err(Unreadable(format!(
+            "version {v} is not one this build reads (it reads {VERSION}): run a newer build"
+        )));
     }
     serde_json::from_slice(bytes).map_err(unreadable)
 }
@@ -167,9 +169,7 @@ pub(crate) fn read_challenge(id: ChallengeId, bytes: &[u8]) -> Result<Challenge,
         bounds,
         revision: record.revision,
         content: record.content,
-        rollout: record
-            .rollout
-            .map(|rollout| Rollout { strategy: rollout.strategy.into(), origin: rollout.origin }),
+        rollout: record.rollout.map(|rollout| Rollout { strategy: rollout.strategy.into(), origin: rollout.origin }),
         closing: record.closing,
         origin: record.origin,
     })
@@ -371,3 +371,6 @@ impl<'de> Deserialize<'de> for IdentityText {
         Identity::parse(&String::deserialize(deserializer)?).map(Self).map_err(serde::de::Error::custom)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -83,12 +83,7 @@ impl Session {
     }
 }
 
-async fn keep<K: Kv>(
-    kv: Arc<K>,
-    ttl: Duration,
-    publish: watch::Sender<Option<Lease>>,
-    stop: CancellationToken,
-) {
+async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: watch::Sender<Option<Lease>>, stop: CancellationToken) {
     let mut delay = RETRY_FIRST;
     while !stop.is_cancelled() {
         // From the time of sending: the store may have counted from then.

@@ -40,7 +40,9 @@ impl<K: Kv> Store for Coordination<K> {
         let layout = &self.core.layout;
         let key = layout.challenge(&challenge.id);
         let mut then = vec![Op::put(&key, records::write_challenge(challenge))];
-        then.extend(layout.challenge_index(challenge).into_iter().filter(|(_, has)| *has).map(|(key, _)| Op::put(key, "")));
+        then.extend(
+            layout.challenge_index(challenge).into_iter().filter(|(_, has)| *has).map(|(key, _)| Op::put(key, "")),
+        );
         let txn = Txn { when: vec![Compare::absent(Keys::one(key))], then, or: Vec::new() };
         if self.core.write(txn).await?.succeeded { Ok(()) } else { Err(Error::ChallengeExists(challenge.id.clone())) }
     }
@@ -507,10 +509,7 @@ impl<K: Kv> Store for Coordination<K> {
         let mut instances = Instances::new(instances);
         while let Some(Stored { value, .. }) = instances.next().await? {
             let pooled = value.slot.seat.is_pool();
-            *census
-                .instances
-                .entry((value.slot.challenge, PhaseName::from(&value.phase), pooled))
-                .or_default() += 1;
+            *census.instances.entry((value.slot.challenge, PhaseName::from(&value.phase), pooled)).or_default() += 1;
         }
         Ok(census)
     }
@@ -551,7 +550,14 @@ impl<K: Kv> Core<K> {
             return Ok(Vec::new());
         }
         let ops = slots.iter().map(|slot| Op::get(self.layout.whole(slot))).collect();
-        Ok(self.read(ops).await?.reads.iter().filter_map(|group| self.readable(group)).map(|stored| stored.value).collect())
+        Ok(self
+            .read(ops)
+            .await?
+            .reads
+            .iter()
+            .filter_map(|group| self.readable(group))
+            .map(|stored| stored.value)
+            .collect())
     }
 
     /// Runs the transaction that ends an ownership. If its outcome is unknown it is run once more, which is safe since it can succeed only

@@ -122,7 +122,9 @@ impl Reaper {
     /// The reaper, and the task that works for it until `stop`.
     pub(crate) fn start<K: Kv>(kv: Arc<K>, stop: CancellationToken) -> (Self, impl Future<Output = ()> + Send) {
         let (queue, given) = mpsc::channel(QUEUE);
-        (Self { queue }, async move { tokio::select! { () = stop.cancelled() => {}, () = reap(kv, given) => {} } })
+        (Self { queue }, async move {
+            tokio::select! { () = stop.cancelled() => {}, () = reap(kv, given) => {} }
+        })
     }
 
     /// Removes a key in the background, unless its lease goes first.

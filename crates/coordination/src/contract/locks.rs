@@ -17,17 +17,17 @@ pub(super) async fn a_free_lock_is_taken_at_once(rig: &impl Rig) {
 pub(super) async fn a_lock_is_handed_on_in_order_of_asking(rig: &impl Rig) {
     let store = rig.replica("a");
     let first = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
-    let mut waiting = futures::stream::FuturesUnordered::new();
+    let order = std::sync::Mutex::new(Vec::new());
+    let mut waiting = Vec::new();
     for n in 0..8 {
         let mut one = Box::pin({
-            let store = &store;
+            let (store, order) = (&store, &order);
             async move {
                 let held = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
                 assert!(held.waited.contended);
                 assert_eq!(held.waited.queue_depth, n + 1);
-                let fence = held.fence;
+                order.lock().unwrap().push((n, held.fence));
                 store.release(held).await.unwrap();
-                (n, fence)
             }
         });
         // Queued before the next one asks.
@@ -39,7 +39,8 @@ pub(super) async fn a_lock_is_handed_on_in_order_of_asking(rig: &impl Rig) {
         waiting.push(one);
     }
     store.release(first).await.unwrap();
-    let order: Vec<(u64, u64)> = futures::StreamExt::collect(waiting).await;
+    futures::future::join_all(waiting).await;
+    let order = order.into_inner().unwrap();
     assert_eq!(order.iter().map(|(n, _)| *n).collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
     assert!(order.is_sorted_by_key(|(_, fence)| *fence));
     store.check().await;
@@ -101,7 +102,8 @@ pub(super) async fn who_waits_learns_who_held(rig: &impl Rig) {
     let (one, two) = (rig.replica("a"), rig.replica("b"));
     let by = By { origin: Some("00-aa-bb-01".to_owned()), ..patient() };
     let held = one.lock(LockKind::Challenge, &id("web"), &by).await.unwrap();
-    let waiting = two.lock(LockKind::Challenge, &id("web"), &patient());
+    let (web, patient) = (id("web"), patient());
+    let waiting = two.lock(LockKind::Challenge, &web, &patient);
     let release = async {
         eventually("queued", || async { one.live_keys().await.len() == 2 }).await;
         one.release(held).await.unwrap();

@@ -1,0 +1,229 @@
+//! Lost leases, lost answers, crashes.
+
+use super::*;
+
+fn failed(retry_at: Timestamp) -> Phase {
+    Phase::Failed(Failure {
+        during: Operation::Update,
+        reason: "no \"such\" port".to_owned(),
+        since: at(20),
+        attempts: 3,
+        retry_at,
+    })
+}
+
+pub(super) async fn a_lost_lease_cannot_commit(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let web = store.with("web").await;
+    let ready = store.ready(&web, seat("web", "alice")).await;
+    let slot = ready.value.slot.clone();
+    let (held, begun) = store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap();
+    let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    store.revoke().await;
+    let committed = store.commit(held, &slot, Commit::Put(Box::new(ready.value.clone()))).await;
+    assert!(matches!(committed, Err(Error::Fenced(_))), "{committed:?}");
+    let updated = store.update_challenge(lock, &Challenge { revision: 5, ..web.value.clone() }).await;
+    assert!(matches!(updated, Err(Error::Fenced(_))), "{updated:?}");
+    assert_eq!(other.stored("web").await, web);
+    assert_eq!(other.at(&slot).await.value, begun, "nothing was written");
+    // Somebody else carries on, and the loser does not disturb it.
+    let (held, _) = other.begin(&slot, Begin::Recover, &patient()).await.unwrap();
+    let lock = other.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
+    other.remove_challenge(lock, &id("web")).await.unwrap_err();
+    other.commit(held, &slot, Commit::Put(Box::new(ready.value))).await.unwrap();
+    other.check().await;
+}
+
+pub(super) async fn a_lost_lease_is_noticed_and_replaced(rig: &impl Rig) {
+    let store = rig.replica_with("a", Duration::from_secs(2));
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    let fence = held.fence;
+    store.revoke().await;
+    let guarded =
+        tokio::time::timeout(Duration::from_secs(30), held.guard(std::future::pending::<Result<(), Error>>()));
+    assert!(matches!(guarded.await, Ok(Err(Error::Fenced(_)))));
+    assert!(matches!(store.release(held).await, Err(Error::Fenced(_))));
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    assert!(held.fence > fence);
+    store.release(held).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn a_crash_leaves_work_that_is_found(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let web = store.with("web").await;
+    let creating = instance(seat("web", "alice"), Phase::Provisioning);
+    let deleting = store.ready(&web, seat("web", "bob")).await.value.slot;
+    store.ready(&web, seat("web", "carol")).await;
+    let one = store.begin_create(&web, &creating, None, &patient()).await.unwrap();
+    let (two, _) = store.begin(&deleting, Begin::Delete, &patient()).await.unwrap();
+    assert!(other.stranded(at(0)).await.unwrap().is_empty(), "somebody is at it");
+    store.revoke().await;
+    let expected = [&creating.slot, &deleting].map(|slot| Stranded::Instance(slot.clone()));
+    eventually("all is stranded", || async { other.stranded(at(0)).await.unwrap() == expected }).await;
+    let (held, left) = other.begin(&creating.slot, Begin::Recover, &at_once()).await.unwrap();
+    assert_eq!(left, creating);
+    assert_eq!(other.stranded(at(0)).await.unwrap(), expected[1..]);
+    assert_eq!(store.begin(&creating.slot, Begin::Recover, &at_once()).await.unwrap_err(), Error::Conflict);
+    other.commit(held, &creating.slot, Commit::Remove).await.unwrap();
+    let (held, left) = other.begin(&deleting, Begin::Recover, &at_once()).await.unwrap();
+    assert_eq!(left.phase, Phase::Deleting);
+    other.commit(held, &deleting, Commit::Remove).await.unwrap();
+    assert!(other.stranded(at(0)).await.unwrap().is_empty());
+    drop((one, two));
+    other.check().await;
+}
+
+pub(super) async fn a_failure_is_found_when_it_is_due(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let slot = store.ready(&web, seat("web", "alice")).await.value.slot;
+    let (held, begun) = store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap();
+    let down = Instance { phase: failed(at(100)), ..begun };
+    store.commit(held, &slot, Commit::Put(Box::new(down.clone()))).await.unwrap();
+    assert_eq!(store.at(&slot).await.value, down);
+    assert!(store.stranded(at(99)).await.unwrap().is_empty());
+    assert_eq!(store.stranded(at(100)).await.unwrap(), vec![Stranded::Instance(slot.clone())]);
+    let (held, again) = store.begin(&slot, Begin::Recover, &at_once()).await.unwrap();
+    assert_eq!(again, down, "its phase stays");
+    assert!(store.stranded(at(100)).await.unwrap().is_empty());
+    let down = Instance { phase: failed(at(200)), ..down };
+    store.commit(held, &slot, Commit::Put(Box::new(down))).await.unwrap();
+    assert!(store.stranded(at(199)).await.unwrap().is_empty());
+    store.check().await;
+    // A failed one can be deleted; its target is not forgotten.
+    let (held, begun) = store.begin(&slot, Begin::Delete, &at_once()).await.unwrap();
+    assert_eq!(begun.target, Some(target(9)));
+    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn an_unfinished_rollout_is_found(rig: &impl Rig) {
+    let store = rig.replica("a");
+    store.with("idle").await;
+    let web = store.with("web").await.value;
+    let rollout = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    let started = Challenge { rollout: Some(Rollout { strategy: Strategy::BlueGreen, origin: None }), ..web.clone() };
+    store.update_challenge(held, &started).await.unwrap();
+    assert_eq!(store.stored("web").await.value, started);
+    assert!(store.stranded(at(0)).await.unwrap().is_empty(), "somebody is at it");
+    drop(rollout);
+    let found = [Stranded::Challenge(id("web"))];
+    eventually("found", || async { store.stranded(at(0)).await.unwrap() == found }).await;
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    store.update_challenge(held, &Challenge { closing: true, ..web.clone() }).await.unwrap();
+    assert_eq!(store.stranded(at(0)).await.unwrap(), found);
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    store.update_challenge(held, &web).await.unwrap();
+    assert!(store.stranded(at(0)).await.unwrap().is_empty());
+    store.check().await;
+}
+
+pub(super) async fn an_unknown_commit_is_resolved(rig: &impl Rig) {
+    let store = rig.replica("a");
+    for (name, fault) in [("answer", Fault::LostAnswer), ("request", Fault::LostRequest)] {
+        let web = store.with(name).await;
+        let slot = seat(name, "alice");
+        let intent = instance(slot.clone(), Phase::Provisioning);
+        let held = store.begin_create(&web, &intent, None, &patient()).await.unwrap();
+        store.core.kv.fail_next(fault);
+        let ready = instance(slot.clone(), Phase::Ready);
+        store.commit(held, &slot, Commit::Put(Box::new(ready.clone()))).await.unwrap();
+        assert_eq!(store.at(&slot).await.value, ready);
+        let (held, _) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+        store.core.kv.fail_next(fault);
+        store.commit(held, &slot, Commit::Remove).await.unwrap();
+        assert_eq!(store.instance(&slot).await.unwrap(), None);
+        let lock = || async { store.lock(LockKind::Challenge, &id(name), &at_once()).await.unwrap() };
+        let held = lock().await;
+        store.core.kv.fail_next(fault);
+        let changed = Challenge { revision: 2, ..web.value.clone() };
+        store.update_challenge(held, &changed).await.unwrap();
+        assert_eq!(store.stored(name).await.value, changed);
+        let held = lock().await;
+        store.core.kv.fail_next(fault);
+        store.release(held).await.unwrap();
+        let held = lock().await;
+        store.core.kv.fail_next(fault);
+        store.remove_challenge(held, &id(name)).await.unwrap();
+        assert_eq!(store.challenge(&id(name)).await.unwrap(), None);
+        store.check().await;
+    }
+}
+
+pub(super) async fn a_commit_that_stays_unknown_is_left_to_recovery(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let slot = seat("web", "alice");
+    let intent = instance(slot.clone(), Phase::Provisioning);
+    let held = store.begin_create(&web, &intent, None, &patient()).await.unwrap();
+    store.core.kv.fail_next(Fault::LostRequest);
+    store.core.kv.fail_next(Fault::LostRequest);
+    let result = store.commit(held, &slot, Commit::Remove).await;
+    assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
+    eventually("found", || async { store.stranded(at(0)).await.unwrap() == [Stranded::Instance(slot.clone())] }).await;
+    let (held, _) = store.begin(&slot, Begin::Recover, &at_once()).await.unwrap();
+    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn an_unknown_acquisition_is_given_up(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    for fault in [Fault::LostAnswer, Fault::LostRequest] {
+        store.core.kv.fail_next(fault);
+        let result = store.lock(LockKind::Challenge, &id("web"), &patient()).await;
+        assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
+        eventually("given up", || async { store.live_keys().await.is_empty() }).await;
+        let slot = seat("web", "alice");
+        store.core.kv.fail_next(fault);
+        let intent = instance(slot.clone(), Phase::Provisioning);
+        let result = store.begin_create(&web, &intent, None, &patient()).await;
+        assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
+        eventually("given up", || async { store.live_keys().await.is_empty() }).await;
+        if store.instance(&slot).await.unwrap().is_some() {
+            let (held, _) = store.begin(&slot, Begin::Recover, &at_once()).await.unwrap();
+            store.commit(held, &slot, Commit::Remove).await.unwrap();
+        }
+    }
+    store.check().await;
+}
+
+pub(super) async fn a_commit_of_another_store_is_refused(rig: &impl Rig) {
+    struct Foreign;
+    impl gauntlet_domain::Grant for Foreign {
+        fn lost(&self) -> futures::future::BoxFuture<'static, ()> {
+            Box::pin(std::future::pending())
+        }
+        fn as_any(&self) -> &dyn std::any::Any {
+            self
+        }
+    }
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let held = Held::new(LockKind::Instance, 1, gauntlet_domain::Waited::default(), Box::new(Foreign));
+    let result = store.commit(held, &seat("web", "alice"), Commit::Remove).await;
+    assert!(matches!(result, Err(Error::Internal(_))));
+    // Nor does an ownership commit to another seat.
+    let bob = store.ready(&web, seat("web", "bob")).await;
+    let (held, _) = store.begin(&bob.value.slot, Begin::Delete, &patient()).await.unwrap();
+    assert!(matches!(store.commit(held, &seat("web", "alice"), Commit::Remove).await, Err(Error::Internal(_))));
+}
+
+pub(super) async fn shutdown_gives_up_what_is_owned(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let _held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    store.shutdown().await;
+    assert!(other.live_keys().await.is_empty());
+    other.release(other.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap()).await.unwrap();
+}
+
+pub(super) async fn a_dropped_store_gives_up_what_it_owned(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    drop(store);
+    other.release(other.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap()).await.unwrap();
+    drop(held);
+    other.check().await;
+}

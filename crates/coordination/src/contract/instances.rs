@@ -1,0 +1,374 @@
+//! Ownership of instances.
+
+use futures::FutureExt as _;
+
+use super::*;
+
+pub(super) async fn a_seat_is_taken_once(rig: &impl Rig) {
+    let stores = [rig.replica("a"), rig.replica("b")];
+    let web = stores[0].with("web").await;
+    let slot = seat("web", "alice");
+    let tries = (0..16).map(|n| {
+        let (store, web, slot) = (&stores[n % 2], &web, &slot);
+        async move {
+            let intent = instance(slot.clone(), Phase::Provisioning);
+            store.begin_create(web, &intent, None, &patient()).await
+        }
+    });
+    let (mut taken, mut conflicts) = (Vec::new(), 0);
+    for result in futures::future::join_all(tries).await {
+        match result {
+            Ok(held) => taken.push(held),
+            Err(Error::Conflict) => conflicts += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert_eq!((taken.len(), conflicts), (1, 15));
+    let held = taken.remove(0);
+    assert_eq!(held.kind, LockKind::Instance);
+    assert_eq!(stores[1].at(&slot).await.value.phase, Phase::Provisioning);
+    stores[0].commit(held, &slot, Commit::Remove).await.unwrap();
+    stores[0].check().await;
+    stores[0].ready(&web, slot).await;
+    stores[0].check().await;
+}
+
+pub(super) async fn a_changed_challenge_conflicts(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let old = store.with("web").await;
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    store.update_challenge(held, &Challenge { revision: 2, ..old.value.clone() }).await.unwrap();
+    let intent = instance(seat("web", "alice"), Phase::Provisioning);
+    assert_eq!(store.begin_create(&old, &intent, None, &patient()).await.unwrap_err(), Error::Conflict);
+    assert_eq!(store.instance(&intent.slot).await.unwrap(), None);
+    let gone = Stored { value: challenge("gone"), ..old };
+    let intent = instance(seat("gone", "alice"), Phase::Provisioning);
+    assert_eq!(store.begin_create(&gone, &intent, None, &patient()).await.unwrap_err(), Error::Conflict);
+    store.check().await;
+}
+
+pub(super) async fn a_create_waits_for_the_challenge_lock(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let web = store.with("web").await;
+    let intent = instance(seat("web", "alice"), Phase::Provisioning);
+    let lock = other.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    assert!(matches!(store.begin_create(&web, &intent, None, &short()).await, Err(Error::Busy { ahead: 1, .. })));
+    assert!(matches!(store.begin_create(&web, &intent, None, &at_once()).await, Err(Error::Busy { .. })));
+    assert_eq!(store.instance(&intent.slot).await.unwrap(), None);
+    let by = patient();
+    let mut waiting = Box::pin(store.begin_create(&web, &intent, None, &by));
+    for _ in 0..20 {
+        assert!(waiting.as_mut().now_or_never().is_none());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    other.release(lock).await.unwrap();
+    let held = waiting.await.unwrap();
+    assert!(held.waited.contended);
+    assert_eq!(held.waited.holder, patient().origin);
+    store.commit(held, &intent.slot, Commit::Remove).await.unwrap();
+    // The rollout lock is no matter to it.
+    let rollout = other.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
+    let held = store.begin_create(&web, &intent, None, &at_once()).await.unwrap();
+    store.commit(held, &intent.slot, Commit::Remove).await.unwrap();
+    other.release(rollout).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn a_create_under_the_lock_does_not_wait(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    let slot = pool_seat("web", 1);
+    let intent = Instance { until: None, ..instance(slot.clone(), Phase::Provisioning) };
+    let held = store.begin_create(&web, &intent, Some(&lock), &at_once()).await.unwrap();
+    store.release(lock).await.unwrap();
+    let ready = Instance { phase: Phase::Ready, ..intent };
+    store.commit(held, &slot, Commit::Put(Box::new(ready.clone()))).await.unwrap();
+    assert_eq!(store.at(&slot).await.value, ready);
+    let lock = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
+    let wrong = store.begin_create(&web, &ready, Some(&lock), &at_once()).await;
+    assert!(matches!(wrong, Err(Error::Internal(_))), "another lock does not stand for it");
+    drop(lock);
+    store.check().await;
+}
+
+pub(super) async fn a_create_under_a_lost_lock_is_fenced(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    let mine = store.live_keys().await.remove(0);
+    store.core.kv.txn(Txn { then: vec![Op::delete(mine)], ..Txn::default() }).await.unwrap();
+    let intent = instance(pool_seat("web", 1), Phase::Provisioning);
+    let result = store.begin_create(&web, &intent, Some(&lock), &patient()).await;
+    assert!(matches!(result, Err(Error::Fenced(_))), "{result:?}");
+    assert_eq!(store.instance(&intent.slot).await.unwrap(), None);
+}
+
+pub(super) async fn closing_and_creating_never_miss_each_other(rig: &impl Rig) {
+    let stores = [rig.replica("a"), rig.replica("b")];
+    for round in 0..8 {
+        let name = format!("web-{round}");
+        let read = stores[0].with(&name).await;
+        let create = async {
+            let intent = instance(seat(&name, "alice"), Phase::Provisioning);
+            stores[0].begin_create(&read, &intent, None, &patient()).await
+        };
+        let close = async {
+            let held = stores[1].lock(LockKind::Challenge, &id(&name), &patient()).await.unwrap();
+            let closed = Challenge { closing: true, ..read.value.clone() };
+            stores[1].update_challenge(held, &closed).await.unwrap();
+            // Whatever was begun before is seen, and nothing is begun after.
+            let all: Vec<_> = stores[1].instances_of(&id(&name)).try_collect().await.unwrap();
+            all.len()
+        };
+        let (created, seen) = tokio::join!(create, close);
+        match created {
+            Ok(held) => {
+                assert_eq!(seen, 1);
+                stores[0].commit(held, &seat(&name, "alice"), Commit::Remove).await.unwrap();
+            }
+            Err(Error::Conflict) => assert_eq!(seen, 0),
+            Err(error) => panic!("{error}"),
+        }
+        assert_eq!(stores[0].instance(&seat(&name, "alice")).await.unwrap(), None);
+    }
+    stores[0].check().await;
+}
+
+pub(super) async fn a_pooled_instance_is_claimed_once(rig: &impl Rig) {
+    let stores = [rig.replica("a"), rig.replica("b")];
+    stores[0].with("web").await;
+    let pool: Vec<Instance> =
+        (1..=4).map(|bits| Instance { until: None, ..instance(pool_seat("web", bits), Phase::Ready) }).collect();
+    stores[0].put(&pool).await;
+    let claimers = (0..16).map(|n| {
+        let store = &stores[n % 2];
+        async move {
+            let who = source(&format!("team-{n}"));
+            loop {
+                let survey = store.survey(&id("web"), &who).await.unwrap();
+                let (Some(web), Some(pooled)) = (survey.challenge, survey.pooled.get(n % survey.pooled.len().max(1)))
+                else {
+                    return None;
+                };
+                let slot = Slot { challenge: id("web"), seat: Seat::Source(who.clone()) };
+                let claimed = Instance { identity: pooled.value.identity.clone(), ..instance(slot, Phase::Ready) };
+                match store.claim(&web, pooled, &claimed, &patient()).await {
+                    Ok(None) => return Some(claimed.identity),
+                    Ok(Some(held)) => panic!("owned: {held:?}"),
+                    Err(Error::Conflict) => {}
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        }
+    });
+    let hits: Vec<Identity> = futures::future::join_all(claimers).await.into_iter().flatten().collect();
+    assert_eq!(hits.len(), 4);
+    assert_eq!(hits.iter().collect::<BTreeSet<_>>().len(), 4);
+    let all: Vec<_> = stores[1].instances_of(&id("web")).try_collect().await.unwrap();
+    assert_eq!(all.len(), 4);
+    assert!(all.iter().all(|stored| !stored.value.slot.seat.is_pool()));
+    stores[0].check().await;
+}
+
+pub(super) async fn a_claim_with_values_is_owned(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    store.put(&[Instance { until: None, ..instance(pool_seat("web", 1), Phase::Ready) }]).await;
+    let pooled = store.at(&pool_seat("web", 1)).await;
+    let slot = seat("web", "alice");
+    let claimed = Instance { target: Some(target(1)), ..instance(slot.clone(), Phase::Updating) };
+    let held = store.claim(&web, &pooled, &claimed, &patient()).await.unwrap().unwrap();
+    assert_eq!(store.at(&slot).await.value, claimed);
+    assert_eq!(store.instance(&pooled.value.slot).await.unwrap(), None);
+    let ready = instance(slot.clone(), Phase::Ready);
+    store.commit(held, &slot, Commit::Put(Box::new(ready))).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn a_claim_of_what_changed_conflicts(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    store.put(&[Instance { until: None, ..instance(pool_seat("web", 1), Phase::Ready) }]).await;
+    let pooled = store.at(&pool_seat("web", 1)).await;
+    let claimed = instance(seat("web", "alice"), Phase::Ready);
+    // Being taken down.
+    let (held, _) = store.begin(&pooled.value.slot, Begin::Delete, &patient()).await.unwrap();
+    assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
+    store.commit(held, &pooled.value.slot, Commit::Remove).await.unwrap();
+    assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
+    // The seat is taken.
+    store.put(&[Instance { until: None, ..instance(pool_seat("web", 1), Phase::Ready) }]).await;
+    let pooled = store.at(&pool_seat("web", 1)).await;
+    store.ready(&web, seat("web", "alice")).await;
+    assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
+    // The challenge is being changed.
+    let claimed = instance(seat("web", "bob"), Phase::Ready);
+    let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    assert!(matches!(store.claim(&web, &pooled, &claimed, &short()).await, Err(Error::Busy { .. })));
+    store.update_challenge(lock, &Challenge { revision: 2, ..web.value.clone() }).await.unwrap();
+    assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
+    assert_eq!(store.at(&pooled.value.slot).await, pooled);
+    store.check().await;
+}
+
+pub(super) async fn a_delete_takes_the_instance_as_it_is(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let ready = store.ready(&web, seat("web", "alice")).await;
+    let slot = ready.value.slot.clone();
+    let (held, begun) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+    assert_eq!(begun, Instance { phase: Phase::Deleting, ..ready.value.clone() });
+    let now = store.at(&slot).await;
+    assert_eq!(now.value, begun);
+    assert!(now.version.0 > ready.version.0);
+    let listed: Vec<_> = store.instances_of(&id("web")).try_collect().await.unwrap();
+    assert_eq!(listed, vec![now]);
+    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    assert_eq!(store.instance(&slot).await.unwrap(), None);
+    store.check().await;
+    assert_eq!(store.all_keys().await.len(), 1, "the challenge is left");
+}
+
+pub(super) async fn an_update_sets_the_target(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let ready = store.ready(&web, seat("web", "alice")).await.value;
+    let slot = ready.slot.clone();
+    let (held, begun) = store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap();
+    assert_eq!(begun, Instance { phase: Phase::Updating, target: Some(target(9)), ..ready.clone() });
+    assert_eq!(store.at(&slot).await.value, begun);
+    let done = Instance { until: Some(at(500)), identity: Identity::from_bits(9), ..ready };
+    store.commit(held, &slot, Commit::Put(Box::new(done.clone()))).await.unwrap();
+    assert_eq!(store.at(&slot).await.value, done);
+    store.check().await;
+}
+
+pub(super) async fn an_owner_is_waited_for(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let web = store.with("web").await;
+    let ready = store.ready(&web, seat("web", "alice")).await.value;
+    let slot = ready.slot.clone();
+    let (held, _) = store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap();
+    assert!(matches!(other.begin(&slot, Begin::Delete, &short()).await, Err(Error::Busy { ahead: 1, .. })));
+    assert_eq!(other.begin(&slot, Begin::Recover, &patient()).await.unwrap_err(), Error::Conflict);
+    let by = patient();
+    let mut waiting = Box::pin(other.begin(&slot, Begin::Delete, &by));
+    for _ in 0..20 {
+        assert!(waiting.as_mut().now_or_never().is_none());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    store.commit(held, &slot, Commit::Put(Box::new(ready))).await.unwrap();
+    let (held, begun) = waiting.await.unwrap();
+    assert!(held.waited.contended);
+    assert_eq!(held.waited.holder, patient().origin);
+    assert_eq!(begun.phase, Phase::Deleting);
+    other.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn what_an_owner_left_is_kept_by_the_next(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let slot = store.ready(&web, seat("web", "alice")).await.value.slot;
+    drop(store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap());
+    let (held, begun) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+    assert_eq!(begun.phase, Phase::Deleting);
+    assert_eq!(begun.target, Some(target(9)), "its resources must go too");
+    drop(held);
+    eventually("given up", || async { store.live_keys().await.is_empty() }).await;
+    let (held, recovered) = store.begin(&slot, Begin::Recover, &patient()).await.unwrap();
+    assert_eq!(recovered, begun);
+    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.check().await;
+    assert_eq!(store.all_keys().await.len(), 1);
+}
+
+pub(super) async fn a_rewrite_needs_the_version_it_read(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let read = store.ready(&web, seat("web", "alice")).await;
+    let renewed = Instance { until: Some(at(900)), ..read.value.clone() };
+    store.rewrite(&read, &renewed, &patient()).await.unwrap();
+    assert_eq!(store.at(&read.value.slot).await.value, renewed);
+    assert_eq!(store.rewrite(&read, &renewed, &patient()).await.unwrap_err(), Error::Conflict);
+    // What an owner left behind is written over as it was read.
+    let slot = read.value.slot.clone();
+    drop(store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap());
+    eventually("given up", || async { store.live_keys().await.is_empty() }).await;
+    let left = store.at(&slot).await;
+    let renewed = Instance { until: Some(at(1000)), ..left.value.clone() };
+    store.rewrite(&left, &renewed, &patient()).await.unwrap();
+    assert_eq!(store.at(&slot).await.value, renewed);
+    store.check().await;
+    let (held, _) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+    let left = store.at(&slot).await;
+    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    assert_eq!(store.rewrite(&left, &left.value, &patient()).await.unwrap_err(), Error::Conflict);
+    store.check().await;
+}
+
+pub(super) async fn a_rewrite_waits_for_the_owner(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let read = store.ready(&web, seat("web", "alice")).await;
+    let slot = read.value.slot.clone();
+    let (held, _) = store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap();
+    assert!(matches!(store.rewrite(&read, &read.value, &short()).await, Err(Error::Busy { .. })));
+    let by = patient();
+    let waiting = store.rewrite(&read, &read.value, &by);
+    let commit = store.commit(held, &slot, Commit::Put(Box::new(read.value.clone())));
+    let (rewritten, committed) = tokio::join!(waiting, commit);
+    committed.unwrap();
+    assert_eq!(rewritten.unwrap_err(), Error::Conflict);
+    store.check().await;
+}
+
+pub(super) async fn nothing_begins_where_nothing_is(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    for begin in [Begin::Delete, Begin::Update(target(9)), Begin::Recover] {
+        let result = store.begin(&seat("web", "alice"), begin, &patient()).await;
+        assert_eq!(result.unwrap_err(), Error::Conflict);
+    }
+    let ready = store.ready(&web, seat("web", "alice")).await;
+    assert_eq!(store.begin(&ready.value.slot, Begin::Recover, &patient()).await.unwrap_err(), Error::Conflict);
+    store.check().await;
+}
+
+pub(super) async fn a_dropped_ownership_is_given_up(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let slot = seat("web", "alice");
+    drop(store.begin_create(&web, &instance(slot.clone(), Phase::Provisioning), None, &patient()).await.unwrap());
+    eventually("given up", || async { store.live_keys().await.is_empty() }).await;
+    assert_eq!(store.stranded(at(0)).await.unwrap(), vec![Stranded::Instance(slot.clone())]);
+    let (held, left) = store.begin(&slot, Begin::Recover, &at_once()).await.unwrap();
+    assert_eq!(left.phase, Phase::Provisioning);
+    assert!(store.stranded(at(0)).await.unwrap().is_empty());
+    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn a_cancelled_begin_leaves_no_owner(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    for polls in 0..12 {
+        let slot = seat("web", &format!("team-{polls}"));
+        let intent = instance(slot.clone(), Phase::Provisioning);
+        let by = patient();
+        let mut begin = Box::pin(store.begin_create(&web, &intent, None, &by));
+        for _ in 0..polls {
+            if begin.as_mut().now_or_never().is_some() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_micros(300)).await;
+        }
+    }
+    eventually("nothing is owned", || async { store.live_keys().await.is_empty() }).await;
+    let stored: Vec<_> = store.instances_of(&id("web")).try_collect().await.unwrap();
+    let stranded = store.stranded(at(0)).await.unwrap();
+    let expected: Vec<_> = keys_of(&stored).into_iter().map(Stranded::Instance).collect();
+    assert_eq!(stranded, expected, "what was recorded is found");
+    store.check().await;
+}

@@ -1,0 +1,273 @@
+//! Challenges, and everything that only reads.
+
+use futures::StreamExt as _;
+
+use super::*;
+
+pub(super) async fn a_challenge_is_inserted_once(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let full = Challenge {
+        timeout: Some(Duration::new(u64::MAX, 999_999_999)),
+        until: Some(at(1_000_000)),
+        additional: BTreeMap::from([("a key / of \u{1F600}".to_owned(), "\"value\"\n".to_owned())]),
+        bounds: Bounds::new(2, 5).unwrap(),
+        rollout: Some(Rollout { strategy: Strategy::Recreate, origin: None }),
+        closing: true,
+        origin: Some("00-aa-bb-01".to_owned()),
+        ..challenge("web")
+    };
+    let results = futures::future::join_all((0..8).map(|_| store.insert_challenge(&full))).await;
+    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+    assert_eq!(results.iter().filter(|r| matches!(r, Err(Error::ChallengeExists(_)))).count(), 7);
+    assert_eq!(store.stored("web").await.value, full);
+    assert_eq!(store.challenge(&id("other")).await.unwrap(), None);
+    store.ping().await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn a_challenge_changes_under_its_lock(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let read = store.with("web").await;
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    let changed = Challenge { bounds: Bounds::new(3, 0).unwrap(), closing: true, ..read.value.clone() };
+    store.update_challenge(held, &changed).await.unwrap();
+    let now = store.stored("web").await;
+    assert_eq!(now.value, changed);
+    assert!(now.version.0 > read.version.0);
+    assert!(store.live_keys().await.is_empty(), "the lock went with it");
+    store.check().await;
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    store.update_challenge(held, &read.value).await.unwrap();
+    store.check().await;
+    let held = store.lock(LockKind::Challenge, &id("gone"), &patient()).await.unwrap();
+    let result = store.update_challenge(held, &challenge("gone")).await;
+    assert_eq!(result, Err(Error::ChallengeNotFound(id("gone"))));
+    let held = store.lock(LockKind::Challenge, &id("other"), &patient()).await.unwrap();
+    assert!(matches!(store.update_challenge(held, &read.value).await, Err(Error::Internal(_))), "another's lock");
+    let held = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
+    assert!(matches!(store.update_challenge(held, &read.value).await, Err(Error::Internal(_))), "another kind");
+    store.check().await;
+}
+
+pub(super) async fn a_challenge_with_instances_is_not_removed(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let slot = store.ready(&web, seat("web", "alice")).await.value.slot;
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    assert_eq!(store.remove_challenge(held, &id("web")).await, Err(Error::Conflict));
+    eventually("the lock is given up", || async { store.live_keys().await.is_empty() }).await;
+    let (held, _) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    // Its neighbours do not count.
+    let other = store.with("web 2").await;
+    store.ready(&other, seat("web 2", "alice")).await;
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    store.remove_challenge(held, &id("web")).await.unwrap();
+    assert_eq!(store.challenge(&id("web")).await.unwrap(), None);
+    store.check().await;
+    store.with("web").await;
+}
+
+pub(super) async fn a_survey_answers_all_at_once(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let empty = store.survey(&id("web"), &source("alice")).await.unwrap();
+    assert!(empty.challenge.is_none() && empty.instance.is_none() && empty.pooled.is_empty());
+    let web = store.with("web").await;
+    let mine = store.ready(&web, seat("web", "alice")).await;
+    store.ready(&web, seat("web", "bob")).await;
+    let pool: Vec<Instance> =
+        (0..40).map(|bits| Instance { until: None, ..instance(pool_seat("web", bits), Phase::Ready) }).collect();
+    store.put(&pool).await;
+    let (held, _) = store.begin(&pool[3].slot, Begin::Delete, &patient()).await.unwrap();
+    let survey = store.survey(&id("web"), &source("alice")).await.unwrap();
+    assert_eq!(survey.challenge, Some(web));
+    assert_eq!(survey.instance, Some(mine));
+    assert_eq!(survey.pooled.len(), 16);
+    assert!(survey.pooled.iter().all(|stored| stored.value.phase == Phase::Ready && stored.value.slot != pool[3].slot));
+    store.commit(held, &pool[3].slot, Commit::Remove).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn a_survey_finds_the_ready_behind_the_others(rig: &impl Rig) {
+    let store = rig.replica("a");
+    store.with("web").await;
+    let phase = |bits| if bits == 90 { Phase::Ready } else { Phase::Provisioning };
+    let pool: Vec<Instance> = (0..100).map(|bits| instance(pool_seat("web", bits), phase(bits))).collect();
+    store.put(&pool).await;
+    let survey = store.survey(&id("web"), &source("alice")).await.unwrap();
+    assert_eq!(keys_of(&survey.pooled), BTreeSet::from([pool_seat("web", 90)]));
+}
+
+fn many(challenge: &str, count: usize) -> Vec<Instance> {
+    (0..count).map(|n| instance(seat(challenge, &format!("team-{n:05}")), Phase::Ready)).collect()
+}
+
+pub(super) async fn all_is_listed_over_many_pages(rig: &impl Rig) {
+    let store = rig.replica("a");
+    store.with("web").await;
+    let all = many("web", 1300);
+    store.put(&all).await;
+    // Pages end between a record and its intent, too.
+    let mut held = Vec::new();
+    for at in [254, 255, 256, 510] {
+        held.push((store.begin(&all[at].slot, Begin::Delete, &patient()).await.unwrap().0, all[at].slot.clone()));
+    }
+    let listed: Vec<_> = store.instances_of(&id("web")).try_collect().await.unwrap();
+    assert_eq!(listed.len(), 1300);
+    assert_eq!(keys_of(&listed), all.iter().map(|instance| instance.slot.clone()).collect());
+    assert_eq!(listed.iter().filter(|stored| stored.value.phase == Phase::Deleting).count(), 4);
+    let everyone: Vec<_> = store.instances_by_source(None).try_collect().await.unwrap();
+    assert_eq!(everyone.len(), 1300);
+    for (held, slot) in held {
+        store.commit(held, &slot, Commit::Remove).await.unwrap();
+    }
+    assert_eq!(store.census(at(0)).await.unwrap().instances.values().sum::<u64>(), 1296);
+    store.check().await;
+}
+
+pub(super) async fn challenges_come_in_order_with_their_instances(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let names = ["a", "a b", "a!", "a-b", "b", "z", "\u{e9}", "\u{1F600}"];
+    for (n, name) in names.iter().enumerate() {
+        store.with(name).await;
+        store.put(&many(name, n)).await;
+    }
+    // One whose challenge is not there belongs to none.
+    store.put(&many("ab", 1)).await;
+    let listed: Vec<_> = store.challenges().try_collect().await.unwrap();
+    let listed: Vec<_> = listed.iter().map(|(c, instances)| (c.id.as_str(), instances.len())).collect();
+    let mut expected: Vec<_> = names.iter().copied().zip(0..).collect();
+    expected.sort_unstable();
+    assert_eq!(listed, expected);
+}
+
+pub(super) async fn a_source_finds_its_own(rig: &impl Rig) {
+    let store = rig.replica("a");
+    for n in 0..50 {
+        let name = format!("web-{n:02}");
+        let web = store.with(&name).await;
+        store
+            .put(&[instance(seat(&name, "alice"), Phase::Ready), instance(seat(&name, "alice 2"), Phase::Ready)])
+            .await;
+        store.put(&[instance(pool_seat(&name, n), Phase::Ready)]).await;
+        if n == 7 {
+            store.ready(&web, seat(&name, "bob")).await;
+        }
+    }
+    let own = |who: &'static str| {
+        let store = &store;
+        async move {
+            let own: Vec<_> = store.instances_by_source(Some(&source(who))).try_collect().await.unwrap();
+            assert!(own.iter().all(|instance| instance.slot.seat == Seat::Source(source(who))));
+            own.len()
+        }
+    };
+    assert_eq!((own("alice").await, own("bob").await, own("carol").await), (50, 1, 0));
+    let everyone: Vec<_> = store.instances_by_source(None).try_collect().await.unwrap();
+    assert_eq!(everyone.len(), 101, "all but the pooled");
+    store.check().await;
+}
+
+pub(super) async fn a_list_is_of_one_revision(rig: &impl Rig) {
+    let store = rig.replica("a");
+    store.with("web").await;
+    store.put(&many("web", 600)).await;
+    let mut listing = store.instances_of(&id("web"));
+    listing.next().await.unwrap().unwrap();
+    // Late ones, and a late removal, behind the first page.
+    store.put(&[instance(seat("web", "zoe"), Phase::Ready)]).await;
+    let last = seat("web", "team-00599");
+    let (held, _) = store.begin(&last, Begin::Delete, &patient()).await.unwrap();
+    store.commit(held, &last, Commit::Remove).await.unwrap();
+    let rest: Vec<_> = listing.try_collect().await.unwrap();
+    assert_eq!(rest.len(), 599);
+    assert!(keys_of(&rest).contains(&last) && !keys_of(&rest).contains(&seat("web", "zoe")));
+}
+
+pub(super) async fn a_census_counts(rig: &impl Rig) {
+    let store = rig.replica("a");
+    assert_eq!(store.census(at(0)).await.unwrap(), gauntlet_domain::Census::default());
+    let web = store.with("web").await;
+    store.with("other").await;
+    store.ready(&web, seat("web", "alice")).await;
+    let slot = store.ready(&web, seat("web", "bob")).await.value.slot;
+    store.put(&[Instance { until: None, ..instance(pool_seat("web", 1), Phase::Ready) }]).await;
+    store.put(&[Instance { until: None, ..instance(seat("web", "carol"), Phase::Ready) }]).await;
+    let (held, _) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+    let census = store.census(at(70)).await.unwrap();
+    assert_eq!((census.challenges, census.overdue), (2, 2));
+    let expected = [
+        ((id("web"), PhaseName::Ready, false), 2),
+        ((id("web"), PhaseName::Ready, true), 1),
+        ((id("web"), PhaseName::Deleting, false), 1),
+    ];
+    assert_eq!(census.instances, expected.into_iter().collect());
+    assert_eq!(store.census(at(69)).await.unwrap().overdue, 0);
+    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn pools_are_found(rig: &impl Rig) {
+    let store = rig.replica("a");
+    store.with("none").await;
+    store.with("leftover").await;
+    store
+        .put(&[instance(pool_seat("leftover", 1), Phase::Ready), instance(pool_seat("leftover", 2), Phase::Ready)])
+        .await;
+    let kept = Challenge { bounds: Bounds::new(1, 2).unwrap(), ..challenge("kept") };
+    store.insert_challenge(&kept).await.unwrap();
+    store.put(&[instance(pool_seat("kept", 3), Phase::Ready)]).await;
+    assert_eq!(store.pools().await.unwrap(), vec![id("kept"), id("leftover")]);
+    store.check().await;
+}
+
+pub(super) async fn the_unreadable_hides_no_other(rig: &impl Rig) {
+    let store = rig.replica("a");
+    for name in ["a", "b", "c"] {
+        let stored = store.with(name).await;
+        for who in ["x", "y", "z"] {
+            store.ready(&stored, seat(name, who)).await;
+        }
+    }
+    store.put(&[1, 2, 3].map(|bits| instance(pool_seat("a", bits), Phase::Ready))).await;
+    let layout = store.core.layout.clone();
+    store.garble(layout.challenge(&id("b")), "{\"v\":2}").await;
+    store.garble(layout.instance(&seat("a", "y")), "not json").await;
+    store.garble(layout.instance(&seat("c", "x")), "{\"v\":1,\"identity\":\"0000000000000007\"}").await;
+    store.garble(layout.intent(&seat("c", "z")), "{}").await;
+    store.garble(layout.instance(&pool_seat("a", 2)), "").await;
+
+    let listed: Vec<_> = store.challenges().try_collect().await.unwrap();
+    let names: Vec<_> = listed.iter().map(|(c, instances)| (c.id.as_str(), instances.len())).collect();
+    assert_eq!(names, [("a", 4), ("c", 1)]);
+    let mine: Vec<_> = store.instances_by_source(Some(&source("y"))).try_collect().await.unwrap();
+    assert_eq!(mine.len(), 2);
+    assert_eq!(store.survey(&id("a"), &source("x")).await.unwrap().pooled.len(), 2);
+    assert_eq!(store.census(at(0)).await.unwrap().instances.values().sum::<u64>(), 8);
+
+    let text = store.challenge(&id("b")).await.unwrap_err().to_string();
+    assert!(text.contains("version 2") && text.contains("challenges b"), "{text}");
+    assert!(matches!(store.instance(&seat("a", "y")).await, Err(Error::Internal(_))));
+    assert!(matches!(store.survey(&id("a"), &source("y")).await, Err(Error::Internal(_))));
+    assert!(matches!(store.begin(&seat("a", "y"), Begin::Delete, &patient()).await, Err(Error::Internal(_))));
+    eventually("nothing is owned", || async { store.live_keys().await.is_empty() }).await;
+}
+
+pub(super) async fn any_text_is_an_id(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let texts =
+        ["../../etc/passwd", " ", "!", "! !", "%2F", "a b", "a  b", "s", "intent", "\u{202e}x", &"\u{e9}".repeat(128)];
+    for name in texts {
+        let stored = store.with(name).await;
+        for who in texts {
+            store.ready(&stored, seat(name, who)).await;
+        }
+    }
+    store.check().await;
+    for name in texts {
+        let all: Vec<_> = store.instances_of(&id(name)).try_collect().await.unwrap();
+        assert_eq!(keys_of(&all), texts.iter().map(|who| seat(name, who)).collect());
+        let own: Vec<_> = store.instances_by_source(Some(&source(name))).try_collect().await.unwrap();
+        assert_eq!(own.len(), texts.len());
+    }
+}

@@ -1,0 +1,282 @@
+//! The records' form is an interface: what one build writes, the next must read.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use gauntlet_domain::{Seat, SourceId};
+use proptest::{collection, option, prelude::*, strategy::Strategy as Generate};
+
+use super::{Strategy, *};
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(second).unwrap()
+}
+
+fn pinned() -> Pinned {
+    Pinned { reference: "registry.test/web:1".to_owned(), digest: "sha256:ab".to_owned() }
+}
+
+fn id() -> ChallengeId {
+    ChallengeId::new("web").unwrap()
+}
+
+fn slot() -> Slot {
+    Slot { challenge: id(), seat: Seat::Source(SourceId::new("alice").unwrap()) }
+}
+
+fn full_challenge() -> Challenge {
+    Challenge {
+        id: id(),
+        scenario: pinned(),
+        timeout: Some(Duration::new(90, 5)),
+        until: Some(at(1_700_000_000)),
+        additional: Additional::from([("key".to_owned(), "value".to_owned())]),
+        bounds: Bounds::new(2, 5).unwrap(),
+        revision: 3,
+        content: 2,
+        rollout: Some(Rollout { strategy: Strategy::BlueGreen, origin: Some("00-aa-bb-01".to_owned()) }),
+        closing: false,
+        origin: None,
+    }
+}
+
+fn full_instance() -> Instance {
+    Instance {
+        slot: slot(),
+        identity: Identity::from_bits(7),
+        phase: Phase::Failed(Failure {
+            during: Operation::Update,
+            reason: "no port".to_owned(),
+            since: at(20),
+            attempts: 3,
+            retry_at: at(40),
+        }),
+        since: at(10),
+        last_renew: at(15),
+        until: Some(at(70)),
+        scenario: pinned(),
+        applied: 2,
+        additional: Additional::new(),
+        connection_info: "http://ctf.test:31337".to_owned(),
+        flags: vec!["CTF{one}".to_owned()],
+        target: Some(Target {
+            identity: Identity::from_bits(8),
+            scenario: pinned(),
+            applied: 3,
+            strategy: Strategy::Recreate,
+        }),
+        origin: Some("00-aa-bb-01".to_owned()),
+    }
+}
+
+fn pretty(bytes: &[u8]) -> String {
+    serde_json::to_string_pretty(&serde_json::from_slice::<serde_json::Value>(bytes).unwrap()).unwrap()
+}
+
+#[test]
+fn a_challenge_in_version_1() {
+    insta::assert_snapshot!(pretty(&write_challenge(&full_challenge())), @r#"
+    {
+      "additional": {
+        "key": "value"
+      },
+      "closing": false,
+      "content": 2,
+      "max": 5,
+      "min": 2,
+      "origin": null,
+      "revision": 3,
+      "rollout": {
+        "origin": "00-aa-bb-01",
+        "strategy": "blue_green"
+      },
+      "scenario": {
+        "digest": "sha256:ab",
+        "reference": "registry.test/web:1"
+      },
+      "timeout": "90.000000005s",
+      "until": "2023-11-14T22:13:20Z",
+      "v": 1
+    }
+    "#);
+}
+
+#[test]
+fn an_instance_in_version_1() {
+    insta::assert_snapshot!(pretty(&write_instance(&full_instance())), @r#"
+    {
+      "additional": {},
+      "applied": 2,
+      "connection_info": "http://ctf.test:31337",
+      "flags": [
+        "CTF{one}"
+      ],
+      "identity": "0000000000000007",
+      "last_renew": "1970-01-01T00:00:15Z",
+      "origin": "00-aa-bb-01",
+      "phase": {
+        "attempts": 3,
+        "during": "update",
+        "name": "failed",
+        "reason": "no port",
+        "retry_at": "1970-01-01T00:00:40Z",
+        "since": "1970-01-01T00:00:20Z"
+      },
+      "scenario": {
+        "digest": "sha256:ab",
+        "reference": "registry.test/web:1"
+      },
+      "since": "1970-01-01T00:00:10Z",
+      "target": {
+        "applied": 3,
+        "identity": "0000000000000008",
+        "scenario": {
+          "digest": "sha256:ab",
+          "reference": "registry.test/web:1"
+        },
+        "strategy": "recreate"
+      },
+      "until": "1970-01-01T00:01:10Z",
+      "v": 1
+    }
+    "#);
+}
+
+#[test]
+fn an_intent_and_an_owner_in_version_1() {
+    let target = full_instance().target;
+    insta::assert_snapshot!(pretty(&write_intent(target.as_ref())), @r#"
+    {
+      "intent": "update",
+      "target": {
+        "applied": 3,
+        "identity": "0000000000000008",
+        "scenario": {
+          "digest": "sha256:ab",
+          "reference": "registry.test/web:1"
+        },
+        "strategy": "recreate"
+      },
+      "v": 1
+    }
+    "#);
+    insta::assert_snapshot!(String::from_utf8(write_intent(None)).unwrap(), @r#"{"v":1,"intent":"delete"}"#);
+    let owner = Owner { replica: "a".to_owned(), origin: None, since: at(5), unique: "7-1".to_owned() };
+    insta::assert_snapshot!(String::from_utf8(owner.write()).unwrap(), @r#"{"v":1,"replica":"a","origin":null,"since":"1970-01-01T00:00:05Z","unique":"7-1"}"#);
+}
+
+#[test]
+fn what_cannot_be_read_says_why() {
+    let why = |text: &str| read_challenge(id(), text.as_bytes()).unwrap_err().0;
+    insta::assert_snapshot!(why("{\"v\":2}"), @"version 2 is not one this build reads (it reads 1): run a newer build");
+    insta::assert_snapshot!(why("{}"), @"missing field `v` at line 1 column 2");
+    insta::assert_snapshot!(why(""), @"EOF while parsing a value at line 1 column 0");
+    let text = String::from_utf8(write_challenge(&full_challenge())).unwrap();
+    insta::assert_snapshot!(why(&text.replace("\"90.000000005s\"", "\"90s\"")), @r#""90s" is no duration such as "60.000000000s" at line 1 column 90"#);
+    insta::assert_snapshot!(why(&text.replace("\"min\":2", "\"min\":9")), @"pool bounds 9 and 5 cannot be met");
+    insta::assert_snapshot!(why(&text.replace("blue_green", "purple")), @"unknown variant `purple`, expected one of `update_in_place`, `blue_green`, `recreate` at line 1 column 232");
+}
+
+#[test]
+fn a_field_of_a_later_build_is_passed_over() {
+    let text = String::from_utf8(write_challenge(&full_challenge())).unwrap();
+    let longer = text.replacen('{', "{\"later\":[1,2],", 1);
+    assert_eq!(read_challenge(id(), longer.as_bytes()).unwrap(), full_challenge());
+}
+
+fn timestamp() -> impl Generate<Value = Timestamp> {
+    (-62_135_596_800i64..253_402_207_200, 0i32..1_000_000_000).prop_map(|(s, n)| Timestamp::new(s, n).unwrap())
+}
+
+fn strategy() -> impl Generate<Value = Strategy> {
+    prop_oneof![Just(Strategy::UpdateInPlace), Just(Strategy::BlueGreen), Just(Strategy::Recreate)]
+}
+
+fn operation() -> impl Generate<Value = Operation> {
+    prop_oneof![Just(Operation::Create), Just(Operation::Renew), Just(Operation::Update), Just(Operation::Delete)]
+}
+
+fn a_pinned() -> impl Generate<Value = Pinned> {
+    (any::<String>(), any::<String>()).prop_map(|(reference, digest)| Pinned { reference, digest })
+}
+
+fn a_target() -> impl Generate<Value = Target> {
+    (any::<u64>(), a_pinned(), any::<u64>(), strategy()).prop_map(|(bits, scenario, applied, strategy)| Target {
+        identity: Identity::from_bits(bits),
+        scenario,
+        applied,
+        strategy,
+    })
+}
+
+fn phase() -> impl Generate<Value = Phase> {
+    let failure = (operation(), any::<String>(), timestamp(), any::<u32>(), timestamp()).prop_map(
+        |(during, reason, since, attempts, retry_at)| {
+            Phase::Failed(Failure { during, reason, since, attempts, retry_at })
+        },
+    );
+    prop_oneof![Just(Phase::Provisioning), Just(Phase::Ready), Just(Phase::Updating), Just(Phase::Deleting), failure]
+}
+
+fn additional() -> impl Generate<Value = Additional> {
+    collection::btree_map(any::<String>(), any::<String>(), 0..4)
+}
+
+prop_compose! {
+    fn a_challenge()(
+        scenario in a_pinned(), timeout in option::of(any::<Duration>()), until in option::of(timestamp()),
+        additional in additional(), min in 0i64..9, room in option::of(0i64..9), counts in any::<(u64, u64)>(),
+        rollout in option::of((strategy(), any::<Option<String>>())), closing: bool, origin: Option<String>,
+    ) -> Challenge {
+        Challenge {
+            id: id(), scenario, timeout, until, additional,
+            bounds: Bounds::new(min, room.map_or(0, |room| min + room)).unwrap(),
+            revision: counts.0, content: counts.1,
+            rollout: rollout.map(|(strategy, origin)| Rollout { strategy, origin }),
+            closing, origin,
+        }
+    }
+}
+
+prop_compose! {
+    fn an_instance()(
+        bits: u64, phase in phase(), times in (timestamp(), timestamp(), option::of(timestamp())), scenario in a_pinned(),
+        applied: u64, additional in additional(), connection_info: String, flags: Vec<String>,
+        target in option::of(a_target()), origin: Option<String>,
+    ) -> Instance {
+        Instance {
+            slot: slot(), identity: Identity::from_bits(bits), phase, since: times.0, last_renew: times.1, until: times.2,
+            scenario, applied, additional, connection_info, flags, target, origin,
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn challenges_read_back(challenge in a_challenge()) {
+        prop_assert_eq!(read_challenge(id(), &write_challenge(&challenge)).unwrap(), challenge);
+    }
+
+    #[test]
+    fn instances_read_back(instance in an_instance()) {
+        prop_assert_eq!(read_instance(slot(), &write_instance(&instance)).unwrap(), instance);
+    }
+
+    #[test]
+    fn intents_apply(instance in an_instance(), target in a_target()) {
+        let mut updating = instance.clone();
+        apply_intent(&mut updating, &write_intent(Some(&target))).unwrap();
+        prop_assert_eq!(&updating, &Instance { phase: Phase::Updating, target: Some(target), ..instance.clone() });
+        let mut deleting = instance.clone();
+        apply_intent(&mut deleting, &write_intent(None)).unwrap();
+        prop_assert_eq!(deleting, Instance { phase: Phase::Deleting, ..instance });
+    }
+
+    #[test]
+    fn no_bytes_break_the_reader(bytes: Vec<u8>, text in "\\{\"v\":1[a-z0-9:,\"{}]{0,40}") {
+        for bytes in [bytes.as_slice(), text.as_bytes()] {
+            let _ = read_challenge(id(), bytes);
+            let _ = read_instance(slot(), bytes);
+            let _ = apply_intent(&mut full_instance(), bytes);
+            let _ = Owner::read(bytes);
+        }
+    }
+}
