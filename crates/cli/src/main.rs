@@ -1,6 +1,7 @@
 //! `gauntlet`: everything in one command.
 
 mod client;
+mod dev;
 
 use std::process::ExitCode;
 
@@ -23,11 +24,13 @@ struct Cli {
 /// Each brings its own runtime and telemetry.
 #[derive(Debug, Subcommand)]
 enum Command {
+    Dev(dev::Dev),
     #[command(flatten)]
     Client(client::Command),
 }
 
 fn main() -> ExitCode {
+    gauntlet_manager::supervise_if_requested();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -38,6 +41,10 @@ fn main() -> ExitCode {
         }
     };
     match cli.command {
+        Command::Dev(dev) => dev.run().unwrap_or_else(|error| {
+            println!("error: {error:#}");
+            ExitCode::FAILURE
+        }),
         Command::Client(command) => client::run(command),
     }
 }

@@ -105,6 +105,8 @@ pub enum Action {
     Adopted,
     /// Undid it: nothing runs.
     TakenDown,
+    /// Brought back what had ended by itself.
+    Restarted,
 }
 
 impl Action {
@@ -113,6 +115,7 @@ impl Action {
         match self {
             Self::Adopted => "adopted",
             Self::TakenDown => "taken_down",
+            Self::Restarted => "restarted",
         }
     }
 }

@@ -37,6 +37,8 @@ pub struct Found {
     pub identity: Identity,
     /// The generation that brought them up.
     pub generation: u64,
+    /// Whether they still run: false for what ended by itself, or with its machine.
+    pub alive: bool,
 }
 
 /// Brings instances up and down. Every call is idempotent and may be repeated after a crash; dropping a call's future leaves at most a

@@ -1,12 +1,13 @@
 //! Finishing what nobody owns: work that a crash left, failures due for another try, pools off their bounds, resources without a record.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use futures::TryStreamExt as _;
 
 use crate::{
     Action, Begin, By, Call, Challenge, ChallengeId, Error, Fact, Found, Gauntlet, Held, Identity, Instance, LockKind,
-    Operation, Phase, PhaseName, Result, Seat, Slot, Stored, Stranded, instances::Fallback, shortfall,
+    Operation, Phase, PhaseName, Result, Seat, Slot, Stored, Stranded, Strategy, Target, instances::Fallback,
+    shortfall,
 };
 
 /// What one pass did.
@@ -16,6 +17,8 @@ pub struct Reconciled {
     pub recovered: usize,
     /// Updates and deletions of challenges that were carried on.
     pub resumed: usize,
+    /// Ready instances that no longer ran and do again.
+    pub revived: usize,
     /// Resources without a record that were taken down.
     pub orphans: usize,
     /// What did not work; each is tried again in a later pass.
@@ -43,25 +46,19 @@ impl Gauntlet {
         let tended = self.each(pools, |id| async move { self.tend_pool(call, &id).await }).await;
         done.failures.extend(tended.into_iter().filter_map(Result::err));
 
-        for result in self.take_down_orphans(found).await? {
-            match result {
-                Ok(()) => done.orphans += 1,
-                Err(error) => done.failures.push(error),
-            }
-        }
+        self.examine(call, found, &mut done).await?;
         Ok(done)
     }
 
     /// Answers what was recovered, or `None` if somebody else had it.
     async fn recover(&self, call: &Call, stranded: Stranded) -> Result<Option<Stranded>> {
-        let at_once = By { origin: call.origin.clone(), ..By::default() };
         let recovered = match &stranded {
-            Stranded::Instance(slot) => match self.store.begin(slot, Begin::Recover, &at_once).await {
+            Stranded::Instance(slot) => match self.store.begin(slot, Begin::Recover, &at_once(call)).await {
                 Err(Error::Conflict | Error::Busy { .. }) => return Ok(None),
                 Err(error) => return Err(error),
                 Ok((held, instance)) => self.recover_instance(call, held, instance).await,
             },
-            Stranded::Challenge(id) => match self.store.lock(LockKind::Rollout, id, &at_once).await {
+            Stranded::Challenge(id) => match self.store.lock(LockKind::Rollout, id, &at_once(call)).await {
                 Err(Error::Busy { .. }) => return Ok(None),
                 Err(error) => return Err(error),
                 Ok(rollout) => self.resume(call, rollout, id).await,
@@ -145,27 +142,69 @@ impl Gauntlet {
         Ok((Some(challenge.value), begun, pooled))
     }
 
-    async fn take_down_orphans(&self, found: Vec<Found>) -> Result<Vec<Result<()>>> {
+    /// Takes down what has no record, and brings back what should run and does not.
+    async fn examine(&self, call: &Call, found: Vec<Found>, done: &mut Reconciled) -> Result<()> {
         let mut by_challenge: BTreeMap<ChallengeId, Vec<Found>> = BTreeMap::new();
         for found in found {
             by_challenge.entry(found.challenge.clone()).or_default().push(found);
         }
-        let mut results = Vec::new();
-        for (challenge, found) in by_challenge {
-            let recorded: BTreeSet<Identity> = self
-                .store
-                .instances_of(&challenge)
-                .try_fold(BTreeSet::new(), |mut set, stored| async move {
-                    set.extend(stored.value.identities().cloned());
-                    Ok(set)
-                })
-                .await?;
-            for orphan in found.into_iter().filter(|found| !recorded.contains(&found.identity)) {
-                results.push(self.provisioner.down(&orphan.challenge, &orphan.identity, orphan.generation).await);
+        for (id, found) in by_challenge {
+            let stored: Vec<Instance> =
+                self.store.instances_of(&id).map_ok(|stored| stored.value).try_collect().await?;
+            let recorded: BTreeMap<&Identity, &Instance> = stored
+                .iter()
+                .flat_map(|instance| instance.identities().map(move |identity| (identity, instance)))
+                .collect();
+            let (orphans, known): (Vec<_>, Vec<_>) =
+                found.into_iter().partition(|found| !recorded.contains_key(&found.identity));
+            let ended = known.iter().filter(|found| !found.alive).filter_map(|found| recorded.get(&found.identity));
+            let ended = ended.filter(|instance| instance.phase == Phase::Ready && !instance.expired(call.now));
+            let ended = ended.map(|instance| (*instance).clone()).collect();
+            for result in self.each(ended, |instance: Instance| self.revive(call, instance)).await {
+                match result {
+                    Ok(revived) => done.revived += usize::from(revived),
+                    Err(error) => done.failures.push(error),
+                }
+            }
+            let downs = self.each(orphans, |orphan| async move {
+                self.provisioner.down(&orphan.challenge, &orphan.identity, orphan.generation).await
+            });
+            for result in downs.await {
+                match result {
+                    Ok(()) => done.orphans += 1,
+                    Err(error) => done.failures.push(error),
+                }
             }
         }
-        Ok(results)
+        Ok(())
     }
+
+    /// Brings back a ready instance whose resources ended by themselves, or with their machine; false if somebody else is at it.
+    async fn revive(&self, call: &Call, instance: Instance) -> Result<bool> {
+        let Some(challenge) =
+            self.store.challenge(&instance.slot.challenge).await?.filter(|challenge| !challenge.value.closing)
+        else {
+            return Ok(false);
+        };
+        let same = Target {
+            identity: instance.identity.clone(),
+            scenario: instance.scenario.clone(),
+            applied: instance.applied,
+            strategy: Strategy::UpdateInPlace,
+        };
+        let (held, begun) = match self.store.begin(&instance.slot, Begin::Update(same), &at_once(call)).await {
+            Err(Error::Conflict | Error::Busy { .. }) => return Ok(false),
+            begun => begun?,
+        };
+        self.move_to_target(call, held, &challenge.value, begun, Fallback::Retry).await?;
+        self.facts.note(Fact::Recovered { phase: PhaseName::Ready, action: Action::Restarted });
+        Ok(true)
+    }
+}
+
+/// Without waiting for whoever owns it.
+fn at_once(call: &Call) -> By {
+    By { origin: call.origin.clone(), ..By::default() }
 }
 
 type PoolPlan = (Option<Challenge>, Vec<(Held, Instance)>, Vec<Instance>);

@@ -34,7 +34,9 @@ impl Pager {
                     text.extend_from_slice(&buffer[..read]);
                     let seen = String::from_utf8_lossy(&text);
                     let Some((head, body)) = seen.split_once("\r\n\r\n") else { continue };
-                    let length = head.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length:")?.trim().parse().ok());
+                    let length = head
+                        .lines()
+                        .find_map(|line| line.to_lowercase().strip_prefix("content-length:")?.trim().parse().ok());
                     if body.len() >= length.unwrap_or(0) {
                         break serde_json::from_str(body).ok();
                     }

@@ -34,5 +34,9 @@ fn calls_go_on_without_it_and_spans_arrive_after_it() {
 fn eventually_there(world: &mut World, trace: &str) -> Result<(), String> {
     std::thread::sleep(std::time::Duration::from_millis(900));
     let found = world.stack().jaeger.get(&format!("/api/traces/{trace}")).map_err(|error| error.to_string())?;
-    if found["data"].as_array().is_some_and(|data| !data.is_empty()) { Ok(()) } else { Err(format!("{trace} is not there")) }
+    if found["data"].as_array().is_some_and(|data| !data.is_empty()) {
+        Ok(())
+    } else {
+        Err(format!("{trace} is not there"))
+    }
 }

@@ -20,7 +20,8 @@ fn agrees(world: &mut World, manager: &Manager, when: &str) {
         let challenges = manager.get("/api/v1/challenge").lines().len();
         let claimed = manager.get("/api/v1/instance").lines().len();
         let seen = value(world, "challenges")?;
-        let seen_claimed = value(world, "sum(instances{pool=\"false\"})").or_else(|why| if claimed == 0 { Ok(0.0) } else { Err(why) })?;
+        let seen_claimed = value(world, "sum(instances{pool=\"false\"})")
+            .or_else(|why| if claimed == 0 { Ok(0.0) } else { Err(why) })?;
         let states = value(world, "sum(instances{pool=\"false\",state!=\"ready\"}) or vector(0)")?;
         if (seen, seen_claimed, states) == (challenges as f64, claimed as f64, 0.0) {
             Ok(())

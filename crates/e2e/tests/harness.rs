@@ -7,13 +7,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gauntlet_api::v1::{challenge::challenge_store_client::ChallengeStoreClient, instance::instance_manager_client::InstanceManagerClient};
+use gauntlet_api::v1::instance::instance_manager_client::InstanceManagerClient;
 use gauntlet_stack::{Etcd, Options, Process, Ready, Registry, RegistryOptions, Spec, Stack, ports::Reserved};
 use serde_json::{Value, json};
 use tonic::transport::Channel;
 
 /// How long anything that must come true may take.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
+
+/// What keeps telemetry in its process, where there is no collector.
+const UNEXPORTED: [&str; 3] = ["OTEL_TRACES_EXPORTER", "OTEL_METRICS_EXPORTER", "OTEL_LOGS_EXPORTER"];
 
 /// Where state is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +78,12 @@ impl World {
     pub(crate) fn manager(&self, name: &str) -> Manager {
         let (api, debug) = (Reserved::any().unwrap(), Reserved::any().unwrap());
         let url = format!("http://127.0.0.1:{}", api.number());
-        let mut spec = Spec::new(name, binary("gauntlet-manager"), self.path(&format!("{name}.log")), Ready::Http(format!("{url}/healthcheck")));
+        let mut spec = Spec::new(
+            name,
+            binary("gauntlet-manager"),
+            self.path(&format!("{name}.log")),
+            Ready::Http(format!("{url}/healthcheck")),
+        );
         for (key, value) in [
             ("BIND", "127.0.0.1".to_owned()),
             ("PORT", api.number().to_string()),
@@ -99,7 +107,7 @@ impl World {
 
     fn telemetry(&self, spec: Spec) -> Spec {
         match &self.stack {
-            None => spec.env("OTEL_SDK_DISABLED", "true"),
+            None => UNEXPORTED.into_iter().fold(spec, |spec, key| spec.env(key, "none")),
             Some(stack) => stack.telemetry_env().into_iter().fold(spec, |spec, (key, value)| spec.env(key, value)),
         }
     }
@@ -134,7 +142,8 @@ impl World {
 /// The examples, and one that cannot start, below one directory.
 fn scenarios(root: &Path) {
     for example in ["web", "vault"] {
-        let (from, to) = (gauntlet_stack::workspace_root().join("examples").join(example).join("scenario"), root.join(example));
+        let (from, to) =
+            (gauntlet_stack::workspace_root().join("examples").join(example).join("scenario"), root.join(example));
         std::fs::create_dir_all(&to).unwrap();
         for entry in std::fs::read_dir(from).unwrap() {
             let entry = entry.unwrap();
@@ -241,10 +250,6 @@ impl Manager {
         Channel::from_shared(self.url.clone()).unwrap().connect().await.unwrap()
     }
 
-    pub(crate) async fn challenges(&self) -> ChallengeStoreClient<Channel> {
-        ChallengeStoreClient::new(self.channel().await)
-    }
-
     pub(crate) async fn instances(&self) -> InstanceManagerClient<Channel> {
         InstanceManagerClient::new(self.channel().await)
     }
@@ -283,21 +288,16 @@ pub(crate) fn eventually<T>(what: &str, mut ask: impl FnMut() -> Result<T, Strin
 
 /// What a player sees at an address, or why not.
 pub(crate) fn fetch(url: &str) -> Result<String, String> {
-    let agent = ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(5))).proxy(None).build().new_agent();
+    let agent =
+        ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(5))).proxy(None).build().new_agent();
     let mut response = agent.get(url).call().map_err(|error| error.to_string())?;
     response.body_mut().read_to_string().map_err(|error| error.to_string())
 }
 
-/// The processes that have `text` in their environment or command line.
-pub(crate) fn processes_with(text: &str) -> Vec<u32> {
-    let holds = |path: &Path| std::fs::read(path).is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(text));
-    std::fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
-        .filter(|pid| *pid != std::process::id())
-        .filter(|pid| {
-            let process = Path::new("/proc").join(pid.to_string());
-            holds(&process.join("environ")) || holds(&process.join("cmdline"))
-        })
-        .collect()
+impl World {
+    /// The directories of instances that are there; labels of those that are gone are kept for a while.
+    pub(crate) fn instances(&self) -> usize {
+        let homes = std::fs::read_dir(self.path("data/process/instances")).into_iter().flatten();
+        homes.filter(|home| home.as_ref().is_ok_and(|home| home.path().join("work").exists())).count()
+    }
 }

@@ -26,10 +26,15 @@ fn sweeps(backend: Backend) {
     assert_eq!(manager.get("/api/v1/instance/long/a").status, 200, "what has time left stays");
 
     let trace = eventually("the sweep's trace is whole", || {
-        let found = world.stack().jaeger.get("/api/traces?service=gauntlet-janitor&operation=janitor.expire&limit=5&lookback=1h");
+        let found = world
+            .stack()
+            .jaeger
+            .get("/api/traces?service=gauntlet-janitor&operation=janitor.expire&limit=5&lookback=1h");
         let found: Value = found.map_err(|error| error.to_string())?;
         let trace = Trace::of(found["data"].get(0).ok_or("no trace yet")?);
-        trace.find("gauntlet-manager", "api.v1.instance.InstanceManager/DeleteInstance").ok_or("not at the manager yet")?;
+        trace
+            .find("gauntlet-manager", "api.v1.instance.InstanceManager/DeleteInstance")
+            .ok_or("not at the manager yet")?;
         trace.find("gauntlet-manager", "provision.down").ok_or("not at the provisioner yet")?;
         trace.find("gauntlet-janitor", "janitor.sweep").ok_or("no root yet")?;
         trace.whole()?;
@@ -37,12 +42,8 @@ fn sweeps(backend: Backend) {
     });
     let down = trace.find("gauntlet-manager", "provision.down").unwrap();
     let path = trace.path(down);
-    for step in [
-        "janitor.sweep",
-        "janitor.expire",
-        "api.v1.instance.InstanceManager/DeleteInstance",
-        "provision.down",
-    ] {
+    for step in ["janitor.sweep", "janitor.expire", "api.v1.instance.InstanceManager/DeleteInstance", "provision.down"]
+    {
         assert!(path.iter().any(|name| name == step), "{step} is not on the way to provision.down: {path:?}");
     }
 }

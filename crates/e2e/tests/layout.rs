@@ -24,7 +24,17 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
             ],
         ),
         ("gauntlet-janitor", &["gauntlet-api", "gauntlet-telemetry"]),
-        ("gauntlet-cli", &["gauntlet-api", "gauntlet-janitor", "gauntlet-manager", "gauntlet-scenario", "gauntlet-telemetry"]),
+        (
+            "gauntlet-cli",
+            &[
+                "gauntlet-api",
+                "gauntlet-domain",
+                "gauntlet-janitor",
+                "gauntlet-manager",
+                "gauntlet-scenario",
+                "gauntlet-telemetry",
+            ],
+        ),
         ("gauntlet-e2e", &[]),
         ("xtask", &["gauntlet-stack"]),
         ("example-web", &[]),
@@ -34,12 +44,14 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
 
 #[test]
 fn dependencies_run_one_way() {
-    let metadata = cargo_metadata::MetadataCommand::new().no_deps().other_options(["--offline".to_owned()]).exec().unwrap();
+    let metadata =
+        cargo_metadata::MetadataCommand::new().no_deps().other_options(["--offline".to_owned()]).exec().unwrap();
     let allowed = allowed();
     let ours: Vec<&str> = metadata.packages.iter().map(|package| package.name.as_str()).collect();
     for package in &metadata.packages {
         let name = package.name.as_str();
-        let may = allowed.get(name).unwrap_or_else(|| panic!("{name} has no row in this test: say what it may depend on"));
+        let may =
+            allowed.get(name).unwrap_or_else(|| panic!("{name} has no row in this test: say what it may depend on"));
         for dependency in &package.dependencies {
             let to = dependency.name.as_str();
             let counts = dependency.kind != cargo_metadata::DependencyKind::Development && ours.contains(&to);

@@ -9,7 +9,8 @@ use tonic::Code;
 use crate::harness::{Backend, Manager, World, eventually, fetch, local};
 
 async fn create(manager: &Manager, challenge: &str, source: &str) -> Result<Instance, tonic::Status> {
-    let request = CreateInstanceRequest { challenge_id: challenge.into(), source_id: source.into(), ..Default::default() };
+    let request =
+        CreateInstanceRequest { challenge_id: challenge.into(), source_id: source.into(), ..Default::default() };
     manager.instances().await.create_instance(request).await.map(tonic::Response::into_inner)
 }
 
@@ -41,11 +42,16 @@ fn from_registry_to_gone(backend: Backend) {
 
         let mut client = manager.instances().await;
         let seat = ("web".to_owned(), "alice".to_owned());
-        let renewed = client.renew_instance(RenewInstanceRequest { challenge_id: seat.0.clone(), source_id: seat.1.clone() }).await;
+        let renewed = client
+            .renew_instance(RenewInstanceRequest { challenge_id: seat.0.clone(), source_id: seat.1.clone() })
+            .await;
         let until = |instance: &Instance| instance.until.map(|until| (until.seconds, until.nanos)).unwrap();
         assert!(until(renewed.unwrap().get_ref()) > until(&alice), "renewal moves until");
 
-        client.delete_instance(DeleteInstanceRequest { challenge_id: seat.0.clone(), source_id: seat.1.clone() }).await.unwrap();
+        client
+            .delete_instance(DeleteInstanceRequest { challenge_id: seat.0.clone(), source_id: seat.1.clone() })
+            .await
+            .unwrap();
         assert!(fetch(&page).is_err(), "the process ended with its instance");
         let gone = client.retrieve_instance(RetrieveInstanceRequest { challenge_id: seat.0, source_id: seat.1 }).await;
         assert_eq!(gone.unwrap_err().code(), Code::NotFound);
@@ -54,7 +60,7 @@ fn from_registry_to_gone(backend: Backend) {
 
     manager.delete("/api/v1/challenge/web").ok();
     assert_eq!(manager.get("/api/v1/challenge").lines(), Vec::<serde_json::Value>::new());
-    assert_eq!(std::fs::read_dir(world.path("data/process/instances")).unwrap().count(), 0, "nothing is left of any instance");
+    assert_eq!(world.instances(), 0, "nothing is left of any instance");
 }
 
 #[test]
@@ -82,7 +88,7 @@ fn survives_a_killed_manager(backend: Backend) {
     manager.process.start().unwrap();
     assert_eq!(manager.get("/api/v1/instance/vault/team").ok(), before);
     assert_eq!(manager.create_instance("vault", "team").status, 409);
-    assert_eq!(std::fs::read_dir(world.path("data/process/instances")).unwrap().count(), 1, "not doubled");
+    assert_eq!(world.instances(), 1, "not doubled");
 
     eventually("the restarted manager takes it down", || {
         let answer = manager.delete("/api/v1/instance/vault/team");
@@ -105,10 +111,11 @@ fn pools_and_updates(backend: Backend) {
     let world = World::bare(backend);
     let manager = world.manager("m1");
     manager.create_challenge("web", &local("web"), &json!({ "min": "2", "max": "3", "timeout": "600s" }));
-    let instances = world.path("data/process/instances");
-    let running = || std::fs::read_dir(&instances).map_or(0, Iterator::count);
+    let running = || world.instances();
     let settles_at = |count: usize| {
-        eventually("the pool settles", || if running() == count { Ok(()) } else { Err(format!("{} of {count}", running())) });
+        eventually("the pool settles", || {
+            if running() == count { Ok(()) } else { Err(format!("{} of {count}", running())) }
+        });
     };
     settles_at(2);
     assert_eq!(manager.get("/api/v1/instance").lines().len(), 0, "pooled instances are nobody's");
@@ -130,7 +137,8 @@ fn pools_and_updates(backend: Backend) {
 
     for (strategy, moves) in [("update_in_place", false), ("blue_green", true), ("recreate", true)] {
         let before = manager.get("/api/v1/instance/web/a").ok();
-        let update = json!({ "additional": { "motd": strategy }, "updateMask": "additional", "updateStrategy": strategy });
+        let update =
+            json!({ "additional": { "motd": strategy }, "updateMask": "additional", "updateStrategy": strategy });
         manager.patch("/api/v1/challenge/web", &update).ok();
         let after = manager.get("/api/v1/instance/web/a").ok();
         fetch(address(after["connectionInfo"].as_str().unwrap())).unwrap();
@@ -160,7 +168,7 @@ fn a_scenario_that_does_not_start_leaves_nothing() {
     assert_eq!((answer.status, &answer.json()["code"]), (500, &json!(13)), "{}", answer.text);
     assert!(!answer.text.contains("no good"), "what the operator knows is not for players: {}", answer.text);
     assert_eq!(manager.get("/api/v1/instance/broken/a").status, 404);
-    assert_eq!(std::fs::read_dir(world.path("data/process/instances")).unwrap().count(), 0);
+    assert_eq!(world.instances(), 0);
     let log = std::fs::read_to_string(manager.process.log()).unwrap();
     assert!(log.contains("no good"), "the operator is told why:\n{log}");
 }

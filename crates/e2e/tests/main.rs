@@ -9,5 +9,6 @@ mod harness;
 mod janitor;
 mod layout;
 mod lifecycle;
+mod page;
 mod red;
 mod traces;

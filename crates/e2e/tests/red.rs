@@ -21,14 +21,16 @@ impl Count {
     fn grpc(&mut self, name: &str, outcome: &Result<(), tonic::Code>) {
         let entry = self.0.entry(name.to_owned()).or_default();
         entry.0 += 1;
-        entry.1 += u64::from(matches!(outcome, Err(tonic::Code::Internal | tonic::Code::Unavailable | tonic::Code::Unknown)));
+        entry.1 +=
+            u64::from(matches!(outcome, Err(tonic::Code::Internal | tonic::Code::Unavailable | tonic::Code::Unknown)));
     }
 }
 
 /// 500 calls, REST and gRPC, refused ones and failing ones among them.
 fn drive(world: &World, manager: &Manager) -> Count {
     let mut count = Count::default();
-    let create = manager.post("/api/v1/challenge", &json!({ "id": "web", "scenario": local("web"), "timeout": "600s" }));
+    let create =
+        manager.post("/api/v1/challenge", &json!({ "id": "web", "scenario": local("web"), "timeout": "600s" }));
     count.rest("POST /api/v1/challenge", create.status);
     let create = manager.post("/api/v1/challenge", &json!({ "id": "broken", "scenario": local("broken") }));
     count.rest("POST /api/v1/challenge", create.status);
@@ -39,13 +41,20 @@ fn drive(world: &World, manager: &Manager) -> Count {
         if source % 30 == 1 {
             count.rest("POST /api/v1/instance", manager.create_instance("web", &source.to_string()).status);
             count.rest("POST /api/v1/instance", manager.create_instance("broken", &source.to_string()).status);
-            count.rest("DELETE /api/v1/instance/{challenge_id}/{source_id}", manager.delete(&format!("/api/v1/instance/web/{source}")).status);
+            count.rest(
+                "DELETE /api/v1/instance/{challenge_id}/{source_id}",
+                manager.delete(&format!("/api/v1/instance/web/{source}")).status,
+            );
             done += 3;
         }
         count.rest("GET /api/v1/challenge/{id}", manager.get("/api/v1/challenge/web").status);
         count.rest("GET /api/v1/challenge/{id}", manager.get("/api/v1/challenge/unknown").status);
-        count.rest("GET /api/v1/instance/{challenge_id}/{source_id}", manager.get("/api/v1/instance/web/nobody").status);
-        count.rest("PATCH /api/v1/instance/{challenge_id}/{source_id}", manager.patch("/api/v1/instance/web/nobody", &json!({})).status);
+        count
+            .rest("GET /api/v1/instance/{challenge_id}/{source_id}", manager.get("/api/v1/instance/web/nobody").status);
+        count.rest(
+            "PATCH /api/v1/instance/{challenge_id}/{source_id}",
+            manager.patch("/api/v1/instance/web/nobody", &json!({})).status,
+        );
         count.rest("GET /api/v1/instance", manager.get("/api/v1/instance?sourceId=1").status);
         done += 5;
     }
@@ -57,7 +66,11 @@ fn drive(world: &World, manager: &Manager) -> Count {
             count.grpc("api.v1.instance.InstanceManager/RetrieveInstance", &outcome);
             done += 1;
             if done % 10 == 0 && done < 500 {
-                let request = CreateInstanceRequest { challenge_id: "broken".into(), source_id: "g".into(), ..Default::default() };
+                let request = CreateInstanceRequest {
+                    challenge_id: "broken".into(),
+                    source_id: "g".into(),
+                    ..Default::default()
+                };
                 let outcome = client.create_instance(request).await.map(drop).map_err(|status| status.code());
                 count.grpc("api.v1.instance.InstanceManager/CreateInstance", &outcome);
                 done += 1;
@@ -81,7 +94,11 @@ fn counted(world: &mut World) -> Result<BTreeMap<String, (u64, u64)>, String> {
 }
 
 fn has_data(answer: &Value) -> bool {
-    let points = answer["metrics"].as_array().into_iter().flatten().flat_map(|metric| metric["metricPoints"].as_array().cloned());
+    let points = answer["metrics"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .flat_map(|metric| metric["metricPoints"].as_array().cloned());
     points.flatten().any(|point| point["gaugeValue"]["doubleValue"].as_f64().is_some_and(f64::is_finite))
 }
 
@@ -98,7 +115,8 @@ fn counts_exactly(backend: Backend) {
     });
     // The applications' own histograms agree with the spans.
     eventually("the applications' histograms have counted every call", || {
-        let expression = "sum(http_server_request_duration_seconds_count) + sum(rpc_server_call_duration_seconds_count)";
+        let expression =
+            "sum(http_server_request_duration_seconds_count) + sum(rpc_server_call_duration_seconds_count)";
         let samples = world.stack().prometheus.query(expression).map_err(|error| error.to_string())?;
         let sum = samples.first().map(|(_, value)| *value);
         if sum == Some(500.0) { Ok(()) } else { Err(format!("{sum:?} of 500")) }
@@ -106,12 +124,14 @@ fn counts_exactly(backend: Backend) {
 
     // The janitor: one sweep that works, one that cannot.
     assert!(world.janitor(&manager).status.success());
-    let unreachable = World::janitor(&world, &stopped(&mut manager));
+    let unreachable = World::janitor(&world, stopped(&mut manager));
     assert!(!unreachable.status.success());
     for (service, kind) in [("gauntlet-manager", "server"), ("gauntlet-janitor", "internal")] {
         for metric in ["calls", "errors", "latencies?quantile=0.95"] {
             let (metric, more) = metric.split_once('?').unwrap_or((metric, ""));
-            let query = format!("/api/metrics/{metric}?service={service}&spanKind={kind}&lookback=600000&step=5000&ratePer=60000&{more}");
+            let query = format!(
+                "/api/metrics/{metric}?service={service}&spanKind={kind}&lookback=600000&step=5000&ratePer=60000&{more}"
+            );
             eventually(&format!("Jaeger's {query}"), || {
                 let answer = world.stack().jaeger.get(&query).map_err(|error| error.to_string())?;
                 if has_data(&answer) { Ok(()) } else { Err(answer.to_string()) }

@@ -31,7 +31,10 @@ impl Trace {
                 .flatten()
                 .find(|reference| reference["refType"] == "CHILD_OF" && reference["traceID"] == span["traceID"])
                 .map(|reference| reference["spanID"].as_str().unwrap().to_owned()),
-            service: trace["processes"][span["processID"].as_str().unwrap()]["serviceName"].as_str().unwrap().to_owned(),
+            service: trace["processes"][span["processID"].as_str().unwrap()]["serviceName"]
+                .as_str()
+                .unwrap()
+                .to_owned(),
             name: span["operationName"].as_str().unwrap().to_owned(),
             micros: span["duration"].as_u64().unwrap(),
             tags: span["tags"]
@@ -54,13 +57,15 @@ impl Trace {
 
     /// Every span but one leads to another span of the trace.
     pub(crate) fn whole(&self) -> Result<(), String> {
-        let roots: Vec<_> = self.spans.iter().filter(|span| span.parent.as_deref().and_then(|id| self.by_id(id)).is_none()).collect();
+        let roots: Vec<_> =
+            self.spans.iter().filter(|span| span.parent.as_deref().and_then(|id| self.by_id(id)).is_none()).collect();
         if roots.len() == 1 { Ok(()) } else { Err(format!("{} roots: {roots:#?}", roots.len())) }
     }
 
     /// The names from the root to a span.
     pub(crate) fn path(&self, span: &Span) -> Vec<String> {
-        let mut path = span.parent.as_deref().and_then(|id| self.by_id(id)).map(|parent| self.path(parent)).unwrap_or_default();
+        let mut path =
+            span.parent.as_deref().and_then(|id| self.by_id(id)).map(|parent| self.path(parent)).unwrap_or_default();
         path.push(span.name.clone());
         path
     }
@@ -77,7 +82,9 @@ fn a_create_is_one_tree(backend: Backend) {
     let trace = eventually("the trace is whole", || {
         let found = world.stack().jaeger.get(&format!("/api/traces/{trace_id}")).map_err(|error| error.to_string())?;
         let trace = Trace::of(found["data"].get(0).ok_or("no trace yet")?);
-        for name in ["POST /api/v1/instance", "lock.acquire", "lock.hold", "provision.up", "provision.start", "provision.ready"] {
+        for name in
+            ["POST /api/v1/instance", "lock.acquire", "lock.hold", "provision.up", "provision.start", "provision.ready"]
+        {
             trace.find("gauntlet-manager", name).ok_or_else(|| format!("{name} is missing"))?;
         }
         trace.whole()?;

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use gauntlet_coordination::{Coordination, Embedded, Etcd, EtcdConfig, EtcdTls};
 use gauntlet_domain::Store;
 use gauntlet_provision::process::{self, Process};
 use gauntlet_scenario::{Access, Credentials, FlagKey, Library};
+use gauntlet_telemetry::{db::Database, instruments::Instruments};
 
 use crate::Config;
 
@@ -21,11 +23,11 @@ pub(crate) fn scenarios(config: &Config) -> Result<Library> {
         .with_context(|| format!("cannot make {}: give --dir a directory that can be written", config.dir.display()))?;
     let key_file = config.flag_key_file.clone().unwrap_or_else(|| config.dir.join("flag.key"));
     let key = FlagKey::load_or_create(&key_file).with_context(|| format!("flag key {}", key_file.display()))?;
-    let credentials = config.oci_username.clone().zip(config.oci_password.as_ref()).map(|(username, password)| Credentials {
-        registry: None,
-        username,
-        password: password.reveal().to_owned(),
-    });
+    let credentials = config
+        .oci_username
+        .clone()
+        .zip(config.oci_password.as_ref())
+        .map(|(username, password)| Credentials { registry: None, username, password: password.reveal().to_owned() });
     let library = gauntlet_scenario::Config {
         local_root: config.scenario_root.clone(),
         access: Access { insecure: config.oci_insecure, credentials, ..Access::default() },
@@ -42,4 +44,51 @@ pub(crate) fn provisioner(config: &Config) -> Result<Process> {
     process.ports = first..=last;
     process.path.splice(0..0, config.instance_path.iter().cloned());
     Ok(Process::new(process)?)
+}
+
+/// The store, whichever it is.
+pub(crate) enum Backend {
+    /// One file, for one manager.
+    Embedded(Arc<Coordination<Embedded>>),
+    /// An etcd cluster, for several.
+    Etcd(Arc<Coordination<Etcd>>),
+}
+
+impl Backend {
+    /// As the domain sees it.
+    pub(crate) fn store(&self) -> Arc<dyn Store> {
+        match self {
+            Self::Embedded(store) => store.clone(),
+            Self::Etcd(store) => store.clone(),
+        }
+    }
+
+    /// Gives up what this replica owns and closes the store; bounded in time.
+    pub(crate) async fn shutdown(&self) {
+        match self {
+            Self::Embedded(store) => store.shutdown().await,
+            Self::Etcd(store) => store.shutdown().await,
+        }
+    }
+}
+
+/// The embedded store below the data directory, or etcd where endpoints are given.
+pub(crate) async fn store(config: &Config, replica: String, instruments: &Instruments) -> Result<Backend> {
+    if config.etcd_endpoints.is_empty() {
+        let file = config.dir.join("gauntlet.redb");
+        return Ok(Backend::Embedded(Arc::new(Coordination::embedded(&file, replica).await?)));
+    }
+    let tls = config
+        .etcd_ca
+        .clone()
+        .map(|ca| EtcdTls { ca, identity: config.etcd_cert.clone().zip(config.etcd_key.clone()) });
+    let etcd = EtcdConfig {
+        username: config.etcd_username.clone(),
+        password: config.etcd_password.as_ref().map(|password| password.reveal().to_owned()),
+        tls,
+        prefix: config.etcd_prefix.clone(),
+        lease_ttl: config.lease_ttl,
+        ..EtcdConfig::new(config.etcd_endpoints.iter().cloned())
+    };
+    Ok(Backend::Etcd(Arc::new(Coordination::etcd(etcd, replica, Database::etcd(instruments)).await?)))
 }

@@ -88,6 +88,7 @@ async fn run_reconcile(gauntlet: &Gauntlet) {
         "reconcile",
         reconcile.recovered = Empty,
         reconcile.resumed = Empty,
+        reconcile.revived = Empty,
         reconcile.orphans = Empty,
         reconcile.failures = Empty,
         error.type = Empty,
@@ -98,10 +99,17 @@ async fn run_reconcile(gauntlet: &Gauntlet) {
                 let span = tracing::Span::current();
                 span.record("reconcile.recovered", done.recovered);
                 span.record("reconcile.resumed", done.resumed);
+                span.record("reconcile.revived", done.revived);
                 span.record("reconcile.orphans", done.orphans);
                 span.record("reconcile.failures", done.failures.len());
-                if done.recovered + done.resumed + done.orphans > 0 {
-                    tracing::info!(recovered = done.recovered, resumed = done.resumed, orphans = done.orphans, "reconciled");
+                if done.recovered + done.resumed + done.revived + done.orphans > 0 {
+                    tracing::info!(
+                        recovered = done.recovered,
+                        revived = done.revived,
+                        resumed = done.resumed,
+                        orphans = done.orphans,
+                        "reconciled"
+                    );
                 }
                 for error in &done.failures {
                     tracing::warn!(error.type = error.code(), %error, "not reconciled, will be tried again");

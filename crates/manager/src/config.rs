@@ -53,7 +53,14 @@ pub struct Config {
     pub replica: Option<String>,
 
     /// etcd, as host:port or URL, comma-separated; none runs the embedded store.
-    #[arg(long, env = "ETCD_ENDPOINTS", visible_alias = "etcd-endpoint", value_delimiter = ',', value_name = "URL,...", help_heading = "etcd")]
+    #[arg(
+        long,
+        env = "ETCD_ENDPOINTS",
+        visible_alias = "etcd-endpoint",
+        value_delimiter = ',',
+        value_name = "URL,...",
+        help_heading = "etcd"
+    )]
     pub etcd_endpoints: Vec<String>,
     /// The user of etcd.
     #[arg(long, env = "ETCD_USERNAME", requires = "etcd_password", value_name = "NAME", help_heading = "etcd")]
@@ -125,11 +132,14 @@ fn debug_address(text: &str) -> Result<DebugAddress, String> {
     if text == "off" {
         return Ok(DebugAddress(None));
     }
-    text.parse().map(|address| DebugAddress(Some(address))).map_err(|_| format!("expected HOST:PORT such as 127.0.0.1:8081, or \"off\"; got {text:?}"))
+    text.parse()
+        .map(|address| DebugAddress(Some(address)))
+        .map_err(|_| format!("expected HOST:PORT such as 127.0.0.1:8081, or \"off\"; got {text:?}"))
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    let friendly = text.parse::<jiff::SignedDuration>().ok().or_else(|| text.parse().ok().map(jiff::SignedDuration::from_secs));
+    let friendly =
+        text.parse::<jiff::SignedDuration>().ok().or_else(|| text.parse().ok().map(jiff::SignedDuration::from_secs));
     friendly
         .and_then(|duration| Duration::try_from(duration).ok())
         .filter(|duration| !duration.is_zero())
@@ -152,6 +162,14 @@ impl Config {
             let _ = error.print();
             std::process::exit(code)
         })
+    }
+
+    /// The environment over the defaults, no flags: for a program that embeds the manager.
+    ///
+    /// # Errors
+    /// A variable with a wrong value; the text names it and the fix.
+    pub fn from_environment() -> Result<Self, clap::Error> {
+        Self::try_parse_from(["gauntlet-manager"])
     }
 
     /// The directory instances are kept in.

@@ -18,7 +18,10 @@ pub(crate) fn register(gauges: &Gauges, store: Arc<dyn Store>) {
                     .with("state", phase.name())
                     .with("pool", if pool { "true" } else { "false" })
             });
-            let totals = [Sample::new(&names::CHALLENGES, census.challenges), Sample::new(&names::INSTANCES_OVERDUE, census.overdue)];
+            let totals = [
+                Sample::new(&names::CHALLENGES, census.challenges),
+                Sample::new(&names::INSTANCES_OVERDUE, census.overdue),
+            ];
             Ok(totals.into_iter().chain(instances).collect())
         }
     };

@@ -2,7 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use gauntlet_api::v1::{challenge::challenge_store_server::ChallengeStoreServer, instance::instance_manager_server::InstanceManagerServer};
+use gauntlet_api::v1::{
+    challenge::challenge_store_server::ChallengeStoreServer, instance::instance_manager_server::InstanceManagerServer,
+};
 use gauntlet_domain::Store;
 use tokio::sync::watch;
 use tonic::server::NamedService;

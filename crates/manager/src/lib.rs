@@ -1,7 +1,7 @@
 //! The manager: gRPC, REST and background work over the ports. This is the composition root: what stands behind each port is decided here.
 
-mod background;
 mod backends;
+mod background;
 mod config;
 mod gauges;
 mod grpc;
@@ -15,7 +15,7 @@ mod tasks;
 
 use std::{net::SocketAddr, sync::Arc};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 pub use config::{Config, DebugAddress, Secret};
 use gauntlet_domain::{Gauntlet, Settings, Store};
 pub use gauntlet_provision::process::shim::run_if_requested as supervise_if_requested;
@@ -33,6 +33,7 @@ pub struct Manager {
     config: Config,
     tasks: Tasks,
     backend: backends::Backend,
+    processes: gauntlet_provision::process::Process,
 }
 
 impl Manager {
@@ -44,7 +45,8 @@ impl Manager {
         let tasks = Tasks::default();
 
         let scenarios = backends::scenarios(&config)?;
-        let provisioner = ObservedProvisioner::new(Arc::new(backends::provisioner(&config)?), instruments.clone());
+        let processes = backends::provisioner(&config)?;
+        let provisioner = ObservedProvisioner::new(Arc::new(processes.clone()), instruments.clone());
         let backend = backends::store(&config, replica, instruments).await?;
         let store: Arc<dyn Store> = Arc::new(ObservedStore::new(backend.store(), instruments.clone()));
 
@@ -60,23 +62,30 @@ impl Manager {
         let rest = rest::router(handlers.clone()).merge(rest::health::router(health));
         let router = server::api(handlers, rest, health_service, instruments)?;
         let api = server::serve(&tasks, "API", SocketAddr::new(config.bind, config.port), router).await?;
-        let debug = match config.debug_address.0 {
+        let page = match config.debug_address.0 {
             Some(address) => Some(server::serve(&tasks, "debug page", address, telemetry.debug().router()).await?),
             None => None,
         };
         background.start(&tasks, &gauntlet, config.reconcile_every);
-        tracing::info!(%api, debug = debug.map(tracing::field::display), backend = store.backend(), "ready");
-        Ok(Self { api, debug, config, tasks, backend })
+        tracing::info!(%api, debug = ?page, backend = store.backend(), "ready");
+        Ok(Self { api, debug: page, config, tasks, backend, processes })
     }
 
     /// Stops listening, lets calls under way end (for as long as the configuration says), and gives up what this replica owns. Instances go
     /// on.
-    pub async fn stop(self) -> Result<()> {
+    pub async fn stop(self) {
         tracing::info!("stopping: no new calls, those under way end");
         let left = self.tasks.drain(self.config.drain).await;
         if left > 0 {
             tracing::warn!(left, after = ?self.config.drain, "calls were still under way: what they left is recovered at the next start");
         }
-        self.backend.shutdown().await.context("closing the store")
+        self.backend.shutdown().await;
+    }
+
+    /// Stops, and ends the instances of this machine too; the next start brings them back. Answers how many were running.
+    pub async fn stop_with_instances(self) -> Result<usize> {
+        let processes = self.processes.clone();
+        self.stop().await;
+        Ok(processes.halt().await?)
     }
 }

@@ -16,6 +16,15 @@ fn main() -> ExitCode {
         log_filter: config.log_level.clone(),
         ..Settings::new("gauntlet-manager", env!("CARGO_PKG_VERSION")).with_debug()
     };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: the runtime cannot be started: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    // Within the runtime, so that telemetry measures it.
+    let entered = runtime.enter();
     let telemetry = match Telemetry::start(&settings, &environment()) {
         Ok(telemetry) => telemetry,
         Err(error) => {
@@ -23,10 +32,8 @@ fn main() -> ExitCode {
             return USAGE.into();
         }
     };
-    let code = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime.block_on(serve(config, &telemetry)),
-        Err(error) => Err(error.into()),
-    };
+    drop(entered);
+    let code = runtime.block_on(serve(config, &telemetry));
     if let Err(error) = &code {
         tracing::error!("{error:#}");
     }
@@ -52,5 +59,6 @@ async fn serve(config: Config, telemetry: &Telemetry) -> anyhow::Result<()> {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    manager.stop().await
+    manager.stop().await;
+    Ok(())
 }

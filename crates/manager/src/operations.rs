@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use gauntlet_domain::{
-    Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Entropy, Error, Gauntlet, Instance, NewChallenge, Result, SourceId, Stream,
-    Updated,
+    Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Entropy, Error, Gauntlet, Instance, NewChallenge,
+    Result, SourceId, Stream, Updated,
 };
 use gauntlet_telemetry::context;
 use jiff::Timestamp;
@@ -74,7 +74,8 @@ impl Operations {
     }
 
     pub(crate) async fn update_challenge(&self, id: ChallengeId, update: ChallengeUpdate) -> Result<Updated> {
-        let updated = self.run(|gauntlet, call| async move { gauntlet.update_challenge(&call, &id, update).await }).await?;
+        let updated =
+            self.run(|gauntlet, call| async move { gauntlet.update_challenge(&call, &id, update).await }).await?;
         // A lowered bound leaves instances to drain: always worth a look.
         self.signals.pool(&updated.challenge.id);
         Ok(updated)
@@ -84,10 +85,16 @@ impl Operations {
         self.run(|gauntlet, call| async move { gauntlet.delete_challenge(&call, &id).await }).await
     }
 
-    pub(crate) async fn create_instance(&self, challenge: ChallengeId, source: SourceId, additional: Additional) -> Result<Instance> {
+    pub(crate) async fn create_instance(
+        &self,
+        challenge: ChallengeId,
+        source: SourceId,
+        additional: Additional,
+    ) -> Result<Instance> {
         let id = challenge.clone();
-        let created =
-            self.run(|gauntlet, call| async move { gauntlet.create_instance(&call, &challenge, &source, additional).await }).await?;
+        let created = self
+            .run(|gauntlet, call| async move { gauntlet.create_instance(&call, &challenge, &source, additional).await })
+            .await?;
         self.signals.pool(&id);
         Ok(created)
     }

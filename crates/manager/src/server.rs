@@ -4,7 +4,10 @@ use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result};
 use axum::{Router, extract::Request};
-use gauntlet_api::v1::{self, challenge::challenge_store_server::ChallengeStoreServer, instance::instance_manager_server::InstanceManagerServer};
+use gauntlet_api::v1::{
+    self, challenge::challenge_store_server::ChallengeStoreServer,
+    instance::instance_manager_server::InstanceManagerServer,
+};
 use gauntlet_telemetry::{
     instruments::Instruments,
     layers::{GrpcServerLayer, HttpServerLayer},
@@ -75,7 +78,12 @@ fn is_grpc(request: &Request) -> bool {
 }
 
 /// Serves a router until the tasks stop, then until the calls under way have ended. Answers the address it listens on.
-pub(crate) async fn serve(tasks: &Tasks, name: &'static str, address: SocketAddr, router: Router) -> Result<SocketAddr> {
+pub(crate) async fn serve(
+    tasks: &Tasks,
+    name: &'static str,
+    address: SocketAddr,
+    router: Router,
+) -> Result<SocketAddr> {
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen on {address} for the {name}; is something else running there?"))?;

@@ -34,7 +34,9 @@ pub(crate) fn status(error: &Error) -> Status {
         Error::ScenarioInvalid { reference, problem } => error::scenario_non_matching_specification(reference, problem),
         Error::ScenarioNotFound { reference, problem } => error::scenario_not_found(reference, problem),
         Error::ScenarioPreprocessing { reference, problem } => error::scenario_preprocessing(reference, problem),
-        Error::Unavailable { .. } | Error::Busy { .. } | Error::Conflict | Error::Fenced(_) => error::unavailable(error.code()),
+        Error::Unavailable { .. } | Error::Busy { .. } | Error::Conflict | Error::Fenced(_) => {
+            error::unavailable(error.code())
+        }
         Error::Provision { .. } | Error::Internal(_) => error::internal_error(),
     }
 }

@@ -14,12 +14,7 @@ pub(crate) struct Tasks {
 }
 
 impl Tasks {
-    /// Told when the process is to end. Loops watch it; single operations run to their end.
-    pub(crate) fn stop(&self) -> &CancellationToken {
-        &self.stop
-    }
-
-    /// A loop that ends when [`Tasks::stop`] is told; it is given the token.
+    /// A loop that ends when it is told by the token that it is given.
     pub(crate) fn background<F>(&self, name: &'static str, run: impl FnOnce(CancellationToken) -> F)
     where
         F: Future<Output = ()> + Send + 'static,

@@ -29,7 +29,13 @@ pub(crate) struct Dev {
     #[arg(long, value_enum, default_value_t = Backend::Embedded)]
     backend: Backend,
     /// etcd, comma-separated.
-    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',', required_if_eq("backend", "etcd"), value_name = "URL,...")]
+    #[arg(
+        long,
+        env = "ETCD_ENDPOINTS",
+        value_delimiter = ',',
+        required_if_eq("backend", "etcd"),
+        value_name = "URL,..."
+    )]
     etcd_endpoints: Vec<String>,
     /// The directory of example scenarios: each NAME/scenario is registered as challenge NAME.
     #[arg(long, value_name = "DIR")]
@@ -65,7 +71,11 @@ impl Dev {
         let live = std::io::stdout().is_terminal();
         std::fs::create_dir_all(&self.data).with_context(|| format!("cannot make {}", self.data.display()))?;
         let log = self.data.join("gauntlet.log");
-        let to_log = OpenOptions::new().create(true).append(true).open(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        let to_log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| format!("cannot write {}", log.display()))?;
         if live {
             // The terminal belongs to the live view.
             rustix::stdio::dup2_stderr(&to_log).context("redirect the log")?;
@@ -144,7 +154,8 @@ impl Dev {
         config.dir.clone_from(&self.data);
         config.etcd_endpoints = if self.backend == Backend::Etcd { self.etcd_endpoints.clone() } else { Vec::new() };
         config.oci_insecure = true;
-        config.scenario_root = self.examples_dir.as_ref().map(std::fs::canonicalize).transpose().context("--examples-dir")?;
+        config.scenario_root =
+            self.examples_dir.as_ref().map(std::fs::canonicalize).transpose().context("--examples-dir")?;
         config.instance_path.extend(self.bin_dir.as_ref().map(std::fs::canonicalize).transpose().context("--bin-dir")?);
         config.drain = Duration::from_secs(5);
         Ok(config)
@@ -152,5 +163,7 @@ impl Dev {
 }
 
 fn environment() -> Env {
-    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))).collect()
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
 }

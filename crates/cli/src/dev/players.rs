@@ -6,8 +6,8 @@ use anyhow::{Context as _, Result};
 use gauntlet_api::v1::{
     challenge::{CreateChallengeRequest, challenge_store_client::ChallengeStoreClient},
     instance::{
-        CreateInstanceRequest, DeleteInstanceRequest, QueryInstanceRequest, RenewInstanceRequest, RetrieveInstanceRequest,
-        instance_manager_client::InstanceManagerClient,
+        CreateInstanceRequest, DeleteInstanceRequest, QueryInstanceRequest, RenewInstanceRequest,
+        RetrieveInstanceRequest, instance_manager_client::InstanceManagerClient,
     },
 };
 use tokio_util::sync::CancellationToken;
@@ -21,7 +21,8 @@ const PAUSE: Duration = Duration::from_millis(700);
 const LIVES: [i64; 2] = [20, 120];
 
 async fn connect(url: &str) -> Result<Channel> {
-    let endpoint = Channel::from_shared(url.to_owned())?.connect_timeout(Duration::from_secs(5)).timeout(Duration::from_secs(30));
+    let endpoint =
+        Channel::from_shared(url.to_owned())?.connect_timeout(Duration::from_secs(5)).timeout(Duration::from_secs(30));
     endpoint.connect().await.with_context(|| format!("connect to {url}"))
 }
 
@@ -81,9 +82,14 @@ async fn one(channel: Channel, challenges: &[String], player: u64) {
             }
             3 => client.renew_instance(RenewInstanceRequest { challenge_id, source_id }).await.map(drop),
             5 => client.query_instance(QueryInstanceRequest { source_id }).await.map(drop),
-            6 => client.retrieve_instance(RetrieveInstanceRequest { challenge_id, source_id: "nobody".into() }).await.map(drop),
+            6 => client
+                .retrieve_instance(RetrieveInstanceRequest { challenge_id, source_id: "nobody".into() })
+                .await
+                .map(drop),
             // Every other round they walk away, and the janitor finds the instance.
-            7 if turn % 16 == 7 => client.delete_instance(DeleteInstanceRequest { challenge_id, source_id }).await.map(drop),
+            7 if turn % 16 == 7 => {
+                client.delete_instance(DeleteInstanceRequest { challenge_id, source_id }).await.map(drop)
+            }
             _ => client.retrieve_instance(RetrieveInstanceRequest { challenge_id, source_id }).await.map(drop),
         };
         if let Err(status) = outcome {

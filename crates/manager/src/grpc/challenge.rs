@@ -18,7 +18,10 @@ impl ChallengeStore for Handlers {
         Ok(Response::new(convert::challenge(created, Vec::new())))
     }
 
-    async fn retrieve_challenge(&self, request: Request<RetrieveChallengeRequest>) -> Result<Response<Challenge>, Status> {
+    async fn retrieve_challenge(
+        &self,
+        request: Request<RetrieveChallengeRequest>,
+    ) -> Result<Response<Challenge>, Status> {
         let id = convert::challenge_id("id", request.into_inner().id).map_err(|error| status(&error))?;
         let (challenge, instances) = self.operations.retrieve_challenge(&id).await.map_err(|error| status(&error))?;
         Ok(Response::new(convert::challenge(challenge, instances)))

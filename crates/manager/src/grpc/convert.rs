@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use gauntlet_api::v1::{challenge as pbc, instance as pbi};
 use gauntlet_domain::{
-    Additional, Challenge, ChallengeId, ChallengeUpdate, Error, Instance, InvalidId, NewChallenge, Result, SourceId, Strategy,
+    Additional, Challenge, ChallengeId, ChallengeUpdate, Error, Instance, InvalidId, NewChallenge, Result, SourceId,
+    Strategy,
 };
 use jiff::Timestamp;
 
@@ -27,7 +28,10 @@ fn bad_id(field: &'static str, problem: &InvalidId) -> Error {
 fn timeout(duration: prost_types::Duration) -> Result<Duration> {
     Duration::try_from(duration).map_err(|_| Error::Invalid {
         field: "timeout",
-        problem: format!("must not be negative, got {}s {}ns; leave it out for no timeout", duration.seconds, duration.nanos),
+        problem: format!(
+            "must not be negative, got {}s {}ns; leave it out for no timeout",
+            duration.seconds, duration.nanos
+        ),
     })
 }
 
@@ -91,7 +95,9 @@ pub(super) fn challenge_update(request: pbc::UpdateChallengeRequest) -> Result<(
     let mut values = Some(request.additional);
     for path in &paths {
         match path.as_str() {
-            "scenario" => update.scenario = update.scenario.take().or(Some(scenario(new_scenario.take().unwrap_or_default())?)),
+            "scenario" => {
+                update.scenario = update.scenario.take().or(Some(scenario(new_scenario.take().unwrap_or_default())?))
+            }
             "timeout" => update.timeout = Some(request.timeout.map(timeout).transpose()?),
             "until" => update.until = Some(request.until.map(until).transpose()?),
             "additional" => {

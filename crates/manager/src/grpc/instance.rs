@@ -2,8 +2,8 @@
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use gauntlet_api::v1::instance::{
-    CreateInstanceRequest, DeleteInstanceRequest, Instance, QueryInstanceRequest, RenewInstanceRequest, RetrieveInstanceRequest,
-    instance_manager_server::InstanceManager,
+    CreateInstanceRequest, DeleteInstanceRequest, Instance, QueryInstanceRequest, RenewInstanceRequest,
+    RetrieveInstanceRequest, instance_manager_server::InstanceManager,
 };
 use gauntlet_domain::{ChallengeId, SourceId};
 use tonic::{Request, Response, Status, async_trait};
@@ -24,7 +24,8 @@ impl InstanceManager for Handlers {
         let request = request.into_inner();
         let (challenge, source) = seat(request.challenge_id, request.source_id)?;
         let additional = convert::additional(request.additional).map_err(|error| status(&error))?;
-        let created = self.operations.create_instance(challenge, source, additional).await.map_err(|error| status(&error))?;
+        let created =
+            self.operations.create_instance(challenge, source, additional).await.map_err(|error| status(&error))?;
         Ok(Response::new(convert::instance(created)))
     }
 
@@ -37,7 +38,10 @@ impl InstanceManager for Handlers {
 
     type QueryInstanceStream = Answers<Instance>;
 
-    async fn query_instance(&self, request: Request<QueryInstanceRequest>) -> Result<Response<Self::QueryInstanceStream>, Status> {
+    async fn query_instance(
+        &self,
+        request: Request<QueryInstanceRequest>,
+    ) -> Result<Response<Self::QueryInstanceStream>, Status> {
         let text = request.into_inner().source_id;
         // No source asks for every source's instances: the answer of the v1 servers to an unset field.
         let source = match text.is_empty() {

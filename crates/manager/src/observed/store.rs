@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Instant};
 use async_trait::async_trait;
 use futures::FutureExt as _;
 use gauntlet_domain::{
-    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, LockMode, Result, Slot, SourceId, Store, Stored,
-    Stranded, Stream, Survey,
+    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, LockMode, Result, Slot,
+    SourceId, Store, Stored, Stranded, Stream, Survey,
 };
 use gauntlet_telemetry::{context, instruments::Instruments};
 use jiff::Timestamp;
@@ -166,12 +166,24 @@ impl Store for ObservedStore {
         self.inner.remove_challenge(held, id).await
     }
 
-    async fn begin_create(&self, challenge: &Stored<Challenge>, intent: &Instance, under: Option<&Held>, by: &By) -> Result<Held> {
+    async fn begin_create(
+        &self,
+        challenge: &Stored<Challenge>,
+        intent: &Instance,
+        under: Option<&Held>,
+        by: &By,
+    ) -> Result<Held> {
         let begin = self.inner.begin_create(challenge, intent, under, by);
         self.acquire(LockKind::Instance, &intent.slot.challenge, begin, |held, wrap| wrap(held)).await
     }
 
-    async fn claim(&self, challenge: &Stored<Challenge>, pooled: &Stored<Instance>, claimed: &Instance, by: &By) -> Result<Option<Held>> {
+    async fn claim(
+        &self,
+        challenge: &Stored<Challenge>,
+        pooled: &Stored<Instance>,
+        claimed: &Instance,
+        by: &By,
+    ) -> Result<Option<Held>> {
         let claim = self.inner.claim(challenge, pooled, claimed, by);
         self.acquire(LockKind::Instance, &claimed.slot.challenge, claim, |held, wrap| held.map(wrap)).await
     }

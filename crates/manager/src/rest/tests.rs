@@ -41,7 +41,7 @@ async fn create_challenge() {
     let whole = r#"{"id":"a/b c","scenario":"reg/web:v1","timeout":"1.5s","until":"2999-01-01T01:00:00+01:00","additional":{"k-1":"v"},"min":"1","max":2}"#;
     let least = r#"{"id":"least","scenario":"reg/web:v1","unknown":[1],"timeout":null}"#;
     let answers =
-        calls(&Api::new(), &[("POST /api/v1/challenge", whole), ("POST /api/v1/challenge?x=%zz", least)]).await;
+        calls(&Api::new().await, &[("POST /api/v1/challenge", whole), ("POST /api/v1/challenge?x=%zz", least)]).await;
     assert_snapshot!(answers);
 }
 
@@ -55,7 +55,7 @@ async fn retrieve_challenge() {
 
 #[tokio::test]
 async fn query_challenge() {
-    let api = Api::new();
+    let api = Api::new().await;
     let mut answers = calls(&api, &[("GET /api/v1/challenge", "")]).await;
     for id in ["one", "two"] {
         api.done("POST /api/v1/challenge", format!(r#"{{"id":"{id}","scenario":"reg/two"}}"#)).await;
@@ -170,7 +170,7 @@ async fn challenge_exists() {
 #[tokio::test]
 async fn challenge_unknown() {
     let answers = refused(
-        &Api::new(),
+        &Api::new().await,
         &[
             ("GET /api/v1/challenge/no", ""),
             ("PATCH /api/v1/challenge/no", "{}"),
@@ -186,7 +186,7 @@ async fn challenge_unknown() {
 
 #[tokio::test]
 async fn challenge_expired() {
-    let api = Api::new();
+    let api = Api::new().await;
     let past = r#"{"id":"past","scenario":"reg/web:v1","until":"1999-01-01T00:00:00Z"}"#;
     api.done("POST /api/v1/challenge", past).await;
     assert_snapshot!(refused(&api, &[("POST /api/v1/instance", r#"{"challengeId":"past","sourceId":"7"}"#)]).await);
@@ -194,7 +194,7 @@ async fn challenge_expired() {
 
 #[tokio::test]
 async fn challenge_without_renewal() {
-    let api = Api::new();
+    let api = Api::new().await;
     let until = r#"{"id":"until","scenario":"reg/web:v1","until":"2999-01-01T00:00:00Z"}"#;
     api.done("POST /api/v1/challenge", until).await;
     api.done("POST /api/v1/instance", r#"{"challengeId":"until","sourceId":"7"}"#).await;
@@ -254,7 +254,7 @@ async fn instance_unknown() {
 
 #[tokio::test]
 async fn instance_expired() {
-    let api = Api::new();
+    let api = Api::new().await;
     api.done("POST /api/v1/challenge", r#"{"id":"short","scenario":"reg/web:v1","timeout":"0s"}"#).await;
     api.done("POST /api/v1/instance", r#"{"challengeId":"short","sourceId":"7"}"#).await;
     assert_snapshot!(refused(&api, &[("PATCH /api/v1/instance/short/7", "{}")]).await);
@@ -262,7 +262,7 @@ async fn instance_expired() {
 
 #[tokio::test]
 async fn scenarios() {
-    let api = Api::new();
+    let api = Api::new().await;
     let references =
         ["reg/malformed:", "reg/unreachable", "reg/unknown", "reg/wrong", "reg/missing", "reg/unready", "reg/away", ""];
     let bodies = references.map(|reference| format!(r#"{{"id":"a","scenario":"{reference}"}}"#));
@@ -272,7 +272,7 @@ async fn scenarios() {
 
 #[tokio::test]
 async fn internal() {
-    let api = Api::new();
+    let api = Api::new().await;
     api.done("POST /api/v1/challenge", r#"{"id":"fails","scenario":"reg/fails"}"#).await;
     assert_snapshot!(refused(&api, &[("POST /api/v1/instance", r#"{"challengeId":"fails","sourceId":"7"}"#)]).await);
 }
@@ -304,7 +304,7 @@ async fn bodies() {
 
 #[tokio::test]
 async fn a_body_too_long() {
-    let api = Api::new();
+    let api = Api::new().await;
     let body = format!(r#"{{"id":"{}"}}"#, "a".repeat(1024 * 1024));
     assert_snapshot!(api.call("POST /api/v1/challenge", body).await);
 }
@@ -314,7 +314,7 @@ async fn a_body_too_long() {
 async fn a_client_that_sends_too_much_is_told() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut client = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-    let api = Api::new();
+    let api = Api::new().await;
     let talk = async {
         let length = 8 * 1024 * 1024;
         let head = format!(

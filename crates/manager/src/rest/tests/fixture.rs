@@ -27,9 +27,9 @@ pub(super) struct Api {
 }
 
 impl Api {
-    pub(super) fn new() -> Self {
+    pub(super) async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store = Coordination::embedded(&dir.path().join("store"), "replica").unwrap();
+        let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
         let gauntlet =
             Gauntlet::new(Arc::new(store), Arc::new(Played), Arc::new(Played), Arc::new(Played), Settings::default());
         let (signals, receiver) = background::signals();
@@ -43,7 +43,7 @@ impl Api {
 
     /// Challenge `web`, whose instances live for ten minutes.
     pub(super) async fn with_challenge() -> Self {
-        let api = Self::new();
+        let api = Self::new().await;
         api.done("POST /api/v1/challenge", r#"{"id":"web","scenario":"reg/web:v1","timeout":"600s"}"#).await;
         api
     }
