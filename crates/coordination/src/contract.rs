@@ -114,7 +114,7 @@ contract! {
     }
 }
 
-fn id(text: &str) -> ChallengeId {
+pub(crate) fn id(text: &str) -> ChallengeId {
     ChallengeId::new(text).unwrap()
 }
 
@@ -122,7 +122,7 @@ fn source(text: &str) -> SourceId {
     SourceId::new(text).unwrap()
 }
 
-fn at(second: i64) -> Timestamp {
+pub(crate) fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).unwrap()
 }
 
@@ -130,7 +130,7 @@ fn pinned() -> Pinned {
     Pinned { reference: "registry.test/web:1".to_owned(), digest: format!("sha256:{}", "ab".repeat(32)) }
 }
 
-fn challenge(name: &str) -> Challenge {
+pub(crate) fn challenge(name: &str) -> Challenge {
     Challenge {
         id: id(name),
         scenario: pinned(),
@@ -146,7 +146,7 @@ fn challenge(name: &str) -> Challenge {
     }
 }
 
-fn seat(challenge: &str, name: &str) -> Slot {
+pub(crate) fn seat(challenge: &str, name: &str) -> Slot {
     Slot { challenge: id(challenge), seat: Seat::Source(source(name)) }
 }
 
@@ -154,7 +154,7 @@ fn pool_seat(challenge: &str, bits: u64) -> Slot {
     Slot { challenge: id(challenge), seat: Seat::Pool(Identity::from_bits(bits)) }
 }
 
-fn instance(slot: Slot, phase: Phase) -> Instance {
+pub(crate) fn instance(slot: Slot, phase: Phase) -> Instance {
     let identity = match &slot.seat {
         Seat::Pool(identity) => identity.clone(),
         Seat::Source(_) => Identity::from_bits(7),

@@ -10,6 +10,7 @@ use std::{
 
 use gauntlet_domain::{By, Error, Result};
 use jiff::Timestamp;
+use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
 
@@ -64,11 +65,11 @@ impl<K: Kv> Core<K> {
         self.detached(async move { core.kv.txn(txn).await.map_err(|error| core.error(error)) }).await
     }
 
+    /// The lease to own by; waits no longer than a call may take.
     pub(crate) async fn lease(&self) -> Result<Lease> {
-        self.session.lease(self.kv.deadline()).await.ok_or_else(|| Error::Unavailable {
-            what: self.kv.name(),
-            detail: "no lease was granted yet; is it reachable?".to_owned(),
-        })
+        let lease = timeout(self.kv.deadline(), self.session.lease()).await;
+        let lease = lease.unwrap_or_else(|_| Err(KvError::Unavailable("no lease was granted in time".to_owned())));
+        lease.map_err(|error| self.error(error))
     }
 
     /// A key under the lease, told apart from every other acquisition.

@@ -142,9 +142,7 @@ impl Embedded {
     }
 
     async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<KvResult<T>>) -> Job) -> KvResult<T> {
-        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let closed = || KvError::Unavailable("the embedded store is closed".to_owned());
-        let jobs = jobs.ok_or_else(closed)?;
+        let jobs = self.jobs()?;
         let (answer, answered) = oneshot::channel();
         match timeout(DEADLINE, jobs.reserve()).await {
             Ok(place) => place.map_err(|_| closed())?.send(job(answer)),
@@ -156,6 +154,10 @@ impl Embedded {
         }
     }
 
+    fn jobs(&self) -> KvResult<mpsc::Sender<Job>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(closed)
+    }
+
     fn now(&self) -> Arc<Snapshot> {
         self.shared.published.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -165,6 +167,7 @@ impl Embedded {
         at: Option<Arc<Snapshot>>,
         read: impl FnOnce(&Snapshot) -> Result<T, redb::Error> + Send + 'static,
     ) -> KvResult<(T, Arc<Snapshot>)> {
+        self.jobs()?;
         let at = at.unwrap_or_else(|| self.now());
         let shared = self.shared.clone();
         tokio::task::spawn_blocking(move || match read(&at) {
@@ -276,6 +279,10 @@ impl Events for Watching {
         }
         .boxed()
     }
+}
+
+fn closed() -> KvError {
+    KvError::Unavailable("the embedded store is closed".to_owned())
 }
 
 fn holds(keys: &Keys, key: &str) -> bool {
@@ -653,125 +660,4 @@ fn all_hold(
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests")]
-    use super::*;
-
-    fn put(key: &str, lease: Option<LeaseId>) -> Txn {
-        let op = Op::Put { key: key.to_owned(), value: b"value".to_vec(), lease };
-        Txn { then: vec![op], ..Txn::default() }
-    }
-
-    async fn keys(kv: &Embedded) -> Vec<String> {
-        let all = Get { keys: Keys::between("a", "z"), limit: 0, keys_only: true };
-        kv.page(all, None).await.unwrap().kvs.into_iter().map(|kv| kv.key).collect()
-    }
-
-    #[tokio::test]
-    async fn what_was_answered_is_there_after_a_restart_and_what_was_leased_is_not() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("deep/er/store");
-        let mut last = 0;
-        for start in 1..4u64 {
-            let kv = Embedded::open(&path).unwrap();
-            let (lease, _) = kv.grant(Duration::from_secs(60)).await.unwrap();
-            assert!(u64::try_from(lease).unwrap() > last, "no lease is ever granted twice");
-            kv.txn(put("leased", Some(lease))).await.unwrap();
-            let revision = kv.txn(put(&format!("kept-{start}"), None)).await.unwrap().revision;
-            assert!(revision > last && revision >> COUNTER_BITS == start);
-            last = revision;
-            assert_eq!(keys(&kv).await.len() as u64, start + 1);
-            kv.close().await;
-            assert!(matches!(kv.txn(put("late", None)).await, Err(KvError::Unavailable(_))));
-        }
-        let kv = Embedded::open(&path).unwrap();
-        assert_eq!(keys(&kv).await, ["kept-1", "kept-2", "kept-3"]);
-        let gone = put("b", Some(1));
-        assert_eq!(kv.txn(gone).await, Err(KvError::LeaseGone));
-    }
-
-    #[tokio::test]
-    async fn a_file_has_one_process() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("store");
-        let _first = Embedded::open(&path).unwrap();
-        let text = Embedded::open(&path).unwrap_err().to_string();
-        assert!(text.contains("another process has it open") && text.contains(path.to_str().unwrap()), "{text}");
-    }
-
-    #[tokio::test]
-    async fn only_its_owner_reads_the_file() {
-        use std::os::unix::fs::PermissionsExt as _;
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("store");
-        let _kv = Embedded::open(&path).unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-    }
-
-    #[test]
-    fn what_is_no_store_is_told_by_its_path() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("store");
-        std::fs::write(&path, "not a store at all".repeat(1000)).unwrap();
-        let text = Embedded::open(&path).unwrap_err().to_string();
-        assert!(text.contains(path.to_str().unwrap()), "{text}");
-        let text = Embedded::open(&path.join("below/a/file")).unwrap_err().to_string();
-        assert!(text.contains(path.to_str().unwrap()) && text.contains("cannot make its directory"), "{text}");
-    }
-
-    #[tokio::test]
-    async fn many_writers_share_commits_and_none_is_lost() {
-        let dir = tempfile::tempdir().unwrap();
-        let kv = Arc::new(Embedded::open(&dir.path().join("store")).unwrap());
-        let mut followed = kv.follow(Keys::between("a", "z")).await.unwrap();
-        let puts = (0..300).map(|n| {
-            let kv = kv.clone();
-            tokio::spawn(async move { kv.txn(put(&format!("key-{n:03}"), None)).await.unwrap().revision })
-        });
-        let puts: Vec<_> = puts.collect();
-        let mut revisions = BTreeSet::new();
-        for put in puts {
-            revisions.insert(put.await.unwrap());
-        }
-        assert_eq!(revisions.len(), 300, "each has a revision of its own");
-        let mut seen = Vec::new();
-        while seen.len() < 300 {
-            seen.extend(followed.events.next().await.unwrap().into_iter().map(|event| event.revision));
-        }
-        assert!(seen.is_sorted() && seen.into_iter().eq(revisions), "and is followed in that order");
-    }
-
-    #[tokio::test]
-    async fn who_falls_behind_lists_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let kv = Embedded::open(&dir.path().join("store")).unwrap();
-        let mut followed = kv.follow(Keys::between("a", "z")).await.unwrap();
-        let (lease, _) = kv.grant(Duration::from_secs(60)).await.unwrap();
-        for _ in 0..BEHIND + 10 {
-            kv.txn(put("key", Some(lease))).await.unwrap();
-        }
-        assert!(followed.events.next().await.is_err());
-        assert_eq!(kv.follow(Keys::between("a", "z")).await.unwrap().keys.len(), 1);
-    }
-
-    #[tokio::test]
-    async fn a_failed_compare_changes_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let kv = Embedded::open(&dir.path().join("store")).unwrap();
-        let before = kv.txn(put("key", None)).await.unwrap().revision;
-        for when in [
-            Compare::absent(Keys::between("a", "z")),
-            Compare::exists("other"),
-            Compare::created("key", before + 1),
-            Compare::modified("other", 0),
-            Compare::value("key", "another"),
-            Compare { keys: Keys::between("a", "z"), test: Test::NotAfter(before - 1) },
-        ] {
-            let txn =
-                Txn { when: vec![when.clone()], then: vec![Op::put("late", "")], or: vec![Op::get(Keys::one("key"))] };
-            let result = kv.txn(txn).await.unwrap();
-            assert!(!result.succeeded && result.revision == before && result.reads.concat().len() == 1, "{when:?}");
-        }
-        assert_eq!(keys(&kv).await, ["key"]);
-    }
-}
+mod tests;

@@ -7,6 +7,7 @@
 mod contract;
 mod core;
 mod embedded;
+mod ending;
 mod etcd;
 mod keys;
 pub mod kv;

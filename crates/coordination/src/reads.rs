@@ -2,11 +2,11 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use gauntlet_domain::{Challenge, ChallengeId, Instance, Result, Slot, Stored, Version};
+use gauntlet_domain::{Challenge, ChallengeId, Instance, Phase, Result, Slot, Stored, Version};
 
 use crate::{
     core::{Core, unreadable},
-    kv::{Get, KeyValue, Keys, Kv},
+    kv::{Get, KeyValue, Keys, Kv, Op, Txn, TxnResult},
     records::{self, Unreadable},
 };
 
@@ -117,6 +117,51 @@ impl<K: Kv> Instances<K> {
 }
 
 impl<K: Kv> Core<K> {
+    /// Reads several things at one revision.
+    pub(crate) async fn read(&self, then: Vec<Op>) -> Result<TxnResult> {
+        let txn = Txn { then, ..Txn::default() };
+        self.kv.txn(txn).await.map_err(|error| self.error(error))
+    }
+
+    /// The ready ones among listed keys of a pool, at most so many; if the list was `cut` without the last, which may miss its intent.
+    pub(crate) fn ready_among(&self, listed: Vec<KeyValue>, cut: bool, most: usize) -> Vec<Stored<Instance>> {
+        let mut groups: Vec<Vec<KeyValue>> = Vec::new();
+        for kv in listed {
+            match groups.last_mut() {
+                Some(group) if self.layout.read_instance(&kv.key).is_some_and(|(_, intent)| intent) => group.push(kv),
+                _ => groups.push(vec![kv]),
+            }
+        }
+        if cut {
+            groups.pop();
+        }
+        let ready = |stored: &Stored<Instance>| stored.value.phase == Phase::Ready;
+        groups.iter().filter_map(|group| self.readable(group)).filter(ready).take(most).collect()
+    }
+
+    /// The instances of the next few keys of the index by source.
+    pub(crate) async fn indexed(&self, index: &mut Scan<K>) -> Result<Vec<Instance>> {
+        const AT_ONCE: usize = 32;
+        let mut slots = Vec::new();
+        while slots.len() < AT_ONCE
+            && let Some(kv) = index.next().await?
+        {
+            slots.extend(self.layout.read_by_source(&kv.key));
+        }
+        if slots.is_empty() {
+            return Ok(Vec::new());
+        }
+        let ops = slots.iter().map(|slot| Op::get(self.layout.whole(slot))).collect();
+        Ok(self
+            .read(ops)
+            .await?
+            .reads
+            .iter()
+            .filter_map(|group| self.readable(group))
+            .map(|stored| stored.value)
+            .collect())
+    }
+
     pub(crate) fn read_challenge(&self, id: &ChallengeId, kvs: Vec<KeyValue>) -> Result<Option<Stored<Challenge>>> {
         let Some(kv) = kvs.into_iter().next() else { return Ok(None) };
         let value = records::read_challenge(id.clone(), &kv.value).map_err(|problem| unreadable(&kv.key, &problem))?;

@@ -7,11 +7,11 @@ use std::{
 
 use tokio::{
     sync::watch,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::kv::{Kv, KvError, LeaseId};
+use crate::kv::{Kv, KvError, KvResult, LeaseId};
 
 /// How much of its time to live a lease is given less than the store gives it: clocks of two machines do not run at one speed.
 const MARGIN: u32 = 10;
@@ -61,7 +61,17 @@ impl Lease {
 /// Where the current lease is found.
 #[derive(Debug, Clone)]
 pub(crate) struct Session {
-    current: watch::Receiver<Option<Lease>>,
+    state: watch::Receiver<State>,
+}
+
+#[derive(Debug, Clone)]
+enum State {
+    /// Being granted.
+    Asked,
+    Granted(Lease),
+    /// Refused or unanswered; asked for again after a while.
+    Failed(KvError),
+    Stopped,
 }
 
 impl Session {
@@ -71,19 +81,29 @@ impl Session {
         ttl: Duration,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send) {
-        let (publish, current) = watch::channel(None);
-        (Self { current }, keep(kv, ttl, publish, stop))
+        let (publish, state) = watch::channel(State::Asked);
+        (Self { state }, keep(kv, ttl, publish, stop))
     }
 
-    /// The current lease; waits for one no longer than `patience`.
-    pub(crate) async fn lease(&self, patience: Duration) -> Option<Lease> {
-        let mut current = self.current.clone();
-        let live = current.wait_for(|lease| lease.as_ref().is_some_and(|lease| !lease.is_lost()));
-        timeout(patience, live).await.ok()?.ok()?.clone()
+    /// The current lease. Waits while one is being granted, and fails as soon as that has failed.
+    pub(crate) async fn lease(&self) -> KvResult<Lease> {
+        let mut state = self.state.clone();
+        let known = state.wait_for(|state| match state {
+            State::Asked => false,
+            State::Granted(lease) => !lease.is_lost(),
+            State::Failed(_) | State::Stopped => true,
+        });
+        match known.await.as_deref() {
+            Ok(State::Granted(lease)) => Ok(lease.clone()),
+            Ok(State::Failed(error)) => Err(error.clone()),
+            Ok(State::Asked | State::Stopped) | Err(_) => {
+                Err(KvError::Unavailable("the store is shut down".to_owned()))
+            }
+        }
     }
 }
 
-async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: watch::Sender<Option<Lease>>, stop: CancellationToken) {
+async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: watch::Sender<State>, stop: CancellationToken) {
     let mut delay = RETRY_FIRST;
     while !stop.is_cancelled() {
         // From the time of sending: the store may have counted from then.
@@ -93,10 +113,10 @@ async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: watch::Sender<Option<Le
                 delay = RETRY_FIRST;
                 let ttl = ttl - ttl / MARGIN;
                 let lease = Lease::new(id, sent + ttl);
-                publish.send_replace(Some(lease.clone()));
+                publish.send_replace(State::Granted(lease.clone()));
                 keep_one(kv.as_ref(), &lease, ttl, &stop).await;
                 lease.lose();
-                publish.send_replace(None);
+                publish.send_replace(State::Asked);
                 // So that others need not wait for it to run out.
                 if let Err(error) = kv.revoke(lease.id).await {
                     tracing::warn!(%error, "the lease could not be revoked, it runs out by itself");
@@ -104,6 +124,11 @@ async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: watch::Sender<Option<Le
             }
             Err(error) => {
                 tracing::warn!(%error, "no lease was granted, trying again");
+                // Whether or not one was granted, nobody knows it: nothing can be under it.
+                publish.send_replace(State::Failed(match error {
+                    KvError::Ambiguous(detail) => KvError::Unavailable(detail),
+                    error => error,
+                }));
                 tokio::select! {
                     () = stop.cancelled() => {}
                     () = sleep(delay) => delay = (delay * 2).min(RETRY_LONGEST),
@@ -111,6 +136,7 @@ async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: watch::Sender<Option<Le
             }
         }
     }
+    publish.send_replace(State::Stopped);
 }
 
 /// Returns when the lease is lost or is not wanted any more.

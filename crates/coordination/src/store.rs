@@ -1,7 +1,5 @@
 //! The domain's store, as transactions on the key-value port.
 
-use std::sync::Arc;
-
 use async_trait::async_trait;
 use futures::stream;
 use gauntlet_domain::{
@@ -12,8 +10,8 @@ use jiff::Timestamp;
 
 use crate::{
     Coordination,
-    core::Core,
-    kv::{Compare, Get, KeyValue, Keys, Kv, KvError, Op, Test, Txn, TxnResult},
+    ending::{fenced, ticket},
+    kv::{Compare, Get, KeyValue, Keys, Kv, Op, Test, Txn},
     locks::{Patience, held},
     reads::{Instances, Scan},
     records,
@@ -66,7 +64,7 @@ impl<K: Kv> Store for Coordination<K> {
         let instance = core.read_instance(&slot, &read.next_read())?;
         let listed = read.next_read();
         let cut = listed.len() == POOLED_KEYS;
-        let mut pooled = core.ready_among(listed, cut);
+        let mut pooled = core.ready_among(listed, cut, POOLED);
         if pooled.is_empty() && cut {
             // None among the first: look on. A claim compares versions, so reading later is no harm.
             let mut all = Instances::new(Scan::values(core, core.layout.pooled_of(id), None));
@@ -160,7 +158,12 @@ impl<K: Kv> Store for Coordination<K> {
     }
 
     async fn release(&self, held: Held) -> Result<()> {
-        let txn = ticket(&held)?.live.removal();
+        let ticket = ticket(&held)?;
+        if ticket.live.lease.is_lost() {
+            // Given up already; what was done under it was fenced by itself.
+            return Ok(());
+        }
+        let txn = ticket.live.removal();
         self.core.finish(held, txn, |_| true).await.map(|_| ())
     }
 
@@ -513,103 +516,6 @@ impl<K: Kv> Store for Coordination<K> {
         }
         Ok(census)
     }
-}
-
-impl<K: Kv> Core<K> {
-    async fn read(&self, then: Vec<Op>) -> Result<TxnResult> {
-        let txn = Txn { then, ..Txn::default() };
-        self.kv.txn(txn).await.map_err(|error| self.error(error))
-    }
-
-    /// The ready ones among listed keys of a pool, if the list was `cut` without the last, which may miss its intent.
-    fn ready_among(&self, listed: Vec<KeyValue>, cut: bool) -> Vec<Stored<Instance>> {
-        let mut groups: Vec<Vec<KeyValue>> = Vec::new();
-        for kv in listed {
-            match groups.last_mut() {
-                Some(group) if self.layout.read_instance(&kv.key).is_some_and(|(_, intent)| intent) => group.push(kv),
-                _ => groups.push(vec![kv]),
-            }
-        }
-        if cut {
-            groups.pop();
-        }
-        let ready = |stored: &Stored<Instance>| stored.value.phase == Phase::Ready;
-        groups.iter().filter_map(|group| self.readable(group)).filter(ready).take(POOLED).collect()
-    }
-
-    /// The instances of the next few keys of the index by source.
-    async fn indexed(&self, index: &mut Scan<K>) -> Result<Vec<Instance>> {
-        const AT_ONCE: usize = 32;
-        let mut slots = Vec::new();
-        while slots.len() < AT_ONCE
-            && let Some(kv) = index.next().await?
-        {
-            slots.extend(self.layout.read_by_source(&kv.key));
-        }
-        if slots.is_empty() {
-            return Ok(Vec::new());
-        }
-        let ops = slots.iter().map(|slot| Op::get(self.layout.whole(slot))).collect();
-        Ok(self
-            .read(ops)
-            .await?
-            .reads
-            .iter()
-            .filter_map(|group| self.readable(group))
-            .map(|stored| stored.value)
-            .collect())
-    }
-
-    /// Runs the transaction that ends an ownership. If its outcome is unknown it is run once more, which is safe since it can succeed only
-    /// once: if it is refused then, `applied` tells from what it read whether the first one had succeeded.
-    async fn finish(
-        self: &Arc<Self>,
-        held: Held,
-        txn: Txn,
-        applied: impl Fn(&[Vec<KeyValue>]) -> bool + Send + 'static,
-    ) -> Result<TxnResult> {
-        if ticket(&held)?.live.lease.is_lost() {
-            return Err(fenced(held.kind, held.fence));
-        }
-        let core = self.clone();
-        self.detached(async move {
-            let result = match core.kv.txn(txn.clone()).await {
-                Err(KvError::Ambiguous(detail)) => {
-                    tracing::warn!(detail, "the outcome of a commit is unknown, asking again");
-                    core.kv.txn(txn).await.map(|result| {
-                        let succeeded = result.succeeded || applied(&result.reads);
-                        TxnResult { succeeded, ..result }
-                    })
-                }
-                result => result,
-            };
-            // Otherwise the reaper gets the key, and the work is found stranded.
-            let result = result.map_err(|error| core.error(error))?;
-            if result.succeeded {
-                ticket(&held)?.spend();
-            }
-            Ok(result)
-        })
-        .await
-    }
-
-    /// The ticket of a challenge's own lock.
-    fn lock_on<'a>(&self, held: &'a Held, id: &ChallengeId) -> Result<&'a Ticket> {
-        let ticket = ticket(held)?;
-        match &ticket.of {
-            Of::Lock(LockKind::Challenge, locked) if locked == id => Ok(ticket),
-            other => Err(Error::Internal(format!("an ownership of {other:?} is no lock on the challenge {id:?}"))),
-        }
-    }
-}
-
-fn ticket(held: &Held) -> Result<&Ticket> {
-    let ticket = held.grant().as_any().downcast_ref();
-    ticket.ok_or_else(|| Error::Internal("the ownership is of another store".to_owned()))
-}
-
-fn fenced(kind: LockKind, fence: u64) -> Error {
-    Error::Fenced(format!("{} (token {fence})", kind.name()))
 }
 
 fn not_after(keys: Keys, version: Version) -> Compare {

@@ -1,0 +1,158 @@
+//! The file: restarts, other processes, damage.
+#![allow(clippy::unwrap_used, reason = "tests")]
+use gauntlet_domain::{Begin, By, Commit, LockKind, Store as _, Stranded};
+
+use super::*;
+use crate::{
+    Coordination,
+    contract::{at, challenge, id, instance, seat},
+};
+
+fn put(key: &str, lease: Option<LeaseId>) -> Txn {
+    let op = Op::Put { key: key.to_owned(), value: b"value".to_vec(), lease };
+    Txn { then: vec![op], ..Txn::default() }
+}
+
+async fn keys(kv: &Embedded) -> Vec<String> {
+    let all = Get { keys: Keys::between("a", "z"), limit: 0, keys_only: true };
+    kv.page(all, None).await.unwrap().kvs.into_iter().map(|kv| kv.key).collect()
+}
+
+#[tokio::test]
+async fn what_was_answered_is_there_after_a_restart_and_what_was_leased_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("deep/er/store");
+    let mut last = 0;
+    for start in 1..4u64 {
+        let kv = Embedded::open(&path).unwrap();
+        let (lease, _) = kv.grant(Duration::from_secs(60)).await.unwrap();
+        assert!(u64::try_from(lease).unwrap() > last, "no lease is ever granted twice");
+        kv.txn(put("leased", Some(lease))).await.unwrap();
+        let revision = kv.txn(put(&format!("kept-{start}"), None)).await.unwrap().revision;
+        assert!(revision > last && revision >> COUNTER_BITS == start);
+        last = revision;
+        assert_eq!(keys(&kv).await.len() as u64, start + 1);
+        kv.close().await;
+        assert!(matches!(kv.txn(put("late", None)).await, Err(KvError::Unavailable(_))));
+    }
+    let kv = Embedded::open(&path).unwrap();
+    assert_eq!(keys(&kv).await, ["kept-1", "kept-2", "kept-3"]);
+    let gone = put("b", Some(1));
+    assert_eq!(kv.txn(gone).await, Err(KvError::LeaseGone));
+}
+
+#[tokio::test]
+async fn a_file_has_one_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let _first = Embedded::open(&path).unwrap();
+    let text = Embedded::open(&path).unwrap_err().to_string();
+    assert!(text.contains("another process has it open") && text.contains(path.to_str().unwrap()), "{text}");
+}
+
+#[tokio::test]
+async fn only_its_owner_reads_the_file() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let _kv = Embedded::open(&path).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn what_is_no_store_is_told_by_its_path() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    std::fs::write(&path, "not a store at all".repeat(1000)).unwrap();
+    let text = Embedded::open(&path).unwrap_err().to_string();
+    assert!(text.contains(path.to_str().unwrap()), "{text}");
+    let text = Embedded::open(&path.join("below/a/file")).unwrap_err().to_string();
+    assert!(text.contains(path.to_str().unwrap()) && text.contains("cannot make its directory"), "{text}");
+}
+
+#[tokio::test]
+async fn many_writers_share_commits_and_none_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let kv = Arc::new(Embedded::open(&dir.path().join("store")).unwrap());
+    let mut followed = kv.follow(Keys::between("a", "z")).await.unwrap();
+    let puts = (0..300).map(|n| {
+        let kv = kv.clone();
+        tokio::spawn(async move { kv.txn(put(&format!("key-{n:03}"), None)).await.unwrap().revision })
+    });
+    let puts: Vec<_> = puts.collect();
+    let mut revisions = BTreeSet::new();
+    for put in puts {
+        revisions.insert(put.await.unwrap());
+    }
+    assert_eq!(revisions.len(), 300, "each has a revision of its own");
+    let mut seen = Vec::new();
+    while seen.len() < 300 {
+        seen.extend(followed.events.next().await.unwrap().into_iter().map(|event| event.revision));
+    }
+    assert!(seen.is_sorted() && seen.into_iter().eq(revisions), "and is followed in that order");
+}
+
+#[tokio::test]
+async fn who_falls_behind_lists_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let kv = Embedded::open(&dir.path().join("store")).unwrap();
+    let mut followed = kv.follow(Keys::between("a", "z")).await.unwrap();
+    let (lease, _) = kv.grant(Duration::from_secs(60)).await.unwrap();
+    for _ in 0..BEHIND + 10 {
+        kv.txn(put("key", Some(lease))).await.unwrap();
+    }
+    assert!(followed.events.next().await.is_err());
+    assert_eq!(kv.follow(Keys::between("a", "z")).await.unwrap().keys.len(), 1);
+}
+
+#[tokio::test]
+async fn a_failed_compare_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let kv = Embedded::open(&dir.path().join("store")).unwrap();
+    let before = kv.txn(put("key", None)).await.unwrap().revision;
+    for when in [
+        Compare::absent(Keys::between("a", "z")),
+        Compare::exists("other"),
+        Compare::created("key", before + 1),
+        Compare::modified("other", 0),
+        Compare::value("key", "another"),
+        Compare { keys: Keys::between("a", "z"), test: Test::NotAfter(before - 1) },
+    ] {
+        let txn =
+            Txn { when: vec![when.clone()], then: vec![Op::put("late", "")], or: vec![Op::get(Keys::one("key"))] };
+        let result = kv.txn(txn).await.unwrap();
+        assert!(!result.succeeded && result.revision == before && result.reads.concat().len() == 1, "{when:?}");
+    }
+    assert_eq!(keys(&kv).await, ["key"]);
+}
+
+#[tokio::test]
+async fn a_restart_keeps_records_and_finds_what_was_under_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let open = || async { Coordination::embedded(&path, "a".to_owned()).await.unwrap() };
+    let (by, slot) = (By::default(), seat("web", "alice"));
+    let store = open().await;
+    store.insert_challenge(&challenge("web")).await.unwrap();
+    let web = store.challenge(&id("web")).await.unwrap().unwrap();
+    let intent = instance(slot.clone(), gauntlet_domain::Phase::Provisioning);
+    let owner = store.begin_create(&web, &intent, None, &by).await.unwrap();
+    let lock = store.lock(LockKind::Rollout, &id("web"), &by).await.unwrap();
+    // As a crash would: nothing is given up in order.
+    store.core.kv.close().await;
+    drop(store);
+    let store = open().await;
+    assert_eq!(store.challenge(&id("web")).await.unwrap().unwrap(), web);
+    assert_eq!(store.stranded(at(0)).await.unwrap(), vec![Stranded::Instance(slot.clone())]);
+    let again = store.lock(LockKind::Rollout, &id("web"), &by).await.unwrap();
+    assert!(again.fence > lock.fence && again.fence > owner.fence);
+    let (held, left) = store.begin(&slot, Begin::Recover, &by).await.unwrap();
+    assert_eq!(left, intent);
+    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.shutdown().await;
+    assert!(store.ping().await.is_err());
+    assert!(store.insert_challenge(&challenge("late")).await.is_err());
+    let store = open().await;
+    assert_eq!(store.instance(&slot).await.unwrap(), None);
+    store.shutdown().await;
+}

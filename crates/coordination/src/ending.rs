@@ -1,0 +1,66 @@
+//! Ending an ownership: the transaction that writes its outcome and gives it up.
+
+use std::sync::Arc;
+
+use gauntlet_domain::{ChallengeId, Error, Held, LockKind, Result};
+
+use crate::{
+    core::Core,
+    kv::{KeyValue, Kv, KvError, Txn, TxnResult},
+    ticket::{Of, Ticket},
+};
+
+impl<K: Kv> Core<K> {
+    /// Runs the transaction that ends an ownership. If its outcome is unknown it is run once more, which is safe since it can succeed only
+    /// once: if it is refused then, `applied` tells from what it read whether the first one had succeeded.
+    pub(crate) async fn finish(
+        self: &Arc<Self>,
+        held: Held,
+        txn: Txn,
+        applied: impl Fn(&[Vec<KeyValue>]) -> bool + Send + 'static,
+    ) -> Result<TxnResult> {
+        if ticket(&held)?.live.lease.is_lost() {
+            return Err(fenced(held.kind, held.fence));
+        }
+        let core = self.clone();
+        self.detached(async move {
+            let result = match core.kv.txn(txn.clone()).await {
+                Err(KvError::Ambiguous(detail)) => {
+                    tracing::warn!(detail, "the outcome of a commit is unknown, asking again");
+                    core.kv.txn(txn).await.map(|result| {
+                        let succeeded = result.succeeded || applied(&result.reads);
+                        TxnResult { succeeded, ..result }
+                    })
+                }
+                result => result,
+            };
+            // Otherwise the reaper gets the key, and the work is found stranded.
+            let result = result.map_err(|error| core.error(error))?;
+            if result.succeeded {
+                ticket(&held)?.spend();
+            }
+            Ok(result)
+        })
+        .await
+    }
+
+    /// The ticket of a challenge's own lock.
+    pub(crate) fn lock_on<'a>(&self, held: &'a Held, id: &ChallengeId) -> Result<&'a Ticket> {
+        let ticket = ticket(held)?;
+        match &ticket.of {
+            Of::Lock(LockKind::Challenge, locked) if locked == id => Ok(ticket),
+            other => Err(Error::Internal(format!("an ownership of {other:?} is no lock on the challenge {id:?}"))),
+        }
+    }
+}
+
+/// Our side of an ownership.
+pub(crate) fn ticket(held: &Held) -> Result<&Ticket> {
+    let ticket = held.grant().as_any().downcast_ref();
+    ticket.ok_or_else(|| Error::Internal("the ownership is of another store".to_owned()))
+}
+
+/// The ownership was lost.
+pub(crate) fn fenced(kind: LockKind, fence: u64) -> Error {
+    Error::Fenced(format!("{} (token {fence})", kind.name()))
+}
