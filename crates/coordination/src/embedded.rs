@@ -332,20 +332,19 @@ struct Writer {
 
 impl Writer {
     fn run(mut self, mut queue: mpsc::Receiver<Job>) {
-        let mut jobs = Vec::with_capacity(GROUP);
         while let Some(first) = queue.blocking_recv() {
-            jobs.push(first);
+            let mut jobs = vec![first];
             while jobs.len() < GROUP
                 && let Ok(job) = queue.try_recv()
             {
                 jobs.push(job);
             }
-            self.group(jobs.drain(..));
+            self.group(jobs);
         }
     }
 
     /// Runs some jobs in order and commits them as one; all fail if that fails.
-    fn group(&mut self, jobs: impl Iterator<Item = Job>) {
+    fn group(&mut self, jobs: Vec<Job>) {
         let before = self.shared.published.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut change = Change {
             live: before.live.clone(),
@@ -354,9 +353,9 @@ impl Writer {
             durable: false,
             events: Vec::new(),
         };
-        let mut answers: Vec<Box<dyn FnOnce(Result<(), KvError>)>> = Vec::new();
-        let jobs: Vec<Job> = jobs.collect();
-        match self.apply(jobs, &mut change, &mut answers, &before) {
+        let mut jobs = jobs.into_iter();
+        let mut answers = Vec::new();
+        match self.apply(&mut jobs, &mut change, &mut answers, &before) {
             Ok(after) => {
                 self.revision = change.revision;
                 self.leases = change.leases;
@@ -378,36 +377,24 @@ impl Writer {
                     error => error,
                 };
                 answers.into_iter().for_each(|answer| answer(Err(error.clone())));
+                jobs.for_each(|job| job.fail(error.clone()));
             }
         }
     }
 
     fn apply(
         &self,
-        jobs: Vec<Job>,
+        jobs: &mut impl Iterator<Item = Job>,
         change: &mut Change,
-        answers: &mut Vec<Box<dyn FnOnce(Result<(), KvError>)>>,
+        answers: &mut Vec<Answer>,
         before: &Snapshot,
     ) -> Result<Snapshot, redb::Error> {
-        let mut failed = None;
-        let write = self.db.begin_write();
-        let mut table = match &write {
-            Ok(write) => {
-                write.open_table(ENTRIES).map_err(redb::Error::from).map_err(|error| failed = Some(error)).ok()
+        let write = self.db.begin_write()?;
+        {
+            let mut table = write.open_table(ENTRIES)?;
+            for job in jobs {
+                change.job(job, &mut table, answers)?;
             }
-            Err(_) => None,
-        };
-        for job in jobs {
-            // Every job gets an answer, also after a failure.
-            let table = table.as_mut().filter(|_| failed.is_none());
-            if let Err(error) = change.job(job, table, answers) {
-                failed = Some(error);
-            }
-        }
-        drop(table);
-        let write = write?;
-        if let Some(error) = failed {
-            return Err(error);
         }
         let table = if change.durable {
             write.commit()?;
@@ -417,6 +404,25 @@ impl Writer {
             before.table.clone()
         };
         Ok(Snapshot { table, live: change.live.clone(), revision: change.revision })
+    }
+}
+
+/// Gives a job its answer, once it is known whether the group was committed.
+type Answer = Box<dyn FnOnce(KvResult<()>)>;
+
+fn reply<T: 'static>(to: oneshot::Sender<KvResult<T>>, value: KvResult<T>) -> Answer {
+    // An error means that nobody waits for it any more.
+    Box::new(move |committed| drop(to.send(committed.and(value))))
+}
+
+impl Job {
+    fn fail(self, error: KvError) {
+        // As above.
+        match self {
+            Self::Txn(_, to) => drop(to.send(Err(error))),
+            Self::Grant(to) => drop(to.send(Err(error))),
+            Self::KeepAlive(_, to) | Self::Revoke(_, to) => drop(to.send(Err(error))),
+        }
     }
 }
 
@@ -431,32 +437,21 @@ struct Change {
 }
 
 impl Change {
+    /// Runs a job; its answer is given once the group is committed, or has failed.
     fn job(
         &mut self,
         job: Job,
-        table: Option<&mut Table<'_, &'static str, Entry>>,
-        answers: &mut Vec<Box<dyn FnOnce(Result<(), KvError>)>>,
+        table: &mut Table<'_, &'static str, Entry>,
+        answers: &mut Vec<Answer>,
     ) -> Result<(), redb::Error> {
-        fn reply<T: 'static>(
-            to: oneshot::Sender<KvResult<T>>,
-            value: KvResult<T>,
-        ) -> Box<dyn FnOnce(Result<(), KvError>)> {
-            // An error means that nobody waits for it any more.
-            Box::new(move |committed| drop(to.send(committed.and(value))))
-        }
         match job {
             Job::Txn(txn, to) => {
-                let result = match table {
-                    Some(table) => self.txn(txn, table),
-                    None => Ok(Err(KvError::Unavailable("the group failed".to_owned()))),
+                let (result, failed) = match self.txn(txn, table) {
+                    Ok(result) => (result, Ok(())),
+                    Err(error) => (Err(KvError::Unavailable(error.to_string())), Err(error)),
                 };
-                match result {
-                    Ok(result) => answers.push(reply(to, result)),
-                    Err(error) => {
-                        answers.push(reply(to, Err(KvError::Unavailable("the group failed".to_owned()))));
-                        return Err(error);
-                    }
-                }
+                answers.push(reply(to, result));
+                failed?;
             }
             Job::Grant(to) => {
                 self.revision += 1;

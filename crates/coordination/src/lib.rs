@@ -47,7 +47,7 @@ const EMBEDDED_TTL: Duration = Duration::from_secs(60);
 const SHUTDOWN: Duration = Duration::from_secs(5);
 
 /// One replica's view of the coordinated store: records, ownership and locks. [`Coordination::shutdown`] gives up all it owns; dropping it
-/// without that is like a crash: what it owned goes with its lease.
+/// without that gives it up in the background, or when its lease runs out.
 #[derive(Debug)]
 pub struct Coordination<K: Kv> {
     core: Arc<Core<K>>,
@@ -110,7 +110,7 @@ impl<K: Kv> Coordination<K> {
         Self { core: Arc::new(core), stop }
     }
 
-    /// Waits for writes under way, gives up everything owned, and closes the store; at most five seconds. Calls after it fail.
+    /// Waits for writes under way, gives up everything owned, and closes the store; at most five seconds. Nothing can be owned after it.
     pub async fn shutdown(&self) {
         self.core.tasks.close();
         self.stop.cancel();
