@@ -7,8 +7,10 @@
 //! A revision is the number of the start of the process (kept in the file) times 2^40, plus a counter: it grows across restarts although the
 //! counter is never written.
 
+mod writer;
+
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs::OpenOptions,
     ops::Bound,
     os::unix::fs::OpenOptionsExt as _,
@@ -20,12 +22,13 @@ use std::{
 
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_domain::Error;
-use redb::{Database, DatabaseError, ReadOnlyTable, ReadableDatabase as _, ReadableTable, Table, TableDefinition};
+use redb::{Database, DatabaseError, ReadOnlyTable, ReadableDatabase as _, ReadableTable, TableDefinition};
 use tokio::{
     sync::{broadcast, mpsc, oneshot},
     time::timeout,
 };
 
+use self::writer::{Job, Writer};
 use crate::kv::{
     Compare, Event, Events, Followed, Get, KeyValue, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Test, Txn,
     TxnResult,
@@ -38,9 +41,8 @@ const META: TableDefinition<'static, &'static str, u64> = TableDefinition::new("
 const EPOCH: &str = "epoch";
 const COUNTER_BITS: u32 = 40;
 
-/// Transactions that may wait for the writer, and that share a commit at most.
+/// Writes that may wait for the writer.
 const QUEUE: usize = 1024;
-const GROUP: usize = 64;
 /// Commits that a watch may fall behind before it has to list again.
 const BEHIND: usize = 4096;
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -85,14 +87,6 @@ struct Leased {
     lease: LeaseId,
 }
 
-#[derive(Debug)]
-enum Job {
-    Txn(Txn, oneshot::Sender<KvResult<TxnResult>>),
-    Grant(oneshot::Sender<KvResult<LeaseId>>),
-    KeepAlive(LeaseId, oneshot::Sender<KvResult<()>>),
-    Revoke(LeaseId, oneshot::Sender<KvResult<()>>),
-}
-
 impl Embedded {
     /// Opens the file, and makes it and its directory if they are not there. Blocks: the file may need repair after a crash.
     ///
@@ -133,7 +127,7 @@ impl Embedded {
         let snapshot = Snapshot { table: Arc::new(table), live: Arc::default(), revision };
         let shared = Arc::new(Shared { path: path.to_owned(), published: Mutex::new(Arc::new(snapshot)), events });
         let (jobs, queue) = mpsc::channel(QUEUE);
-        let writer = Writer { db, shared: shared.clone(), revision, leases: BTreeSet::new() };
+        let writer = Writer::new(db, shared.clone(), revision);
         let writer = std::thread::Builder::new()
             .name("store-writer".to_owned())
             .spawn(move || writer.run(queue))
@@ -319,241 +313,6 @@ fn describe(path: &Path, error: &redb::Error) -> KvError {
             "embedded store {path}: an earlier write failed; restart once the disk is well"
         )),
         error => KvError::Unavailable(format!("embedded store {path}: {error}")),
-    }
-}
-
-/// The one thread that writes.
-struct Writer {
-    db: Database,
-    shared: Arc<Shared>,
-    revision: u64,
-    leases: BTreeSet<LeaseId>,
-}
-
-impl Writer {
-    fn run(mut self, mut queue: mpsc::Receiver<Job>) {
-        while let Some(first) = queue.blocking_recv() {
-            let mut jobs = vec![first];
-            while jobs.len() < GROUP
-                && let Ok(job) = queue.try_recv()
-            {
-                jobs.push(job);
-            }
-            self.group(jobs);
-        }
-    }
-
-    /// Runs some jobs in order and commits them as one; all fail if that fails.
-    fn group(&mut self, jobs: Vec<Job>) {
-        let before = self.shared.published.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let mut change = Change {
-            live: before.live.clone(),
-            leases: self.leases.clone(),
-            revision: self.revision,
-            durable: false,
-            events: Vec::new(),
-        };
-        let mut jobs = jobs.into_iter();
-        let mut answers = Vec::new();
-        match self.apply(&mut jobs, &mut change, &mut answers, &before) {
-            Ok(after) => {
-                self.revision = change.revision;
-                self.leases = change.leases;
-                let mut published = self.shared.published.lock().unwrap_or_else(PoisonError::into_inner);
-                *published = Arc::new(after);
-                if !change.events.is_empty() {
-                    // An error means that nobody listens.
-                    let _ = self.shared.events.send(Arc::new(change.events));
-                }
-                drop(published);
-                answers.into_iter().for_each(|answer| answer(Ok(())));
-            }
-            Err(error) => {
-                let error = describe(&self.shared.path, &error);
-                tracing::error!(%error, "a write failed");
-                let error = match error {
-                    // It may be in the file all the same.
-                    KvError::Unavailable(detail) if change.durable => KvError::Ambiguous(detail),
-                    error => error,
-                };
-                answers.into_iter().for_each(|answer| answer(Err(error.clone())));
-                jobs.for_each(|job| job.fail(error.clone()));
-            }
-        }
-    }
-
-    fn apply(
-        &self,
-        jobs: &mut impl Iterator<Item = Job>,
-        change: &mut Change,
-        answers: &mut Vec<Answer>,
-        before: &Snapshot,
-    ) -> Result<Snapshot, redb::Error> {
-        let write = self.db.begin_write()?;
-        {
-            let mut table = write.open_table(ENTRIES)?;
-            for job in jobs {
-                change.job(job, &mut table, answers)?;
-            }
-        }
-        let table = if change.durable {
-            write.commit()?;
-            Arc::new(self.db.begin_read()?.open_table(ENTRIES)?)
-        } else {
-            write.abort()?;
-            before.table.clone()
-        };
-        Ok(Snapshot { table, live: change.live.clone(), revision: change.revision })
-    }
-}
-
-/// Gives a job its answer, once it is known whether the group was committed.
-type Answer = Box<dyn FnOnce(KvResult<()>)>;
-
-fn reply<T: 'static>(to: oneshot::Sender<KvResult<T>>, value: KvResult<T>) -> Answer {
-    // An error means that nobody waits for it any more.
-    Box::new(move |committed| drop(to.send(committed.and(value))))
-}
-
-impl Job {
-    fn fail(self, error: KvError) {
-        // As above.
-        match self {
-            Self::Txn(_, to) => drop(to.send(Err(error))),
-            Self::Grant(to) => drop(to.send(Err(error))),
-            Self::KeepAlive(_, to) | Self::Revoke(_, to) => drop(to.send(Err(error))),
-        }
-    }
-}
-
-/// What a group of jobs changes.
-struct Change {
-    live: Arc<Live>,
-    leases: BTreeSet<LeaseId>,
-    revision: u64,
-    /// Whether the file changes.
-    durable: bool,
-    events: Vec<Event>,
-}
-
-impl Change {
-    /// Runs a job; its answer is given once the group is committed, or has failed.
-    fn job(
-        &mut self,
-        job: Job,
-        table: &mut Table<'_, &'static str, Entry>,
-        answers: &mut Vec<Answer>,
-    ) -> Result<(), redb::Error> {
-        match job {
-            Job::Txn(txn, to) => {
-                let (result, failed) = match self.txn(txn, table) {
-                    Ok(result) => (result, Ok(())),
-                    Err(error) => (Err(KvError::Unavailable(error.to_string())), Err(error)),
-                };
-                answers.push(reply(to, result));
-                failed?;
-            }
-            Job::Grant(to) => {
-                self.revision += 1;
-                let lease = i64::try_from(self.revision).unwrap_or(i64::MAX);
-                self.leases.insert(lease);
-                answers.push(reply(to, Ok(lease)));
-            }
-            Job::KeepAlive(lease, to) => {
-                let known = self.leases.contains(&lease);
-                answers.push(reply(to, known.then_some(()).ok_or(KvError::LeaseGone)));
-            }
-            Job::Revoke(lease, to) => {
-                if self.leases.remove(&lease) {
-                    self.revision += 1;
-                    let revision = self.revision;
-                    let events = &mut self.events;
-                    Arc::make_mut(&mut self.live).retain(|key, leased| {
-                        if leased.lease == lease {
-                            events.push(Event { key: key.clone(), revision, created: None });
-                        }
-                        leased.lease != lease
-                    });
-                }
-                answers.push(reply(to, Ok(())));
-            }
-        }
-        Ok(())
-    }
-
-    fn txn(
-        &mut self,
-        txn: Txn,
-        table: &mut Table<'_, &'static str, Entry>,
-    ) -> Result<KvResult<TxnResult>, redb::Error> {
-        let succeeded = all_hold(&txn.when, table, &self.live)?;
-        let ops = if succeeded { txn.then } else { txn.or };
-        let leased = |op: &Op| matches!(op, Op::Put { lease: Some(lease), .. } if !self.leases.contains(lease));
-        if ops.iter().any(leased) {
-            return Ok(Err(KvError::LeaseGone));
-        }
-        let revision = self.revision + 1;
-        let mut reads = Vec::new();
-        for op in ops {
-            match op {
-                Op::Get(get) => reads.push(get_all(&get, table, &self.live)?.0),
-                Op::Put { key, value, lease } => self.put(key, &value, lease, revision, table)?,
-                Op::Delete(keys) => self.delete(&keys, revision, table)?,
-            }
-        }
-        Ok(Ok(TxnResult { succeeded, revision: self.revision, reads }))
-    }
-
-    fn put(
-        &mut self,
-        key: String,
-        value: &[u8],
-        lease: Option<LeaseId>,
-        revision: u64,
-        table: &mut Table<'_, &'static str, Entry>,
-    ) -> Result<(), redb::Error> {
-        let stored = table.get(key.as_str())?.map(|entry| entry.value().0);
-        let created = stored.or_else(|| self.live.get(&key).map(|leased| leased.created)).unwrap_or(revision);
-        match lease {
-            Some(lease) => {
-                if stored.is_some() {
-                    table.remove(key.as_str())?;
-                    self.durable = true;
-                }
-                let leased = Leased { created, modified: revision, value: value.to_vec(), lease };
-                Arc::make_mut(&mut self.live).insert(key.clone(), leased);
-            }
-            None => {
-                if self.live.contains_key(&key) {
-                    Arc::make_mut(&mut self.live).remove(&key);
-                }
-                table.insert(key.as_str(), (created, revision, value))?;
-                self.durable = true;
-            }
-        }
-        self.revision = revision;
-        self.events.push(Event { key, revision, created: Some(created) });
-        Ok(())
-    }
-
-    fn delete(
-        &mut self,
-        keys: &Keys,
-        revision: u64,
-        table: &mut Table<'_, &'static str, Entry>,
-    ) -> Result<(), redb::Error> {
-        let all = Get { keys: keys.clone(), limit: 0, keys_only: true };
-        for kv in get_all(&all, table, &self.live)?.0 {
-            if self.live.contains_key(&kv.key) {
-                Arc::make_mut(&mut self.live).remove(&kv.key);
-            } else {
-                table.remove(kv.key.as_str())?;
-                self.durable = true;
-            }
-            self.revision = revision;
-            self.events.push(Event { key: kv.key, revision, created: None });
-        }
-        Ok(())
     }
 }
 

@@ -1,5 +1,7 @@
 //! The file: restarts, other processes, damage.
 #![allow(clippy::unwrap_used, reason = "tests")]
+use std::collections::BTreeSet;
+
 use gauntlet_domain::{Begin, By, Commit, LockKind, Store as _, Stranded};
 
 use super::*;
