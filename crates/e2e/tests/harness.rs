@@ -113,9 +113,9 @@ impl World {
     }
 
     /// Runs the janitor once.
-    pub(crate) fn janitor(&self, manager: &Manager) -> Output {
+    pub(crate) fn janitor(&self, url: &str) -> Output {
         let mut command = Command::new(binary("gauntlet-janitor"));
-        command.env("URL", &manager.url);
+        command.env("URL", url);
         match &self.stack {
             None => command.env("OTEL_SDK_DISABLED", "true"),
             Some(stack) => command.envs(stack.telemetry_env()),

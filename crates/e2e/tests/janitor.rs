@@ -16,7 +16,7 @@ fn sweeps(backend: Backend) {
     manager.create_instance("long", "a").ok();
 
     eventually("the expired instance is swept", || {
-        let swept = world.janitor(&manager);
+        let swept = world.janitor(&manager.url);
         assert!(swept.status.success(), "{}", String::from_utf8_lossy(&swept.stderr));
         match manager.get("/api/v1/instance/short/a").status {
             404 => Ok(()),
@@ -63,6 +63,6 @@ fn a_janitor_that_can_do_nothing_says_so() {
     let world = World::bare(Backend::Embedded);
     let mut manager = world.manager("m1");
     manager.process.stop().unwrap();
-    let swept = world.janitor(&manager);
+    let swept = world.janitor(&manager.url);
     assert!(!swept.status.success());
 }

@@ -14,10 +14,10 @@ async fn create(manager: &Manager, challenge: &str, source: &str) -> Result<Inst
     manager.instances().await.create_instance(request).await.map(tonic::Response::into_inner)
 }
 
-/// The address in a connection info, up to the first blank.
+/// The address in a connection info.
 fn address(connection_info: &str) -> &str {
     let at = connection_info.find("http://").unwrap_or_else(|| panic!("no address in {connection_info:?}"));
-    connection_info[at..].split_whitespace().next().unwrap()
+    connection_info[at..].split([' ', ')']).next().unwrap()
 }
 
 fn from_registry_to_gone(backend: Backend) {

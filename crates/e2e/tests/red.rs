@@ -38,7 +38,7 @@ fn drive(world: &World, manager: &Manager) -> Count {
     let mut source = 0;
     while done < 450 {
         source += 1;
-        if source % 30 == 1 {
+        if source % 6 == 1 {
             count.rest("POST /api/v1/instance", manager.create_instance("web", &source.to_string()).status);
             count.rest("POST /api/v1/instance", manager.create_instance("broken", &source.to_string()).status);
             count.rest(
@@ -99,15 +99,15 @@ fn has_data(answer: &Value) -> bool {
         .into_iter()
         .flatten()
         .flat_map(|metric| metric["metricPoints"].as_array().cloned());
-    points.flatten().any(|point| point["gaugeValue"]["doubleValue"].as_f64().is_some_and(f64::is_finite))
+    points.flatten().any(|point| point["gaugeValue"]["doubleValue"].as_f64().is_some_and(|value| value > 0.0))
 }
 
 fn counts_exactly(backend: Backend) {
     let mut world = World::observed(backend);
-    let mut manager = world.manager("m1");
+    let manager = world.manager("m1");
     let count = drive(&world, &manager);
     assert_eq!(count.0.values().map(|(calls, _)| calls).sum::<u64>(), 500);
-    assert!(count.0.values().map(|(_, failed)| failed).sum::<u64>() >= 15, "some of them fail");
+    assert!(count.0.values().map(|(_, failed)| failed).sum::<u64>() >= 10, "some of them fail");
 
     eventually("Prometheus has counted every call", || {
         let counted = counted(&mut world)?;
@@ -122,10 +122,13 @@ fn counts_exactly(backend: Backend) {
         if sum == Some(500.0) { Ok(()) } else { Err(format!("{sum:?} of 500")) }
     });
 
-    // The janitor: one sweep that works, one that cannot.
-    assert!(world.janitor(&manager).status.success());
-    let unreachable = World::janitor(&world, stopped(&mut manager));
-    assert!(!unreachable.status.success());
+    // A rate is a difference: something must go on while Jaeger is asked.
+    let stir = |world: &World| {
+        manager.get("/api/v1/challenge/web").ok();
+        assert_eq!(manager.create_instance("broken", "a").status, 500);
+        assert!(world.janitor(&manager.url).status.success());
+        assert!(!world.janitor("127.0.0.1:1").status.success());
+    };
     for (service, kind) in [("gauntlet-manager", "server"), ("gauntlet-janitor", "internal")] {
         for metric in ["calls", "errors", "latencies?quantile=0.95"] {
             let (metric, more) = metric.split_once('?').unwrap_or((metric, ""));
@@ -133,17 +136,12 @@ fn counts_exactly(backend: Backend) {
                 "/api/metrics/{metric}?service={service}&spanKind={kind}&lookback=600000&step=5000&ratePer=60000&{more}"
             );
             eventually(&format!("Jaeger's {query}"), || {
+                stir(&world);
                 let answer = world.stack().jaeger.get(&query).map_err(|error| error.to_string())?;
                 if has_data(&answer) { Ok(()) } else { Err(answer.to_string()) }
             });
         }
     }
-}
-
-/// The manager, stopped: its address answers nobody.
-fn stopped(manager: &mut Manager) -> &Manager {
-    manager.process.stop().unwrap();
-    manager
 }
 
 #[test]
