@@ -90,6 +90,7 @@ contract! {
         all_is_listed_over_many_pages,
         challenges_come_in_order_with_their_instances,
         a_source_finds_its_own,
+        the_expired_are_found,
         a_list_is_of_one_revision,
         a_census_counts,
         pools_are_found,

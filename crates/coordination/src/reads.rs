@@ -2,10 +2,12 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
+use futures::stream;
 use gauntlet_domain::{Challenge, ChallengeId, Instance, Phase, Result, Slot, Stored, Version};
 
 use crate::{
     core::{Core, unreadable},
+    keys::Layout,
     kv::{Get, KeyValue, Keys, Kv, Op, Txn, TxnResult},
     records::{self, Unreadable},
 };
@@ -13,6 +15,8 @@ use crate::{
 /// Keys read with their values at once, and without.
 const PAGE: usize = 256;
 const PAGE_OF_KEYS: usize = 4096;
+/// Instances that an index names read at once: etcd allows 128 operations in a transaction.
+const INDEXED: usize = 64;
 
 /// A walk through a range, page by page.
 pub(crate) struct Scan<K: Kv> {
@@ -116,6 +120,49 @@ impl<K: Kv> Instances<K> {
     }
 }
 
+/// The instances that an index names, some at a time. The index is read at one revision, each instance as it is by then.
+pub(crate) struct Indexed<K: Kv> {
+    index: Scan<K>,
+    slot: fn(&Layout, &str) -> Option<Slot>,
+    found: VecDeque<Instance>,
+}
+
+impl<K: Kv> Indexed<K> {
+    /// The instances of the slots that `slot` reads from the keys of `index`.
+    pub(crate) fn new(index: Scan<K>, slot: fn(&Layout, &str) -> Option<Slot>) -> Self {
+        Self { index, slot, found: VecDeque::new() }
+    }
+
+    pub(crate) fn stream(self) -> impl futures::Stream<Item = Result<Instance>> + Send {
+        stream::try_unfold(
+            self,
+            |mut indexed| async move { Ok(indexed.next().await?.map(|instance| (instance, indexed))) },
+        )
+    }
+
+    async fn next(&mut self) -> Result<Option<Instance>> {
+        while self.found.is_empty() && !self.index.ended() {
+            self.fill().await?;
+        }
+        Ok(self.found.pop_front())
+    }
+
+    async fn fill(&mut self) -> Result<()> {
+        let core = self.index.core.clone();
+        let mut slots = Vec::new();
+        while slots.len() < INDEXED
+            && let Some(kv) = self.index.next().await?
+        {
+            slots.extend((self.slot)(&core.layout, &kv.key));
+        }
+        if !slots.is_empty() {
+            let read = core.read(slots.iter().map(|slot| Op::get(core.layout.whole(slot))).collect()).await?;
+            self.found.extend(read.reads.iter().filter_map(|group| core.readable(group)).map(|stored| stored.value));
+        }
+        Ok(())
+    }
+}
+
 impl<K: Kv> Core<K> {
     /// Reads several things at one revision.
     pub(crate) async fn read(&self, then: Vec<Op>) -> Result<TxnResult> {
@@ -137,29 +184,6 @@ impl<K: Kv> Core<K> {
         }
         let ready = |stored: &Stored<Instance>| stored.value.phase == Phase::Ready;
         groups.iter().filter_map(|group| self.readable(group)).filter(ready).take(most).collect()
-    }
-
-    /// The instances of the next few keys of the index by source.
-    pub(crate) async fn indexed(&self, index: &mut Scan<K>) -> Result<Vec<Instance>> {
-        const AT_ONCE: usize = 32;
-        let mut slots = Vec::new();
-        while slots.len() < AT_ONCE
-            && let Some(kv) = index.next().await?
-        {
-            slots.extend(self.layout.read_by_source(&kv.key));
-        }
-        if slots.is_empty() {
-            return Ok(Vec::new());
-        }
-        let ops = slots.iter().map(|slot| Op::get(self.layout.whole(slot))).collect();
-        Ok(self
-            .read(ops)
-            .await?
-            .reads
-            .iter()
-            .filter_map(|group| self.readable(group))
-            .map(|stored| stored.value)
-            .collect())
     }
 
     pub(crate) fn read_challenge(&self, id: &ChallengeId, kvs: Vec<KeyValue>) -> Result<Option<Stored<Challenge>>> {

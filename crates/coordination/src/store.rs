@@ -1,7 +1,7 @@
 //! The domain's store, as transactions on the key-value port.
 
 use async_trait::async_trait;
-use futures::stream;
+use futures::{TryStreamExt as _, stream};
 use gauntlet_domain::{
     Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, LockMode, Phase, PhaseName,
     Result, Seat, Slot, SourceId, Store, Stored, Stranded, Stream, Survey, Version,
@@ -11,9 +11,10 @@ use jiff::Timestamp;
 use crate::{
     Coordination,
     ending::{fenced, ticket},
+    keys::Layout,
     kv::{Compare, Get, KeyValue, Keys, Kv, Op, Test, Txn},
     locks::{Patience, held},
-    reads::{Instances, Scan},
+    reads::{Indexed, Instances, Scan},
     records,
     ticket::{Of, Ticket},
 };
@@ -137,20 +138,16 @@ impl<K: Kv> Store for Coordination<K> {
             }
             Some(source) => {
                 let index = Scan::keys(&self.core, self.core.layout.by_source(source), None);
-                let found = std::collections::VecDeque::new();
-                Box::pin(stream::try_unfold((index, found), move |(mut index, mut found)| async move {
-                    loop {
-                        if let Some(instance) = found.pop_front() {
-                            return Ok(Some((instance, (index, found))));
-                        }
-                        found = self.core.indexed(&mut index).await?.into();
-                        if found.is_empty() && index.ended() {
-                            return Ok(None);
-                        }
-                    }
-                }))
+                Box::pin(Indexed::new(index, Layout::read_by_source).stream())
             }
         }
+    }
+
+    fn expired(&self, now: Timestamp) -> Stream<'_, Instance> {
+        let index = Scan::keys(&self.core, self.core.layout.ended(now), None);
+        let expired = Indexed::new(index, Layout::read_slot).stream();
+        // The index is of one revision, the instances are of now: one that was renewed meanwhile is not expired.
+        Box::pin(expired.try_filter(move |instance| std::future::ready(instance.expired(now))))
     }
 
     async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {

@@ -229,6 +229,10 @@ pub trait Store: Send + Sync {
     /// A source's instances; every source's claimed ones when `None`.
     fn instances_by_source(&self, source: Option<&SourceId>) -> Stream<'_, Instance>;
 
+    /// Claimed instances whose end is at `now` or before, the longest overdue first, in pages; costs what it answers. One that is renewed
+    /// or goes while this is read may be left out.
+    fn expired(&self, now: Timestamp) -> Stream<'_, Instance>;
+
     /// Takes a challenge's lock exclusively, first come first served. The challenge need not exist. [`Error::Busy`] when patience ends.
     async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held>;
 

@@ -168,6 +168,26 @@ pub(super) async fn a_source_finds_its_own(rig: &impl Rig) {
     store.check().await;
 }
 
+pub(super) async fn the_expired_are_found(rig: &impl Rig) {
+    let store = rig.replica("a");
+    store.with("web").await;
+    let ending = |name: String, until| Instance { until, ..instance(seat("web", &name), Phase::Ready) };
+    let all: Vec<_> = (0..200).map(|n| ending(format!("team-{n:03}"), Some(at(1000 - n)))).collect();
+    store.put(&all).await;
+    store.put(&[ending("never".to_owned(), None), instance(pool_seat("web", 1), Phase::Ready)]).await;
+    let expired = |now| store.expired(at(now)).map_ok(|instance| instance.until.unwrap()).try_collect::<Vec<_>>();
+    assert_eq!(expired(800).await.unwrap(), []);
+    assert_eq!(expired(850).await.unwrap(), (801..=850).map(at).collect::<Vec<_>>(), "the longest overdue first");
+    assert_eq!(expired(5000).await.unwrap().len(), 200);
+    // What is renewed while the index is walked is left out.
+    let mut walk = store.expired(at(5000));
+    walk.next().await.unwrap().unwrap();
+    let late = store.at(&all[0].slot).await;
+    store.rewrite(&late, &Instance { until: Some(at(6000)), ..late.value.clone() }, &patient()).await.unwrap();
+    assert_eq!(walk.try_collect::<Vec<_>>().await.unwrap().len(), 198);
+    store.check().await;
+}
+
 pub(super) async fn a_list_is_of_one_revision(rig: &impl Rig) {
     let store = rig.replica("a");
     store.with("web").await;

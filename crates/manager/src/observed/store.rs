@@ -150,6 +150,10 @@ impl Store for ObservedStore {
         self.inner.instances_by_source(source)
     }
 
+    fn expired(&self, now: Timestamp) -> Stream<'_, Instance> {
+        self.inner.expired(now)
+    }
+
     async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {
         self.acquire(kind, id, self.inner.lock(kind, id, by), |held, wrap| wrap(held)).await
     }
@@ -189,7 +193,14 @@ impl Store for ObservedStore {
     }
 
     async fn begin(&self, slot: &Slot, begin: Begin, by: &By) -> Result<(Held, Instance)> {
-        let begin = self.inner.begin(slot, begin, by);
+        let begin = async {
+            let (held, instance) = self.inner.begin(slot, begin, by).await?;
+            // From an instance's end, or its recovery, to its beginning.
+            if let Some(origin) = &instance.origin {
+                context::link_to(origin);
+            }
+            Ok((held, instance))
+        };
         self.acquire(LockKind::Instance, &slot.challenge, begin, |(held, instance), wrap| (wrap(held), instance)).await
     }
 
