@@ -283,7 +283,13 @@ impl Gauntlet {
         scenario: &Pinned,
     ) -> Result<Order> {
         let plan = self.scenarios.plan(scenario, identity, &challenge.merged(&instance.additional)).await?;
-        Ok(Order { challenge: challenge.id.clone(), identity: identity.clone(), generation: held.fence, plan })
+        Ok(Order {
+            challenge: challenge.id.clone(),
+            identity: identity.clone(),
+            generation: held.fence,
+            digest: scenario.digest.clone(),
+            plan,
+        })
     }
 
     async fn settle(&self, held: Held, instance: Instance) -> Result<Instance> {

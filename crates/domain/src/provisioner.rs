@@ -15,6 +15,8 @@ pub struct Order {
     pub identity: Identity,
     /// The fencing token of whoever orders: an order older than what is there must change nothing.
     pub generation: u64,
+    /// The digest of the scenario that the plan was made from.
+    pub digest: String,
     /// What to run.
     pub plan: Arc<dyn Plan>,
 }

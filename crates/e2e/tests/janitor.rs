@@ -40,6 +40,7 @@ fn sweeps(backend: Backend) {
         trace.whole()?;
         Ok(trace)
     });
+    trace.in_the_table();
     let down = trace.find("gauntlet-manager", "provision.down").unwrap();
     let path = trace.path(down);
     for step in ["janitor.sweep", "janitor.expire", "api.v1.instance.InstanceManager/DeleteInstance", "provision.down"]

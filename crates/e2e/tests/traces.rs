@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use gauntlet_telemetry::names;
 use serde_json::{Value, json};
 
 use crate::harness::{Backend, World, eventually, local};
@@ -62,6 +63,28 @@ impl Trace {
         if roots.len() == 1 { Ok(()) } else { Err(format!("{} roots: {roots:#?}", roots.len())) }
     }
 
+    /// Every span and every attribute of it has a row in the table of names.
+    pub(crate) fn in_the_table(&self) {
+        for span in &self.spans {
+            let served = span.name.contains("/api/v1/");
+            let called = span.name.starts_with("api.v1.");
+            let row = match (served, called, span.tags["span.kind"].as_str()) {
+                (true, ..) => &names::HTTP_SERVER,
+                (_, true, Some("client")) => &names::RPC_CLIENT,
+                (_, true, _) => &names::RPC_SERVER,
+                _ => names::SPANS
+                    .iter()
+                    .find(|row| row.name == span.name)
+                    .unwrap_or_else(|| panic!("{} has no row", span.name)),
+            };
+            // What Jaeger and the SDK add to every span.
+            let added = |key: &str| key == "span.kind" || key == "error" || key.starts_with("otel.");
+            for key in span.tags.keys().filter(|key| !added(key)) {
+                assert!(row.attributes.contains(&key.as_str()), "{key} is not in the row of {}", span.name);
+            }
+        }
+    }
+
     /// The names from the root to a span.
     pub(crate) fn path(&self, span: &Span) -> Vec<String> {
         let mut path =
@@ -107,6 +130,7 @@ fn a_create_is_one_tree(backend: Backend) {
     assert_eq!(acquire.tags["lock.token"], hold.tags["lock.token"]);
     assert_eq!(acquire.tags["lock.contended"], false);
     assert_eq!(span("provision.up").tags["outcome"], "ok");
+    trace.in_the_table();
     let text = format!("{trace:?}");
     let flag = created.json()["flags"][0].as_str().unwrap().to_owned();
     assert!(!text.contains(&flag), "no flag on any span");

@@ -17,10 +17,10 @@ use std::{net::SocketAddr, sync::Arc};
 
 use anyhow::Result;
 pub use config::{Config, DebugAddress, Secret};
-use gauntlet_domain::{Gauntlet, Settings, Store};
+use gauntlet_domain::{Gauntlet, Provisioner as _, Settings, Store};
 pub use gauntlet_provision::process::shim::run_if_requested as supervise_if_requested;
 use gauntlet_telemetry::Telemetry;
-use observed::{CountedFacts, ObservedProvisioner, ObservedStore};
+use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, ObservedStore};
 use operations::Operations;
 use tasks::Tasks;
 
@@ -44,9 +44,10 @@ impl Manager {
         let instruments = telemetry.instruments();
         let tasks = Tasks::default();
 
-        let scenarios = backends::scenarios(&config)?;
+        let scenarios = Arc::new(backends::scenarios(&config)?);
         let processes = backends::provisioner(&config)?;
         let provisioner = ObservedProvisioner::new(Arc::new(processes.clone()), instruments.clone());
+        let scenarios = ObservedScenarios::new(scenarios, processes.name(), instruments.clone());
         let backend = backends::store(&config, replica, instruments).await?;
         let store: Arc<dyn Store> = Arc::new(ObservedStore::new(backend.store(), instruments.clone()));
 

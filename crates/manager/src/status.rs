@@ -7,7 +7,7 @@ use tonic::Status;
 
 /// The answer to a client. What is ours to know (hosts, paths, causes) is logged here and marked on the span, and not in the answer.
 pub(crate) fn status(error: &Error) -> Status {
-    tracing::Span::current().record("error.type", error.code());
+    context::attribute("gauntlet.error.code", error.code());
     if error.is_fault() {
         tracing::error!(error.type = error.code(), %error, "call failed");
         context::fail_span(error.to_string());

@@ -41,6 +41,11 @@ pub fn trace_id() -> Option<String> {
     current().map(|context| context.trace_id().to_string())
 }
 
+/// Sets an attribute of the current span that is only known while it runs.
+pub fn attribute(key: &'static str, value: impl Into<opentelemetry::Value>) {
+    tracing::Span::current().set_attribute(key, value);
+}
+
 /// Marks the current span as failed, with a text for operators. Later marks win.
 pub fn fail_span(description: impl Into<std::borrow::Cow<'static, str>>) {
     tracing::Span::current().set_status(opentelemetry::trace::Status::error(description));

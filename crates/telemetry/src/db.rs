@@ -64,7 +64,8 @@ impl Database {
         Self { instruments: instruments.clone() }
     }
 
-    /// Runs `call`, one call to the endpoint `server` (`host:port`), in a span named after `operation`.
+    /// Runs `call`, one call to the endpoint `server` (`host:port`), in a span named after `operation`; outside of any span it is measured
+    /// only.
     ///
     /// `error_type` gives the short code of a failed call (`UNAVAILABLE`), never a text of high cardinality. A call
     /// that is dropped before it ends is recorded with the error type `cancelled`.
@@ -79,15 +80,21 @@ impl Database {
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
         let (address, port) = split(server);
-        let span = tracing::info_span!(
-            "etcd",
-            otel.name = operation.row().name,
-            otel.kind = operation.row().kind.as_str(),
-            db.system.name = "etcd",
-            db.operation.name = operation.as_str(),
-            server.address = address,
-            server.port = port,
-        );
+        // What a replica does for itself (its lease, its watch) belongs to no trace: it is measured, and makes no traces of one span.
+        let background = tracing::Span::current().is_none();
+        let span = if background {
+            tracing::Span::none()
+        } else {
+            tracing::info_span!(
+                "etcd",
+                otel.name = operation.row().name,
+                otel.kind = operation.row().kind.as_str(),
+                db.system.name = "etcd",
+                db.operation.name = operation.as_str(),
+                server.address = address,
+                server.port = port,
+            )
+        };
         let mut observed = Observed {
             instruments: &self.instruments,
             span: span.clone(),

@@ -138,19 +138,19 @@ macro_rules! spans {
 spans! {
     /// A call served over gRPC or gRPC-web.
     RPC_SERVER = "{package.Service}/{Method}", Server, "each gRPC call served",
-        ["rpc.system.name", "rpc.method", "rpc.method_original", "rpc.response.status_code", "error.type"];
+        ["rpc.system.name", "rpc.method", "rpc.method_original", "rpc.response.status_code", "error.type", "gauntlet.error.code", "challenge.id"];
     /// A call served over REST.
     HTTP_SERVER = "{METHOD} {route}", Server, "each REST call served",
-        ["http.request.method", "http.route", "http.response.status_code", "url.path", "url.scheme", "error.type"];
+        ["http.request.method", "http.route", "http.response.status_code", "url.path", "url.scheme", "error.type", "gauntlet.error.code", "challenge.id"];
     /// A gRPC call made.
     RPC_CLIENT = "{package.Service}/{Method}", Client, "each gRPC call made by janitor, sidecar and CLI",
         ["rpc.system.name", "rpc.method", "rpc.response.status_code", "server.address", "server.port", "error.type"];
     /// Waiting for a lock.
     LOCK_ACQUIRE = "lock.acquire", Internal, "each lock asked for, until it is had or given up",
-        ["lock.kind", "lock.mode", "lock.backend", "lock.contended", "lock.queue_depth", "lock.token"];
+        ["lock.kind", "lock.mode", "lock.backend", "lock.contended", "lock.queue_depth", "lock.token", "challenge.id", "outcome", "error.type"];
     /// Holding a lock.
     LOCK_HOLD = "lock.hold", Internal, "each lock had, until it is released",
-        ["lock.kind", "lock.mode", "lock.backend", "lock.token"];
+        ["lock.kind", "lock.mode", "lock.backend", "lock.token", "error.type"];
     /// An etcd transaction.
     ETCD_TXN = "etcd.txn", Client, "each etcd transaction", ["db.system.name", "db.operation.name", "server.address", "server.port", "error.type"];
     /// An etcd range read.
@@ -164,31 +164,41 @@ spans! {
     /// A watch opened.
     ETCD_WATCH = "etcd.watch", Client, "each watch opened, until it is established", ["db.system.name", "db.operation.name", "server.address", "server.port", "error.type"];
     /// A scenario made ready to be provisioned.
-    PROVISION_PREPARE = "provision.prepare", Internal, "each scenario prepared by a provisioner",
-        ["provisioner", "challenge.id", "scenario.digest", "outcome"];
+    PROVISION_PREPARE = "provision.prepare", Internal, "each scenario prepared for an instance",
+        ["instance.identity", "scenario.digest", "outcome", "error.type"];
     /// An instance brought up.
     PROVISION_UP = "provision.up", Internal, "each instance brought up, with a child for each step",
-        ["provisioner", "challenge.id", "instance.identity", "scenario.digest", "outcome"];
+        ["provisioner", "challenge.id", "instance.identity", "scenario.digest", "lock.token", "outcome", "error.type"];
     /// An instance updated in place.
     PROVISION_UPDATE = "provision.update", Internal, "each instance updated, with a child for each step",
-        ["provisioner", "challenge.id", "instance.identity", "scenario.digest", "outcome"];
+        ["provisioner", "challenge.id", "instance.identity", "scenario.digest", "lock.token", "outcome", "error.type"];
     /// An instance taken down.
     PROVISION_DOWN = "provision.down", Internal, "each instance taken down, with a child for each step",
-        ["provisioner", "challenge.id", "instance.identity", "scenario.digest", "outcome"];
+        ["provisioner", "challenge.id", "instance.identity", "lock.token", "outcome", "error.type"];
+    /// Ports and directory given out.
+    PROVISION_ALLOCATE = "provision.allocate", Internal, "a step: ports and directory given out", ["provisioner", "instance.identity", "error.type"];
+    /// The supervisor and the program started.
+    PROVISION_START = "provision.start", Internal, "a step: the program started", ["provisioner", "instance.identity", "error.type"];
+    /// The wait for the probe.
+    PROVISION_READY = "provision.ready", Internal, "a step: the wait until the probe answers", ["provisioner", "instance.identity", "error.type"];
+    /// The program ended, whole.
+    PROVISION_STOP = "provision.stop", Internal, "a step: the program ended, with all it started", ["provisioner", "instance.identity", "error.type"];
+    /// Directory and ports given back.
+    PROVISION_REMOVE = "provision.remove", Internal, "a step: directory and ports given back", ["provisioner", "instance.identity", "error.type"];
     /// A scenario fetched.
     SCENARIO_PULL = "scenario.pull", Client, "each scenario asked for, from the registry or the cache",
         ["oci.reference", "scenario.digest", "cache.hit", "error.type"];
     /// A scenario checked.
     SCENARIO_VALIDATE = "scenario.validate", Internal, "each scenario validated", ["scenario.digest", "error.type"];
     /// A pool brought back to its minimum.
-    POOL_REFILL = "pool.refill", Internal, "each refill of a pool, a root of its own that links to its cause", ["challenge.id", "outcome"];
+    POOL_REFILL = "pool.refill", Internal, "each refill of a pool, a root of its own that links to its cause", ["challenge.id", "error.type"];
     /// One pass over what was left unfinished.
-    RECONCILE = "reconcile", Internal, "each pass that found work left unfinished, a root of its own with links to the traces that began it",
-        ["phase", "action", "outcome"];
+    RECONCILE = "reconcile", Internal, "each pass over work left unfinished, a root of its own; its locks link to the traces that began the work",
+        ["reconcile.recovered", "reconcile.resumed", "reconcile.revived", "reconcile.orphans", "reconcile.failures", "error.type"];
     /// One sweep of the janitor.
-    JANITOR_SWEEP = "janitor.sweep", Internal, "each sweep, a root of its own", ["janitor.scanned", "janitor.expired", "outcome"];
+    JANITOR_SWEEP = "janitor.sweep", Internal, "each sweep, a root of its own", ["janitor.scanned", "janitor.expired", "janitor.deleted", "janitor.failed", "outcome", "error.type"];
     /// One instance expired by the janitor.
-    JANITOR_EXPIRE = "janitor.expire", Internal, "each expired instance, a child of its sweep", ["challenge.id", "source.id", "outcome"];
+    JANITOR_EXPIRE = "janitor.expire", Internal, "each expired instance, a child of its sweep", ["challenge.id", "source.id", "outcome", "error.type"];
 }
 
 /// The bounds that the semantic conventions advise for durations of calls, in seconds.

@@ -7,14 +7,18 @@ use gauntlet_domain::{
     Additional, Challenge, ChallengeId, ChallengeUpdate, Error, Instance, InvalidId, NewChallenge, Result, SourceId,
     Strategy,
 };
+use gauntlet_telemetry::context;
 use jiff::Timestamp;
 
 /// The most template values, and the most bytes of keys and values together, that one message may carry.
 const ADDITIONAL_ENTRIES: usize = 1024;
 const ADDITIONAL_BYTES: usize = 256 * 1024;
 
+/// Also an attribute of the call's span: whom it was for.
 pub(super) fn challenge_id(field: &'static str, text: String) -> Result<ChallengeId> {
-    ChallengeId::new(text).map_err(|problem| bad_id(field, &problem))
+    let id = ChallengeId::new(text).map_err(|problem| bad_id(field, &problem))?;
+    context::attribute("challenge.id", id.as_str().to_owned());
+    Ok(id)
 }
 
 pub(super) fn source_id(field: &'static str, text: String) -> Result<SourceId> {

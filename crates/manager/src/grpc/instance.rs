@@ -14,7 +14,6 @@ use crate::status::status;
 fn seat(challenge_id: String, source_id: String) -> Result<(ChallengeId, SourceId), Status> {
     let challenge = convert::challenge_id("challenge_id", challenge_id).map_err(|error| status(&error))?;
     let source = convert::source_id("source_id", source_id).map_err(|error| status(&error))?;
-    tracing::Span::current().record("challenge.id", challenge.as_str());
     Ok((challenge, source))
 }
 

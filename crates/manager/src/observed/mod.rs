@@ -2,8 +2,10 @@
 
 mod facts;
 mod provisioner;
+mod scenarios;
 mod store;
 
 pub(crate) use facts::CountedFacts;
 pub(crate) use provisioner::ObservedProvisioner;
+pub(crate) use scenarios::ObservedScenarios;
 pub(crate) use store::ObservedStore;

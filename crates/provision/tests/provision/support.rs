@@ -100,6 +100,7 @@ pub(crate) fn order(identity: u64, generation: u64, plan: &Arc<dyn Plan>) -> Ord
         challenge: challenge("a challenge"),
         identity: Identity::from_bits(identity),
         generation,
+        digest: format!("sha256:{:064x}", 1),
         plan: plan.clone(),
     }
 }
