@@ -176,3 +176,21 @@ impl Error {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    /// Every code that the match above can answer, as written in this file.
+    fn codes() -> Vec<&'static str> {
+        let source = include_str!("error.rs");
+        let body =
+            source.split("fn code(&self)").nth(1).and_then(|rest| rest.split("fn is_fault").next()).unwrap_or_default();
+        body.lines().filter_map(|line| line.split("=> \"").nth(1)?.split('"').next()).collect()
+    }
+
+    #[test]
+    fn every_code_has_a_row_in_the_documentation() {
+        let document = include_str!("../../../docs/errors.md");
+        let rows: Vec<&str> = document.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
+        assert_eq!(rows, codes(), "docs/errors.md has one row for each code, in the order of the code");
+    }
+}
