@@ -95,6 +95,7 @@ impl Patience {
         for (gone, kv) in ahead.iter().enumerate() {
             let next = async {
                 tokio::select! {
+                    biased;
                     () = core.mirror.gone(&kv.key, kv.created) => Ok(()),
                     () = lease.lost() => Err(Error::Unavailable {
                         what: core.kv.name(),

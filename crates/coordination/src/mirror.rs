@@ -1,7 +1,7 @@
 //! One watch on everything that is owned, awaited by everybody who waits: each waits for one key to go, and only its waiters wake.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -24,7 +24,8 @@ pub(crate) struct Mirror {
 struct State {
     revision: u64,
     keys: BTreeMap<String, u64>,
-    waiters: HashMap<String, Vec<Waiter>>,
+    /// In order, as every choice here that nobody makes: so that a simulation does the same twice.
+    waiters: BTreeMap<String, Vec<Waiter>>,
 }
 
 #[derive(Debug)]
@@ -78,7 +79,7 @@ impl Mirror {
                 delay = (delay * 2).min(RETRY_LONGEST);
             }
         };
-        tokio::select! { () = stop.cancelled() => {}, () = run => {} }
+        tokio::select! { biased; () = stop.cancelled() => {}, () = run => {} }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {

@@ -130,6 +130,7 @@ async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: watch::Sender<State>, s
                     error => error,
                 }));
                 tokio::select! {
+                    biased;
                     () = stop.cancelled() => {}
                     () = sleep(delay) => delay = (delay * 2).min(RETRY_LONGEST),
                 }
@@ -145,6 +146,7 @@ async fn keep_one<K: Kv>(kv: &K, lease: &Lease, ttl: Duration, stop: &Cancellati
     let mut delay = RETRY_FIRST;
     loop {
         tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             () = lease.lost() => return,
             () = tokio::time::sleep_until(lease.good_until()) => {
@@ -155,6 +157,7 @@ async fn keep_one<K: Kv>(kv: &K, lease: &Lease, ttl: Duration, stop: &Cancellati
         }
         let sent = Instant::now();
         let answer = tokio::select! {
+            biased;
             answer = kv.keep_alive(lease.id) => answer,
             () = tokio::time::sleep_until(lease.good_until()) => continue,
         };

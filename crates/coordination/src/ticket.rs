@@ -123,7 +123,7 @@ impl Reaper {
     pub(crate) fn start<K: Kv>(kv: Arc<K>, stop: CancellationToken) -> (Self, impl Future<Output = ()> + Send) {
         let (queue, given) = mpsc::channel(QUEUE);
         (Self { queue }, async move {
-            tokio::select! { () = stop.cancelled() => {}, () = reap(kv, given) => {} }
+            tokio::select! { biased; () = stop.cancelled() => {}, () = reap(kv, given) => {} }
         })
     }
 
@@ -142,6 +142,10 @@ async fn reap<K: Kv>(kv: Arc<K>, mut given: mpsc::Receiver<Given>) {
     loop {
         let due = again.front().map(|(due, _)| *due);
         let live = tokio::select! {
+            biased;
+            () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
+                again.pop_front().map(|(_, live)| live)
+            }
             next = given.recv() => match next {
                 None => return,
                 Some(Given { live, unsure }) => {
@@ -151,9 +155,6 @@ async fn reap<K: Kv>(kv: Arc<K>, mut given: mpsc::Receiver<Given>) {
                     Some(live)
                 }
             },
-            () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
-                again.pop_front().map(|(_, live)| live)
-            }
         };
         if let Some(live) = live {
             remove(kv.as_ref(), &live).await;
@@ -168,7 +169,7 @@ async fn remove<K: Kv>(kv: &K, live: &LiveKey) {
             Ok(_) => return,
             Err(error) => {
                 tracing::warn!(%error, key = live.key, "an ownership that was given up could not be removed, trying again");
-                tokio::select! { () = sleep(delay) => {}, () = live.lease.lost() => {} }
+                tokio::select! { biased; () = sleep(delay) => {}, () = live.lease.lost() => {} }
                 delay = (delay * 2).min(RETRY_LONGEST);
             }
         }
