@@ -76,6 +76,11 @@ impl World {
 
     /// A manager on the world's backend, ready.
     pub(crate) fn manager(&self, name: &str) -> Manager {
+        self.manager_with(name, &[])
+    }
+
+    /// The same, with more in its environment.
+    pub(crate) fn manager_with(&self, name: &str, environment: &[(&str, String)]) -> Manager {
         let (api, debug) = (Reserved::any().unwrap(), Reserved::any().unwrap());
         let url = format!("http://127.0.0.1:{}", api.number());
         let mut spec = Spec::new(
@@ -100,6 +105,9 @@ impl World {
         }
         if let Some(etcd) = &self.etcd {
             spec = spec.env("ETCD_ENDPOINTS", etcd.url());
+        }
+        for (key, value) in environment {
+            spec = spec.env(key, value.as_str());
         }
         let process = Process::run(self.telemetry(spec)).unwrap();
         Manager { process, url, debug: format!("http://127.0.0.1:{}", debug.number()), _ports: [api, debug] }

@@ -9,6 +9,7 @@ mod harness;
 mod janitor;
 mod layout;
 mod lifecycle;
+mod linear;
 mod page;
 mod red;
 mod traces;

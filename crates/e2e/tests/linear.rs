@@ -1,0 +1,202 @@
+//! What concurrent clients of one seat see is linearizable: there is one order of what happened that explains every answer, and in which
+//! nothing comes before it was asked for or after it was answered.
+//!
+//! A thousand short histories are recorded over three replicas and checked. A call whose outcome the caller cannot know may have happened
+//! at any time since, or never. Half of them run while requests and answers are lost, provisioning fails and leases run out.
+
+mod model;
+mod world;
+
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicU64, Ordering},
+};
+
+use futures::StreamExt as _;
+use gauntlet_coordination::kv::Kv;
+use gauntlet_domain::{Additional, ChallengeId, Error, Gauntlet, Instance, Phase, Seat, Slot, SourceId};
+use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
+
+use self::{
+    model::{History, Step},
+    world::{CHALLENGES, World, at, call},
+};
+use crate::harness;
+
+const HISTORIES: u64 = 500;
+const AT_ONCE: usize = 16;
+const CLIENTS: u64 = 4;
+const CALLS: usize = 7;
+
+/// Numbers calls, and is the time at which each happens: what a call wrote is known by it.
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+/// One call, and what its answer says.
+async fn act(gauntlet: &Gauntlet, challenge: &ChallengeId, source: &SourceId, dice: u64, number: u64) -> Vec<Step> {
+    let call = call(number);
+    match dice {
+        0..=29 => match gauntlet.create_instance(&call, challenge, source, Additional::new()).await {
+            Ok(instance) => {
+                assert_eq!(seen(&instance), (number, number));
+                vec![Step::Take(number), Step::Show(number)]
+            }
+            Err(Error::InstanceExists(..)) => vec![Step::Taken],
+            Err(Error::Provision { .. }) => vec![Step::Take(number), Step::GiveBack(number)],
+            Err(error) => unknown(error, &[Step::Take(number), Step::Show(number), Step::GiveBack(number)]),
+        },
+        30..=49 => match gauntlet.delete_instance(&call, challenge, source).await {
+            Ok(()) => vec![Step::Remove],
+            Err(Error::InstanceNotFound(..)) => vec![Step::Free],
+            Err(error) => unknown(error, &[Step::Remove]),
+        },
+        50..=69 => match gauntlet.renew_instance(&call, challenge, source).await {
+            Ok(instance) => {
+                assert_eq!(seen(&instance).1, number);
+                vec![Step::Renew { created: Some(seen(&instance).0), renewed: number }]
+            }
+            Err(Error::InstanceNotFound(..)) => vec![Step::NotShown],
+            Err(error) => unknown(error, &[Step::Renew { created: None, renewed: number }]),
+        },
+        _ => match gauntlet.retrieve_instance(challenge, source).await {
+            Ok(instance) => vec![saw(&instance)],
+            Err(Error::InstanceNotFound(..)) => vec![Step::NotShown],
+            Err(error) => unknown(error, &[]),
+        },
+    }
+}
+
+fn unknown(error: Error, steps: &[Step]) -> Vec<Step> {
+    match error {
+        // Given up before anything was recorded.
+        Error::Busy { .. } | Error::Conflict => Vec::new(),
+        Error::Unavailable { .. } | Error::Fenced(_) => {
+            steps.iter().map(|step| Step::Maybe(Box::new(step.clone()))).collect()
+        }
+        error => panic!("{error}"),
+    }
+}
+
+/// The calls that created and that last renewed it.
+fn seen(instance: &Instance) -> (u64, u64) {
+    (at(instance.since), at(instance.last_renew))
+}
+
+fn saw(instance: &Instance) -> Step {
+    let (created, renewed) = seen(instance);
+    Step::Saw { created, renewed }
+}
+
+/// Records what four clients see of one seat, each over the replicas in turn.
+async fn record<K: Kv>(world: &World<K>, number: u64) -> History {
+    let challenge = ChallengeId::new(CHALLENGES[(number % 2) as usize]).unwrap();
+    let source = SourceId::new(format!("source-{number}")).unwrap();
+    let history = Mutex::new(History::default());
+    let clients = (0..CLIENTS).map(|client| {
+        let mut rng = SmallRng::seed_from_u64(number * CLIENTS + client);
+        let (challenge, source, history) = (&challenge, &source, &history);
+        async move {
+            for turn in 0..CALLS {
+                let replica = &world.replicas[(client as usize + turn) % world.replicas.len()];
+                let (dice, number) = (rng.random_range(0..100), NEXT.fetch_add(1, Ordering::Relaxed));
+                history.lock().unwrap().called(number);
+                let steps = act(&replica.gauntlet, challenge, source, dice, number).await;
+                history.lock().unwrap().answered(number, steps);
+            }
+        }
+    });
+    futures::future::join_all(clients).await;
+    // At last all is quiet, and everybody sees the same.
+    let slot = Slot { challenge: challenge.clone(), seat: Seat::Source(source.clone()) };
+    world
+        .until("the seat is at rest", || async {
+            let stored = world.judge().store().instance(&slot).await.unwrap();
+            stored.is_none_or(|stored| stored.value.phase == Phase::Ready)
+        })
+        .await;
+    let mut history = history.into_inner().unwrap();
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    history.called(number);
+    let last = world.judge().retrieve_instance(&challenge, &source).await;
+    history.answered(number, vec![last.as_ref().map_or(Step::NotShown, saw)]);
+    if last.is_ok() {
+        world.judge().delete_instance(&call(number), &challenge, &source).await.unwrap();
+    }
+    history
+}
+
+async fn all_are_linearizable<K: Kv>(kv: Arc<K>) {
+    let world = World::start(kv).await;
+    let mut unknown = 0;
+    for faults in [false, true] {
+        world.faults(faults);
+        let numbers = if faults { HISTORIES / 2..HISTORIES } else { 0..HISTORIES / 2 };
+        let mut histories = futures::stream::iter(numbers)
+            .map(|number| {
+                let world = &world;
+                async move { (number, record(world, number).await) }
+            })
+            .buffer_unordered(AT_ONCE);
+        while let Some((number, history)) = histories.next().await {
+            assert!(history.is_linearizable(), "history {number} has no order that explains it:\n{history}");
+            assert!(faults || history.unknown() == 0, "without a fault every outcome is known:\n{history}");
+            unknown += history.unknown();
+        }
+    }
+    world.faults(false);
+    world.at_rest().await;
+    eprintln!(
+        "{HISTORIES} histories of {} calls each are linearizable; {unknown} outcomes were unknown, {} leases were lost",
+        CLIENTS as usize * CALLS,
+        world.leases_lost()
+    );
+    assert!(unknown > 0 && world.leases_lost() > 0, "faults were felt");
+    world.stop().await;
+}
+
+#[test]
+fn histories_are_linearizable_embedded() {
+    let world = harness::World::bare(harness::Backend::Embedded);
+    let kv = Arc::new(gauntlet_coordination::Embedded::open(&world.path("store")).unwrap());
+    world.runtime.block_on(all_are_linearizable(kv));
+}
+
+#[test]
+fn histories_are_linearizable_etcd() {
+    use gauntlet_coordination::{Etcd, EtcdConfig};
+    use gauntlet_telemetry::{Instruments, db::Database};
+    let world = harness::World::bare(harness::Backend::Etcd);
+    let config = EtcdConfig::new([world.etcd.as_ref().unwrap().url()]);
+    let kv = Arc::new(Etcd::new(&config, Database::etcd(&Instruments::noop())).unwrap());
+    world.runtime.block_on(all_are_linearizable(kv));
+}
+
+/// The checker itself: what must not happen is found.
+#[test]
+fn a_history_that_cannot_be_is_refused() {
+    use Step::{Free, GiveBack, Maybe, NotShown, Remove, Renew, Saw, Show, Take, Taken};
+    let sequence = |calls: &[&[Step]]| {
+        let mut history = History::default();
+        for (number, steps) in calls.iter().enumerate() {
+            history.called(number as u64);
+            history.answered(number as u64, steps.to_vec());
+        }
+        history.is_linearizable()
+    };
+    let created = |number| vec![Take(number), Show(number)];
+    let saw = |created, renewed| Saw { created, renewed };
+    assert!(sequence(&[&created(0), &[Taken], &[saw(0, 0)], &[Remove], &[Free], &created(5), &[saw(5, 5)]]));
+    assert!(!sequence(&[&created(0), &created(1)]), "two creates of one seat");
+    assert!(!sequence(&[&created(0), &[NotShown]]), "an acknowledged create is lost");
+    assert!(!sequence(&[&created(0), &[Remove], &[saw(0, 0)]]), "a deleted one is seen");
+    assert!(!sequence(&[&created(0), &[Remove], &[Remove]]), "one is deleted twice");
+    assert!(
+        !sequence(&[&created(0), &[Renew { created: Some(0), renewed: 1 }], &[saw(0, 0)]]),
+        "an acknowledged renewal is lost"
+    );
+    assert!(!sequence(&[&[Take(0), GiveBack(0)], &[saw(0, 0)]]), "what failed is seen");
+    let maybe = |step: Step| Maybe(Box::new(step));
+    for after in [&[NotShown], &[saw(0, 0)]] {
+        assert!(sequence(&[&[maybe(Take(0)), maybe(Show(0)), maybe(GiveBack(0))], after]), "either may be");
+    }
+    assert!(!sequence(&[&[maybe(Take(0)), maybe(Show(0))], &[saw(0, 0)], &[NotShown]]), "but not both");
+}

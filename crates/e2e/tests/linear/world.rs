@@ -1,0 +1,321 @@
+//! Three replicas of the use cases over one store, in this process, with faults between them and the store, and instances that are names.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use futures::TryStreamExt as _;
+use gauntlet_coordination::{
+    Coordination,
+    kv::{Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResult},
+};
+use gauntlet_domain::{
+    Additional, Call, ChallengeId, Entropy, Error, Fact, Facts, Found, Gauntlet, Identity, NewChallenge, Order,
+    Outputs, Pinned, Place, Plan, PortSpec, Provisioner, Result, Scenarios, Settings, Store, Workload,
+};
+use jiff::Timestamp;
+use tokio::task::JoinHandle;
+
+/// One without a pool, and one with.
+pub(super) const CHALLENGES: [&str; 2] = ["plain", "pooled"];
+const POOL: i64 = 2;
+/// In microseconds since 1970, in the past: all numbers of calls are after it.
+const EPOCH: i64 = 1_700_000_000_000_000;
+
+/// A call that happens at its number.
+pub(super) fn call(number: u64) -> Call {
+    let now = Timestamp::from_microsecond(EPOCH + number as i64).unwrap();
+    Call { now, origin: None, entropy: Arc::new(Random) }
+}
+
+/// The number of the call that happened then.
+pub(super) fn at(time: Timestamp) -> u64 {
+    (time.as_microsecond() - EPOCH) as u64
+}
+
+struct Random;
+
+impl Entropy for Random {
+    fn bits(&self) -> u64 {
+        rand::random()
+    }
+}
+
+/// Whether one in so many is chosen.
+fn one_in(many: u64) -> bool {
+    rand::random::<u64>().is_multiple_of(many)
+}
+
+/// What goes wrong, and how often it did.
+#[derive(Default)]
+struct Faults {
+    on: AtomicBool,
+    leases_lost: AtomicU64,
+}
+
+impl Faults {
+    fn strike(&self, one: u64) -> bool {
+        self.on.load(Ordering::Relaxed) && one_in(one)
+    }
+}
+
+/// A store that loses requests, answers and leases. Clones of its inside share one store.
+pub(super) struct Faulty<K> {
+    inner: Arc<K>,
+    faults: Arc<Faults>,
+}
+
+impl<K: Kv> Kv for Faulty<K> {
+    type Snapshot = K::Snapshot;
+
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    fn deadline(&self) -> Duration {
+        self.inner.deadline()
+    }
+
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
+        let writes = txn.then.iter().chain(&txn.or).any(|op| !matches!(op, Op::Get(_)));
+        if writes && self.faults.strike(50) {
+            return Err(KvError::Ambiguous("the request was lost".to_owned()));
+        }
+        let answer = self.inner.txn(txn).await?;
+        if writes && self.faults.strike(50) {
+            return Err(KvError::Ambiguous("the answer was lost".to_owned()));
+        }
+        if !writes && self.faults.strike(100) {
+            return Err(KvError::Unavailable("not reached".to_owned()));
+        }
+        Ok(answer)
+    }
+
+    async fn page(&self, get: Get, at: Option<K::Snapshot>) -> KvResult<Page<K::Snapshot>> {
+        self.inner.page(get, at).await
+    }
+
+    async fn count(&self, keys: Keys, at: Option<K::Snapshot>) -> KvResult<u64> {
+        self.inner.count(keys, at).await
+    }
+
+    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+        self.inner.follow(keys).await
+    }
+
+    async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
+        self.inner.grant(ttl).await
+    }
+
+    async fn keep_alive(&self, lease: LeaseId) -> KvResult<()> {
+        if self.faults.strike(2) {
+            self.faults.leases_lost.fetch_add(1, Ordering::Relaxed);
+            self.inner.revoke(lease).await?;
+        }
+        self.inner.keep_alive(lease).await
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> KvResult<()> {
+        self.inner.revoke(lease).await
+    }
+
+    /// The store is the world's.
+    async fn close(&self) {}
+}
+
+/// Instances as names: identity and the generation that brought it up.
+#[derive(Default)]
+struct Names {
+    /// Of those that are gone the generation is kept: older orders change nothing.
+    there: Mutex<BTreeMap<(ChallengeId, Identity), (u64, bool)>>,
+    faults: Arc<Faults>,
+}
+
+impl Names {
+    fn set(&self, challenge: &ChallengeId, identity: &Identity, generation: u64, up: bool) -> Result<()> {
+        let mut there = self.there.lock().unwrap();
+        let entry = there.entry((challenge.clone(), identity.clone())).or_insert((generation, false));
+        if entry.0 > generation {
+            return Err(Error::Fenced(format!("instance {identity}")));
+        }
+        *entry = (generation, up);
+        Ok(())
+    }
+
+    async fn takes_a_moment(&self) {
+        tokio::time::sleep(Duration::from_micros(rand::random::<u64>() % 3000)).await;
+    }
+}
+
+#[async_trait]
+impl Provisioner for Names {
+    fn name(&self) -> &'static str {
+        "names"
+    }
+
+    async fn up(&self, order: &Order) -> Result<Outputs> {
+        self.takes_a_moment().await;
+        self.set(&order.challenge, &order.identity, order.generation, true)?;
+        self.takes_a_moment().await;
+        if self.faults.strike(10) {
+            return Err(Error::Provision { step: "up", detail: "injected".to_owned() });
+        }
+        Ok(Outputs { connection_info: order.identity.to_string(), flags: Vec::new() })
+    }
+
+    async fn update(&self, order: &Order) -> Result<Outputs> {
+        self.up(order).await
+    }
+
+    async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
+        self.takes_a_moment().await;
+        self.set(challenge, identity, generation, false)
+    }
+
+    async fn list(&self) -> Result<Vec<Found>> {
+        let there = self.there.lock().unwrap();
+        let up = there.iter().filter(|(_, (_, up))| *up);
+        let found = up.map(|((challenge, identity), (generation, _))| Found {
+            challenge: challenge.clone(),
+            identity: identity.clone(),
+            generation: *generation,
+            alive: true,
+        });
+        Ok(found.collect())
+    }
+}
+
+#[derive(Debug)]
+struct Nothing;
+
+impl Plan for Nothing {
+    fn ports(&self) -> &[PortSpec] {
+        &[]
+    }
+
+    fn render(&self, _: &Place) -> Result<Workload> {
+        Err(Error::Internal("nothing is run here".to_owned()))
+    }
+}
+
+#[async_trait]
+impl Scenarios for Nothing {
+    async fn resolve(&self, reference: &str) -> Result<Pinned> {
+        Ok(Pinned { reference: reference.to_owned(), digest: format!("sha256:{:064}", 0) })
+    }
+
+    async fn plan(&self, _: &Pinned, _: &Identity, _: &Additional) -> Result<Arc<dyn Plan>> {
+        Ok(Arc::new(Nothing))
+    }
+}
+
+impl Facts for Nothing {
+    fn note(&self, _: Fact) {}
+}
+
+/// One replica.
+pub(super) struct Replica<K: Kv> {
+    pub(super) gauntlet: Gauntlet,
+    store: Arc<Coordination<Faulty<K>>>,
+    reconciler: JoinHandle<()>,
+}
+
+/// The replicas, and one more without faults that looks on.
+pub(super) struct World<K: Kv> {
+    pub(super) replicas: Vec<Replica<K>>,
+    judge: Replica<K>,
+    names: Arc<Names>,
+    faults: Arc<Faults>,
+}
+
+impl<K: Kv> World<K> {
+    /// To be called within a runtime.
+    pub(super) async fn start(kv: Arc<K>) -> Self {
+        let faults = Arc::new(Faults::default());
+        let names = Arc::new(Names { faults: faults.clone(), ..Names::default() });
+        let replica = |name: &str, faults: Arc<Faults>| {
+            let faulty = Faulty { inner: kv.clone(), faults };
+            let store = Arc::new(Coordination::over(faulty, "linear/", Duration::from_secs(2), name.to_owned()));
+            let settings = Settings { patience: Duration::from_secs(10), ..Settings::default() };
+            let gauntlet = Gauntlet::new(store.clone(), names.clone(), Arc::new(Nothing), Arc::new(Nothing), settings);
+            let reconciler = tokio::spawn(reconcile(gauntlet.clone()));
+            Replica { gauntlet, store, reconciler }
+        };
+        let replicas = ["a", "b", "c"].map(|name| replica(name, faults.clone())).into();
+        let judge = replica("judge", Arc::default());
+        for (id, min) in CHALLENGES.into_iter().zip([0, POOL]) {
+            let new = NewChallenge {
+                id: ChallengeId::new(id).unwrap(),
+                scenario: "nothing".to_owned(),
+                timeout: Some(Duration::from_secs(1_000_000_000)),
+                until: None,
+                additional: Additional::new(),
+                min,
+                max: 0,
+            };
+            judge.gauntlet.create_challenge(&call(0), new).await.unwrap();
+        }
+        Self { replicas, judge, names, faults }
+    }
+
+    pub(super) fn faults(&self, on: bool) {
+        self.faults.on.store(on, Ordering::Relaxed);
+    }
+
+    pub(super) fn leases_lost(&self) -> u64 {
+        self.faults.leases_lost.load(Ordering::Relaxed)
+    }
+
+    /// Sees the store without faults.
+    pub(super) fn judge(&self) -> &Gauntlet {
+        &self.judge.gauntlet
+    }
+
+    pub(super) async fn until<F: Future<Output = bool>>(&self, what: &str, mut ask: impl FnMut() -> F) {
+        let ends = Instant::now() + Duration::from_secs(60);
+        while !ask().await {
+            assert!(Instant::now() < ends, "not in time: {what}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Waits until what is up is what is stored: the pool, and nothing else.
+    pub(super) async fn at_rest(&self) {
+        self.until("what is up is what is stored, and the pool is full", || async {
+            let mut stored = Vec::new();
+            for id in CHALLENGES {
+                let id = ChallengeId::new(id).unwrap();
+                let store: &dyn Store = self.judge().store();
+                let instances: Vec<_> = store.instances_of(&id).try_collect().await.unwrap();
+                stored.extend(instances.into_iter().map(|instance| (id.clone(), instance.value.identity)));
+            }
+            stored.sort();
+            let mut up = self.names.list().await.unwrap();
+            up.sort_by(|a, b| (&a.challenge, &a.identity).cmp(&(&b.challenge, &b.identity)));
+            let up: Vec<_> = up.into_iter().map(|found| (found.challenge, found.identity)).collect();
+            up == stored && stored.len() == POOL as usize
+        })
+        .await;
+    }
+
+    pub(super) async fn stop(self) {
+        for replica in self.replicas.iter().chain([&self.judge]) {
+            replica.reconciler.abort();
+            replica.store.shutdown().await;
+        }
+    }
+}
+
+async fn reconcile(gauntlet: Gauntlet) {
+    loop {
+        // What fails is tried again in the next pass.
+        let _ = gauntlet.reconcile(&call(0)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
