@@ -47,8 +47,8 @@ impl Test {
         if every {
             steps.cargo("clippy", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
         }
-        steps.cargo("build", &["build", "--workspace", "--bins"])?;
-        steps.cargo("build tests", &["test", "--workspace", "--no-run"])?;
+        // Binaries and tests in one go: apart they would resolve features differently, and compile most things twice.
+        steps.cargo("build", &["build", "--workspace", "--all-targets"])?;
         if let Some(builds) = builds {
             steps.run("collector and Jaeger", || match builds.join() {
                 Ok(built) => Ok(built?),
@@ -58,7 +58,7 @@ impl Test {
         if every {
             steps.run("configuration", || check_configuration(&tools, self.fast))?;
         }
-        let mut test = vec!["test", "--workspace"];
+        let mut test = vec!["test", "--workspace", "--no-fail-fast"];
         if self.fast {
             test.extend(["--exclude", "gauntlet-e2e", "--exclude", "gauntlet-stack"]);
         }
