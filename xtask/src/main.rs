@@ -1,5 +1,6 @@
 //! Set-up, tests and the observability stack: `cargo xtask --help`.
 
+mod bench;
 mod console;
 mod dev;
 mod doctor;
@@ -24,6 +25,9 @@ enum Command {
     Dev(dev::Dev),
     /// Install what is missing, then run every check and every test
     Test(test::Test),
+    /// Measure
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// The observability stack: collector, Jaeger, Prometheus, Alertmanager
     #[command(subcommand)]
     Stack(stack::Command),
@@ -35,6 +39,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Dev(dev) => dev.run(),
         Command::Test(test) => test.run(),
+        Command::Bench(bench) => bench.run(),
         Command::Stack(command) => command.run(),
         Command::Doctor => doctor::run(),
     };

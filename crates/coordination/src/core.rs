@@ -17,6 +17,7 @@ use tracing::Instrument as _;
 use crate::{
     keys::Layout,
     kv::{Kv, KvError, Txn, TxnResult},
+    memory::Memory,
     mirror::Mirror,
     records::{Owner, Unreadable},
     session::{Lease, Session},
@@ -32,6 +33,7 @@ pub(crate) struct Core<K> {
     pub(crate) layout: Layout,
     pub(crate) session: Session,
     pub(crate) mirror: Arc<Mirror>,
+    pub(crate) memory: Memory,
     pub(crate) reaper: Reaper,
     pub(crate) replica: String,
     pub(crate) tasks: TaskTracker,

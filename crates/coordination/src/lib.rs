@@ -12,6 +12,7 @@ mod etcd;
 mod keys;
 pub mod kv;
 mod locks;
+mod memory;
 mod mirror;
 mod reads;
 mod records;
@@ -26,12 +27,12 @@ use std::{
     time::Duration,
 };
 
-use gauntlet_domain::{Error, Result};
+use gauntlet_domain::{By, ChallengeId, Error, Held, LockKind, LockMode, Result};
 use gauntlet_telemetry::db::Database;
 use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{core::Core, keys::Layout, kv::Kv, mirror::Mirror, session::Session, ticket::Reaper};
+use crate::{core::Core, keys::Layout, kv::Kv, memory::Memory, mirror::Mirror, session::Session, ticket::Reaper};
 pub use crate::{
     embedded::Embedded,
     etcd::{Etcd, EtcdConfig, EtcdTls},
@@ -101,6 +102,7 @@ impl<K: Kv> Coordination<K> {
             layout,
             session,
             mirror,
+            memory: Memory::default(),
             reaper,
             replica,
             tasks,
@@ -108,6 +110,15 @@ impl<K: Kv> Coordination<K> {
             reported: Mutex::new(HashMap::new()),
         };
         Self { core: Arc::new(core), stop }
+    }
+
+    /// Takes a challenge's lock, shared with other readers or exclusively, first come first served; one transaction when it is free. A
+    /// reader that comes after a writer waits for it, so neither side starves. Dropping the future leaves nothing behind.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] when patience ends first; without patience it never queues. [`Error::Unavailable`] while the store does not answer.
+    pub async fn acquire(&self, kind: LockKind, id: &ChallengeId, mode: LockMode, by: &By) -> Result<Held> {
+        self.core.acquire(kind, id, mode, by).await
     }
 
     /// Waits for writes under way, gives up everything owned, and closes the store; at most five seconds. Nothing can be owned after it.

@@ -3,18 +3,21 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use futures::stream;
-use gauntlet_domain::{Challenge, ChallengeId, Instance, Phase, Result, Slot, Stored, Version};
+use gauntlet_domain::{Challenge, ChallengeId, Instance, Phase, Result, Slot, Stored, Survey, Version};
 
 use crate::{
     core::{Core, unreadable},
     keys::Layout,
     kv::{Get, KeyValue, Keys, Kv, Op, Txn, TxnResult},
+    memory::POOLED,
     records::{self, Unreadable},
 };
 
 /// Keys read with their values at once, and without.
 const PAGE: usize = 256;
 const PAGE_OF_KEYS: usize = 4096;
+/// Keys that a survey looks at for pooled instances: an instance may have two, and some are not ready.
+const POOLED_KEYS: usize = 48;
 /// Instances that an index names read at once: etcd allows 128 operations in a transaction.
 const INDEXED: usize = 64;
 
@@ -168,6 +171,37 @@ impl<K: Kv> Core<K> {
     pub(crate) async fn read(&self, then: Vec<Op>) -> Result<TxnResult> {
         let txn = Txn { then, ..Txn::default() };
         self.kv.txn(txn).await.map_err(|error| self.error(error))
+    }
+
+    /// What a survey for a source's seat reads.
+    pub(crate) fn survey_ops(&self, slot: &Slot) -> [Op; 3] {
+        let layout = &self.layout;
+        [
+            Op::get(Keys::one(layout.challenge(&slot.challenge))),
+            Op::get(layout.whole(slot)),
+            Op::Get(Get { keys: layout.pooled_of(&slot.challenge), limit: POOLED_KEYS, keys_only: false }),
+        ]
+    }
+
+    /// What they read, and whether the pool has more.
+    pub(crate) fn read_survey(&self, slot: &Slot, read: &mut TxnResult) -> Result<(Survey, bool)> {
+        let challenge = self.read_challenge(&slot.challenge, read.next_read())?;
+        let instance = self.read_instance(slot, &read.next_read())?;
+        let listed = read.next_read();
+        let cut = listed.len() == POOLED_KEYS;
+        let pooled = self.ready_among(listed, cut, POOLED);
+        Ok((Survey { challenge, instance, pooled }, cut))
+    }
+
+    /// Remembers how it stood when something else was expected.
+    pub(crate) fn met(&self, slot: &Slot, survey: &Survey) {
+        if survey.challenge.is_none() {
+            self.memory.forget_challenge(&slot.challenge);
+        }
+        if survey.instance.is_none() {
+            self.memory.forget_instance(slot);
+        }
+        self.memory.survey(survey);
     }
 
     /// The ready ones among listed keys of a pool, at most so many; if the list was `cut` without the last, which may miss its intent.

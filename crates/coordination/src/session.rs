@@ -6,7 +6,7 @@ use std::{
 };
 
 use tokio::{
-    sync::watch,
+    sync::Notify,
     time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
@@ -61,7 +61,21 @@ impl Lease {
 /// Where the current lease is found.
 #[derive(Debug, Clone)]
 pub(crate) struct Session {
-    state: watch::Receiver<State>,
+    published: Arc<Published>,
+}
+
+/// Wakes in the order of waiting, which a watch channel does not.
+#[derive(Debug)]
+struct Published {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+impl Published {
+    fn replace(&self, state: State) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        self.changed.notify_waiters();
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -81,29 +95,27 @@ impl Session {
         ttl: Duration,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send) {
-        let (publish, state) = watch::channel(State::Asked);
-        (Self { state }, keep(kv, ttl, publish, stop))
+        let published = Arc::new(Published { state: Mutex::new(State::Asked), changed: Notify::new() });
+        (Self { published: published.clone() }, keep(kv, ttl, published, stop))
     }
 
     /// The current lease. Waits while one is being granted, and fails as soon as that has failed.
     pub(crate) async fn lease(&self) -> KvResult<Lease> {
-        let mut state = self.state.clone();
-        let known = state.wait_for(|state| match state {
-            State::Asked => false,
-            State::Granted(lease) => !lease.is_lost(),
-            State::Failed(_) | State::Stopped => true,
-        });
-        match known.await.as_deref() {
-            Ok(State::Granted(lease)) => Ok(lease.clone()),
-            Ok(State::Failed(error)) => Err(error.clone()),
-            Ok(State::Asked | State::Stopped) | Err(_) => {
-                Err(KvError::Unavailable("the store is shut down".to_owned()))
+        loop {
+            // Before the look, so that no change is missed after it.
+            let changed = self.published.changed.notified();
+            match &*self.published.state.lock().unwrap_or_else(PoisonError::into_inner) {
+                State::Granted(lease) if !lease.is_lost() => return Ok(lease.clone()),
+                State::Asked | State::Granted(_) => {}
+                State::Failed(error) => return Err(error.clone()),
+                State::Stopped => return Err(KvError::Unavailable("the store is shut down".to_owned())),
             }
+            changed.await;
         }
     }
 }
 
-async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: watch::Sender<State>, stop: CancellationToken) {
+async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: Arc<Published>, stop: CancellationToken) {
     let mut delay = RETRY_FIRST;
     while !stop.is_cancelled() {
         // From the time of sending: the store may have counted from then.
@@ -113,10 +125,10 @@ async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: watch::Sender<State>, s
                 delay = RETRY_FIRST;
                 let ttl = ttl - ttl / MARGIN;
                 let lease = Lease::new(id, sent + ttl);
-                publish.send_replace(State::Granted(lease.clone()));
+                publish.replace(State::Granted(lease.clone()));
                 keep_one(kv.as_ref(), &lease, ttl, &stop).await;
                 lease.lose();
-                publish.send_replace(State::Asked);
+                publish.replace(State::Asked);
                 // So that others need not wait for it to run out.
                 if let Err(error) = kv.revoke(lease.id).await {
                     tracing::warn!(%error, "the lease could not be revoked, it runs out by itself");
@@ -125,7 +137,7 @@ async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: watch::Sender<State>, s
             Err(error) => {
                 tracing::warn!(%error, "no lease was granted, trying again");
                 // Whether or not one was granted, nobody knows it: nothing can be under it.
-                publish.send_replace(State::Failed(match error {
+                publish.replace(State::Failed(match error {
                     KvError::Ambiguous(detail) => KvError::Unavailable(detail),
                     error => error,
                 }));
@@ -137,7 +149,7 @@ async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: watch::Sender<State>, s
             }
         }
     }
-    publish.send_replace(State::Stopped);
+    publish.replace(State::Stopped);
 }
 
 /// Returns when the lease is lost or is not wanted any more.

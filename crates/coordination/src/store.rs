@@ -14,15 +14,11 @@ use crate::{
     keys::Layout,
     kv::{Compare, Get, KeyValue, Keys, Kv, Op, Test, Txn},
     locks::{Patience, held},
+    memory::{POOLED, written},
     reads::{Indexed, Instances, Scan},
     records,
     ticket::{Of, Ticket},
 };
-
-/// Pooled instances that a survey answers at most.
-const POOLED: usize = 16;
-/// Keys that a survey looks at for them: an instance may have two, and some are not ready.
-const POOLED_KEYS: usize = 48;
 
 #[async_trait]
 impl<K: Kv> Store for Coordination<K> {
@@ -43,39 +39,44 @@ impl<K: Kv> Store for Coordination<K> {
             layout.challenge_index(challenge).into_iter().filter(|(_, has)| *has).map(|(key, _)| Op::put(key, "")),
         );
         let txn = Txn { when: vec![Compare::absent(Keys::one(key))], then, or: Vec::new() };
-        if self.core.write(txn).await?.succeeded { Ok(()) } else { Err(Error::ChallengeExists(challenge.id.clone())) }
+        let result = self.core.write(txn).await?;
+        if !result.succeeded {
+            return Err(Error::ChallengeExists(challenge.id.clone()));
+        }
+        self.core.memory.challenge(&written(challenge.clone(), result.revision));
+        Ok(())
     }
 
     async fn challenge(&self, id: &ChallengeId) -> Result<Option<Stored<Challenge>>> {
         let mut read = self.core.read(vec![Op::get(Keys::one(self.core.layout.challenge(id)))]).await?;
-        self.core.read_challenge(id, read.next_read())
+        let challenge = self.core.read_challenge(id, read.next_read())?;
+        match &challenge {
+            Some(challenge) => self.core.memory.challenge(challenge),
+            None => self.core.memory.forget_challenge(id),
+        }
+        Ok(challenge)
     }
 
     async fn survey(&self, id: &ChallengeId, source: &SourceId) -> Result<Survey> {
         let core = &self.core;
         let slot = Slot { challenge: id.clone(), seat: Seat::Source(source.clone()) };
-        let mut read = core
-            .read(vec![
-                Op::get(Keys::one(core.layout.challenge(id))),
-                Op::get(core.layout.whole(&slot)),
-                Op::Get(Get { keys: core.layout.pooled_of(id), limit: POOLED_KEYS, keys_only: false }),
-            ])
-            .await?;
-        let challenge = core.read_challenge(id, read.next_read())?;
-        let instance = core.read_instance(&slot, &read.next_read())?;
-        let listed = read.next_read();
-        let cut = listed.len() == POOLED_KEYS;
-        let mut pooled = core.ready_among(listed, cut, POOLED);
-        if pooled.is_empty() && cut {
+        let mut read = core.read(core.survey_ops(&slot).into()).await?;
+        let (mut survey, cut) = core.read_survey(&slot, &mut read)?;
+        if survey.pooled.is_empty() && cut {
             // None among the first: look on. A claim compares versions, so reading later is no harm.
             let mut all = Instances::new(Scan::values(core, core.layout.pooled_of(id), None));
-            while pooled.len() < POOLED
+            while survey.pooled.len() < POOLED
                 && let Some(stored) = all.next().await?
             {
-                pooled.extend(Some(stored).filter(|stored| stored.value.phase == Phase::Ready));
+                survey.pooled.extend(Some(stored).filter(|stored| stored.value.phase == Phase::Ready));
             }
         }
-        Ok(Survey { challenge, instance, pooled })
+        core.memory.survey(&survey);
+        Ok(survey)
+    }
+
+    fn recall(&self, id: &ChallengeId, source: &SourceId) -> Option<Survey> {
+        self.core.memory.recall(id, source)
     }
 
     fn challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)> {
@@ -185,6 +186,7 @@ impl<K: Kv> Store for Coordination<K> {
         let applied = move |read: &[Vec<KeyValue>]| matches!(read, [c, _] if is(c, &record));
         let mut result = self.core.finish(held, txn, applied).await?;
         if result.succeeded {
+            self.core.memory.challenge(&written(challenge.clone(), result.revision));
             return Ok(());
         }
         let stored = !result.next_read().is_empty();
@@ -206,6 +208,7 @@ impl<K: Kv> Store for Coordination<K> {
         let fence = held.fence;
         let mut result = self.core.finish(held, txn, |read| matches!(read, [c, _] if c.is_empty())).await?;
         if result.succeeded {
+            self.core.memory.forget_challenge(id);
             return Ok(());
         }
         let _challenge = result.next_read();
@@ -238,21 +241,22 @@ impl<K: Kv> Store for Coordination<K> {
                     lock.map_or_else(|| Compare::absent(writers.clone()), Ticket::stands),
                 ],
                 then,
-                or: vec![
-                    Op::keys(Keys::one(layout.challenge(id))),
-                    Op::keys(layout.whole(slot)),
-                    Op::get(Keys::one(layout.owner(slot))),
-                    Op::get(writers),
-                ],
+                or: [Op::get(Keys::one(layout.owner(slot))), Op::get(writers)]
+                    .into_iter()
+                    .chain(core.survey_ops(slot))
+                    .collect(),
             };
             let of = Of::Instance(Box::new(intent.clone()));
             let (taken, mut result) = core.take(live, of, txn, false).await?;
             if let Some(ticket) = taken {
                 return Ok(held(LockKind::Instance, ticket, patience));
             }
-            let (stored, seat) = (result.next_read(), result.next_read());
             let (mut ahead, writers) = (result.next_read(), result.next_read());
-            if stored.first().map(|kv| kv.modified) != Some(challenge.version.0) || !seat.is_empty() {
+            let (survey, _) = core.read_survey(slot, &mut result)?;
+            if survey.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version)
+                || survey.instance.is_some()
+            {
+                core.met(slot, &survey);
                 return Err(Error::Conflict);
             }
             match lock {
@@ -275,6 +279,8 @@ impl<K: Kv> Store for Coordination<K> {
     ) -> Result<Option<Held>> {
         let (core, layout, id) = (&self.core, &self.core.layout, &challenge.value.id);
         let (from, to) = (&pooled.value.slot, &claimed.slot);
+        // Nobody else here is to try for the same one.
+        core.memory.forget_instance(from);
         let mut patience = Patience::new(by, || format!("the challenge lock of {id:?}"));
         let working = claimed.phase.is_working();
         loop {
@@ -297,14 +303,15 @@ impl<K: Kv> Store for Coordination<K> {
                     Compare::absent(writers.clone()),
                 ],
                 then,
-                or: vec![
-                    Op::keys(Keys::one(layout.challenge(id))),
+                or: [
                     Op::keys(layout.whole(from)),
                     Op::keys(Keys::one(layout.owner(from))),
-                    Op::keys(layout.whole(to)),
                     Op::get(Keys::one(layout.owner(to))),
                     Op::get(writers),
-                ],
+                ]
+                .into_iter()
+                .chain(core.survey_ops(to))
+                .collect(),
             };
             let mut result = if working {
                 let of = Of::Instance(Box::new(claimed.clone()));
@@ -316,17 +323,19 @@ impl<K: Kv> Store for Coordination<K> {
                 core.write(txn).await?
             };
             if result.succeeded {
+                core.memory.instance(&written(claimed.clone(), result.revision));
                 return Ok(None);
             }
-            let changed = result.next_read().first().map(|kv| kv.modified) != Some(challenge.version.0);
             let pooled_changed = version(&result.next_read()) != Some(pooled.version);
             let pooled_owned = !result.next_read().is_empty();
-            let seat_taken = !result.next_read().is_empty();
-            if changed || pooled_changed || pooled_owned || seat_taken {
-                return Err(Error::Conflict);
-            }
             let mut ahead = result.next_read();
             ahead.extend(result.next_read());
+            let (survey, _) = core.read_survey(to, &mut result)?;
+            let changed = survey.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version);
+            if changed || pooled_changed || pooled_owned || survey.instance.is_some() {
+                core.met(to, &survey);
+                return Err(Error::Conflict);
+            }
             patience.wait(core, &lease, ahead).await?;
         }
     }
@@ -393,18 +402,18 @@ impl<K: Kv> Store for Coordination<K> {
             other => return Err(Error::Internal(format!("an ownership of {other:?} commits nothing to {slot:?}"))),
         };
         let (key, intent) = (layout.instance(slot), layout.intent(slot));
-        let old = layout.instance_index(before).into_iter().map(|(key, _)| key);
+        let old = layout.instance_index(before);
         let mut then = vec![Op::delete(&ticket.live.key), Op::delete(intent)];
         let record = match &commit {
             Commit::Remove => {
                 then.push(Op::delete(&key));
-                then.extend(old.map(Op::delete));
+                then.extend(old.into_iter().map(|(key, _)| Op::delete(key)));
                 None
             }
             Commit::Put(instance) if instance.slot == *slot => {
                 let record = records::write_instance(instance);
                 then.push(Op::put(&key, record.clone()));
-                then.extend(reindex(old.collect(), layout.instance_index(instance)));
+                then.extend(reindex(old, layout.instance_index(instance)));
                 Some(record)
             }
             Commit::Put(instance) => {
@@ -419,7 +428,14 @@ impl<K: Kv> Store for Coordination<K> {
             _ => false,
         };
         let result = self.core.finish(held, txn, applied).await?;
-        if result.succeeded { Ok(()) } else { Err(fenced(LockKind::Instance, fence)) }
+        if !result.succeeded {
+            return Err(fenced(LockKind::Instance, fence));
+        }
+        match commit {
+            Commit::Put(instance) => self.core.memory.instance(&written(*instance, result.revision)),
+            Commit::Remove => self.core.memory.forget_instance(slot),
+        }
+        Ok(())
     }
 
     async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &By) -> Result<()> {
@@ -428,7 +444,7 @@ impl<K: Kv> Store for Coordination<K> {
             return Err(Error::Internal(format!("{:?} is not rewritten as {:?}", slot, instance.slot)));
         }
         let mut patience = Patience::new(by, || format!("the instance {:?} of {:?}", slot.seat, slot.challenge));
-        let old: Vec<String> = layout.instance_index(&read.value).into_iter().map(|(key, _)| key).collect();
+        let old = layout.instance_index(&read.value);
         loop {
             let mut then = vec![
                 Op::put(layout.instance(slot), records::write_instance(instance)),
@@ -442,14 +458,16 @@ impl<K: Kv> Store for Coordination<K> {
                     Compare::absent(Keys::one(layout.owner(slot))),
                 ],
                 then,
-                or: vec![Op::get(Keys::one(layout.owner(slot)))],
+                or: [Op::get(Keys::one(layout.owner(slot)))].into_iter().chain(core.survey_ops(slot)).collect(),
             };
             let mut result = core.write(txn).await?;
             if result.succeeded {
+                core.memory.instance(&written(instance.clone(), result.revision));
                 return Ok(());
             }
             let owner = result.next_read();
             if owner.is_empty() {
+                core.met(slot, &core.read_survey(slot, &mut result)?.0);
                 return Err(Error::Conflict);
             }
             let lease = core.lease().await?;
@@ -539,10 +557,10 @@ fn begun(instance: &mut Instance, begin: &Begin) {
     }
 }
 
-/// Replaces old index keys with new ones, touching none twice.
-fn reindex(old: Vec<String>, new: Vec<(String, String)>) -> Vec<Op> {
-    let stale = old.into_iter().filter(|key| !new.iter().any(|(kept, _)| kept == key)).map(Op::delete);
-    let mut ops: Vec<Op> = stale.collect();
-    ops.extend(new.into_iter().map(|(key, value)| Op::put(key, value)));
+/// Replaces old index keys with new ones, touching none twice and none that stays.
+fn reindex(old: Vec<(String, String)>, new: Vec<(String, String)>) -> Vec<Op> {
+    let stale = old.iter().filter(|(key, _)| !new.iter().any(|(kept, _)| kept == key));
+    let mut ops: Vec<Op> = stale.map(|(key, _)| Op::delete(key)).collect();
+    ops.extend(new.into_iter().filter(|entry| !old.contains(entry)).map(|(key, value)| Op::put(key, value)));
     ops
 }

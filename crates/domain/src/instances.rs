@@ -4,12 +4,16 @@ use futures::TryStreamExt as _;
 
 use crate::{
     Additional, Begin, Call, Challenge, ChallengeId, Commit, Error, Fact, Failure, Gauntlet, Held, Identity, Instance,
-    Operation, Order, Outputs, Phase, Pinned, Result, Seat, Slot, SourceId, Strategy, Stream, Survey, Target, expiry,
+    Operation, Order, Outputs, Phase, Pinned, Result, Seat, Slot, SourceId, Stored, Strategy, Stream, Survey, Target,
+    expiry,
 };
 
 /// How often a use case reads again after somebody else was first. Each conflict means that somebody else got on, so this many in a row is
 /// overload, not deadlock.
 const ATTEMPTS: usize = 64;
+
+/// How many attempts may go by what is remembered. Each conflict leaves what it met, so a second one is worth it.
+const REMEMBERED: usize = 2;
 
 impl Gauntlet {
     /// Gives the source an instance: one from the pool if there is one, else a new one, which is up and ready when this answers.
@@ -34,16 +38,9 @@ impl Gauntlet {
         source: &SourceId,
         additional: Additional,
     ) -> Result<Instance> {
-        for _ in 0..ATTEMPTS {
-            let Survey { challenge, instance, mut pooled } = self.store.survey(id, source).await?;
-            let challenge =
-                challenge.filter(|c| !c.value.closing).ok_or_else(|| Error::ChallengeNotFound(id.clone()))?;
-            if instance.is_some() {
-                return Err(Error::InstanceExists(id.clone(), source.clone()));
-            }
-            if challenge.value.expired(call.now) {
-                return Err(Error::ChallengeExpired(id.clone()));
-            }
+        for attempt in 0..ATTEMPTS {
+            let allows = |survey| may_create(survey, call, id, source);
+            let (challenge, mut pooled) = self.surveyed(attempt, id, source, allows).await?;
             let fresh = Instance {
                 slot: Slot { challenge: id.clone(), seat: Seat::Source(source.clone()) },
                 identity: call.identity(),
@@ -93,6 +90,22 @@ impl Gauntlet {
         Err(Error::Conflict)
     }
 
+    /// What `judge` makes of a survey. The first attempts go by what is remembered, and the second by what the first met; but what is
+    /// remembered may be old, so it refuses nothing.
+    async fn surveyed<T>(
+        &self,
+        attempt: usize,
+        id: &ChallengeId,
+        source: &SourceId,
+        judge: impl Fn(Survey) -> Result<T>,
+    ) -> Result<T> {
+        let remembered = if attempt < REMEMBERED { self.store.recall(id, source) } else { None };
+        if let Some(judged) = remembered.filter(Survey::agrees).and_then(|survey| judge(survey).ok()) {
+            return Ok(judged);
+        }
+        judge(self.store.survey(id, source).await?)
+    }
+
     /// The source's instance; [`Error::InstanceNotFound`] also when the challenge is unknown or the instance is still being created.
     pub async fn retrieve_instance(&self, challenge: &ChallengeId, source: &SourceId) -> Result<Instance> {
         let survey = self.store.survey(challenge, source).await?;
@@ -110,6 +123,12 @@ impl Gauntlet {
         )
     }
 
+    /// Claimed instances whose end has passed at `now`, the longest overdue first, without those still being created. Takes no lock, writes
+    /// nothing, and costs what it answers. A challenge's end needs no looking at: no instance of it ends later.
+    pub fn expired_instances(&self, now: jiff::Timestamp) -> Stream<'_, Instance> {
+        Box::pin(self.store.expired(now).try_filter(|instance| std::future::ready(instance.is_visible())))
+    }
+
     /// Gives the source's instance its timeout again, from now.
     pub async fn renew_instance(&self, call: &Call, challenge: &ChallengeId, source: &SourceId) -> Result<Instance> {
         let result = self.renew(call, challenge, source).await;
@@ -117,19 +136,9 @@ impl Gauntlet {
     }
 
     async fn renew(&self, call: &Call, id: &ChallengeId, source: &SourceId) -> Result<Instance> {
-        for _ in 0..ATTEMPTS {
-            let survey = self.store.survey(id, source).await?;
-            let challenge = survey.challenge.ok_or_else(|| Error::ChallengeNotFound(id.clone()))?.value;
-            if challenge.timeout.is_none() {
-                return Err(Error::ChallengeNoRenewal(id.clone()));
-            }
-            let stored = survey
-                .instance
-                .filter(|stored| stored.value.is_visible())
-                .ok_or_else(|| Error::InstanceNotFound(id.clone(), source.clone()))?;
-            if stored.value.expired(call.now) {
-                return Err(Error::InstanceExpired(id.clone(), source.clone()));
-            }
+        for attempt in 0..ATTEMPTS {
+            let allows = |survey| may_renew(survey, call, id, source);
+            let (challenge, stored) = self.surveyed(attempt, id, source, allows).await?;
             let renewed = Instance { last_renew: call.now, until: challenge.expiry(call.now), ..stored.value.clone() };
             match self.store.rewrite(&stored, &renewed, &self.by(call)).await {
                 Err(Error::Conflict) => continue,
@@ -315,6 +324,45 @@ impl Gauntlet {
             Err(unrecorded) => unrecorded,
         }
     }
+}
+
+/// The challenge and its pool, if the source may have an instance.
+fn may_create(
+    survey: Survey,
+    call: &Call,
+    id: &ChallengeId,
+    source: &SourceId,
+) -> Result<(Stored<Challenge>, Vec<Stored<Instance>>)> {
+    let Survey { challenge, instance, pooled } = survey;
+    let challenge = challenge.filter(|c| !c.value.closing).ok_or_else(|| Error::ChallengeNotFound(id.clone()))?;
+    if instance.is_some() {
+        return Err(Error::InstanceExists(id.clone(), source.clone()));
+    }
+    if challenge.value.expired(call.now) {
+        return Err(Error::ChallengeExpired(id.clone()));
+    }
+    Ok((challenge, pooled))
+}
+
+/// The challenge and the instance, if it may be renewed.
+fn may_renew(
+    survey: Survey,
+    call: &Call,
+    id: &ChallengeId,
+    source: &SourceId,
+) -> Result<(Challenge, Stored<Instance>)> {
+    let challenge = survey.challenge.ok_or_else(|| Error::ChallengeNotFound(id.clone()))?.value;
+    if challenge.timeout.is_none() {
+        return Err(Error::ChallengeNoRenewal(id.clone()));
+    }
+    let stored = survey
+        .instance
+        .filter(|stored| stored.value.is_visible())
+        .ok_or_else(|| Error::InstanceNotFound(id.clone(), source.clone()))?;
+    if stored.value.expired(call.now) {
+        return Err(Error::InstanceExpired(id.clone(), source.clone()));
+    }
+    Ok((challenge, stored))
 }
 
 /// What to do with an instance that did not reach its target.

@@ -154,6 +154,14 @@ pub struct Survey {
     pub pooled: Vec<Stored<Instance>>,
 }
 
+impl Survey {
+    /// Whether challenge and instance are of the same update, which tells parts that were seen at different times.
+    pub fn agrees(&self) -> bool {
+        let revision = self.challenge.as_ref().map(|challenge| challenge.value.revision);
+        self.instance.as_ref().is_none_or(|instance| Some(instance.value.applied) == revision)
+    }
+}
+
 /// What is about to be done with a stored instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Begin {
@@ -216,6 +224,11 @@ pub trait Store: Send + Sync {
 
     /// Reads what a create or a renewal needs, at one revision.
     async fn survey(&self, id: &ChallengeId, source: &SourceId) -> Result<Survey>;
+
+    /// What this replica saw last of what [`Store::survey`] reads, without asking; `None` if it saw too little. Any part of it may be old,
+    /// so it is good for a try (a method that compares, and answers [`Error::Conflict`] if it was old) and for no refusal. A conflict
+    /// leaves behind what it met.
+    fn recall(&self, id: &ChallengeId, source: &SourceId) -> Option<Survey>;
 
     /// All challenges in order of id, each with all its instances, at one revision, in pages.
     fn challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)>;

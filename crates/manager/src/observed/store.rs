@@ -134,6 +134,10 @@ impl Store for ObservedStore {
         self.inner.survey(id, source).await
     }
 
+    fn recall(&self, id: &ChallengeId, source: &SourceId) -> Option<Survey> {
+        self.inner.recall(id, source)
+    }
+
     fn challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)> {
         self.inner.challenges()
     }

@@ -1,0 +1,82 @@
+//! The stores measured: coordination on each, and the raw transaction of each.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use etcd_client::{Client, Compare, CompareOp, Txn, TxnOp};
+use futures::FutureExt as _;
+use gauntlet_coordination::{
+    Coordination, Embedded, Etcd, EtcdConfig,
+    kv::{self, Keys, Kv, Op},
+};
+use gauntlet_stack::Etcd as Server;
+use gauntlet_telemetry::{Instruments, db::Database};
+use tempfile::TempDir;
+
+use crate::measure::Work;
+
+/// Which store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// One member, on loopback.
+    Etcd,
+    /// One file.
+    Embedded,
+}
+
+/// A store that is measured.
+pub struct Measured<K: Kv> {
+    /// Coordination on it.
+    pub store: Arc<Coordination<K>>,
+    /// One compare, one put of 256 bytes, one get; on a key of its own for each client.
+    pub raw: Work,
+    _server: Option<Server>,
+    _dir: TempDir,
+}
+
+/// Etcd, on files of its own.
+pub async fn etcd() -> Measured<Etcd> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let server = Server::start(dir.path()).expect("an etcd");
+    let config = EtcdConfig::new([server.url()]);
+    let database = Database::etcd(&Instruments::noop());
+    let store = Coordination::etcd(config, "bench".to_owned(), database).await.expect("coordination");
+    let client = Client::connect([server.url()], None).await.expect("a client");
+    let raw: Work = Arc::new(move |at, _| {
+        let mut client = client.clone();
+        async move {
+            let key = format!("raw/{at}");
+            let txn = Txn::new()
+                .when([Compare::create_revision("raw/none", CompareOp::Equal, 0)])
+                .and_then([TxnOp::put(key.as_str(), vec![b'x'; 256], None), TxnOp::get(key.as_str(), None)]);
+            assert!(client.txn(txn).await.expect("a transaction").succeeded());
+        }
+        .boxed()
+    });
+    Measured { store: Arc::new(store), raw, _server: Some(server), _dir: dir }
+}
+
+/// The embedded store. The raw transaction is one on a file beside it.
+pub async fn embedded() -> Measured<Embedded> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| dir.path().join(name);
+    let store = Coordination::embedded(&at("store"), "bench".to_owned()).await.expect("coordination");
+    let beside: &Path = &at("raw");
+    let raw = Arc::new(Embedded::open(beside).expect("a store"));
+    let raw: Work = Arc::new(move |at, _| {
+        let raw = raw.clone();
+        async move {
+            let key = format!("raw/{at}");
+            let txn = kv::Txn {
+                when: vec![kv::Compare::absent(Keys::one("raw/none"))],
+                then: vec![Op::put(&key, vec![b'x'; 256]), Op::get(Keys::one(&key))],
+                or: Vec::new(),
+            };
+            assert!(raw.txn(txn).await.expect("a transaction").succeeded);
+        }
+        .boxed()
+    });
+    Measured { store: Arc::new(store), raw, _server: None, _dir: dir }
+}
+
+/// As long as it takes.
+pub const PATIENCE: Duration = Duration::from_secs(60);

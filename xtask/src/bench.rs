@@ -1,0 +1,29 @@
+//! `cargo xtask bench`: what is fast, measured beside what is below it.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Subcommand;
+
+use crate::test::{cargo, run};
+
+/// What to measure
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bench {
+    /// Locks, creates and renewals beside one raw transaction of their store; also written to target/bench/coordination.json
+    #[command(disable_help_flag = true)]
+    Coordination {
+        /// Handed to the benchmark: `--help` says what there is
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+}
+
+impl Bench {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let Self::Coordination { arguments } = self;
+        let bench = ["bench", "--package", "gauntlet-coordination", "--bench", "coordination", "--"];
+        run(cargo().args(bench).args(arguments))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
