@@ -330,6 +330,13 @@ impl Failure {
         };
         match status.code() {
             Code::NotFound if status.message().contains("lease not found") => Meaning::Refused(KvError::LeaseGone),
+            Code::ResourceExhausted if status.message().contains("space exceeded") => {
+                Meaning::Refused(KvError::Unavailable(format!(
+                    "etcd is out of space and takes no writes until there is room: compact and defragment it, or raise its \
+                     --quota-backend-bytes, then disarm its alarm (etcd: {})",
+                    status.message()
+                )))
+            }
             Code::OutOfRange | Code::ResourceExhausted => {
                 Meaning::Refused(KvError::Unavailable(format!("etcd: {}", status.message())))
             }

@@ -4,6 +4,8 @@
 mod alerts;
 mod bad_inputs;
 mod collector;
+mod dev;
+mod faults;
 mod gauges;
 mod harness;
 mod janitor;
@@ -13,3 +15,4 @@ mod linear;
 mod page;
 mod red;
 mod traces;
+mod transports;

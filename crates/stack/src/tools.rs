@@ -37,6 +37,8 @@ pub enum Tool {
     Collector,
     /// Jaeger v2.
     Jaeger,
+    /// Makes the networks in which tests cut members of a cluster off.
+    Ip,
 }
 
 /// What compiling the workspace needs.
@@ -54,7 +56,7 @@ enum Source {
 
 impl Tool {
     /// Every tool.
-    pub const ALL: [Tool; 10] = [
+    pub const ALL: [Tool; 11] = [
         Tool::Protoc,
         Tool::Etcd,
         Tool::Etcdctl,
@@ -65,6 +67,7 @@ impl Tool {
         Tool::Amtool,
         Tool::Collector,
         Tool::Jaeger,
+        Tool::Ip,
     ];
 
     /// The name of its binary.
@@ -80,6 +83,7 @@ impl Tool {
             Tool::Amtool => "amtool",
             Tool::Collector => "gauntlet-collector",
             Tool::Jaeger => "jaeger",
+            Tool::Ip => "ip",
         }
     }
 
@@ -102,6 +106,7 @@ impl Tool {
             Tool::Alertmanager | Tool::Amtool => Source::Debian("prometheus-alertmanager"),
             Tool::Collector => Source::Go(go::COLLECTOR),
             Tool::Jaeger => Source::Go(go::JAEGER),
+            Tool::Ip => Source::Debian("iproute2"),
         }
     }
 
@@ -125,6 +130,7 @@ impl Tool {
     pub fn version(self, binary: &Path) -> Option<String> {
         let argument = match self {
             Tool::Etcdctl | Tool::Jaeger => "version",
+            Tool::Ip => "-Version",
             _ => "--version",
         };
         let output = Command::new(binary).arg(argument).stdin(Stdio::null()).output().ok()?;

@@ -1,0 +1,58 @@
+//! The embedded store, killed at any moment.
+
+use std::{sync::atomic::AtomicBool, time::Duration};
+
+use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
+use serde_json::{Value, json};
+
+use super::{
+    census,
+    load::{Client, Driver, Ledger, Reply},
+    scenario::{quick, write_scenarios},
+};
+use crate::harness::{Backend, World, eventually};
+
+const CYCLES: usize = 20;
+
+#[test]
+fn kill_9_at_any_moment_loses_nothing_acknowledged() {
+    let world = World::bare(Backend::Embedded);
+    write_scenarios(&world);
+    let dir = world.path("data/process/instances");
+    let mut manager = world.manager("m1");
+    let _instances = census::Instances(dir.clone());
+    manager.create_challenge("plain", &quick(), &json!({ "timeout": "600s" }));
+    manager.create_challenge("pooled", &quick(), &json!({ "timeout": "600s", "min": "2", "max": "20" }));
+    let seed: u32 = rand::random();
+    let mut rng = SmallRng::seed_from_u64(seed.into());
+    let urls = [manager.url.clone()];
+    let mut drivers = [0, 1, 2].map(|at| Driver::new(&format!("driver-{at}"), &urls, u64::from(seed) + at));
+    let ledger = Ledger::default();
+    for _ in 0..CYCLES {
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for driver in &mut drivers {
+                scope.spawn(|| driver.drive(&ledger, &stop));
+            }
+            // Any moment of a call or between calls will do.
+            std::thread::sleep(Duration::from_millis(rng.random_range(20..400)));
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            manager.process.kill().unwrap();
+        });
+        manager.process.start().unwrap();
+        drivers.iter_mut().for_each(|driver| driver.hold(&ledger));
+    }
+    let mut client = Client::new(&urls, 0);
+    for id in ["plain", "pooled"] {
+        eventually("the challenge is deleted", || {
+            match client.ask("DELETE", &format!("/api/v1/challenge/{id}"), &Value::Null) {
+                Reply::Said(200 | 404, _) => Ok(()),
+                Reply::Said(status, body) => Err(format!("{status} {body}")),
+                Reply::Nothing(why) => Err(why),
+            }
+        });
+    }
+    eventually("nothing is left", || census::take(&dir, &[]));
+    println!("{CYCLES} kills, {ledger}");
+    ledger.assert_kept();
+}

@@ -1,0 +1,217 @@
+//! What each way in which etcd can fail comes to, for callers, for health, and afterwards; always without a restart of a manager.
+
+use std::{sync::atomic::AtomicBool, time::Duration};
+
+use gauntlet_coordination::kv::{Keys, Kv as _, Op, Txn};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+
+use super::{
+    cluster::{Between, Cluster, length_of_log, post, said_since},
+    load::{Client, Driver, Ledger, Reply, race},
+    scenario::{quick, slow},
+};
+use crate::harness::{Manager, eventually};
+
+/// `grpc.health.v1`'s SERVING and NOT_SERVING.
+const SERVING: i32 = 1;
+const NOT_SERVING: i32 = 2;
+
+fn health(cluster: &Cluster, manager: &Manager) -> i32 {
+    cluster.world.runtime.block_on(async {
+        let mut client = HealthClient::new(manager.channel().await);
+        client.check(HealthCheckRequest::default()).await.unwrap().into_inner().status
+    })
+}
+
+fn healthy(cluster: &Cluster, manager: &Manager, wanted: i32) {
+    eventually("health is told", || {
+        let (told, status) = (health(cluster, manager), manager.get("/healthcheck").status);
+        let expected = if wanted == SERVING { 200 } else { 503 };
+        if (told, status) == (wanted, expected) { Ok(()) } else { Err(format!("{told}, {status}")) }
+    });
+}
+
+/// Unavailable, and not by the caller's own patience.
+fn unavailable(answer: &Reply) {
+    match answer {
+        Reply::Said(503, body) => assert_eq!(body["code"], 14, "{body}"),
+        Reply::Said(status, body) => panic!("{status} {body}"),
+        Reply::Nothing(why) => panic!("no answer: {why}"),
+    }
+}
+
+fn until_created(client: &mut Client, challenge: &str, source: &str) {
+    eventually("creates work", || match client.create(challenge, source) {
+        // Told twice is no harm: the first try may have come to pass after it was given up.
+        Reply::Said(200 | 409, _) => Ok(()),
+        Reply::Said(status, body) => Err(format!("{status} {body}")),
+        Reply::Nothing(why) => Err(why),
+    });
+}
+
+/// Runs clients until `faults` returns, then compares everything.
+fn under_load(cluster: &Cluster, ledger: &Ledger, faults: impl FnOnce()) {
+    let urls: Vec<String> = cluster.managers.iter().map(|manager| manager.url.clone()).collect();
+    // Of this run alone: so are its seats.
+    let run: u32 = rand::random();
+    let mut driver = Driver::new(&format!("driver-{run}"), &urls, run.into());
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let stopping = super::load::Stopping(&stop);
+        scope.spawn(|| driver.drive(ledger, &stop));
+        scope.spawn(|| race(&urls, ledger, &stop, run as usize));
+        faults();
+        drop(stopping);
+    });
+    cluster.at_rest();
+    driver.hold(ledger);
+    ledger.assert_kept();
+}
+
+fn with_challenges(cluster: Cluster) -> Cluster {
+    let manager = &cluster.managers[0];
+    manager.create_challenge("plain", &quick(), &json!({ "timeout": "600s" }));
+    manager.create_challenge("pooled", &quick(), &json!({ "timeout": "600s", "min": "2" }));
+    manager.create_challenge("slow", &slow(), &json!({}));
+    cluster
+}
+
+#[test]
+fn frozen_calls_fail_in_time_and_health_says_so() {
+    let cluster = with_challenges(Cluster::start(1, &Between::Loopback, &[]).with_managers(1));
+    let manager = &cluster.managers[0];
+    manager.create_instance("plain", "before").ok();
+    healthy(&cluster, manager, SERVING);
+    let process = manager.process.id();
+    cluster.members[0].process.signal(Signal::STOP);
+    let mut client = Client::new(std::slice::from_ref(&manager.url), 0);
+    unavailable(&client.create("plain", "during"));
+    unavailable(&client.ask("GET", "/api/v1/instance/plain/before", &Value::Null));
+    unavailable(&client.ask("PATCH", "/api/v1/instance/plain/before", &json!({})));
+    unavailable(&client.ask("DELETE", "/api/v1/challenge/plain", &Value::Null));
+    healthy(&cluster, manager, NOT_SERVING);
+    cluster.members[0].process.signal(Signal::CONT);
+    healthy(&cluster, manager, SERVING);
+    manager.get("/api/v1/instance/plain/before").ok();
+    until_created(&mut client, "plain", "after");
+    assert_eq!(manager.process.id(), process, "without a restart");
+    let census = cluster.at_rest();
+    assert!(census.contains_key("plain s before") && census.contains_key("plain s after"), "{census:?}");
+}
+
+#[test]
+fn leaders_change_under_load() {
+    let cluster = with_challenges(Cluster::start(3, &Between::Loopback, &[]).with_managers(2));
+    let ledger = Ledger::default();
+    under_load(&cluster, &ledger, || {
+        for _ in 0..4 {
+            let (leader, follower) = (cluster.leader(), cluster.follower());
+            let status = post(&cluster.members[follower].url, "/v3/maintenance/status", &json!({})).unwrap();
+            let target = json!({ "targetID": status["header"]["member_id"] });
+            eventually("leadership is handed over", || {
+                if cluster.leader() != leader {
+                    return Ok(());
+                }
+                post(&cluster.members[leader].url, "/v3/maintenance/transfer-leadership", &target).map(|_| ())
+            });
+            std::thread::sleep(Duration::from_millis(300));
+        }
+    });
+    println!("4 changes of leader, {ledger}");
+}
+
+#[test]
+fn compaction_disturbs_nobody() {
+    let mut cluster = with_challenges(Cluster::start(1, &Between::Loopback, &[]).with_managers(2));
+    let compact = |cluster: &Cluster| {
+        let url = &cluster.members[0].url;
+        let status = post(url, "/v3/maintenance/status", &json!({})).unwrap();
+        let revision = &status["header"]["revision"];
+        // One at which it is compacted already is refused, and as good.
+        let _ = post(url, "/v3/kv/compaction", &json!({ "revision": revision, "physical": true }));
+    };
+    let ledger = Ledger::default();
+    // The racers wait for each other by the watch.
+    under_load(&cluster, &ledger, || {
+        for _ in 0..40 {
+            compact(&cluster);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+    assert_eq!(ledger.outcomes_unknown(), 0, "no call fails");
+    println!("40 compactions, {ledger}");
+    // And where the watch cannot go on from where it was.
+    cluster.members[0].process.kill().unwrap();
+    cluster.members[0].process.start().unwrap();
+    cluster.at_rest();
+    compact(&cluster);
+    let ledger = Ledger::default();
+    under_load(&cluster, &ledger, || std::thread::sleep(Duration::from_secs(1)));
+    assert_eq!(ledger.outcomes_unknown(), 0, "no call fails");
+}
+
+#[test]
+fn restarted_with_all_leases_lost() {
+    let mut cluster = with_challenges(Cluster::start(1, &Between::Loopback, &[]).with_managers(2));
+    let lengths: Vec<usize> = cluster.managers.iter().map(length_of_log).collect();
+    let url = cluster.managers[0].url.clone();
+    let caller = std::thread::spawn(move || Client::new(&[url], 0).create("slow", "a"));
+    eventually("it is being brought up", || cluster.owner("slow", "a")?.ok_or_else(|| "nobody owns it".to_owned()));
+    cluster.members[0].process.kill().unwrap();
+    cluster.members[0].process.start().unwrap();
+    eventually("every lease that was there is revoked", || {
+        let listed = post(&cluster.members[0].url, "/v3/lease/leases", &json!({}))?;
+        for lease in listed["leases"].as_array().into_iter().flatten() {
+            post(&cluster.members[0].url, "/v3/lease/revoke", &json!({ "ID": lease["ID"] }))?;
+        }
+        let told = |manager: &Manager, length: &usize| said_since(manager, *length).contains("lease");
+        let all = cluster.managers.iter().zip(&lengths).all(|(manager, length)| told(manager, length));
+        if all { Ok(()) } else { Err("not every manager has noticed".to_owned()) }
+    });
+    // Whatever its caller was told, the instance is recorded: some manager has finished it.
+    let answer = caller.join().unwrap();
+    assert!(matches!(answer, Reply::Said(200 | 503, _)));
+    let census = cluster.at_rest();
+    assert!(census.contains_key("slow s a"), "{census:?}");
+    let ledger = Ledger::default();
+    under_load(&cluster, &ledger, || std::thread::sleep(Duration::from_secs(1)));
+    assert_eq!(ledger.outcomes_unknown(), 0, "all resumes");
+}
+
+#[test]
+fn out_of_space_reads_go_on_and_writes_resume_when_there_is_room() {
+    let cluster =
+        with_challenges(Cluster::start(1, &Between::Loopback, &["--quota-backend-bytes=4194304"]).with_managers(1));
+    let manager = &cluster.managers[0];
+    manager.create_instance("plain", "before").ok();
+    cluster.at_rest();
+    let length = length_of_log(manager);
+    let put = |number: usize| {
+        let then = vec![Op::put(format!("filler {number:04}"), vec![b'x'; 256 * 1024])];
+        cluster.world.runtime.block_on(cluster.store.txn(Txn { then, ..Txn::default() }))
+    };
+    assert!((0..100).any(|number| put(number).is_err()), "etcd fills up");
+    let mut client = Client::new(std::slice::from_ref(&manager.url), 0);
+    let before = "/api/v1/instance/plain/before";
+    unavailable(&client.create("plain", "during"));
+    unavailable(&client.ask("PATCH", before, &json!({})));
+    unavailable(&client.ask("DELETE", before, &Value::Null));
+    manager.get(before).ok();
+    assert_eq!(manager.get("/api/v1/instance").lines().len(), 1);
+    assert_eq!(manager.get("/api/v1/challenge").lines().len(), 3);
+    let said = said_since(manager, length);
+    assert!(said.contains("out of space") && said.contains("disarm"), "the operator is told what to do:\n{said}");
+
+    let then = vec![Op::Delete(Keys::between("filler ", "filler!"))];
+    cluster.world.runtime.block_on(cluster.store.txn(Txn { then, ..Txn::default() })).unwrap();
+    let status = post(&cluster.members[0].url, "/v3/maintenance/status", &json!({})).unwrap();
+    cluster.etcdctl(&["compaction", status["header"]["revision"].as_str().unwrap(), "--physical"]);
+    cluster.etcdctl(&["defrag"]);
+    cluster.etcdctl(&["alarm", "disarm"]);
+    until_created(&mut client, "plain", "after");
+    manager.patch(before, &json!({})).ok();
+    let census = cluster.at_rest();
+    assert!(census.contains_key("plain s before") && !census.contains_key("plain s during"), "{census:?}");
+}
