@@ -4,6 +4,7 @@ mod bench;
 mod console;
 mod dev;
 mod doctor;
+mod faults;
 mod stack;
 mod test;
 
@@ -25,6 +26,8 @@ enum Command {
     Dev(dev::Dev),
     /// Install what is missing, then run every check and every test
     Test(test::Test),
+    /// Managers and an etcd cluster, all real, under load: kill, pause and cut off one after the other, and see what was promised kept
+    Faults(faults::Faults),
     /// Measure
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Dev(dev) => dev.run(),
         Command::Test(test) => test.run(),
+        Command::Faults(faults) => faults.run(),
         Command::Bench(bench) => bench.run(),
         Command::Stack(command) => command.run(),
         Command::Doctor => doctor::run(),
