@@ -1,16 +1,16 @@
 //! `cargo xtask dev`
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
 use gauntlet_stack::{Etcd, Port, Ports, Progress, Tool, Tools, process::spawn_bound, tools, workspace_root};
 use rustix::process::{Pid, Signal};
@@ -47,6 +47,7 @@ impl Dev {
         let root = workspace_root();
         let data = root.join(".data");
         fs::create_dir_all(&data).with_context(|| format!("create {}", data.display()))?;
+        let _held = hold(&data)?;
         let stop = Stop::listen()?;
         let tools = Tools::from_env();
         let notices = Notices::create(data.join("notices.log"), stop.clone())?;
@@ -69,7 +70,7 @@ impl Dev {
     }
 
     /// Builds and runs the main job; the stack comes up meanwhile.
-    fn foreground(&self, tools: &Tools, notices: &Notices, stop: &Stop, data: &PathBuf) -> Result<ExitCode> {
+    fn foreground(&self, tools: &Tools, notices: &Notices, stop: &Stop, data: &Path) -> Result<ExitCode> {
         run(cargo().args(["build", "--bins"]))?;
         let root = workspace_root();
         let binaries =
@@ -79,9 +80,9 @@ impl Dev {
             .arg("dev")
             .arg("--data")
             .arg(data)
-            .arg("--examples-dir")
+            .arg("--scenarios")
             .arg(root.join("examples"))
-            .arg("--bin-dir")
+            .arg("--programs")
             .arg(&binaries);
         let etcd = match self.backend {
             Backend::Embedded => None,
@@ -121,6 +122,20 @@ impl Dev {
         let status = wait(child, stop)?;
         notices.on_screen.store(true, Ordering::Relaxed);
         Ok(exit_code(status, stop))
+    }
+}
+
+/// Keeps a second `cargo xtask dev` from the data of the first, before either has built anything.
+fn hold(data: &Path) -> Result<File> {
+    let path = data.join("xtask.lock");
+    let cannot = || format!("lock {}", path.display());
+    let file = OpenOptions::new().create(true).append(true).open(&path).with_context(cannot)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            bail!("cargo xtask dev already runs on {}: end it with Ctrl-C in its terminal", data.display())
+        }
+        Err(TryLockError::Error(error)) => Err(error).with_context(cannot),
     }
 }
 

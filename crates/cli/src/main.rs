@@ -41,10 +41,7 @@ fn main() -> ExitCode {
         }
     };
     match cli.command {
-        Command::Dev(dev) => dev.run().unwrap_or_else(|error| {
-            println!("error: {error:#}");
-            ExitCode::FAILURE
-        }),
+        Command::Dev(dev) => dev.run(),
         Command::Client(command) => client::run(command),
     }
 }

@@ -356,6 +356,7 @@ async fn helps() {
     let mut all = String::new();
     for line in [
         "--help",
+        "dev --help",
         "challenge --help",
         "challenge create --help",
         "challenge update --help",

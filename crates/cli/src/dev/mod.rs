@@ -1,25 +1,40 @@
-//! `gauntlet dev`: manager and janitor in one process, an example challenge or two, a few players, and a live view.
+//! `gauntlet dev`: manager and janitor in one process, example challenges, a few players, and a live view.
 
+mod ground;
 mod players;
 mod screen;
 
-use std::{fs::OpenOptions, io::IsTerminal as _, net::Ipv4Addr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io::{IsTerminal as _, Write as _},
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use gauntlet_manager::Manager;
 use gauntlet_telemetry::{Env, Settings, Telemetry};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{ground::Ground, screen::Screen};
+use crate::USAGE;
 
 /// How long the players, the janitor and the screen may take to end.
 const END_WITHIN: Duration = Duration::from_secs(10);
+/// How long calls under way may take to end after that.
+const DRAIN: Duration = Duration::from_secs(5);
 /// How often the janitor sweeps.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// Run everything in this process: manager, janitor, example challenges and players that use them.
 ///
-/// State and instances are kept below --data: the next run goes on with them. Ctrl-C ends every process that was started.
+/// What it shows on the terminal is also a page, at the debug port. State and instances are kept below --data: the next run goes on
+/// with them. Ctrl-C ends every process that was started. What is no flag here is configured by the environment of gauntlet-manager.
+/// Nothing is exported unless OTEL_EXPORTER_OTLP_ENDPOINT says where to.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Dev {
     /// Where state, scenarios, instances and the log are kept.
@@ -37,22 +52,22 @@ pub(crate) struct Dev {
         value_name = "URL,..."
     )]
     etcd_endpoints: Vec<String>,
-    /// The directory of example scenarios: each NAME/scenario is registered as challenge NAME.
+    /// A directory of scenarios: each NAME/scenario below it is registered as challenge NAME. The built-in examples unless given.
     #[arg(long, value_name = "DIR")]
-    examples_dir: Option<PathBuf>,
-    /// Where the examples' programs are.
+    scenarios: Option<PathBuf>,
+    /// Where to look for the programs of scenarios, before the directory of this program and PATH.
     #[arg(long, value_name = "DIR")]
-    bin_dir: Option<PathBuf>,
-    /// The port of the API.
+    programs: Option<PathBuf>,
+    /// The port of the API; 0 picks a free one.
     #[arg(long, env = "PORT", default_value_t = 8080)]
     port: u16,
-    /// The port of the debug page.
-    #[arg(long, default_value_t = 8081)]
+    /// The port of the debug page; 0 picks a free one.
+    #[arg(long, default_value_t = 8081, value_name = "PORT")]
     debug_port: u16,
-    /// Only the manager and the janitor: no example challenge, no players.
+    /// Only the manager and the janitor: no challenge is registered, nobody plays.
     #[arg(long)]
     bare: bool,
-    /// A file whose lines are shown beside the live view.
+    /// A file whose lines are shown as they are added.
     #[arg(long, env = "GAUNTLET_DEV_NOTICES", hide = true)]
     notices: Option<PathBuf>,
 }
@@ -66,40 +81,125 @@ enum Backend {
 }
 
 impl Dev {
-    /// Runs until SIGINT or SIGTERM.
-    pub(crate) fn run(&self) -> Result<ExitCode> {
-        let live = std::io::stdout().is_terminal();
-        std::fs::create_dir_all(&self.data).with_context(|| format!("cannot make {}", self.data.display()))?;
-        let log = self.data.join("gauntlet.log");
-        let to_log = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&log)
-            .with_context(|| format!("cannot write {}", log.display()))?;
-        if live {
-            // The terminal belongs to the live view.
-            rustix::stdio::dup2_stderr(&to_log).context("redirect the log")?;
+    /// Runs until SIGINT, SIGTERM or SIGHUP.
+    pub(crate) fn run(&self) -> ExitCode {
+        let result = match self.manager() {
+            Ok(config) => self.prepare(config),
+            Err(error) => {
+                // clap's texts say that they are errors.
+                tell(error.to_string().trim_end());
+                return USAGE.into();
+            }
+        };
+        match result {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                tell(&format!("error: {error:#}"));
+                ExitCode::FAILURE
+            }
         }
-        let settings = Settings::new("gauntlet-manager", env!("CARGO_PKG_VERSION")).with_debug();
-        let telemetry = Telemetry::start(&settings, &environment()).map_err(|error| {
-            println!("error: {error}");
-            error
-        })?;
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-        let result = runtime.block_on(self.serve(&telemetry, live, &log));
-        if let Err(error) = telemetry.shutdown() {
-            println!("warning: {error}");
-        }
-        result.map(|()| ExitCode::SUCCESS)
     }
 
-    async fn serve(&self, telemetry: &Telemetry, live: bool, log: &std::path::Path) -> Result<()> {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let manager = Manager::start(self.manager()?, telemetry).await?;
+    /// Checks what can be checked before anything starts, then serves.
+    fn prepare(&self, mut config: gauntlet_manager::Config) -> Result<()> {
+        let ground = Ground::take(&self.data)?;
+        ground::is_free(self.port, "--port")?;
+        ground::is_free(self.debug_port, "--debug-port")?;
+        config.dir = ground.data().to_owned();
+        let scenarios = self.scenarios(&ground)?;
+        config.scenario_root.clone_from(&scenarios);
+
+        let live = std::io::stdout().is_terminal();
+        let mut hints = Vec::new();
+        if live {
+            // The terminal belongs to the live view.
+            let (path, file) = ground.log()?;
+            rustix::stdio::dup2_stderr(&file).context("redirect the log")?;
+            hints.push(format!("the log         {}", path.display()));
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let telemetry = {
+            // Within the runtime, so that telemetry measures it.
+            let _entered = runtime.enter();
+            let settings = Settings::new("gauntlet-manager", env!("CARGO_PKG_VERSION")).with_debug();
+            Telemetry::start(&settings, &environment(std::env::vars_os().filter_map(text)))?
+        };
+        let result = runtime.block_on(self.serve(config, &telemetry, live, hints, scenarios));
+        if let Err(error) = telemetry.shutdown() {
+            tell(&format!("warning: {error}"));
+        }
+        result
+    }
+
+    /// The directory whose scenarios are registered, if any are.
+    fn scenarios(&self, ground: &Ground) -> Result<Option<PathBuf>> {
+        if let Some(scenarios) = &self.scenarios {
+            let whole = scenarios.canonicalize();
+            return whole.map(Some).with_context(|| format!("--scenarios {}", scenarios.display()));
+        }
+        if self.bare {
+            return Ok(None);
+        }
+        let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned()));
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path: Vec<_> =
+            self.programs.clone().into_iter().chain(beside).chain(std::env::split_paths(&path)).collect();
+        ground.examples(&path)
+    }
+
+    async fn serve(
+        &self,
+        config: gauntlet_manager::Config,
+        telemetry: &Telemetry,
+        live: bool,
+        mut hints: Vec<String>,
+        scenarios: Option<PathBuf>,
+    ) -> Result<()> {
+        let mut asked = Asked::listen()?;
+        let data = config.dir.clone();
+        let manager = Manager::start(config, telemetry).await?;
         let url = format!("http://127.0.0.1:{}", manager.api.port());
 
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let began = self.begin(&url, telemetry, scenarios.as_deref(), &mut hints, &stop, &tasks).await;
+        if began.is_ok() {
+            let page = manager.debug.map(|address| format!("http://127.0.0.1:{}/", address.port()));
+            let screen = Screen::new(telemetry.debug().clone(), &url, page, &hints, self.notices.clone(), live);
+            tasks.spawn(screen.show(stop.clone()));
+            asked.wait().await;
+        }
+        stop.cancel();
+        tasks.close();
+        if tokio::time::timeout(END_WITHIN, tasks.wait()).await.is_err() {
+            tracing::warn!("players, janitor or screen do not end");
+        }
+        tell("\nending: the API, then the instances");
+        let ended = manager.stop_with_instances();
+        tokio::pin!(ended);
+        let halted = loop {
+            tokio::select! {
+                halted = &mut ended => break halted?,
+                // Giving up here would leave their processes behind.
+                () = asked.wait() => tell("it is ending: calls under way have 5 s, instances a few more"),
+            }
+        };
+        tell(&format!(
+            "ended {halted} instances; {} keeps what is stored, and the next run brings them back",
+            data.display()
+        ));
+        began
+    }
+
+    /// Starts the janitor and, unless bare, registers the challenges and lets the players in.
+    async fn begin(
+        &self,
+        url: &str,
+        telemetry: &Telemetry,
+        scenarios: Option<&Path>,
+        hints: &mut Vec<String>,
+        stop: &CancellationToken,
+        tasks: &TaskTracker,
+    ) -> Result<()> {
         let janitor = gauntlet_janitor::Config {
             every: Some(SWEEP_EVERY),
             ..gauntlet_janitor::Config::new(url.parse().map_err(anyhow::Error::msg)?)
@@ -110,60 +210,99 @@ impl Dev {
                 tracing::error!(%error, "the janitor ended");
             }
         });
-        let mut hints = vec![format!("the log: {}", log.display())];
-        if let (false, Some(examples)) = (self.bare, &self.examples_dir) {
-            let challenges = players::register(&url, examples).await?;
-            hints.extend(challenges.iter().map(|challenge| format!("registered: challenge {challenge}")));
-            tasks.spawn(players::play(url.clone(), challenges, stop.clone()));
+        if self.bare {
+            return Ok(());
         }
-        let screen = screen::Screen {
-            debug: telemetry.debug().clone(),
-            api: url,
-            page: manager.debug.map(|address| format!("http://127.0.0.1:{}/", address.port())),
-            hints,
-            notices: self.notices.clone(),
-            live,
+        let Some(scenarios) = scenarios else {
+            hints.push(
+                "no challenge    the programs of the examples are not here: give their directory with --programs"
+                    .into(),
+            );
+            return Ok(());
         };
-        tasks.spawn(screen.show(stop.clone()));
-
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+        let mut challenges = Vec::new();
+        for registered in players::register(url, scenarios).await? {
+            match registered {
+                Ok(challenge) => challenges.push(challenge),
+                Err(why) => hints.push(format!("not registered  {why}")),
+            }
         }
-        stop.cancel();
-        tasks.close();
-        let _ = tokio::time::timeout(END_WITHIN, tasks.wait()).await;
-        println!("ending: players, janitor, manager, instances; a second Ctrl-C ends at once");
-        let data = self.data.clone();
-        let ended = async {
-            let halted = manager.stop_with_instances().await?;
-            println!("ended {halted} instances; {} keeps what is stored", data.display());
-            Ok(())
-        };
-        tokio::select! {
-            ended = ended => ended,
-            _ = interrupt.recv() => anyhow::bail!("ended at once: instances may still run"),
-        }
+        hints.push(format!("challenges      {}", challenges.join(", ")));
+        tasks.spawn(players::play(url.to_owned(), challenges, stop.clone()));
+        Ok(())
     }
 
-    fn manager(&self) -> Result<gauntlet_manager::Config> {
+    /// The environment of the manager under the flags.
+    fn manager(&self) -> Result<gauntlet_manager::Config, clap::Error> {
         let mut config = gauntlet_manager::Config::from_environment()?;
         config.bind = Ipv4Addr::LOCALHOST.into();
         config.port = self.port;
         config.debug_address = gauntlet_manager::DebugAddress(Some((Ipv4Addr::LOCALHOST, self.debug_port).into()));
-        config.dir.clone_from(&self.data);
         config.etcd_endpoints = if self.backend == Backend::Etcd { self.etcd_endpoints.clone() } else { Vec::new() };
         config.oci_insecure = true;
-        config.scenario_root =
-            self.examples_dir.as_ref().map(std::fs::canonicalize).transpose().context("--examples-dir")?;
-        config.instance_path.extend(self.bin_dir.as_ref().map(std::fs::canonicalize).transpose().context("--bin-dir")?);
-        config.drain = Duration::from_secs(5);
+        config.instance_path.splice(0..0, self.programs.clone());
+        config.drain = DRAIN;
         Ok(config)
     }
 }
 
-fn environment() -> Env {
-    std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .collect()
+/// The signals that ask it to end; the last is that of a terminal that is closed.
+struct Asked([Signal; 3]);
+
+impl Asked {
+    fn listen() -> Result<Self> {
+        let listen = |kind| signal(kind).context("listen for signals");
+        Ok(Self([listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?, listen(SignalKind::hangup())?]))
+    }
+
+    async fn wait(&mut self) {
+        let Self([interrupt, terminate, hangup]) = self;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
+}
+
+/// Says a line to whoever watches; a terminal that is gone is no reason to fail.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+fn text((name, value): (std::ffi::OsString, std::ffi::OsString)) -> Option<(String, String)> {
+    Some((name.into_string().ok()?, value.into_string().ok()?))
+}
+
+/// The environment as telemetry is to see it: lines for people, and no exporter where nobody said that somebody listens.
+fn environment(variables: impl Iterator<Item = (String, String)>) -> Env {
+    let mut all: BTreeMap<String, String> = variables.collect();
+    all.entry("LOG_FORMAT".to_owned()).or_insert_with(|| "human".to_owned());
+    for signal in ["TRACES", "METRICS", "LOGS"] {
+        let told = ["OTEL_EXPORTER_OTLP_ENDPOINT".to_owned(), format!("OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")];
+        if !told.iter().any(|name| all.get(name).is_some_and(|endpoint| !endpoint.is_empty())) {
+            all.entry(format!("OTEL_{signal}_EXPORTER")).or_insert_with(|| "none".to_owned());
+        }
+    }
+    all.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_exported_unless_somebody_listens() {
+        let exporters = |variables: &[(&str, &str)]| {
+            let env = environment(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+            ["OTEL_TRACES_EXPORTER", "OTEL_METRICS_EXPORTER", "OTEL_LOGS_EXPORTER"]
+                .map(|name| env.get(name).unwrap_or("otlp").to_owned())
+        };
+        assert_eq!(exporters(&[]), ["none", "none", "none"]);
+        assert_eq!(exporters(&[("OTEL_EXPORTER_OTLP_ENDPOINT", "")]), ["none", "none", "none"]);
+        assert_eq!(exporters(&[("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c:4317")]), ["otlp", "otlp", "otlp"]);
+        let traces_only = [("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://c:4317")];
+        assert_eq!(exporters(&traces_only), ["otlp", "none", "none"]);
+        assert_eq!(exporters(&[("OTEL_METRICS_EXPORTER", "prometheus")]), ["none", "prometheus", "none"]);
+    }
 }

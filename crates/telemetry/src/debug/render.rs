@@ -1,6 +1,6 @@
 use std::fmt::Write as _;
 
-use super::{Group, Operation, Snapshot, Trace};
+use super::{Group, Latency, Snapshot, Trace};
 
 impl Snapshot {
     /// The snapshot as plain text, no line longer than `width` characters (but at least 60), for a terminal.
@@ -11,25 +11,22 @@ impl Snapshot {
         if self.disabled {
             text.push_str("the SDK is disabled (OTEL_SDK_DISABLED=true): no operations and no traces are seen\n");
         }
-        for (group, title) in
-            [(Group::Served, "served"), (Group::Locks, "locks"), (Group::Work, "work"), (Group::Called, "called")]
-        {
-            let rows: Vec<_> = self.operations.iter().filter(|operation| operation.group == group).collect();
-            if !rows.is_empty() {
-                table(&mut text, title, &rows, width);
-            }
-        }
-        traces(&mut text, "slowest", &self.slow, 3);
-        traces(&mut text, "failed", &self.failed, 3);
+        // What is wrong comes before what is slow, and both before the details: a low window cuts from the end.
         for exporter in &self.exporters {
             if let Some(error) = &exporter.error {
                 let _ = writeln!(
                     text,
-                    "{} to {}: {} lost, {} dropped: {error}",
+                    "export {} to {}: {} lost, {} dropped: {error}",
                     exporter.signal, exporter.target, exporter.failed, exporter.dropped
                 );
             }
         }
+        self.table(&mut text, Group::Served, "served", width);
+        traces(&mut text, "failed", &self.failed, self.at);
+        traces(&mut text, "slow", &self.slow, self.at);
+        self.table(&mut text, Group::Locks, "locks", width);
+        self.table(&mut text, Group::Work, "work", width);
+        self.table(&mut text, Group::Called, "called", width);
         text.lines().fold(String::new(), |mut cut, line| {
             cut.extend(line.chars().take(width));
             cut.push('\n');
@@ -42,7 +39,7 @@ impl Snapshot {
         for gauge in &self.gauges {
             let name = match gauge.attributes.get("state") {
                 Some(state) => format!("{} {state}", gauge.name),
-                None => gauge.name.to_owned(),
+                None => gauge.name.trim_start_matches("gauntlet.").replace('.', " "),
             };
             match sums.iter_mut().find(|(known, _)| *known == name) {
                 Some((_, sum)) => *sum += gauge.value,
@@ -56,35 +53,77 @@ impl Snapshot {
     }
 }
 
-fn table(text: &mut String, title: &str, rows: &[&Operation], width: usize) {
-    // Seven columns of numbers of eight characters; the name takes what is left.
-    let name_width = (width - 7 * 8).max(16);
-    let _ = writeln!(
-        text,
-        "{title:<name_width$}{:>8}{:>8}{:>8}{:>8}{:>8}{:>8}{:>8}",
-        "count", "errors", "refused", "per s", "p50", "p95", "p99"
-    );
-    for row in rows {
-        let name: String = row.name.chars().take(name_width - 1).collect();
-        let latency = |read: fn(&super::Latency) -> f64| row.latency.as_ref().map_or("-".into(), |l| duration(read(l)));
+/// How many traces of each kind.
+const TRACES: usize = 3;
+/// The columns of numbers: heading and width.
+const COLUMNS: [(&str, usize); 7] =
+    [("count", 8), ("errors", 8), ("refused", 8), ("per s", 7), ("p50", 7), ("p95", 7), ("p99", 7)];
+
+impl Snapshot {
+    fn table(&self, text: &mut String, group: Group, title: &str, width: usize) {
+        let mut rows = self.operations.iter().filter(|operation| operation.group == group).peekable();
+        if rows.peek().is_none() {
+            return;
+        }
+        let room = width.saturating_sub(COLUMNS.iter().map(|(_, width)| width).sum()).max(8);
+        let line = |text: &mut String, name: &str, cells: [String; COLUMNS.len()]| {
+            let _ = write!(text, "{name:<room$}");
+            for (cell, (_, width)) in cells.iter().zip(COLUMNS) {
+                let _ = write!(text, "{cell:>width$}");
+            }
+            text.push('\n');
+        };
+        line(text, title, COLUMNS.map(|(heading, _)| heading.to_owned()));
+        for row in rows {
+            let latency = |read: fn(&Latency) -> f64| row.latency.as_ref().map_or("-".into(), |l| duration(read(l)));
+            let cells = [
+                row.count.to_string(),
+                row.errors.to_string(),
+                row.refused.to_string(),
+                format!("{:.1}", row.rate),
+                latency(|latency| latency.p50),
+                latency(|latency| latency.p95),
+                latency(|latency| latency.p99),
+            ];
+            line(text, fit(&row.name, room - 1), cells);
+        }
+    }
+}
+
+/// The most telling part of an operation's name that has room: without its package, without its service, cut.
+fn fit(name: &str, room: usize) -> &str {
+    let rpc = (!name.contains(' ')).then(|| name.rsplit_once('/')).flatten();
+    let without_package =
+        rpc.and_then(|(service, _)| Some(service.rfind('.')? + 1)).and_then(|start| name.get(start..));
+    let shorter = [Some(name), without_package, rpc.map(|(_, method)| method)];
+    let fitting = shorter.into_iter().flatten().find(|name| name.chars().count() <= room);
+    fitting.unwrap_or_else(|| name.char_indices().nth(room).and_then(|(end, _)| name.get(..end)).unwrap_or(name))
+}
+
+/// Each in one line: how long ago, how long it took, what, of which challenge, why, and the trace's id.
+fn traces(text: &mut String, title: &str, traces: &[Trace], now: u64) {
+    for trace in traces.iter().take(TRACES) {
+        let challenge = trace.spans.iter().find_map(|span| span.attributes.get("challenge.id"));
+        let of = challenge.map(|challenge| format!(" of {challenge}")).unwrap_or_default();
+        let why = trace.spans.iter().find_map(|span| span.error.as_deref()).unwrap_or_default();
         let _ = writeln!(
             text,
-            "{name:<name_width$}{:>8}{:>8}{:>8}{:>8.1}{:>8}{:>8}{:>8}",
-            row.count,
-            row.errors,
-            row.refused,
-            row.rate,
-            latency(|l| l.p50),
-            latency(|l| l.p95),
-            latency(|l| l.p99)
+            "{title:<7}{:>7} ago {:>7}  {}{of}  {}  {}",
+            since(now.saturating_sub(trace.started / 1000)),
+            duration(trace.duration),
+            fit(&trace.name, 32),
+            trace.trace_id,
+            // What a program said last may have many lines.
+            why.split_whitespace().collect::<Vec<_>>().join(" "),
         );
     }
 }
 
-fn traces(text: &mut String, title: &str, traces: &[Trace], most: usize) {
-    for trace in traces.iter().take(most) {
-        let error = trace.spans.iter().find_map(|span| span.error.as_deref()).unwrap_or_default();
-        let _ = writeln!(text, "{title} {:>8}  {}  {}  {error}", duration(trace.duration), trace.name, trace.trace_id);
+fn since(seconds: u64) -> String {
+    match seconds {
+        s if s < 120 => format!("{s}s"),
+        s if s < 7200 => format!("{}min", s / 60),
+        s => format!("{}h", s / 3600),
     }
 }
 
@@ -93,5 +132,21 @@ fn duration(millis: f64) -> String {
         m if m < 10.0 => format!("{m:.1}ms"),
         m if m < 1000.0 => format!("{m:.0}ms"),
         m => format!("{:.1}s", m / 1000.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fit;
+
+    #[test]
+    fn names_lose_what_tells_least_first() {
+        let name = "api.v1.instance.InstanceManager/CreateInstance";
+        assert_eq!(fit(name, 46), name);
+        assert_eq!(fit(name, 45), "InstanceManager/CreateInstance");
+        assert_eq!(fit(name, 20), "CreateInstance");
+        assert_eq!(fit(name, 4), "api.");
+        assert_eq!(fit("GET /api/v1/instance/{challenge_id}/{source_id}", 20), "GET /api/v1/instance");
+        assert_eq!(fit("été", 2), "ét");
     }
 }
