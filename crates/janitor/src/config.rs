@@ -30,6 +30,9 @@ pub struct Config {
     /// How long a call may take.
     #[arg(long, default_value = "30s", value_parser = duration, value_name = "DURATION")]
     pub timeout: Duration,
+    /// Never ask for the list of what has expired (gauntlet.v1), which other servers of the v1 API lack: read all instances.
+    #[arg(long)]
+    pub v1_only: bool,
     /// What to log: error, warn, info, debug or trace, or a list such as info,gauntlet_janitor=debug.
     #[arg(long, env = "LOG_LEVEL", default_value = "info", value_parser = log_level, value_name = "LEVEL")]
     pub log_level: String,
@@ -44,6 +47,7 @@ impl Config {
             every: None,
             concurrency: NonZeroUsize::MIN.saturating_add(3),
             timeout: Duration::from_secs(30),
+            v1_only: false,
             log_level: "info".into(),
         }
     }

@@ -1,10 +1,13 @@
 //! Deletes what has expired: once, or on a beat.
 //!
-//! [`run`] is the whole janitor; the binary adds flags, telemetry and signals. It speaks v1 calls only (`QueryChallenge`,
-//! `RetrieveInstance`, `DeleteInstance`), so it serves any v1 server, and keeps nothing between sweeps.
+//! [`run`] is the whole janitor; the binary adds flags, telemetry and signals. It keeps nothing between sweeps but whether the server
+//! has `gauntlet.v1.Sweeper/ListExpired`, which costs what has expired. Where it has not it reads everything by `QueryChallenge`. All else
+//! is v1 too (`RetrieveInstance`, `DeleteInstance`), so it serves any v1 server. While managers are upgraded one by one it takes
+//! whichever way the one that answers has.
 //!
-//! An instance has expired when its `until`, or its challenge's, is not after now by this process's clock. One that somebody
-//! else deleted first counts as done. A failure never keeps the others from their turn.
+//! An instance has expired when the server lists it as that; in what is read by `QueryChallenge`, when its `until`, or its challenge's, is
+//! not after now by this process's clock. One that somebody else deleted first counts as done. A failure never keeps the others from
+//! their turn.
 
 mod config;
 mod server;

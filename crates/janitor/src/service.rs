@@ -14,7 +14,7 @@ use crate::{
 
 const AGENT: &str = concat!("gauntlet-janitor/", env!("CARGO_PKG_VERSION"));
 
-/// How soon the first try follows when the challenges could not be read; it doubles, and never exceeds the beat.
+/// How soon the first try follows when not everything could be read; it doubles, and never exceeds the beat.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 
 /// Why the janitor could do nothing.
@@ -24,8 +24,8 @@ pub enum Error {
     /// There cannot be a connection, whoever listens.
     #[error(transparent)]
     Connect(#[from] NotConnectable),
-    /// The challenges could not be read, and nothing that was read before the failure was deleted.
-    #[error("the challenges of {server} could not be read: {reason}")]
+    /// Not everything could be read, and nothing that was read before the failure was deleted.
+    #[error("what has expired on {server} could not be read: {reason}")]
     Unreadable {
         /// The server.
         server: String,
@@ -53,11 +53,12 @@ pub enum Error {
 ///
 /// # Errors
 /// A single sweep fails when something went wrong and nothing was brought to its end: see [`Error`]. With `config.every`
-/// failures are logged and the janitor goes on; it then fails only where there cannot be a connection at all. While the
-/// challenges cannot be read it tries again after about 1 s, 2 s, 4 s and so on, up to the beat, with jitter.
+/// failures are logged and the janitor goes on; it then fails only where there cannot be a connection at all. While what
+/// has expired cannot be read it tries again after about 1 s, 2 s, 4 s and so on, up to the beat, with jitter.
 pub async fn run(config: &Config, instruments: &Instruments, stop: CancellationToken) -> Result<Summary, Error> {
     let channel = config.url.channel(AGENT, instruments)?;
-    let sweeper = Sweeper::new(channel, instruments.janitor.clone(), config.concurrency.get(), config.timeout);
+    let mut sweeper =
+        Sweeper::new(channel, instruments.janitor.clone(), config.concurrency.get(), config.timeout, config.v1_only);
     let Some(every) = config.every else {
         let sweep = sweeper.sweep(&stop).await;
         if let Some(error) = futile(config, &sweep) {

@@ -1,4 +1,4 @@
-//! One sweep: read what there is, delete what has expired.
+//! One sweep: read what has expired, delete it.
 
 use std::{
     pin::pin,
@@ -8,6 +8,7 @@ use std::{
 use futures::{StreamExt as _, stream};
 use gauntlet_api::{
     error::reason,
+    extension::{ExpiredInstance, ListExpiredRequest, sweeper_client::SweeperClient},
     v1::{
         challenge::{Challenge, challenge_store_client::ChallengeStoreClient},
         instance::{DeleteInstanceRequest, RetrieveInstanceRequest, instance_manager_client::InstanceManagerClient},
@@ -27,13 +28,16 @@ pub const FINISH_WITHIN: Duration = Duration::from_secs(20);
 /// What is read longer ago than this is read again before it is deleted: somebody may have deleted it and begun anew.
 const FRESH_FOR: Duration = Duration::from_secs(5);
 
+/// A server that lacks `ListExpired` may be replaced by one that has it, without a connection lost: it is asked again this often.
+const ASK_AGAIN: Duration = Duration::from_secs(300);
+
 /// A challenge comes with all its instances in one message.
 const LARGEST_CHALLENGE: usize = 64 << 20;
 
 /// What a sweep, or all sweeps of a service, came to, in instances.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Read from the API.
+    /// Read from the API: all there are, or what has expired where the server lists that.
     pub seen: u64,
     /// Past their end when they were read.
     pub expired: u64,
@@ -82,7 +86,7 @@ impl Summary {
 #[derive(Debug, Default)]
 pub(crate) struct Sweep {
     pub(crate) summary: Summary,
-    /// Why not all challenges could be read. Those read before count.
+    /// Why not everything could be read. What was read before counts.
     pub(crate) unread: Option<Status>,
     /// Why the first of the deletions that failed did.
     pub(crate) first_failure: Option<Status>,
@@ -126,19 +130,52 @@ struct Expired {
     source: String,
     /// When it should have ended.
     until: Timestamp,
-    /// The end that its challenge sets.
+    /// The end that its challenge sets, where its own does not heed that.
     challenge_until: Option<Timestamp>,
+}
+
+impl Expired {
+    /// None without an end that a clock can reach: nothing that has expired is without.
+    fn listed(listed: ExpiredInstance) -> Option<Self> {
+        let ExpiredInstance { challenge_id, source_id, until, since: _ } = listed;
+        Some(Self { challenge: challenge_id, source: source_id, until: time(until)?, challenge_until: None })
+    }
+}
+
+/// Whether a server has `ListExpired`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Offered {
+    /// It did, or was not asked.
+    Perhaps,
+    /// It did not, when it was asked then.
+    NotAt(Instant),
+    /// It is not to be asked.
+    Never,
+}
+
+impl Offered {
+    fn worth_asking(self, again: Duration) -> bool {
+        match self {
+            Self::Perhaps => true,
+            Self::NotAt(asked) => asked.elapsed() >= again,
+            Self::Never => false,
+        }
+    }
 }
 
 /// Sweeps through one channel.
 #[derive(Clone, Debug)]
 pub(crate) struct Sweeper {
+    index: SweeperClient<Channel>,
+    /// Whether `index` is served, as far as is known.
+    offered: Offered,
     challenges: ChallengeStoreClient<Channel>,
     instances: InstanceManagerClient<Channel>,
     instruments: instruments::Janitor,
     concurrency: usize,
     timeout: Duration,
     fresh_for: Duration,
+    ask_again: Duration,
 }
 
 impl Sweeper {
@@ -147,19 +184,23 @@ impl Sweeper {
         instruments: instruments::Janitor,
         concurrency: usize,
         timeout: Duration,
+        v1_only: bool,
     ) -> Self {
         Self {
+            index: SweeperClient::new(channel.clone()),
+            offered: if v1_only { Offered::Never } else { Offered::Perhaps },
             challenges: ChallengeStoreClient::new(channel.clone()).max_decoding_message_size(LARGEST_CHALLENGE),
             instances: InstanceManagerClient::new(channel),
             instruments,
             concurrency,
             timeout,
             fresh_for: FRESH_FOR,
+            ask_again: ASK_AGAIN,
         }
     }
 
     /// Sweeps once. When `stop` is cancelled reading ends, no deletion begins, and those under way get [`FINISH_WITHIN`].
-    pub(crate) async fn sweep(&self, stop: &CancellationToken) -> Sweep {
+    pub(crate) async fn sweep(&mut self, stop: &CancellationToken) -> Sweep {
         let span = tracing::info_span!(
             parent: None,
             names::JANITOR_SWEEP.name,
@@ -180,9 +221,9 @@ impl Sweeper {
             span.record("janitor.failed", failed);
             let outcome = match &sweep {
                 Sweep { unread: Some(status), .. } => {
-                    tracing::warn!(read = seen, "Not all challenges could be read: {}", said(status));
+                    tracing::warn!(read = seen, "Not everything could be read: {}", said(status));
                     span.record("error.type", error_type(status));
-                    context::fail_span("not all challenges could be read");
+                    context::fail_span("not everything could be read");
                     "unread"
                 }
                 _ if failed > 0 => {
@@ -199,7 +240,7 @@ impl Sweeper {
         .await
     }
 
-    async fn read_and_expire(&self, stop: &CancellationToken) -> Sweep {
+    async fn read_and_expire(&mut self, stop: &CancellationToken) -> Sweep {
         let mut sweep = Sweep::default();
         let mut found = Vec::new();
         let read_at = Instant::now();
@@ -236,8 +277,43 @@ impl Sweeper {
         }
     }
 
-    /// Reads every challenge and keeps what has expired. What was read before a failure stays.
-    async fn read(&self, seen: &mut u64, found: &mut Vec<Expired>) -> Result<(), Status> {
+    /// Reads what has expired, by the server's list of it or, where there is none, from among all there is. What was read before a
+    /// failure stays.
+    async fn read(&mut self, seen: &mut u64, found: &mut Vec<Expired>) -> Result<(), Status> {
+        if self.offered.worth_asking(self.ask_again) {
+            match self.list(seen, found).await {
+                Err(status) if status.code() == Code::Unimplemented => {
+                    tracing::debug!("The server does not list what has expired: all is read");
+                    self.offered = Offered::NotAt(Instant::now());
+                }
+                read => {
+                    self.offered = Offered::Perhaps;
+                    return read;
+                }
+            }
+        }
+        let read = self.query(seen, found).await;
+        // Whoever answers when it is back may be another.
+        if self.offered != Offered::Never && read.as_ref().is_err_and(|status| status.code() == Code::Unavailable) {
+            self.offered = Offered::Perhaps;
+        }
+        read
+    }
+
+    async fn list(&self, seen: &mut u64, found: &mut Vec<Expired>) -> Result<(), Status> {
+        let mut client = self.index.clone();
+        within(self.timeout, ListExpiredRequest::default(), async |request| {
+            let mut answers = client.list_expired(request).await?.into_inner();
+            while let Some(listed) = answers.message().await? {
+                *seen += 1;
+                found.extend(Expired::listed(listed));
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn query(&self, seen: &mut u64, found: &mut Vec<Expired>) -> Result<(), Status> {
         let mut client = self.challenges.clone();
         within(self.timeout, (), async |request| {
             let mut answers = client.query_challenge(request).await?.into_inner();
@@ -292,7 +368,9 @@ impl Sweeper {
             match within(self.timeout, request, async |request| client.retrieve_instance(request).await).await {
                 Ok(answer) => {
                     let until = earliest(time(answer.get_ref().until), expired.challenge_until);
-                    if until.is_none_or(|until| until > Timestamp::now()) {
+                    // The server's clock, by which it was listed, may be ahead of ours.
+                    let passed = Timestamp::now().max(expired.until);
+                    if until.is_none_or(|until| until > passed) {
                         return Ok(Outcome::Renewed);
                     }
                 }

@@ -68,6 +68,19 @@ async fn the_environment_of_the_go_janitor_is_enough() {
 }
 
 #[tokio::test]
+async fn either_way_does_and_v1_alone_on_request() {
+    let fake = one_expired().extended();
+    let server = fake.serve().await;
+    let (code, text) = ended(&mut janitor(&["--url", &server.url], &[])).await;
+    assert_eq!(code, Some(0), "{text}");
+    assert_eq!(fake.with(|state| (state.lists, state.queries)), (1, 0));
+    let (code, text) = ended(&mut janitor(&["--url", &server.url, "--v1-only"], &[])).await;
+    assert_eq!(code, Some(0), "{text}");
+    assert_eq!(fake.with(|state| (state.lists, state.queries)), (1, 1));
+    assert_eq!(fake.deleted(), ["1"]);
+}
+
+#[tokio::test]
 async fn nothing_done_exits_with_1() {
     let fake = one_expired().deletion("1", Deletion::Fails(Code::Internal));
     let server = fake.serve().await;
@@ -76,7 +89,7 @@ async fn nothing_done_exits_with_1() {
     assert!(text.contains("none of 1 expired instances could be deleted"), "{text}");
     let (code, text) = ended(&mut janitor(&["--url", "127.0.0.1:1"], &[])).await;
     assert_eq!(code, Some(1), "{text}");
-    assert!(text.contains("the challenges of http://127.0.0.1:1 could not be read"), "{text}");
+    assert!(text.contains("what has expired on http://127.0.0.1:1 could not be read"), "{text}");
 }
 
 #[tokio::test]
@@ -129,7 +142,7 @@ impl TraceService for Collector {
 
 #[tokio::test]
 async fn one_shot_sends_its_telemetry_before_it_ends() {
-    let fake = one_expired();
+    let fake = one_expired().extended();
     let server = fake.serve().await;
     let collector = Collector::default();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -151,8 +164,8 @@ async fn one_shot_sends_its_telemetry_before_it_ends() {
     assert_eq!(
         names,
         [
-            "api.v1.challenge.ChallengeStore/QueryChallenge",
             "api.v1.instance.InstanceManager/DeleteInstance",
+            "gauntlet.v1.Sweeper/ListExpired",
             "janitor.expire",
             "janitor.sweep",
         ]

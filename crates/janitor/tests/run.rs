@@ -39,6 +39,38 @@ async fn deletes_what_has_expired_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn what_the_server_lists_is_all_that_is_read() {
+    let fake = Fake::new(vec![
+        challenge("a", None, &[("1", at(-60)), ("2", at(3600)), ("3", None)]),
+        challenge("b", at(-60), &[("4", at(-60))]),
+    ])
+    .extended();
+    let server = fake.serve().await;
+    let summary = sweep(&config(&server)).await.unwrap();
+    assert_eq!(summary, Summary { seen: 2, expired: 2, deleted: 2, ..Summary::default() });
+    assert_eq!(fake.deleted(), ["1", "4"]);
+    assert_eq!(sweep(&config(&server)).await.unwrap(), Summary::default());
+    assert_eq!(fake.with(|state| (state.lists, state.queries)), (2, 0));
+    let v1 = Config { v1_only: true, ..config(&server) };
+    assert_eq!(sweep(&v1).await.unwrap(), Summary { seen: 2, ..Summary::default() });
+    assert_eq!(fake.with(|state| (state.lists, state.queries)), (2, 1));
+}
+
+#[tokio::test]
+async fn a_list_that_breaks_or_hangs_is_no_reason_to_read_everything() {
+    let fake = Fake::new(vec![challenge("a", None, &past(&["1", "2"]))]).extended();
+    fake.with(|state| state.breaks_after = Some(1));
+    let server = fake.serve().await;
+    let config = Config { timeout: Duration::from_millis(500), ..config(&server) };
+    assert_eq!(sweep(&config).await.unwrap(), Summary { seen: 1, expired: 1, deleted: 1, ..Summary::default() });
+    fake.with(|state| (state.breaks_after, state.query_hangs) = (None, true));
+    assert_eq!(sweep(&config).await.unwrap().deleted, 1);
+    let error = sweep(&config).await.unwrap_err().to_string();
+    assert!(error.ends_with("no answer within 500ms (DEADLINE_EXCEEDED)"), "{error}");
+    assert_eq!(fake.with(|state| (state.lists, state.queries)), (3, 0));
+}
+
+#[tokio::test]
 async fn goes_on_past_failures() {
     let fake = Fake::new(vec![challenge("a", None, &past(&["fails", "gone", "hangs", "ok", "refused"]))])
         .deletion("fails", Deletion::Fails(Code::Internal))
@@ -78,7 +110,10 @@ async fn what_was_read_before_the_stream_broke_is_swept() {
     let summary = sweep(&config(&server)).await.unwrap();
     assert_eq!(summary, Summary { seen: 1, expired: 1, deleted: 1, ..Summary::default() });
     let error = sweep(&config(&server)).await.unwrap_err().to_string();
-    assert!(error.starts_with("the challenges of http://127.0.0.1:") && error.ends_with("broke (INTERNAL)"), "{error}");
+    assert!(
+        error.starts_with("what has expired on http://127.0.0.1:") && error.ends_with("broke (INTERNAL)"),
+        "{error}"
+    );
 }
 
 #[tokio::test]

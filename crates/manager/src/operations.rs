@@ -107,6 +107,10 @@ impl Operations {
         self.gauntlet.query_instances(source)
     }
 
+    pub(crate) fn expired_instances(&self) -> Stream<'_, Instance> {
+        self.gauntlet.expired_instances(Timestamp::now())
+    }
+
     pub(crate) async fn renew_instance(&self, challenge: ChallengeId, source: SourceId) -> Result<Instance> {
         self.run(|gauntlet, call| async move { gauntlet.renew_instance(&call, &challenge, &source).await }).await
     }

@@ -4,9 +4,12 @@ use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result};
 use axum::{Router, extract::Request};
-use gauntlet_api::v1::{
-    self, challenge::challenge_store_server::ChallengeStoreServer,
-    instance::instance_manager_server::InstanceManagerServer,
+use gauntlet_api::{
+    extension::{self, sweeper_server::SweeperServer},
+    v1::{
+        self, challenge::challenge_store_server::ChallengeStoreServer,
+        instance::instance_manager_server::InstanceManagerServer,
+    },
 };
 use gauntlet_telemetry::{
     instruments::Instruments,
@@ -17,8 +20,8 @@ use tower::{Layer as _, ServiceExt as _};
 
 use crate::{grpc::Handlers, tasks::Tasks};
 
-/// The RPCs of the v1 API, as `package.Service/Method`.
-const METHODS: [&str; 10] = [
+/// The RPCs that are served, as `package.Service/Method`.
+const METHODS: [&str; 11] = [
     "api.v1.challenge.ChallengeStore/CreateChallenge",
     "api.v1.challenge.ChallengeStore/RetrieveChallenge",
     "api.v1.challenge.ChallengeStore/QueryChallenge",
@@ -29,6 +32,7 @@ const METHODS: [&str; 10] = [
     "api.v1.instance.InstanceManager/QueryInstance",
     "api.v1.instance.InstanceManager/RenewInstance",
     "api.v1.instance.InstanceManager/DeleteInstance",
+    "gauntlet.v1.Sweeper/ListExpired",
 ];
 
 /// Everything on the API's port, told apart by content type: gRPC says what it is, the rest is REST.
@@ -46,10 +50,12 @@ where
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(extension::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let routes = tonic::service::Routes::new(ChallengeStoreServer::new(handlers.clone()))
-        .add_service(InstanceManagerServer::new(handlers))
+        .add_service(InstanceManagerServer::new(handlers.clone()))
+        .add_service(SweeperServer::new(handlers))
         .add_service(health)
         .add_service(reflection().build_v1().context("reflection")?)
         .add_service(reflection().build_v1alpha().context("reflection")?)

@@ -40,7 +40,7 @@ proptest! {
 fn doubtful(url: &str) -> Sweeper {
     let instruments = Instruments::noop();
     let channel = url.parse::<crate::Server>().unwrap().channel("test", &instruments).unwrap();
-    let sweeper = Sweeper::new(channel, instruments.janitor, 1, Duration::from_secs(10));
+    let sweeper = Sweeper::new(channel, instruments.janitor, 1, Duration::from_secs(10), false);
     Sweeper { fresh_for: Duration::ZERO, ..sweeper }
 }
 
@@ -62,4 +62,66 @@ async fn what_was_read_long_ago_is_read_again() {
     assert_eq!(end("still", None).await, Outcome::Deleted);
     assert_eq!(end("renewed", Some(Timestamp::UNIX_EPOCH)).await, Outcome::Deleted);
     assert_eq!(fake.deleted(), ["renewed", "still"]);
+}
+
+#[tokio::test]
+async fn a_server_without_the_list_is_asked_again_later() {
+    let fake = Fake::new(vec![challenge("a", None, &[("1", at(3600))])]);
+    let server = fake.serve().await;
+    let mut sweeper = doubtful(&server.url);
+    let stop = CancellationToken::new();
+    let calls = || fake.with(|state| (state.lists, state.queries));
+    sweeper.sweep(&stop).await;
+    assert_eq!(calls(), (1, 1));
+    sweeper.sweep(&stop).await;
+    assert_eq!(calls(), (1, 2), "what it lacks is remembered");
+    // A manager of a newer version takes over.
+    fake.with(|state| state.extended = true);
+    sweeper.ask_again = Duration::ZERO;
+    assert_eq!(sweeper.sweep(&stop).await.summary.seen, 0);
+    assert_eq!(calls(), (2, 2));
+    sweeper.ask_again = ASK_AGAIN;
+    sweeper.sweep(&stop).await;
+    assert_eq!(calls(), (3, 2));
+    // And one of the older version again.
+    fake.with(|state| state.extended = false);
+    assert_eq!(sweeper.sweep(&stop).await.summary.seen, 1);
+    assert_eq!(calls(), (4, 3));
+}
+
+#[tokio::test]
+async fn a_server_that_was_away_may_be_another() {
+    let fake = Fake::default();
+    let server = fake.serve().await;
+    let mut sweeper = doubtful(&server.url);
+    let stop = CancellationToken::new();
+    sweeper.sweep(&stop).await;
+    assert!(matches!(sweeper.offered, Offered::NotAt(_)));
+    fake.with(|state| (state.breaks_after, state.breaks_with) = (Some(0), Some(Code::Internal)));
+    sweeper.sweep(&stop).await;
+    assert!(matches!(sweeper.offered, Offered::NotAt(_)));
+    fake.with(|state| state.breaks_with = Some(Code::Unavailable));
+    sweeper.sweep(&stop).await;
+    assert_eq!(sweeper.offered, Offered::Perhaps);
+}
+
+#[tokio::test]
+async fn the_clock_that_listed_it_may_be_ahead() {
+    let fake = Fake::new(vec![challenge("c", None, &[("ahead", at(60)), ("renewed", at(90))])]);
+    let server = fake.serve().await;
+    let sweeper = doubtful(&server.url);
+    let listed = |source| ExpiredInstance {
+        challenge_id: "c".into(),
+        source_id: String::from(source),
+        until: at(60),
+        since: None,
+    };
+    let end = async |source| {
+        let mut expired = Expired::listed(listed(source)).unwrap();
+        // As the fake rounds to seconds, a second may pass in between.
+        expired.until += Duration::from_secs(10);
+        sweeper.end(&expired, Instant::now()).await.unwrap()
+    };
+    assert_eq!((end("ahead").await, end("renewed").await), (Outcome::Deleted, Outcome::Renewed));
+    assert_eq!(Expired::listed(ExpiredInstance { until: None, ..listed("ahead") }), None);
 }

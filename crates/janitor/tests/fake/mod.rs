@@ -1,4 +1,4 @@
-//! A server of the v1 API on loopback that does as it is told.
+//! A server of the v1 API, and of its extension when told so, on loopback; it does as it is told.
 
 #![allow(
     dead_code,
@@ -16,7 +16,15 @@ use std::{
 };
 
 use futures::{Stream, StreamExt as _, stream};
-use gauntlet_api::{error, v1::challenge as pbc, v1::instance as pbi};
+use gauntlet_api::{
+    error,
+    extension::{
+        ExpiredInstance, ListExpiredRequest,
+        sweeper_server::{Sweeper, SweeperServer},
+    },
+    v1::challenge as pbc,
+    v1::instance as pbi,
+};
 use gauntlet_telemetry::layers::GrpcServerLayer;
 use jiff::Timestamp;
 use pbc::challenge_store_server::{ChallengeStore, ChallengeStoreServer};
@@ -41,15 +49,28 @@ pub struct State {
     pub challenges: Vec<pbc::Challenge>,
     /// By source.
     pub deletions: HashMap<String, Deletion>,
-    /// After how many challenges a query fails.
+    /// After how many challenges a query fails, and after how many instances a list does.
     pub breaks_after: Option<usize>,
+    /// With what; INTERNAL unless said.
+    pub breaks_with: Option<Code>,
     pub query_hangs: bool,
     pub queries: u32,
+    /// Whether `gauntlet.v1` is served.
+    pub extended: bool,
+    /// Calls of `ListExpired`, refused ones too.
+    pub lists: u32,
     pub deleted: Vec<String>,
     pub traceparents: Vec<String>,
     pub timeouts: Vec<String>,
     pub under_way: usize,
     pub most_under_way: usize,
+}
+
+impl State {
+    fn breaks(&self) -> Option<(usize, Status)> {
+        let broken = Status::new(self.breaks_with.unwrap_or(Code::Internal), "broke");
+        self.breaks_after.map(|after| (after, broken))
+    }
 }
 
 #[derive(Clone, Default)]
@@ -97,6 +118,12 @@ impl Fake {
         fake
     }
 
+    /// Serves `gauntlet.v1` too.
+    pub fn extended(self) -> Self {
+        self.with(|state| state.extended = true);
+        self
+    }
+
     pub fn with<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         change(&mut self.state.lock().unwrap())
     }
@@ -117,7 +144,8 @@ impl Fake {
         self.listen(|fake, incoming| {
             server
                 .add_service(ChallengeStoreServer::new(fake.clone()))
-                .add_service(InstanceManagerServer::new(fake))
+                .add_service(InstanceManagerServer::new(fake.clone()))
+                .add_service(SweeperServer::new(fake))
                 .serve_with_incoming(incoming)
         })
         .await
@@ -129,7 +157,8 @@ impl Fake {
         self.listen(|fake, incoming| {
             server
                 .add_service(ChallengeStoreServer::new(fake.clone()))
-                .add_service(InstanceManagerServer::new(fake))
+                .add_service(InstanceManagerServer::new(fake.clone()))
+                .add_service(SweeperServer::new(fake))
                 .serve_with_incoming(incoming)
         })
         .await
@@ -212,11 +241,11 @@ impl ChallengeStore for Fake {
         self.note(&request);
         let (challenges, breaks, hangs) = self.with(|state| {
             state.queries += 1;
-            (state.challenges.clone(), state.breaks_after, state.query_hangs)
+            (state.challenges.clone(), state.breaks(), state.query_hangs)
         });
         let answers = stream::iter(challenges).map(Ok);
         Ok(Response::new(match breaks {
-            Some(after) => answers.take(after).chain(stream::iter([Err(Status::internal("broke"))])).boxed(),
+            Some((after, broken)) => answers.take(after).chain(stream::iter([Err(broken)])).boxed(),
             None if hangs => answers.chain(stream::pending()).boxed(),
             None => answers.boxed(),
         }))
@@ -231,6 +260,42 @@ impl ChallengeStore for Fake {
 
     async fn delete_challenge(&self, _: Request<pbc::DeleteChallengeRequest>) -> Result<Response<()>, Status> {
         Err(Status::unimplemented("not of the janitor"))
+    }
+}
+
+#[async_trait]
+impl Sweeper for Fake {
+    type ListExpiredStream = Answers<ExpiredInstance>;
+
+    async fn list_expired(
+        &self,
+        request: Request<ListExpiredRequest>,
+    ) -> Result<Response<Self::ListExpiredStream>, Status> {
+        self.note(&request);
+        let (expired, breaks, hangs) = self.with(|state| {
+            state.lists += 1;
+            if !state.extended {
+                return Err(Status::unimplemented("as a server that lacks it"));
+            }
+            let now = Timestamp::now().as_second();
+            let mut expired: Vec<ExpiredInstance> = Vec::new();
+            for challenge in &state.challenges {
+                let ended = |instance: &&pbi::Instance| instance.until.is_some_and(|until| until.seconds <= now);
+                expired.extend(challenge.instances.iter().filter(ended).map(|instance| ExpiredInstance {
+                    challenge_id: instance.challenge_id.clone(),
+                    source_id: instance.source_id.clone(),
+                    until: instance.until,
+                    since: instance.since,
+                }));
+            }
+            Ok((expired, state.breaks(), state.query_hangs))
+        })?;
+        let answers = stream::iter(expired).map(Ok);
+        Ok(Response::new(match breaks {
+            Some((after, broken)) => answers.take(after).chain(stream::iter([Err(broken)])).boxed(),
+            None if hangs => answers.chain(stream::pending()).boxed(),
+            None => answers.boxed(),
+        }))
     }
 }
 

@@ -121,7 +121,7 @@ pub(super) fn challenge_update(request: pbc::UpdateChallengeRequest) -> Result<(
     Ok((id, update))
 }
 
-fn timestamp(at: Timestamp) -> prost_types::Timestamp {
+pub(super) fn timestamp(at: Timestamp) -> prost_types::Timestamp {
     // Jiff keeps seconds and nanoseconds of one sign; protobuf's nanoseconds always count forward.
     let (seconds, nanos) = (at.as_second(), at.subsec_nanosecond());
     if nanos < 0 {

@@ -1,8 +1,9 @@
-//! The v1 API over gRPC: messages in, an operation, messages out. REST calls the same handlers in process.
+//! The v1 API and its extension over gRPC: messages in, an operation, messages out. REST calls the same handlers in process.
 
 mod challenge;
 mod convert;
 mod instance;
+mod sweep;
 
 use std::pin::Pin;
 
@@ -15,7 +16,7 @@ use crate::operations::Operations;
 /// A stream of answers; ends after the first error.
 pub(crate) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// `api.v1.challenge.ChallengeStore` and `api.v1.instance.InstanceManager`.
+/// `api.v1.challenge.ChallengeStore`, `api.v1.instance.InstanceManager` and `gauntlet.v1.Sweeper`.
 #[derive(Clone)]
 pub(crate) struct Handlers {
     operations: Operations,
