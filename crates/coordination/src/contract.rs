@@ -5,6 +5,8 @@ mod budget;
 mod faults;
 mod instances;
 mod locks;
+#[path = "../benches/coordination/nothing.rs"]
+mod nothing;
 mod queries;
 mod rig;
 
@@ -53,6 +55,7 @@ contract! {
         locks_of_different_challenges_and_kinds_do_not_meet,
         readers_share_and_no_side_starves,
         who_waits_learns_who_held,
+        who_waits_can_be_asked,
         patience_ends_with_busy_and_leaves_no_key,
         without_patience_nothing_queues,
         a_cancelled_acquire_leaves_nothing,
@@ -112,6 +115,9 @@ contract! {
     }
     budget {
         each_operation_keeps_its_budget,
+        each_use_case_keeps_its_budget,
+        what_is_remembered_is_never_trusted,
+        a_thousand_waiters_share_one_watch,
     }
 }
 

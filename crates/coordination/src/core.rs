@@ -22,6 +22,7 @@ use crate::{
     records::{Owner, Unreadable},
     session::{Lease, Session},
     ticket::{LiveKey, Of, Reaper, Ticket},
+    waits::Waits,
 };
 
 /// Unreadable records remembered as reported.
@@ -34,6 +35,7 @@ pub(crate) struct Core<K> {
     pub(crate) session: Session,
     pub(crate) mirror: Arc<Mirror>,
     pub(crate) memory: Memory,
+    pub(crate) waits: Arc<Waits>,
     pub(crate) reaper: Reaper,
     pub(crate) replica: String,
     pub(crate) tasks: TaskTracker,

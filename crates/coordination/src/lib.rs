@@ -19,6 +19,7 @@ mod records;
 mod session;
 mod store;
 mod ticket;
+mod waits;
 
 use std::{
     collections::HashMap,
@@ -32,10 +33,19 @@ use gauntlet_telemetry::db::Database;
 use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{core::Core, keys::Layout, kv::Kv, memory::Memory, mirror::Mirror, session::Session, ticket::Reaper};
+use crate::{
+    core::Core,
+    keys::Layout,
+    kv::{Kv, Op},
+    memory::Memory,
+    mirror::Mirror,
+    session::Session,
+    ticket::Reaper,
+};
 pub use crate::{
     embedded::Embedded,
     etcd::{Etcd, EtcdConfig, EtcdTls},
+    waits::{Holder, Wait},
 };
 
 /// What every key begins with, unless told otherwise.
@@ -103,6 +113,7 @@ impl<K: Kv> Coordination<K> {
             session,
             mirror,
             memory: Memory::default(),
+            waits: Arc::default(),
             reaper,
             replica,
             tasks,
@@ -119,6 +130,21 @@ impl<K: Kv> Coordination<K> {
     /// [`Error::Busy`] when patience ends first; without patience it never queues. [`Error::Unavailable`] while the store does not answer.
     pub async fn acquire(&self, kind: LockKind, id: &ChallengeId, mode: LockMode, by: &By) -> Result<Held> {
         self.core.acquire(kind, id, mode, by).await
+    }
+
+    /// Who holds a challenge's lock and who waits for it, in order of asking, of every replica. Reads the store.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] while the store does not answer.
+    pub async fn queue(&self, kind: LockKind, id: &ChallengeId) -> Result<Vec<Holder>> {
+        let mut read = self.core.read(vec![Op::get(self.core.layout.queue(kind, id))]).await?;
+        Ok(locks::owners(&self.core, read.next_read()).iter().map(|(_, owner)| owner.into()).collect())
+    }
+
+    /// How many calls of this replica wait for a lock or an instance, and where those stand that have waited longest, at most `most`. Asks
+    /// nobody and does not block: what it tells is as new as the watch.
+    pub fn waits(&self, most: usize) -> (usize, Vec<Wait>) {
+        self.core.waits.list(&self.core.mirror, most)
     }
 
     /// Waits for writes under way, gives up everything owned, and closes the store; at most five seconds. Nothing can be owned after it.

@@ -4,17 +4,23 @@
 //! all keys created before its own, a reader for the writers among them. Taking a free lock is one transaction.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use gauntlet_domain::{By, ChallengeId, Error, Held, LockKind, LockMode, Result, Waited};
+use jiff::Timestamp;
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
     core::Core,
-    kv::{Compare, KeyValue, Kv, Op, Txn},
+    kv::{Compare, Get, KeyValue, Kv, Op, Txn},
     records::Owner,
     session::Lease,
     ticket::{Of, Ticket},
+    waits::{Behind, Entered, Holder, Waiting},
 };
+
+/// Of those ahead in a queue, how many are read: so that what a waiter costs does not grow with their number.
+const SEEN: usize = 16;
 
 impl<K: Kv> Core<K> {
     /// Takes a lock. With no patience it never queues.
@@ -25,25 +31,40 @@ impl<K: Kv> Core<K> {
         mode: LockMode,
         by: &By,
     ) -> Result<Held> {
-        let mut patience = Patience::new(by, || format!("the {} lock of {id:?}", kind.name()));
+        let mut patience = Patience::new(by, kind, id, || format!("the {} lock of {id:?}", kind.name()));
         let lease = self.lease().await?;
         let live = self.live_key(lease, by, |unique| self.layout.lock(kind, id, mode, unique));
+        let queue = self.layout.queue(kind, id);
         let blocking = match mode {
-            LockMode::Write => self.layout.queue(kind, id),
+            LockMode::Write => queue.clone(),
             LockMode::Read => self.layout.queue_of(kind, id, LockMode::Write),
         };
-        let queue = !by.patience.is_zero();
+        let queues = !by.patience.is_zero();
+        let seen = Op::Get(Get { keys: blocking.clone(), limit: SEEN, keys_only: false });
         let txn = Txn {
             when: vec![Compare::absent(blocking.clone())],
             then: vec![live.put()],
-            or: queue.then(|| live.put()).into_iter().chain([Op::get(blocking)]).collect(),
+            or: queues.then(|| live.put()).into_iter().chain([seen]).collect(),
         };
         let own = live.key.clone();
-        let (ticket, mut result) = self.take(live, Of::Lock(kind, id.clone()), txn, queue).await?;
+        let (ticket, mut result) = self.take(live, Of::Lock(kind, id.clone()), txn, queues).await?;
         let mut ahead = result.next_read();
+        let cut = ahead.len() == SEEN;
         ahead.retain(|kv| kv.key != own);
-        let Some(ticket) = ticket else { return Err(patience.over(ahead.len())) };
-        if let Err(error) = patience.wait(self, &ticket.live.lease, ahead).await {
+        let Some(ticket) = ticket else {
+            let depth = ahead.len().max(if cut { self.mirror.ahead(&Behind::Queue(blocking, u64::MAX)) } else { 0 });
+            let holder = owners(self, ahead).first().map(|(_, owner)| owner.into());
+            return Err(patience.over(depth, holder.as_ref()));
+        };
+        if result.succeeded {
+            return Ok(held(kind, ticket, patience));
+        }
+        let behind = Behind::Queue(blocking.clone(), ticket.fence);
+        let depth = ahead.len().max(if cut { self.mirror.ahead(&behind) } else { 0 });
+        let entered = patience.enter(self, depth, ahead, behind.clone());
+        let turn = self.mirror.turn(&queue, blocking, ticket.fence);
+        let Some(result) = patience.until(self, &ticket.live.lease, turn).await else {
+            let over = patience.over(self.mirror.ahead(&behind), entered.holder(&self.mirror).as_ref());
             // Before the answer, so that a queue left behind is never seen.
             let core = self.clone();
             self.detached(async move {
@@ -53,8 +74,10 @@ impl<K: Kv> Core<K> {
                 Ok(())
             })
             .await?;
-            return Err(error);
-        }
+            return Err(over);
+        };
+        result?;
+        drop(entered);
         Ok(held(kind, ticket, patience))
     }
 }
@@ -64,55 +87,85 @@ pub(crate) fn held(kind: LockKind, ticket: Ticket, patience: Patience) -> Held {
     Held::new(kind, ticket.fence, patience.waited, Box::new(ticket))
 }
 
+/// Whose these keys are, in order of creation; what cannot be read is reported and left out.
+pub(crate) fn owners<K: Kv>(core: &Core<K>, mut keys: Vec<KeyValue>) -> Vec<(String, Owner)> {
+    keys.sort_by_key(|kv| kv.created);
+    let read = |kv: KeyValue| match Owner::read(&kv.value) {
+        Ok(owner) => Some((kv.key, owner)),
+        Err(problem) => {
+            core.report(&kv.key, kv.modified, &problem);
+            None
+        }
+    };
+    keys.into_iter().filter_map(read).collect()
+}
+
 /// How long to wait for others, and what came of it.
 pub(crate) struct Patience {
     started: Instant,
     ends: Instant,
+    kind: LockKind,
+    challenge: ChallengeId,
     what: String,
     waited: Waited,
 }
 
 impl Patience {
-    pub(crate) fn new(by: &By, what: impl FnOnce() -> String) -> Self {
+    pub(crate) fn new(by: &By, kind: LockKind, challenge: &ChallengeId, what: impl FnOnce() -> String) -> Self {
         let started = Instant::now();
         // A patience past the end of the clock is a day.
-        let ends = started.checked_add(by.patience).unwrap_or(started + std::time::Duration::from_secs(86_400));
-        Self { started, ends, what: what(), waited: Waited::default() }
+        let ends = started.checked_add(by.patience).unwrap_or(started + Duration::from_secs(86_400));
+        Self { started, ends, kind, challenge: challenge.clone(), what: what(), waited: Waited::default() }
     }
 
     /// Waits until all these keys are gone. [`Error::Busy`] when patience ends first.
     pub(crate) async fn wait<K: Kv>(&mut self, core: &Core<K>, lease: &Lease, mut ahead: Vec<KeyValue>) -> Result<()> {
+        if ahead.is_empty() {
+            return Ok(());
+        }
         ahead.sort_by_key(|kv| kv.created);
-        let Some(last) = ahead.last() else { return Ok(()) };
-        if !self.waited.contended {
-            self.waited.contended = true;
-            self.waited.queue_depth = ahead.len() as u64;
-        }
-        match Owner::read(&last.value) {
-            Ok(owner) => self.waited.holder = owner.origin,
-            Err(problem) => core.report(&last.key, last.modified, &problem),
-        }
-        for (gone, kv) in ahead.iter().enumerate() {
-            let next = async {
-                tokio::select! {
-                    biased;
-                    () = core.mirror.gone(&kv.key, kv.created) => Ok(()),
-                    () = lease.lost() => Err(Error::Unavailable {
-                        what: core.kv.name(),
-                        detail: "the lease was lost while waiting".to_owned(),
-                    }),
-                }
-            };
-            match timeout_at(self.ends, next).await {
-                Ok(result) => result?,
-                Err(_) => return Err(self.over(ahead.len() - gone)),
+        let keys: Vec<_> = ahead.iter().map(|kv| (kv.key.clone(), kv.created)).collect();
+        let entered = self.enter(core, ahead.len(), ahead, Behind::Keys(keys.clone()));
+        for (gone, (key, created)) in keys.iter().enumerate() {
+            match self.until(core, lease, core.mirror.gone(key, *created)).await {
+                Some(result) => result?,
+                None => return Err(self.over(keys.len() - gone, entered.holder(&core.mirror).as_ref())),
             }
         }
         Ok(())
     }
 
-    fn over(&self, ahead: usize) -> Error {
+    /// Takes note of who is ahead, and shows the wait to whoever asks for as long as the answer lives.
+    fn enter<K: Kv>(&mut self, core: &Core<K>, depth: usize, ahead: Vec<KeyValue>, behind: Behind) -> Entered {
+        let seen = owners(core, ahead);
+        if !self.waited.contended {
+            self.waited.contended = true;
+            self.waited.queue_depth = depth as u64;
+        }
+        self.waited.holder = seen.last().and_then(|(_, owner)| owner.origin.clone());
+        let (kind, challenge) = (self.kind, self.challenge.clone());
+        core.waits.enter(Waiting { kind, challenge, since: Timestamp::now(), behind, seen })
+    }
+
+    /// `None` when patience ends first.
+    async fn until<K: Kv>(&self, core: &Core<K>, lease: &Lease, turn: impl Future<Output = ()>) -> Option<Result<()>> {
+        let turn = async {
+            tokio::select! {
+                biased;
+                () = turn => Ok(()),
+                () = lease.lost() => Err(Error::Unavailable {
+                    what: core.kv.name(),
+                    detail: "the lease was lost while waiting".to_owned(),
+                }),
+            }
+        };
+        timeout_at(self.ends, turn).await.ok()
+    }
+
+    fn over(&self, ahead: usize, holder: Option<&Holder>) -> Error {
         let waited_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        Error::Busy { what: self.what.clone(), waited_ms, ahead: ahead as u64 }
+        let held =
+            holder.map_or(String::new(), |Holder { replica, since, .. }| format!(" (held by {replica} since {since})"));
+        Error::Busy { what: format!("{}{held}", self.what), waited_ms, ahead: ahead as u64 }
     }
 }

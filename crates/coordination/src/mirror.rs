@@ -1,7 +1,9 @@
-//! One watch on everything that is owned, awaited by everybody who waits: each waits for one key to go, and only its waiters wake.
+//! One watch on everything that is owned, awaited by everybody who waits: for one key to go, or for its turn in a queue. Only those wake who
+//! can go on.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    ops::Bound,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -9,7 +11,10 @@ use std::{
 use tokio::{sync::oneshot, time::sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::kv::{Event, Keys, Kv};
+use crate::{
+    kv::{Event, Keys, Kv},
+    waits::Behind,
+};
 
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LONGEST: Duration = Duration::from_secs(2);
@@ -26,6 +31,15 @@ struct State {
     keys: BTreeMap<String, u64>,
     /// In order, as every choice here that nobody makes: so that a simulation does the same twice.
     waiters: BTreeMap<String, Vec<Waiter>>,
+    /// By the queue, and by the revision at which a place in it came to be.
+    queues: BTreeMap<String, BTreeMap<u64, Place>>,
+}
+
+#[derive(Debug)]
+struct Place {
+    /// Whoever is in this range and was there before goes first.
+    blocking: Keys,
+    wake: oneshot::Sender<()>,
 }
 
 #[derive(Debug)]
@@ -54,6 +68,36 @@ impl Mirror {
         };
         // An error would mean that the mirror is gone, and it is borrowed here.
         let _ = waiting.await;
+    }
+
+    /// Resolves when nothing that came to be before that revision is left in `blocking`, a part of `queue`; the place in the queue came to
+    /// be at that revision.
+    pub(crate) async fn turn(&self, queue: &Keys, blocking: Keys, created: u64) {
+        let waiting = {
+            let mut state = self.lock();
+            if state.free(&blocking, created) {
+                return;
+            }
+            let (wake, waiting) = oneshot::channel();
+            state.queues.entry(queue.from.clone()).or_default().insert(created, Place { blocking, wake });
+            waiting
+        };
+        // As above.
+        let _ = waiting.await;
+    }
+
+    /// How many are ahead, as far as the watch has come.
+    pub(crate) fn ahead(&self, behind: &Behind) -> usize {
+        let state = self.lock();
+        match behind {
+            Behind::Queue(blocking, created) => state.before(blocking, *created).count(),
+            Behind::Keys(keys) => keys.iter().filter(|(key, created)| state.keys.get(key) == Some(created)).count(),
+        }
+    }
+
+    /// Whether the key is there, as far as the watch has come.
+    pub(crate) fn holds(&self, key: &str) -> bool {
+        self.lock().keys.contains_key(key)
     }
 
     /// Follows the keys until `stop`; lists again whenever the watch breaks.
@@ -94,10 +138,46 @@ impl State {
         self.waiters.retain(|key, waiters| {
             wake(waiters, |created| keys.get(key).map_or(created <= revision, |&there| there > created))
         });
+        let queues: Vec<String> = self.queues.keys().cloned().collect();
+        queues.iter().for_each(|queue| self.advance(queue));
+    }
+
+    /// Those of a range who were there before that revision.
+    fn before(&self, range: &Keys, created: u64) -> impl Iterator<Item = u64> {
+        let to = range.to.as_ref().map_or(Bound::Included(&range.from), Bound::Excluded);
+        self.keys
+            .range::<String, _>((Bound::Included(&range.from), to))
+            .map(|(_, &there)| there)
+            .filter(move |&there| there < created)
+    }
+
+    fn free(&self, blocking: &Keys, created: u64) -> bool {
+        self.revision >= created && self.before(blocking, created).next().is_none()
+    }
+
+    /// Wakes those of a queue whose turn it is. Whoever comes after one who must wait must wait too.
+    fn advance(&mut self, queue: &str) {
+        let Some(mut places) = self.queues.remove(queue) else { return };
+        places.retain(|_, place| !place.wake.is_closed());
+        while let Some(first) = places.first_entry()
+            && self.free(&first.get().blocking, *first.key())
+        {
+            // One that has stopped waiting needs no waking.
+            let _ = first.remove().wake.send(());
+        }
+        if !places.is_empty() {
+            self.queues.insert(queue.to_owned(), places);
+        }
     }
 
     fn apply(&mut self, events: Vec<Event>) {
+        let mut touched = BTreeSet::new();
         for Event { key, revision, created } in events {
+            if let Some(queue) = queue_of(&key)
+                && self.queues.contains_key(queue)
+            {
+                touched.insert(queue.to_owned());
+            }
             self.revision = self.revision.max(revision);
             let gone_before = match created {
                 Some(created) => {
@@ -115,7 +195,15 @@ impl State {
                 self.waiters.remove(&key);
             }
         }
+        touched.iter().for_each(|queue| self.advance(queue));
     }
+}
+
+/// Where the queue begins that a key would have a place in: all but its last two words.
+fn queue_of(key: &str) -> Option<&str> {
+    let (rest, _) = key.rsplit_once(' ')?;
+    let (queue, _) = rest.rsplit_once(' ')?;
+    key.get(..=queue.len())
 }
 
 /// Wakes those whose key is gone; answers whether any are left.
@@ -188,6 +276,46 @@ mod tests {
         assert!(b.as_mut().now_or_never().is_none());
         mirror.lock().list(12, BTreeMap::from([("b".to_owned(), 11)]));
         assert!(b.now_or_never().is_some());
+    }
+
+    #[test]
+    fn a_queue_goes_on_in_order_and_readers_together() {
+        let mirror = Mirror::default();
+        let all = Keys::between("q ", "q!");
+        let writers = Keys::between("q w ", "q w!");
+        mirror.lock().list(10, BTreeMap::from([("q w 1".to_owned(), 3)]));
+        let mut writer = std::pin::pin!(mirror.turn(&all, all.clone(), 11));
+        let mut readers = [12, 13].map(|created| Box::pin(mirror.turn(&all, writers.clone(), created)));
+        let mut last = std::pin::pin!(mirror.turn(&all, all.clone(), 14));
+        assert!(writer.as_mut().now_or_never().is_none());
+        assert!(readers.iter_mut().all(|reader| reader.as_mut().now_or_never().is_none()));
+        assert!(last.as_mut().now_or_never().is_none());
+        mirror.lock().apply(vec![put("q w 2", 11), put("q r 3", 12), put("q r 4", 13), put("q w 5", 14)]);
+        assert_eq!(mirror.ahead(&Behind::Queue(all.clone(), 14)), 4);
+        assert!(writer.as_mut().now_or_never().is_none());
+        mirror.lock().apply(vec![delete("q w 1", 15)]);
+        assert!(writer.as_mut().now_or_never().is_some());
+        assert!(readers.iter_mut().all(|reader| reader.as_mut().now_or_never().is_none()));
+        mirror.lock().apply(vec![delete("q w 2", 16)]);
+        assert!(readers.iter_mut().all(|reader| reader.as_mut().now_or_never().is_some()), "both at once");
+        assert!(last.as_mut().now_or_never().is_none());
+        // Seen by a new list only.
+        mirror.lock().list(20, BTreeMap::from([("q w 5".to_owned(), 14)]));
+        assert!(last.now_or_never().is_some());
+        assert!(mirror.lock().queues.is_empty());
+    }
+
+    #[test]
+    fn a_place_that_is_not_seen_yet_waits() {
+        let mirror = Mirror::default();
+        let all = Keys::between("q ", "q!");
+        mirror.lock().list(10, BTreeMap::new());
+        let mut place = std::pin::pin!(mirror.turn(&all, all.clone(), 12));
+        assert!(place.as_mut().now_or_never().is_none(), "one before it may not have been seen either");
+        mirror.lock().apply(vec![put("q w 1", 11), put("q w 2", 12)]);
+        assert!(place.as_mut().now_or_never().is_none());
+        mirror.lock().apply(vec![delete("q w 1", 13)]);
+        assert!(place.now_or_never().is_some());
     }
 
     #[test]

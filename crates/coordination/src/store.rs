@@ -226,7 +226,7 @@ impl<K: Kv> Store for Coordination<K> {
         let (core, layout, id) = (&self.core, &self.core.layout, &challenge.value.id);
         let slot = &intent.slot;
         let lock = under.map(|held| core.lock_on(held, id)).transpose()?;
-        let mut patience = Patience::new(by, || format!("the challenge lock of {id:?}"));
+        let mut patience = Patience::new(by, LockKind::Challenge, id, || format!("the challenge lock of {id:?}"));
         loop {
             let lease = core.lease().await?;
             let live = core.live_key(lease.clone(), by, |_| layout.owner(slot));
@@ -281,7 +281,7 @@ impl<K: Kv> Store for Coordination<K> {
         let (from, to) = (&pooled.value.slot, &claimed.slot);
         // Nobody else here is to try for the same one.
         core.memory.forget_instance(from);
-        let mut patience = Patience::new(by, || format!("the challenge lock of {id:?}"));
+        let mut patience = Patience::new(by, LockKind::Challenge, id, || format!("the challenge lock of {id:?}"));
         let working = claimed.phase.is_working();
         loop {
             let lease = core.lease().await?;
@@ -342,7 +342,7 @@ impl<K: Kv> Store for Coordination<K> {
 
     async fn begin(&self, slot: &Slot, begin: Begin, by: &By) -> Result<(Held, Instance)> {
         let (core, layout) = (&self.core, &self.core.layout);
-        let mut patience = Patience::new(by, || format!("the instance {:?} of {:?}", slot.seat, slot.challenge));
+        let mut patience = waiting_for(slot, by);
         // What an owner that is gone had been doing, if the record alone does not tell.
         let mut left: Option<Stored<Instance>> = None;
         loop {
@@ -443,7 +443,7 @@ impl<K: Kv> Store for Coordination<K> {
         if instance.slot != *slot {
             return Err(Error::Internal(format!("{:?} is not rewritten as {:?}", slot, instance.slot)));
         }
-        let mut patience = Patience::new(by, || format!("the instance {:?} of {:?}", slot.seat, slot.challenge));
+        let mut patience = waiting_for(slot, by);
         let old = layout.instance_index(&read.value);
         loop {
             let mut then = vec![
@@ -531,6 +531,11 @@ impl<K: Kv> Store for Coordination<K> {
         }
         Ok(census)
     }
+}
+
+fn waiting_for(slot: &Slot, by: &By) -> Patience {
+    let what = || format!("the instance {:?} of {:?}", slot.seat, slot.challenge);
+    Patience::new(by, LockKind::Instance, &slot.challenge, what)
 }
 
 fn not_after(keys: Keys, version: Version) -> Compare {

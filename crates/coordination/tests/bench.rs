@@ -1,8 +1,10 @@
 //! The bench in short, so that it does not rot. Nothing is asserted of time.
-#![allow(clippy::expect_used, missing_docs, unreachable_pub, reason = "tests")]
+#![allow(clippy::expect_used, reason = "tests")]
 
 #[path = "../benches/coordination/measure.rs"]
 mod measure;
+#[path = "../benches/coordination/nothing.rs"]
+mod nothing;
 #[path = "../benches/coordination/store.rs"]
 mod store;
 #[path = "../benches/coordination/work.rs"]

@@ -46,7 +46,8 @@ pub(crate) fn provisioner(config: &Config) -> Result<Process> {
     Ok(Process::new(process)?)
 }
 
-/// The store, whichever it is.
+/// The store, whichever it is. Clones share it.
+#[derive(Clone)]
 pub(crate) enum Backend {
     /// One file, for one manager.
     Embedded(Arc<Coordination<Embedded>>),
@@ -60,6 +61,19 @@ impl Backend {
         match self {
             Self::Embedded(store) => store.clone(),
             Self::Etcd(store) => store.clone(),
+        }
+    }
+
+    /// Reads who of this replica waits, for whom and since when; the longest waits where there are many. Does not block.
+    pub(crate) fn waits(&self) -> impl Fn() -> serde_json::Value + Send + Sync + 'static {
+        const SHOWN: usize = 32;
+        let backend = self.clone();
+        move || {
+            let (waiting, longest) = match &backend {
+                Self::Embedded(store) => store.waits(SHOWN),
+                Self::Etcd(store) => store.waits(SHOWN),
+            };
+            serde_json::json!({ "waiting": waiting, "longest": longest })
         }
     }
 

@@ -56,6 +56,7 @@ impl Manager {
         let gauntlet = Gauntlet::new(store.clone(), Arc::new(provisioner), Arc::new(scenarios), facts, settings);
 
         gauges::register(telemetry.gauges(), backend.store());
+        telemetry.debug().panel("locks", backend.waits());
         let (signals, background) = background::signals();
         let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals));
         let (reporter, health_service) = tonic_health::server::health_reporter();

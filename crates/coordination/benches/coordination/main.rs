@@ -1,7 +1,8 @@
 //! What coordination costs beside one raw transaction of the store below it. `cargo xtask bench coordination` runs it.
-#![allow(clippy::expect_used, unreachable_pub, reason = "a bench")]
+#![allow(clippy::expect_used, reason = "a bench")]
 
 mod measure;
+mod nothing;
 mod store;
 mod work;
 

@@ -15,27 +15,27 @@ use serde::Serialize;
 const TURNS: u32 = 8;
 
 /// What is measured; it is given the number of the client, and one that no other call is given.
-pub type Work = Arc<dyn Fn(usize, u64) -> BoxFuture<'static, ()> + Send + Sync>;
+pub(crate) type Work = Arc<dyn Fn(usize, u64) -> BoxFuture<'static, ()> + Send + Sync>;
 
 /// One thing beside the raw transaction.
 #[derive(Debug, Serialize)]
-pub struct Row {
+pub(crate) struct Row {
     /// What was measured.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// How many did it at once.
-    pub clients: usize,
+    pub(crate) clients: usize,
     /// How often it was done in a second.
-    pub ours_per_s: f64,
+    pub(crate) ours_per_s: f64,
     /// How often the raw transaction was, by as many.
-    pub raw_per_s: f64,
+    pub(crate) raw_per_s: f64,
     /// The first over the second.
-    pub ratio: f64,
+    pub(crate) ratio: f64,
     /// What the ratio should be at least, where there is a target.
-    pub target: Option<f64>,
+    pub(crate) target: Option<f64>,
 }
 
 /// Measures `ours` beside `raw`, each for about `each` in all.
-pub async fn beside(
+pub(crate) async fn beside(
     name: &'static str,
     clients: usize,
     target: Option<f64>,
@@ -60,7 +60,7 @@ pub async fn beside(
 }
 
 /// Has so many clients do it over and over, each a task of its own; answers how often it was done, in what time.
-pub async fn run(clients: usize, time: Duration, work: &Work) -> (u64, Duration) {
+pub(crate) async fn run(clients: usize, time: Duration, work: &Work) -> (u64, Duration) {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let stop = Arc::new(AtomicBool::new(false));
     let started = Instant::now();
@@ -87,7 +87,7 @@ pub async fn run(clients: usize, time: Duration, work: &Work) -> (u64, Duration)
 
 impl Row {
     /// Prints a table.
-    pub fn print(rows: &[Self]) {
+    pub(crate) fn print(rows: &[Self]) {
         println!("{:<28} {:>7} {:>10} {:>10} {:>7} {:>7}", "", "clients", "ours/s", "raw/s", "ratio", "target");
         for Row { name, clients, ours_per_s, raw_per_s, ratio, target } in rows {
             let target = target.map_or(String::new(), |target| format!("{target:.2}"));

@@ -1,6 +1,6 @@
 //! The stores measured: coordination on each, and the raw transaction of each.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc};
 
 use etcd_client::{Client, Compare, CompareOp, Txn, TxnOp};
 use futures::FutureExt as _;
@@ -16,7 +16,7 @@ use crate::measure::Work;
 
 /// Which store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Backend {
+pub(crate) enum Backend {
     /// One member, on loopback.
     Etcd,
     /// One file.
@@ -24,17 +24,17 @@ pub enum Backend {
 }
 
 /// A store that is measured.
-pub struct Measured<K: Kv> {
+pub(crate) struct Measured<K: Kv> {
     /// Coordination on it.
-    pub store: Arc<Coordination<K>>,
+    pub(crate) store: Arc<Coordination<K>>,
     /// One compare, one put of 256 bytes, one get; on a key of its own for each client.
-    pub raw: Work,
+    pub(crate) raw: Work,
     _server: Option<Server>,
     _dir: TempDir,
 }
 
 /// Etcd, on files of its own.
-pub async fn etcd() -> Measured<Etcd> {
+pub(crate) async fn etcd() -> Measured<Etcd> {
     let dir = tempfile::tempdir().expect("a directory");
     let server = Server::start(dir.path()).expect("an etcd");
     let config = EtcdConfig::new([server.url()]);
@@ -56,7 +56,7 @@ pub async fn etcd() -> Measured<Etcd> {
 }
 
 /// The embedded store. The raw transaction is one on a file beside it.
-pub async fn embedded() -> Measured<Embedded> {
+pub(crate) async fn embedded() -> Measured<Embedded> {
     let dir = tempfile::tempdir().expect("a directory");
     let at = |name: &str| dir.path().join(name);
     let store = Coordination::embedded(&at("store"), "bench".to_owned()).await.expect("coordination");
@@ -77,6 +77,3 @@ pub async fn embedded() -> Measured<Embedded> {
     });
     Measured { store: Arc::new(store), raw, _server: None, _dir: dir }
 }
-
-/// As long as it takes.
-pub const PATIENCE: Duration = Duration::from_secs(60);

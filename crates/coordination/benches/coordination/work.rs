@@ -6,23 +6,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use async_trait::async_trait;
 use futures::{FutureExt as _, TryStreamExt as _};
 use gauntlet_coordination::{Coordination, kv::Kv};
-use gauntlet_domain::{
-    Additional, By, Call, ChallengeId, Entropy, Fact, Facts, Found, Gauntlet, Identity, LockKind, LockMode,
-    NewChallenge, Order, Outputs, Pinned, Place, Plan, PortSpec, Provisioner, Result, Scenarios, Settings, SourceId,
-    Store as _, Workload,
-};
+use gauntlet_domain::{Additional, By, ChallengeId, Gauntlet, LockKind, LockMode, NewChallenge, SourceId, Store as _};
 use jiff::Timestamp;
 
 use crate::{
     measure::{Row, Work, beside, run},
-    store::{self, Backend, Measured, PATIENCE},
+    nothing::{call, gauntlet},
+    store::{self, Backend, Measured},
 };
 
+/// As long as it takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// All rows whose name begins so, each of its two sides measured for about `each`.
-pub async fn all(backend: Backend, each: Duration, only: &str) -> Vec<Row> {
+pub(crate) async fn all(backend: Backend, each: Duration, only: &str) -> Vec<Row> {
     match backend {
         Backend::Etcd => rows(&store::etcd().await, each, only).await,
         Backend::Embedded => rows(&store::embedded().await, each, only).await,
@@ -31,7 +30,7 @@ pub async fn all(backend: Backend, each: Duration, only: &str) -> Vec<Row> {
 
 async fn rows<K: Kv>(measured: &Measured<K>, each: Duration, only: &str) -> Vec<Row> {
     let store = &measured.store;
-    let gauntlet = gauntlet(store);
+    let gauntlet = gauntlet(store.clone());
     for at in 0..CHALLENGES {
         new_challenge(&gauntlet, &challenge(at), 0).await;
     }
@@ -132,7 +131,7 @@ fn renew(gauntlet: &Gauntlet) -> Work {
 }
 
 /// Makes so many challenges of ten instances each, lists them all and counts them; prints how long each takes.
-pub async fn listing(backend: Backend, challenges: usize) {
+pub(crate) async fn listing(backend: Backend, challenges: usize) {
     match backend {
         Backend::Etcd => list(&store::etcd().await, challenges).await,
         Backend::Embedded => list(&store::embedded().await, challenges).await,
@@ -141,7 +140,7 @@ pub async fn listing(backend: Backend, challenges: usize) {
 
 async fn list<K: Kv>(measured: &Measured<K>, challenges: usize) {
     const EACH: usize = 10;
-    let gauntlet = gauntlet(&measured.store);
+    let gauntlet = gauntlet(measured.store.clone());
     let started = Instant::now();
     let said = |what: &str, started: Instant| println!("{what:<44} {:>10.1} ms", started.elapsed().as_secs_f64() * 1e3);
     let fill: Vec<_> = (0..64)
@@ -197,7 +196,7 @@ async fn list<K: Kv>(measured: &Measured<K>, challenges: usize) {
 
 /// The short form: everything once, for as long as it takes to see that it works. Asserts nothing of time.
 #[allow(dead_code, reason = "of the test that includes this")]
-pub async fn smoke(backend: Backend) {
+pub(crate) async fn smoke(backend: Backend) {
     let rows = all(backend, Duration::from_millis(64), "").await;
     assert_eq!(rows.len(), 8);
     assert!(rows.iter().all(|row| row.ours_per_s > 0.0 && row.raw_per_s > 0.0));
@@ -215,10 +214,6 @@ fn source(text: &str) -> SourceId {
     SourceId::new(text).expect("an id")
 }
 
-fn call() -> Call {
-    Call { now: Timestamp::now(), origin: None, entropy: Arc::new(Counter) }
-}
-
 async fn new_challenge(gauntlet: &Gauntlet, id: &ChallengeId, min: i64) {
     let new = NewChallenge {
         id: id.clone(),
@@ -230,72 +225,4 @@ async fn new_challenge(gauntlet: &Gauntlet, id: &ChallengeId, min: i64) {
         max: 0,
     };
     gauntlet.create_challenge(&call(), new).await.expect("a challenge");
-}
-
-/// The use cases on the store, and on nothing else.
-fn gauntlet<K: Kv>(store: &Arc<Coordination<K>>) -> Gauntlet {
-    let settings = Settings { patience: PATIENCE, ..Settings::default() };
-    Gauntlet::new(store.clone(), Arc::new(Nothing), Arc::new(Nothing), Arc::new(Nothing), settings)
-}
-
-/// Different each time, which is all that is asked of it here.
-struct Counter;
-
-impl Entropy for Counter {
-    fn bits(&self) -> u64 {
-        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
-        NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
-    }
-}
-
-/// Brings up nothing, at once.
-#[derive(Debug)]
-struct Nothing;
-
-impl Facts for Nothing {
-    fn note(&self, _: Fact) {}
-}
-
-impl Plan for Nothing {
-    fn ports(&self) -> &[PortSpec] {
-        &[]
-    }
-
-    fn render(&self, _: &Place) -> Result<Workload> {
-        unreachable!("nothing is brought up")
-    }
-}
-
-#[async_trait]
-impl Scenarios for Nothing {
-    async fn resolve(&self, reference: &str) -> Result<Pinned> {
-        Ok(Pinned { reference: reference.to_owned(), digest: format!("sha256:{}", "ab".repeat(32)) })
-    }
-
-    async fn plan(&self, _: &Pinned, _: &Identity, _: &Additional) -> Result<Arc<dyn Plan>> {
-        Ok(Arc::new(Self))
-    }
-}
-
-#[async_trait]
-impl Provisioner for Nothing {
-    fn name(&self) -> &'static str {
-        "nothing"
-    }
-
-    async fn up(&self, _: &Order) -> Result<Outputs> {
-        Ok(Outputs { connection_info: "http://ctf.test:31337".to_owned(), flags: vec!["CTF{flag}".to_owned()] })
-    }
-
-    async fn update(&self, order: &Order) -> Result<Outputs> {
-        self.up(order).await
-    }
-
-    async fn down(&self, _: &ChallengeId, _: &Identity, _: u64) -> Result<()> {
-        Ok(())
-    }
-
-    async fn list(&self) -> Result<Vec<Found>> {
-        Ok(Vec::new())
-    }
 }

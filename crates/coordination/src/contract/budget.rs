@@ -1,6 +1,14 @@
 //! What each operation may cost, in calls of the key-value port.
 
-use super::*;
+use std::sync::Arc;
+
+use futures::FutureExt as _;
+use gauntlet_domain::{Gauntlet, NewChallenge};
+
+use super::{
+    nothing::{call, gauntlet},
+    *,
+};
 
 pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
     let store = rig.replica("a");
@@ -59,4 +67,113 @@ pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
     spent("a source's query is what it returns", &[("page", 1), ("txn", 1)]);
     assert!(store.stranded(at(0)).await.unwrap().is_empty());
     spent("looking for stranded work", &[("page", 3)]);
+}
+
+fn new(name: &str, min: i64) -> NewChallenge {
+    NewChallenge {
+        id: id(name),
+        scenario: "registry.test/web:1".to_owned(),
+        timeout: Some(Duration::from_secs(60)),
+        until: None,
+        additional: BTreeMap::new(),
+        min,
+        max: 0,
+    }
+}
+
+pub(super) async fn each_use_case_keeps_its_budget(rig: &impl Rig) {
+    let store = Arc::new(rig.replica("a"));
+    let gauntlet = gauntlet(store.clone());
+    let spent = |what: &str, expected: &[(&'static str, usize)]| {
+        assert_eq!(store.core.kv.calls(), expected.iter().copied().collect(), "{what}");
+        store.core.kv.reset();
+    };
+    let create = |name: &'static str, who: &'static str| {
+        let gauntlet = &gauntlet;
+        async move { gauntlet.create_instance(&call(), &id(name), &source(who), BTreeMap::new()).await.unwrap() }
+    };
+    // The lease is there.
+    store.release(store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap()).await.unwrap();
+    store.core.kv.reset();
+    gauntlet.create_challenge(&call(), new("web", 0)).await.unwrap();
+    spent("a challenge: known already? then stored", &[("txn", 2)]);
+    create("web", "alice").await;
+    spent("a create", &[("txn", 2)]);
+    gauntlet.renew_instance(&call(), &id("web"), &source("alice")).await.unwrap();
+    spent("a renewal", &[("txn", 1)]);
+    gauntlet.renew_instance(&call(), &id("web"), &source("alice")).await.unwrap();
+    spent("another", &[("txn", 1)]);
+    gauntlet.delete_instance(&call(), &id("web"), &source("alice")).await.unwrap();
+    spent("a delete", &[("txn", 2)]);
+
+    gauntlet.create_challenge(&call(), new("pooled", 3)).await.unwrap();
+    gauntlet.tend_pool(&call(), &id("pooled")).await.unwrap();
+    store.core.kv.reset();
+    for who in ["alice", "bob", "carol"] {
+        create("pooled", who).await;
+        spent("a claim", &[("txn", 1)]);
+    }
+    create("pooled", "dave").await;
+    spent("a create beside an empty pool: is it still? then begun and committed", &[("txn", 3)]);
+
+    // Another replica has seen nothing, and then too little.
+    let other = Arc::new(rig.replica("b"));
+    let elsewhere = self::gauntlet(other.clone());
+    other.core.lease().await.unwrap();
+    other.core.kv.reset();
+    let renew = |gauntlet: &Gauntlet| {
+        let gauntlet = gauntlet.clone();
+        async move { gauntlet.renew_instance(&call(), &id("pooled"), &source("alice")).await.unwrap() }
+    };
+    renew(&elsewhere).await;
+    assert_eq!(other.core.kv.calls(), BTreeMap::from([("txn", 2)]), "what is not known is read");
+    renew(&gauntlet).await;
+    spent("what is old is met and done again", &[("txn", 2)]);
+    drop(elsewhere);
+    store.check().await;
+}
+
+pub(super) async fn what_is_remembered_is_never_trusted(rig: &impl Rig) {
+    let (a, b) = (Arc::new(rig.replica("a")), Arc::new(rig.replica("b")));
+    let (one, two) = (gauntlet(a.clone()), gauntlet(b.clone()));
+    let (web, alice) = (id("web"), source("alice"));
+    one.create_challenge(&call(), new("web", 2)).await.unwrap();
+    one.tend_pool(&call(), &web).await.unwrap();
+    assert_eq!(a.recall(&web, &alice).unwrap().pooled.len(), 2);
+    // All that the first one knows is changed by the second: the pool is used up, the challenge has another timeout, the instance is gone.
+    two.create_instance(&call(), &web, &source("bob"), BTreeMap::new()).await.unwrap();
+    two.create_instance(&call(), &web, &source("carol"), BTreeMap::new()).await.unwrap();
+    one.create_instance(&call(), &web, &alice, BTreeMap::new()).await.unwrap();
+    let timeout = Some(Duration::from_secs(7200));
+    let update = gauntlet_domain::ChallengeUpdate { timeout: Some(timeout), ..Default::default() };
+    two.update_challenge(&call(), &web, update).await.unwrap();
+    let (renewed, now) = (one.renew_instance(&call(), &web, &alice).await.unwrap(), Timestamp::now());
+    assert!(renewed.until.unwrap() > now + Duration::from_secs(7000), "by the new timeout");
+    two.delete_instance(&call(), &web, &alice).await.unwrap();
+    let refused = one.renew_instance(&call(), &web, &alice).await.unwrap_err();
+    assert_eq!(refused, Error::InstanceNotFound(web.clone(), alice.clone()));
+    one.create_instance(&call(), &web, &alice, BTreeMap::new()).await.unwrap();
+    let refused = two.create_instance(&call(), &web, &alice, BTreeMap::new()).await.unwrap_err();
+    assert_eq!(refused, Error::InstanceExists(web.clone(), alice.clone()));
+    two.delete_challenge(&call(), &web).await.unwrap();
+    let refused = one.create_instance(&call(), &web, &alice, BTreeMap::new()).await.unwrap_err();
+    assert_eq!(refused, Error::ChallengeNotFound(web.clone()));
+    a.check().await;
+}
+
+pub(super) async fn a_thousand_waiters_share_one_watch(rig: &impl Rig) {
+    const WAITERS: usize = 1000;
+    let store = rig.replica("a");
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    let (web, patient) = (id("web"), By { patience: Duration::from_secs(300), ..patient() });
+    let mut waiting: Vec<_> = (0..WAITERS).map(|_| Box::pin(store.lock(LockKind::Challenge, &web, &patient))).collect();
+    eventually("all wait", || {
+        assert!(waiting.iter_mut().all(|one| one.as_mut().now_or_never().is_none()));
+        async { store.live_keys().await.len() == WAITERS + 1 }
+    })
+    .await;
+    assert_eq!(store.core.kv.calls().get("follow"), Some(&1));
+    drop(waiting);
+    store.release(held).await.unwrap();
+    store.check().await;
 }

@@ -101,6 +101,7 @@ impl<K: Kv> Kv for Counted<K> {
     }
 
     async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+        self.count("follow");
         self.inner.follow(keys).await
     }
 

@@ -158,3 +158,42 @@ async fn a_restart_keeps_records_and_finds_what_was_under_way() {
     assert_eq!(store.instance(&slot).await.unwrap(), None);
     store.shutdown().await;
 }
+
+/// Who waits is woken by a removal that its watch has missed. The watch is followed by the test's own thread, which is kept busy while
+/// another one makes more commits than a watch may fall behind.
+#[tokio::test]
+async fn a_watch_that_broke_is_listed_again_and_wakes_who_waits() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Coordination::embedded(&dir.path().join("store"), "a".to_owned()).await.unwrap();
+    let kv = store.core.kv.clone();
+    let by = By { patience: Duration::from_secs(30), ..By::default() };
+    let web = id("web");
+    let first = store.lock(LockKind::Rollout, &web, &by).await.unwrap();
+    // Handed on, so the watch is there.
+    let (held, released) = tokio::join!(store.lock(LockKind::Rollout, &web, &by), store.release(first));
+    released.unwrap();
+    let held = held.unwrap();
+    let mut waiting = Box::pin(store.lock(LockKind::Rollout, &web, &by));
+    let queue = Get { keys: store.core.layout.queue(LockKind::Rollout, &web), limit: 0, keys_only: true };
+    let queued = async {
+        while kv.page(queue.clone(), None).await.unwrap().kvs.len() < 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! { biased; taken = &mut waiting => panic!("{taken:?}"), () = queued => {} }
+    let (removal, commits) = (crate::ending::ticket(&held).unwrap().live.removal(), kv.clone());
+    let elsewhere = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            assert!(commits.txn(removal).await.unwrap().succeeded);
+            let (lease, _) = commits.grant(Duration::from_secs(60)).await.unwrap();
+            for _ in 0..BEHIND + 10 {
+                commits.txn(put("key", Some(lease))).await.unwrap();
+            }
+        });
+    });
+    elsewhere.join().unwrap();
+    let next = waiting.await.unwrap();
+    assert!(next.fence > held.fence);
+    store.release(next).await.unwrap();
+}

@@ -1,0 +1,85 @@
+//! The use cases on a store and on nothing else: ports that have nothing to do. For benches and tests.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use async_trait::async_trait;
+use gauntlet_domain::{
+    Additional, Call, ChallengeId, Entropy, Fact, Facts, Found, Gauntlet, Identity, Order, Outputs, Pinned, Place,
+    Plan, PortSpec, Provisioner, Result, Scenarios, Settings, Store, Workload,
+};
+use jiff::Timestamp;
+
+/// A call that happens now.
+pub(crate) fn call() -> Call {
+    Call { now: Timestamp::now(), origin: None, entropy: Arc::new(Counter) }
+}
+
+/// The use cases on a store.
+pub(crate) fn gauntlet(store: Arc<dyn Store>) -> Gauntlet {
+    Gauntlet::new(store, Arc::new(Nothing), Arc::new(Nothing), Arc::new(Nothing), Settings::default())
+}
+
+/// Different each time, which is all that is asked of it here.
+struct Counter;
+
+impl Entropy for Counter {
+    fn bits(&self) -> u64 {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// Brings up nothing, at once.
+#[derive(Debug)]
+struct Nothing;
+
+impl Facts for Nothing {
+    fn note(&self, _: Fact) {}
+}
+
+impl Plan for Nothing {
+    fn ports(&self) -> &[PortSpec] {
+        &[]
+    }
+
+    fn render(&self, _: &Place) -> Result<Workload> {
+        unreachable!("nothing is brought up")
+    }
+}
+
+#[async_trait]
+impl Scenarios for Nothing {
+    async fn resolve(&self, reference: &str) -> Result<Pinned> {
+        Ok(Pinned { reference: reference.to_owned(), digest: format!("sha256:{}", "ab".repeat(32)) })
+    }
+
+    async fn plan(&self, _: &Pinned, _: &Identity, _: &Additional) -> Result<Arc<dyn Plan>> {
+        Ok(Arc::new(Self))
+    }
+}
+
+#[async_trait]
+impl Provisioner for Nothing {
+    fn name(&self) -> &'static str {
+        "nothing"
+    }
+
+    async fn up(&self, _: &Order) -> Result<Outputs> {
+        Ok(Outputs { connection_info: "http://ctf.test:31337".to_owned(), flags: vec!["CTF{flag}".to_owned()] })
+    }
+
+    async fn update(&self, order: &Order) -> Result<Outputs> {
+        self.up(order).await
+    }
+
+    async fn down(&self, _: &ChallengeId, _: &Identity, _: u64) -> Result<()> {
+        Ok(())
+    }
+
+    async fn list(&self) -> Result<Vec<Found>> {
+        Ok(Vec::new())
+    }
+}
