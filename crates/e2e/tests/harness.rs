@@ -1,6 +1,8 @@
 //! One world per test: a directory, a stack, a backend, managers and a janitor; and how to talk to them.
 
 use std::{
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     process::{Command, Output},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -9,6 +11,7 @@ use std::{
 
 use gauntlet_api::v1::instance::instance_manager_client::InstanceManagerClient;
 use gauntlet_stack::{Etcd, Options, Process, Ready, Registry, RegistryOptions, Spec, Stack, ports::Reserved};
+use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use tonic::transport::Channel;
 
@@ -206,24 +209,7 @@ impl Answer {
 
 impl Manager {
     pub(crate) fn call(&self, method: &str, path: &str, body: Option<&[u8]>) -> Answer {
-        let agent: ureq::Agent = ureq::Agent::config_builder()
-            .timeout_global(Some(SOON))
-            .http_status_as_error(false)
-            .allow_non_standard_methods(true)
-            .proxy(None)
-            .build()
-            .new_agent();
-        let trace_parent = trace_parent();
-        let request = ureq::http::Request::builder()
-            .method(method)
-            .uri(format!("{}{path}", self.url))
-            .header("traceparent", &trace_parent)
-            .header("content-type", "application/json")
-            .body(body.unwrap_or_default().to_vec())
-            .unwrap();
-        let mut response = agent.run(request).unwrap_or_else(|error| panic!("{method} {path}: {error}"));
-        let text = response.body_mut().read_to_string().unwrap();
-        Answer { status: response.status().as_u16(), text, trace_parent }
+        rest(&self.url, method, path, body).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
     }
 
     pub(crate) fn get(&self, path: &str) -> Answer {
@@ -261,6 +247,34 @@ impl Manager {
     pub(crate) async fn instances(&self) -> InstanceManagerClient<Channel> {
         InstanceManagerClient::new(self.channel().await)
     }
+}
+
+/// What REST answers at `url`, or why nothing does.
+pub(crate) fn rest(url: &str, method: &str, path: &str, body: Option<&[u8]>) -> Result<Answer, String> {
+    let agent: ureq::Agent = ureq::Agent::config_builder()
+        .timeout_global(Some(SOON))
+        .http_status_as_error(false)
+        .allow_non_standard_methods(true)
+        .proxy(None)
+        .build()
+        .new_agent();
+    let trace_parent = trace_parent();
+    let request = ureq::http::Request::builder()
+        .method(method)
+        .uri(format!("{url}{path}"))
+        .header("traceparent", &trace_parent)
+        .header("content-type", "application/json")
+        .body(body.unwrap_or_default().to_vec())
+        .unwrap();
+    let mut response = agent.run(request).map_err(|error| error.to_string())?;
+    let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
+    Ok(Answer { status: response.status().as_u16(), text, trace_parent })
+}
+
+/// The web address in a connection info.
+pub(crate) fn address(connection_info: &str) -> &str {
+    let at = connection_info.find("http://").unwrap_or_else(|| panic!("no address in {connection_info:?}"));
+    connection_info[at..].split([' ', ')']).next().unwrap()
 }
 
 /// A new sampled trace; the caller finds it in Jaeger by its id.
@@ -308,4 +322,28 @@ impl World {
         let homes = std::fs::read_dir(self.path("data/process/instances")).into_iter().flatten();
         homes.filter(|home| home.as_ref().is_ok_and(|home| home.path().join("work").exists())).count()
     }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // What a test left on purpose, or when it failed: instances outlive their manager.
+        for process in processes_below(self.dir.path()) {
+            if let Some(process) = Pid::from_raw(process) {
+                let _ = rustix::process::kill_process(process, Signal::KILL);
+            }
+        }
+    }
+}
+
+/// The processes that run in a directory, or with it or what is below it as an argument: instances and their supervisors.
+pub(crate) fn processes_below(dir: &Path) -> Vec<i32> {
+    let below = |process: &Path| {
+        let stands = std::fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd.starts_with(dir));
+        let arguments = std::fs::read(process.join("cmdline")).unwrap_or_default();
+        let mut arguments = arguments.split(|byte| *byte == 0).map(|argument| Path::new(OsStr::from_bytes(argument)));
+        stands || arguments.any(|argument| argument.starts_with(dir))
+    };
+    let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| Some(entry.ok()?.path()));
+    let ids = processes.filter_map(|path| Some((path.file_name()?.to_str()?.parse().ok()?, path)));
+    ids.filter(|(_, path)| below(path)).map(|(id, _)| id).collect()
 }

@@ -6,18 +6,12 @@ use gauntlet_api::v1::instance::{
 use serde_json::json;
 use tonic::Code;
 
-use crate::harness::{Backend, Manager, World, eventually, fetch, local};
+use crate::harness::{Backend, Manager, World, address, eventually, fetch, local};
 
 async fn create(manager: &Manager, challenge: &str, source: &str) -> Result<Instance, tonic::Status> {
     let request =
         CreateInstanceRequest { challenge_id: challenge.into(), source_id: source.into(), ..Default::default() };
     manager.instances().await.create_instance(request).await.map(tonic::Response::into_inner)
-}
-
-/// The address in a connection info.
-fn address(connection_info: &str) -> &str {
-    let at = connection_info.find("http://").unwrap_or_else(|| panic!("no address in {connection_info:?}"));
-    connection_info[at..].split([' ', ')']).next().unwrap()
 }
 
 fn from_registry_to_gone(backend: Backend) {

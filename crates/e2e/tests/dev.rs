@@ -1,0 +1,151 @@
+//! `gauntlet dev`: what a newcomer sees, and what is left when they leave.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use gauntlet_stack::{ports::Reserved, process::spawn_bound};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+use crate::harness::{Backend, SOON, World, address, binary, eventually, fetch, processes_below, rest};
+
+struct Dev {
+    child: Child,
+    url: String,
+    debug: String,
+    output: PathBuf,
+}
+
+fn dev(data: &Path, output: PathBuf, ports: &[Reserved; 2]) -> Dev {
+    let [api, debug] = ports.each_ref().map(Reserved::number);
+    let said = File::create(&output).unwrap();
+    let mut command = Command::new(binary("gauntlet"));
+    command
+        .arg("dev")
+        .arg("--data")
+        .arg(data)
+        .args(["--port", &api.to_string(), "--debug-port", &debug.to_string()])
+        .env_remove("OTEL_EXPORTER_OTLP_ENDPOINT")
+        .stdin(Stdio::null())
+        .stderr(said.try_clone().unwrap())
+        .stdout(said);
+    let child = spawn_bound(command).unwrap();
+    Dev { child, url: format!("http://127.0.0.1:{api}"), debug: format!("http://127.0.0.1:{debug}"), output }
+}
+
+impl Dev {
+    fn state(&self) -> Result<Value, String> {
+        Ok(serde_json::from_str(&fetch(&format!("{}/debug/state.json", self.debug))?).unwrap())
+    }
+
+    fn said(&self) -> String {
+        std::fs::read_to_string(&self.output).unwrap()
+    }
+
+    /// By Ctrl-C, as often as asked.
+    fn end(&mut self, times: usize) -> ExitStatus {
+        for _ in 0..times {
+            kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
+        }
+        self.ended()
+    }
+
+    fn ended(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + SOON;
+        loop {
+            match self.child.try_wait().unwrap() {
+                Some(status) => return status,
+                None if Instant::now() > deadline => panic!("it does not end:\n{}", self.said()),
+                None => thread::sleep(Duration::from_millis(50)),
+            }
+        }
+    }
+}
+
+impl Drop for Dev {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// How often an operation ended, and how often it failed.
+fn count(state: &Value, name: &str) -> (u64, u64) {
+    let rows = state["operations"].as_array().unwrap().iter().filter(|row| row["name"] == name);
+    rows.fold((0, 0), |(count, errors), row| {
+        (count + row["count"].as_u64().unwrap(), errors + row["errors"].as_u64().unwrap())
+    })
+}
+
+#[test]
+fn shows_a_whole_life_and_leaves_nothing_but_data() {
+    let world = World::bare(Backend::Embedded);
+    let (data, ports) = (world.path("dev"), [Reserved::any().unwrap(), Reserved::any().unwrap()]);
+    let mut first = dev(&data, world.path("first.log"), &ports);
+
+    // A seat of one's own, by hand as the terminal says, as soon as it says so.
+    let mine = eventually("an instance of one's own", || {
+        if let Some(status) = first.child.try_wait().unwrap() {
+            panic!("it ended ({status}):\n{}", first.said());
+        }
+        let body = json!({ "challengeId": "web", "sourceId": "me" });
+        let answer = rest(&first.url, "POST", "/api/v1/instance", Some(body.to_string().as_bytes()))?;
+        if answer.status == 200 { Ok(answer.json()) } else { Err(answer.text) }
+    });
+    let page = address(mine["connectionInfo"].as_str().unwrap()).to_owned();
+    fetch(&page).unwrap();
+    let said = eventually("it says where everything is", || {
+        let said = first.said();
+        if said.contains("Try it:") { Ok(said) } else { Err(said) }
+    });
+    for part in [first.url.as_str(), &format!("{}/", first.debug), "curl -s", "grpcurl", "flaky, vault, web"] {
+        assert!(said.contains(part), "{part}:\n{said}");
+    }
+    assert!(fetch(&first.debug).unwrap().contains("<html"));
+
+    // Nobody else takes its data or its port.
+    let elsewhere = [Reserved::any().unwrap(), Reserved::any().unwrap()];
+    let mut same_data = dev(&data, world.path("same-data.log"), &elsewhere);
+    assert_eq!(same_data.ended().code(), Some(1));
+    assert!(same_data.said().contains("another gauntlet dev (process "), "{}", same_data.said());
+    let mut same_port = dev(&world.path("other"), world.path("same-port.log"), &ports);
+    assert_eq!(same_port.ended().code(), Some(1));
+    assert!(same_port.said().contains("--port"), "{}", same_port.said());
+
+    eventually("calls are served, instances expire and are swept", || {
+        let state = first.state()?;
+        let (created, _) = count(&state, "api.v1.instance.InstanceManager/CreateInstance");
+        let (swept, _) = count(&state, "janitor.expire");
+        let seen = created > 0 && swept > 0 && count(&state, "lock.acquire").0 > 0;
+        if seen { Ok(()) } else { Err(format!("{created} created, {swept} swept")) }
+    });
+    let state = first.state().unwrap();
+    assert!(
+        state["gauges"].as_array().unwrap().iter().any(|gauge| gauge["name"] == "challenges" && gauge["value"] == 3)
+    );
+    assert!(state["exporters"].as_array().unwrap().is_empty(), "nobody listens, so nothing is sent: {state}");
+
+    assert!(!processes_below(&data).is_empty(), "its instances run");
+    assert_eq!(first.end(1).code(), Some(0), "{}", first.said());
+    assert_eq!(processes_below(&data), Vec::<i32>::new(), "{}", first.said());
+    assert!(fetch(&page).is_err());
+
+    let mut second = dev(&data, world.path("second.log"), &ports);
+    let path = "/api/v1/instance/web/me";
+    let again = eventually("what was there is there again", || {
+        let answer = rest(&second.url, "GET", path, None)?;
+        fetch(&page)?;
+        if answer.status == 200 { Ok(answer.json()) } else { Err(answer.text) }
+    });
+    assert_eq!(again, mine);
+    let challenges = rest(&second.url, "GET", "/api/v1/challenge", None).unwrap().lines();
+    assert_eq!(challenges.len(), 3);
+    // Twice, as those do who are in a hurry.
+    assert_eq!(second.end(2).code(), Some(0), "{}", second.said());
+    assert_eq!(processes_below(&data), Vec::<i32>::new(), "{}", second.said());
+}

@@ -1,0 +1,167 @@
+//! The ways in: gRPC with reflection and health, gRPC-web, REST, all on one port and on the same state.
+
+use std::time::Duration;
+
+use gauntlet_api::v1::instance::{CreateInstanceRequest, Instance, QueryInstanceRequest, RetrieveInstanceRequest};
+use prost::Message as _;
+use serde_json::json;
+use tonic::{Code, Request};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_reflection::pb::v1::{
+    ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+    server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+};
+
+use crate::harness::{Backend, Manager, World, eventually, local};
+
+const SERVICES: [&str; 2] = ["api.v1.challenge.ChallengeStore", "api.v1.instance.InstanceManager"];
+
+async fn reflect(manager: &Manager, request: MessageRequest) -> MessageResponse {
+    let request = ServerReflectionRequest { host: String::new(), message_request: Some(request) };
+    let mut client = ServerReflectionClient::new(manager.channel().await);
+    let answers = client.server_reflection_info(futures::stream::iter([request])).await.unwrap();
+    answers.into_inner().message().await.unwrap().unwrap().message_response.unwrap()
+}
+
+#[test]
+fn reflection_tells_what_is_served() {
+    let world = World::bare(Backend::Embedded);
+    let manager = world.manager("m1");
+    world.runtime.block_on(async {
+        let MessageResponse::ListServicesResponse(list) =
+            reflect(&manager, MessageRequest::ListServices(String::new())).await
+        else {
+            panic!("no list")
+        };
+        let names: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
+        for service in SERVICES.into_iter().chain(["grpc.health.v1.Health"]) {
+            assert!(names.iter().any(|name| name == service), "{service} is not among {names:?}");
+        }
+        // Enough for a client that knows nothing, such as grpcurl, to call.
+        let symbol = MessageRequest::FileContainingSymbol("api.v1.instance.InstanceManager".into());
+        let MessageResponse::FileDescriptorResponse(files) = reflect(&manager, symbol).await else { panic!("no file") };
+        let files: Vec<_> = files
+            .file_descriptor_proto
+            .iter()
+            .map(|file| prost_types::FileDescriptorProto::decode(file.as_slice()).unwrap())
+            .collect();
+        let methods = files.iter().flat_map(|file| &file.service).map(|service| service.method.len());
+        assert_eq!(methods.collect::<Vec<_>>(), [5]);
+    });
+}
+
+async fn health(manager: &Manager, service: &str) -> ServingStatus {
+    let request = HealthCheckRequest { service: service.to_owned() };
+    HealthClient::new(manager.channel().await).check(request).await.unwrap().into_inner().status()
+}
+
+fn settles_at(world: &World, manager: &Manager, status: ServingStatus) {
+    for service in ["", SERVICES[0], SERVICES[1]] {
+        eventually("health", || match world.runtime.block_on(health(manager, service)) {
+            now if now == status => Ok(()),
+            now => Err(format!("{service:?} is {now:?}, not {status:?}")),
+        });
+    }
+}
+
+#[test]
+fn health_follows_etcd_and_calls_fail_at_once_without_it() {
+    let mut world = World::bare(Backend::Etcd);
+    let manager = world.manager("m1");
+    manager.create_challenge("web", &local("web"), &json!({}));
+    settles_at(&world, &manager, ServingStatus::Serving);
+    assert_eq!(manager.get("/healthcheck").ok(), json!({ "status": "ok" }));
+
+    world.etcd.as_mut().unwrap().process.stop().unwrap();
+    settles_at(&world, &manager, ServingStatus::NotServing);
+    let sick = manager.get("/healthcheck");
+    assert_eq!((sick.status, &sick.json()["code"]), (503, &json!(14)), "{}", sick.text);
+    assert!(sick.json()["message"].as_str().unwrap().contains("etcd"), "{}", sick.text);
+    world.runtime.block_on(async {
+        let mut client = manager.instances().await;
+        // A call that hangs would answer with another code when this is over.
+        let within = |message| {
+            let mut request = Request::new(message);
+            request.set_timeout(Duration::from_secs(15));
+            request
+        };
+        let create = CreateInstanceRequest { challenge_id: "web".into(), source_id: "a".into(), ..Default::default() };
+        assert_eq!(client.create_instance(within(create)).await.unwrap_err().code(), Code::Unavailable);
+        let mut request = Request::new(RetrieveInstanceRequest { challenge_id: "web".into(), source_id: "a".into() });
+        request.set_timeout(Duration::from_secs(15));
+        assert_eq!(client.retrieve_instance(request).await.unwrap_err().code(), Code::Unavailable);
+    });
+    let refused = manager.get("/api/v1/challenge/web");
+    assert_eq!((refused.status, &refused.json()["code"]), (503, &json!(14)), "{}", refused.text);
+    assert!(!refused.text.contains("127.0.0.1"), "hosts are not for clients: {}", refused.text);
+
+    world.etcd.as_mut().unwrap().process.start().unwrap();
+    settles_at(&world, &manager, ServingStatus::Serving);
+    eventually("calls work again", || {
+        let answer = manager.create_instance("web", "a");
+        if answer.status == 200 { Ok(()) } else { Err(answer.text) }
+    });
+    assert_eq!(manager.get("/healthcheck").ok(), json!({ "status": "ok" }));
+}
+
+/// What a gRPC-web call over HTTP/1.1 answers: the messages and the trailers.
+fn grpc_web(manager: &Manager, method: &str, message: &[u8]) -> (Vec<Vec<u8>>, String) {
+    let mut body = vec![0];
+    body.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
+    body.extend(message);
+    let agent: ureq::Agent = ureq::Agent::config_builder().proxy(None).build().new_agent();
+    let mut answer = agent
+        .post(format!("{}/{method}", manager.url))
+        .content_type("application/grpc-web+proto")
+        .header("x-grpc-web", "1")
+        .send(&body[..])
+        .unwrap();
+    assert_eq!(answer.headers()["content-type"], "application/grpc-web+proto");
+    // A call that is refused before its first message has its status in the headers.
+    let status = answer.headers().get("grpc-status").map(|status| format!("grpc-status:{}", status.to_str().unwrap()));
+    let bytes = answer.body_mut().read_to_vec().unwrap();
+    let (mut rest, mut messages, mut trailers) = (&bytes[..], Vec::new(), status.unwrap_or_default());
+    while let Some((head, after)) = rest.split_at_checked(5) {
+        let length = u32::from_be_bytes(head[1..].try_into().unwrap()) as usize;
+        let (frame, after) = after.split_at(length);
+        match head[0] {
+            0 => messages.push(frame.to_vec()),
+            0x80 => trailers.push_str(std::str::from_utf8(frame).unwrap()),
+            flags => panic!("a frame with flags {flags}"),
+        }
+        rest = after;
+    }
+    (messages, trailers)
+}
+
+#[test]
+fn every_transport_sees_the_same_instance() {
+    let world = World::bare(Backend::Embedded);
+    let manager = world.manager("m1");
+    manager.create_challenge("web", &local("web"), &json!({ "timeout": "600s" }));
+
+    let create = CreateInstanceRequest { challenge_id: "web".into(), source_id: "a".into(), ..Default::default() };
+    let method = "api.v1.instance.InstanceManager/CreateInstance";
+    let (messages, trailers) = grpc_web(&manager, method, &create.encode_to_vec());
+    assert!(trailers.contains("grpc-status:0"), "{trailers}");
+    let [message] = &messages[..] else { panic!("{} messages", messages.len()) };
+    let by_web = Instance::decode(&message[..]).unwrap();
+
+    let retrieve = RetrieveInstanceRequest { challenge_id: "web".into(), source_id: "a".into() };
+    let by_grpc = world
+        .runtime
+        .block_on(async { manager.instances().await.retrieve_instance(retrieve).await.unwrap().into_inner() });
+    assert_eq!(by_grpc, by_web);
+    let by_rest = manager.get("/api/v1/instance/web/a").ok();
+    assert_eq!(by_rest["connectionInfo"], by_grpc.connection_info);
+    assert_eq!(by_rest["flags"], json!(by_grpc.flags));
+
+    // A stream, and a refusal.
+    let query = QueryInstanceRequest { source_id: "a".into() };
+    let (messages, trailers) =
+        grpc_web(&manager, "api.v1.instance.InstanceManager/QueryInstance", &query.encode_to_vec());
+    assert_eq!((messages.len(), trailers.contains("grpc-status:0")), (1, true), "{trailers}");
+    assert_eq!(Instance::decode(&messages[0][..]).unwrap(), by_grpc);
+    let (messages, trailers) = grpc_web(&manager, method, &create.encode_to_vec());
+    assert!(messages.is_empty() && trailers.contains("grpc-status:6"), "{trailers}");
+}
