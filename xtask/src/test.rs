@@ -115,9 +115,16 @@ impl Steps {
     }
 }
 
-/// The cargo that runs this.
+/// The cargo that runs this, as if it was called by hand: what `cargo run` says of this package would have crates built anew whose build
+/// scripts look at it.
 pub(crate) fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
+            cargo.env_remove(name);
+        }
+    }
+    cargo
 }
 
 /// Runs a command in the checkout, its output on the screen.
