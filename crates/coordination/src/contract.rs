@@ -6,7 +6,7 @@ mod faults;
 mod instances;
 mod locks;
 #[path = "../benches/coordination/nothing.rs"]
-mod nothing;
+pub(crate) mod nothing;
 mod queries;
 mod rig;
 
@@ -98,6 +98,7 @@ contract! {
         a_census_counts,
         pools_are_found,
         the_unreadable_hides_no_other,
+        a_hundred_pages_are_listed_one_at_a_time,
         any_text_is_an_id,
     }
     faults {

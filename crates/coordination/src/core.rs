@@ -2,16 +2,19 @@
 
 use std::{
     collections::HashMap,
+    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    task::{Context, Poll},
 };
 
+use futures::future::BoxFuture;
 use gauntlet_domain::{By, Error, Result};
 use jiff::Timestamp;
-use tokio::time::timeout;
-use tokio_util::task::TaskTracker;
+use tokio::{runtime::Handle, time::timeout};
+use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 use tracing::Instrument as _;
 
 use crate::{
@@ -57,10 +60,7 @@ impl<K: Kv> Core<K> {
         &self,
         write: impl Future<Output = Result<T>> + Send + 'static,
     ) -> Result<T> {
-        match self.tasks.spawn(write.in_current_span()).await {
-            Ok(result) => result,
-            Err(error) => Err(Error::Internal(format!("a write did not end: {error}"))),
-        }
+        Finishing { write: Some(Box::pin(write)), tasks: self.tasks.clone(), _counted: self.tasks.token() }.await
     }
 
     /// A write that takes no ownership.
@@ -128,6 +128,40 @@ impl<K: Kv> Core<K> {
         }
         reported.insert(key.to_owned(), modified);
         tracing::warn!(key, revision = modified, problem = unreadable.0, "a record cannot be read and is left out");
+    }
+}
+
+/// A write that its caller runs, and that becomes a task of its own when the caller stops waiting.
+struct Finishing<T: Send + 'static> {
+    write: Option<BoxFuture<'static, Result<T>>>,
+    tasks: TaskTracker,
+    /// Shutting down waits for it either way.
+    _counted: TaskTrackerToken,
+}
+
+impl<T: Send + 'static> Future for Finishing<T> {
+    type Output = Result<T>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<T>> {
+        // Taken, so that one that panics is not run on.
+        let Some(mut write) = self.write.take() else {
+            return Poll::Ready(Err(Error::Internal("a write was asked for its outcome twice".to_owned())));
+        };
+        let polled = write.as_mut().poll(context);
+        if polled.is_pending() {
+            self.write = Some(write);
+        }
+        polled
+    }
+}
+
+impl<T: Send + 'static> Drop for Finishing<T> {
+    fn drop(&mut self) {
+        if let Some(write) = self.write.take()
+            && let Ok(runtime) = Handle::try_current()
+        {
+            self.tasks.spawn_on(write.in_current_span(), &runtime);
+        }
     }
 }
 

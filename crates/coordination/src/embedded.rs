@@ -14,6 +14,7 @@ use std::{
     fs::OpenOptions,
     ops::Bound,
     os::unix::fs::OpenOptionsExt as _,
+    panic::catch_unwind,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
@@ -106,7 +107,10 @@ impl Embedded {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(unavailable(format!("cannot make it: {error}"))),
         }
-        let db = Database::create(path).map_err(|error| match error {
+        // A file that was damaged or cut short can make the library panic.
+        let opened = catch_unwind(|| Database::create(path).and_then(|mut db| db.check_integrity().map(|_| db)));
+        let opened = opened.map_err(|panic| Error::Internal(damaged(path, &panicked(panic.as_ref()))))?;
+        let db = opened.map_err(|error| match error {
             DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => unavailable(
                 "another process has it open; stop that one or name another file (several managers share a store through etcd only)"
                     .to_owned(),
@@ -119,9 +123,9 @@ impl Embedded {
                 other => Error::Unavailable { what: "embedded store", detail: other.to_string() },
             },
         })?;
-        let (revision, table) = begin_epoch(&db).map_err(|error| Error::Unavailable {
-            what: "embedded store",
-            detail: describe(path, &error).to_string(),
+        let (revision, table) = begin_epoch(&db).map_err(|error| match describe(path, &error) {
+            KvError::Broken(detail) => Error::Internal(detail),
+            other => Error::Unavailable { what: "embedded store", detail: other.to_string() },
         })?;
         let (events, _) = broadcast::channel(BEHIND);
         let snapshot = Snapshot { table: Arc::new(table), live: Arc::default(), revision };
@@ -164,12 +168,11 @@ impl Embedded {
         self.jobs()?;
         let at = at.unwrap_or_else(|| self.now());
         let shared = self.shared.clone();
-        tokio::task::spawn_blocking(move || match read(&at) {
+        let read = tokio::task::spawn_blocking(move || match read(&at) {
             Ok(answer) => Ok((answer, at)),
             Err(error) => Err(describe(&shared.path, &error)),
-        })
-        .await
-        .unwrap_or_else(|error| Err(KvError::Broken(error.to_string())))
+        });
+        read.await.unwrap_or_else(|error| Err(KvError::Broken(damaged(&self.shared.path, &error.to_string()))))
     }
 }
 
@@ -300,13 +303,28 @@ fn begin_epoch(db: &Database) -> Result<(u64, ReadOnlyTable<&'static str, Entry>
     Ok((epoch << COUNTER_BITS, db.begin_read()?.open_table(ENTRIES)?))
 }
 
+fn damaged(path: &Path, detail: &str) -> String {
+    format!("embedded store {} is damaged: {detail}; restore it from a backup", path.display())
+}
+
+fn panicked(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("it cannot be read").to_owned()
+}
+
 fn describe(path: &Path, error: &redb::Error) -> KvError {
+    use std::io::ErrorKind as Kind;
+    if let redb::Error::Corrupted(detail) = error {
+        return KvError::Broken(damaged(path, detail));
+    }
+    if matches!(error, redb::Error::Io(error) if error.kind() == Kind::UnexpectedEof) {
+        return KvError::Broken(damaged(path, "it was cut short"));
+    }
     let path = path.display();
     match error {
-        redb::Error::Corrupted(detail) => {
-            KvError::Broken(format!("embedded store {path} is damaged: {detail}; restore it from a backup"))
-        }
-        redb::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+        redb::Error::Io(error)
+            if matches!(error.kind(), Kind::StorageFull | Kind::FileTooLarge | Kind::QuotaExceeded) =>
+        {
             KvError::Unavailable(format!("embedded store {path}: the disk is full; free some space and restart"))
         }
         redb::Error::PreviousIo => KvError::Unavailable(format!(

@@ -37,7 +37,9 @@ impl<K: Kv> Core<K> {
             // Otherwise the reaper gets the key, and the work is found stranded.
             let result = result.map_err(|error| core.error(error))?;
             if result.succeeded {
-                ticket(&held)?.spend();
+                let ticket = ticket(&held)?;
+                ticket.spend();
+                core.mirror.removed(&ticket.live.key, ticket.fence);
             }
             Ok(result)
         })

@@ -68,8 +68,9 @@ impl<K: Kv> Core<K> {
             // Before the answer, so that a queue left behind is never seen.
             let core = self.clone();
             self.detached(async move {
-                if core.kv.txn(ticket.live.removal()).await.is_ok() {
+                if core.kv.txn(ticket.removal()).await.is_ok() {
                     ticket.spend();
+                    core.mirror.removed(&ticket.live.key, ticket.fence);
                 }
                 Ok(())
             })

@@ -100,6 +100,22 @@ impl Mirror {
         self.lock().keys.contains_key(key)
     }
 
+    /// A key that came to be at that revision was removed here: whoever waits for it need not wait for the watch to tell.
+    pub(crate) fn removed(&self, key: &str, created: u64) {
+        let mut state = self.lock();
+        if state.keys.get(key) == Some(&created) {
+            state.keys.remove(key);
+        }
+        if let Some(waiters) = state.waiters.get_mut(key)
+            && !wake(waiters, |there| there <= created)
+        {
+            state.waiters.remove(key);
+        }
+        if let Some(queue) = queue_of(key) {
+            state.advance(queue);
+        }
+    }
+
     /// Follows the keys until `stop`; lists again whenever the watch breaks.
     pub(crate) async fn follow<K: Kv>(self: Arc<Self>, kv: Arc<K>, keys: Keys, stop: CancellationToken) {
         let mut delay = RETRY_FIRST;

@@ -161,7 +161,7 @@ impl<K: Kv> Store for Coordination<K> {
             // Given up already; what was done under it was fenced by itself.
             return Ok(());
         }
-        let txn = ticket.live.removal();
+        let txn = ticket.removal();
         self.core.finish(held, txn, |_| true).await.map(|_| ())
     }
 

@@ -85,6 +85,11 @@ impl Ticket {
     pub(crate) fn stands(&self) -> Compare {
         Compare::created(&self.live.key, self.fence)
     }
+
+    /// Gives it up.
+    pub(crate) fn removal(&self) -> Txn {
+        Txn { when: vec![self.stands()], then: vec![Op::delete(&self.live.key)], or: Vec::new() }
+    }
 }
 
 impl Drop for Ticket {

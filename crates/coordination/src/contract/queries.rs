@@ -273,6 +273,46 @@ pub(super) async fn the_unreadable_hides_no_other(rig: &impl Rig) {
     eventually("nothing is owned", || async { store.live_keys().await.is_empty() }).await;
 }
 
+pub(super) async fn a_hundred_pages_are_listed_one_at_a_time(rig: &impl Rig) {
+    const CHALLENGES: usize = 1000;
+    const EACH: usize = 10;
+    let store = rig.replica("a");
+    let layout = store.core.layout.clone();
+    let names: Vec<String> = (0..CHALLENGES).map(|n| format!("web-{n:04}")).collect();
+    for some in names.chunks(100) {
+        let puts =
+            some.iter().map(|name| Op::put(layout.challenge(&id(name)), records::write_challenge(&challenge(name))));
+        store.core.kv.txn(Txn { then: puts.collect(), ..Txn::default() }).await.unwrap();
+    }
+    for some in names.chunks(3) {
+        store.put(&some.iter().flat_map(|name| many(name, EACH)).collect::<Vec<_>>()).await;
+    }
+    let pages = |most: usize| {
+        let calls = store.core.kv.calls();
+        store.core.kv.reset();
+        assert_eq!(calls.keys().copied().collect::<Vec<_>>(), ["page"], "a list takes no lock and writes nothing");
+        assert!(calls["page"] <= most, "{calls:?}");
+    };
+    store.core.kv.reset();
+    // Two walks side by side, each with one page at hand.
+    let mut listing = store.challenges();
+    let (mut challenges, mut instances) = (0, 0);
+    while let Some((_, own)) = listing.try_next().await.unwrap() {
+        challenges += 1;
+        instances += own.len();
+        let read = store.core.kv.calls()["page"];
+        assert!(read <= 2 + challenges / 256 + (instances + 1) / 256 + 1, "read ahead: {read} pages for {instances}");
+    }
+    assert_eq!((challenges, instances), (CHALLENGES, CHALLENGES * EACH));
+    pages(CHALLENGES / 256 + CHALLENGES * EACH / 256 + 2);
+    let all: usize = store.instances_by_source(None).try_fold(0, |n, _| async move { Ok(n + 1) }).await.unwrap();
+    assert_eq!(all, CHALLENGES * EACH);
+    pages(CHALLENGES * EACH / 256 + 1);
+    let census = store.census(at(0)).await.unwrap();
+    assert_eq!((census.challenges, census.instances.values().sum::<u64>()), (1000, 10_000));
+    assert_eq!(store.core.kv.calls(), BTreeMap::from([("count", 2), ("page", 40)]));
+}
+
 pub(super) async fn any_text_is_an_id(rig: &impl Rig) {
     let store = rig.replica("a");
     let texts =

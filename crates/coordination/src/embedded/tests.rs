@@ -1,5 +1,5 @@
 //! The file: restarts, other processes, damage.
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 use std::collections::BTreeSet;
 
 use gauntlet_domain::{Begin, By, Commit, LockKind, Store as _, Stranded};
@@ -70,6 +70,78 @@ fn what_is_no_store_is_told_by_its_path() {
     assert!(text.contains(path.to_str().unwrap()), "{text}");
     let text = Embedded::open(&path.join("below/a/file")).unwrap_err().to_string();
     assert!(text.contains(path.to_str().unwrap()) && text.contains("cannot make its directory"), "{text}");
+}
+
+/// A closed store of many entries.
+async fn filled(path: &Path) {
+    let kv = Embedded::open(path).unwrap();
+    for n in 0..300 {
+        let op = Op::put(format!("key-{n:04}"), vec![b'x'; 1000]);
+        kv.txn(Txn { then: vec![op], ..Txn::default() }).await.unwrap();
+    }
+    kv.close().await;
+}
+
+#[tokio::test]
+async fn a_damaged_file_is_told_and_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    filled(&path).await;
+    let whole = std::fs::read(&path).unwrap();
+    let page = whole.windows(900).position(|window| window.iter().all(|byte| *byte == b'x')).unwrap();
+    let mut corrupt = whole.clone();
+    corrupt[page..page + 900].fill(b'y');
+    for bad in [corrupt, whole[..whole.len() / 2].to_vec(), whole[..page].to_vec(), whole[..300].to_vec()] {
+        std::fs::write(&path, &bad).unwrap();
+        let text = Embedded::open(&path).unwrap_err().to_string();
+        assert!(text.contains(path.to_str().unwrap()) && text.contains("damaged"), "{} bytes: {text}", bad.len());
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), bad.len() as u64, "left as it was found");
+    }
+    std::fs::write(&path, &whole).unwrap();
+    assert_eq!(keys(&Embedded::open(&path).unwrap()).await.len(), 300);
+}
+
+/// Runs itself again, as a process that may write no file of more than some megabytes.
+#[test]
+fn a_full_disk_is_told_and_loses_nothing_acknowledged() {
+    const STORE: &str = "GAUNTLET_TEST_FULL_STORE";
+    let write = |kv: &Embedded, n: usize| {
+        let txn = Txn { then: vec![Op::put(format!("key-{n:04}"), vec![b'x'; 100_000])], ..Txn::default() };
+        tokio::runtime::Handle::current().block_on(kv.txn(txn))
+    };
+    if let Ok(path) = std::env::var(STORE) {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let _entered = runtime.enter();
+        let kv = Embedded::open(Path::new(&path)).unwrap();
+        let failed = (0..1000).find_map(|n| write(&kv, n).err().map(|error| (n, error.to_string())));
+        let again = write(&kv, 9000).unwrap_err().to_string();
+        println!("RESULT {}", serde_json::json!([failed, again, runtime.block_on(keys(&kv)).len()]));
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let output = std::process::Command::new("sh")
+        .args(["-c", "trap '' XFSZ; ulimit -f 16384; exec \"$@\"", "sh"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "embedded::tests::a_full_disk_is_told_and_loses_nothing_acknowledged", "--nocapture"])
+        .env(STORE, &path)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let result = text.lines().find_map(|line| Some(line.split_once("RESULT ")?.1));
+    let result = result.unwrap_or_else(|| panic!("{text}\n{}", String::from_utf8_lossy(&output.stderr)));
+    type Told = (Option<(usize, String)>, String, usize);
+    let (failed, again, read): Told = serde_json::from_str(result).unwrap();
+    let (written, error) = failed.unwrap();
+    assert!(written > 10 && read == written, "what is there is read all the same: {written} {read}");
+    assert!(error.contains("the disk is full; free some space") && error.contains(path.to_str().unwrap()), "{error}");
+    assert!(again.contains("restart once the disk is well") || again.contains("the disk is full"), "{again}");
+    // With room again, nothing that was acknowledged is missing. The one that failed may be there.
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let _entered = runtime.enter();
+    let kv = Embedded::open(&path).unwrap();
+    assert!(runtime.block_on(keys(&kv)).len() >= written);
+    write(&kv, 9000).unwrap();
 }
 
 #[tokio::test]

@@ -98,6 +98,80 @@ async fn a_frozen_etcd_does_not_hang_a_call() {
     store.shutdown().await;
 }
 
+/// What etcd itself says it has served, by method; what a replica does in the background is left out.
+async fn served(server: &Server) -> std::collections::BTreeMap<String, u64> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let address = server.url().trim_start_matches("http://").to_owned();
+    let mut stream = tokio::net::TcpStream::connect(&address).await.unwrap();
+    let ask = format!("GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n");
+    stream.write_all(ask.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    let method = |line: &str| Some(line.split_once("grpc_method=\"")?.1.split_once('"')?.0.to_owned());
+    let mut served = std::collections::BTreeMap::new();
+    for line in text.lines().filter(|line| line.starts_with("grpc_server_handled_total{grpc_code=\"OK\"")) {
+        let count: f64 = line.rsplit_once(' ').unwrap().1.parse().unwrap();
+        let method = method(line).unwrap();
+        if count > 0.0 && !method.starts_with("Lease") && method != "Watch" {
+            served.insert(method, count as u64);
+        }
+    }
+    served
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn etcd_counts_what_the_budgets_say() {
+    use futures::TryStreamExt as _;
+    use gauntlet_domain::{NewChallenge, SourceId};
+
+    use crate::contract::nothing::{call, gauntlet};
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path()).unwrap();
+    let store = std::sync::Arc::new(replica(EtcdConfig::new([server.url()])).await);
+    let gauntlet = gauntlet(store.clone());
+    let (web, alice) = (ChallengeId::new("web").unwrap(), SourceId::new("alice").unwrap());
+    let held = store.lock(LockKind::Challenge, &web, &by()).await.unwrap();
+    store.release(held).await.unwrap();
+    let new = |id: &ChallengeId, min| NewChallenge {
+        id: id.clone(),
+        scenario: "registry.test/web:1".to_owned(),
+        timeout: Some(Duration::from_secs(60)),
+        until: None,
+        additional: std::collections::BTreeMap::new(),
+        min,
+        max: 0,
+    };
+    gauntlet.create_challenge(&call(), new(&web, 0)).await.unwrap();
+    let before = std::cell::RefCell::new(served(&server).await);
+    let spent = async |what: &str, txns: u64, ranges: u64| {
+        let now = served(&server).await;
+        let since = |method| now.get(method).unwrap_or(&0) - before.borrow().get(method).unwrap_or(&0);
+        assert_eq!((since("Txn"), since("Range")), (txns, ranges), "{what}");
+        assert_eq!((since("Put"), since("DeleteRange")), (0, 0), "{what}");
+        before.replace(now);
+    };
+    let held = store.lock(LockKind::Challenge, &web, &by()).await.unwrap();
+    spent("acquire", 1, 0).await;
+    store.release(held).await.unwrap();
+    spent("release", 1, 0).await;
+    gauntlet.create_instance(&call(), &web, &alice, Default::default()).await.unwrap();
+    spent("create", 2, 0).await;
+    gauntlet.renew_instance(&call(), &web, &alice).await.unwrap();
+    spent("renew", 1, 0).await;
+    let all: Vec<_> = gauntlet.query_instances(None).try_collect().await.unwrap();
+    assert_eq!(all.len(), 1);
+    spent("a query of one page", 0, 1).await;
+    gauntlet.delete_instance(&call(), &web, &alice).await.unwrap();
+    spent("delete", 2, 0).await;
+    let pooled = ChallengeId::new("pooled").unwrap();
+    gauntlet.create_challenge(&call(), new(&pooled, 2)).await.unwrap();
+    gauntlet.tend_pool(&call(), &pooled).await.unwrap();
+    before.replace(served(&server).await);
+    gauntlet.create_instance(&call(), &pooled, &alice, Default::default()).await.unwrap();
+    spent("claim", 1, 0).await;
+    store.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_logs_in_and_a_wrong_password_is_told() {
     let dir = tempfile::tempdir().unwrap();
