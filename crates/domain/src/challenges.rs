@@ -196,9 +196,14 @@ impl Gauntlet {
                 return Ok(());
             }
             let was_ready = instance.phase == Phase::Ready;
-            let until = if slot.seat.is_pool() { None } else { challenge.expiry(call.now) };
+            // From the last renewal, if that was since: it stands.
+            let ends = |instance: &Instance| {
+                let from = call.now.max(instance.last_renew);
+                if slot.seat.is_pool() { None } else { challenge.expiry(from) }
+            };
             let result = if was_ready && instance.applied >= challenge.content {
                 let scenario = challenge.scenario.clone();
+                let until = ends(instance);
                 let rewritten = Instance { applied: challenge.revision, scenario, until, ..instance.clone() };
                 self.store.rewrite(&current, &rewritten, &self.by(call)).await
             } else {
@@ -211,8 +216,13 @@ impl Gauntlet {
                 match self.store.begin(&slot, Begin::Update(target), &self.by(call)).await {
                     Err(error) => Err(error),
                     Ok((held, begun)) => {
-                        let begun = Instance { until, ..begun };
-                        let fallback = if was_ready { Fallback::KeepOld } else { Fallback::Retry };
+                        let begun = Instance { until: ends(&begun), ..begun };
+                        let fallback = match (was_ready, slot.seat.is_pool()) {
+                            // Kept as it was it would be handed out as what it is not; the pool brings up another.
+                            (_, true) => Fallback::TakeDown,
+                            (true, false) => Fallback::KeepOld,
+                            (false, false) => Fallback::Retry,
+                        };
                         self.move_to_target(call, held, challenge, begun, fallback).await.map(|_| ())
                     }
                 }

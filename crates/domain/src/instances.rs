@@ -139,7 +139,9 @@ impl Gauntlet {
         for attempt in 0..ATTEMPTS {
             let allows = |survey| may_renew(survey, call, id, source);
             let (challenge, stored) = self.surveyed(attempt, id, source, allows).await?;
-            let renewed = Instance { last_renew: call.now, until: challenge.expiry(call.now), ..stored.value.clone() };
+            // A call that was held up never takes back what a later one was given.
+            let last_renew = call.now.max(stored.value.last_renew);
+            let renewed = Instance { last_renew, until: challenge.expiry(last_renew), ..stored.value.clone() };
             match self.store.rewrite(&stored, &renewed, &self.by(call)).await {
                 Err(Error::Conflict) => continue,
                 Err(error) => return Err(error),
@@ -257,8 +259,8 @@ impl Gauntlet {
                 Err(error)
             }
             Err(error) if untouched && fallback == Fallback::KeepOld => {
+                // It has not applied the target's revision: the next update tries again, and none takes it for what it is not.
                 instance.phase = Phase::Ready;
-                instance.applied = target.applied;
                 instance.target = None;
                 self.settle(held, instance).await?;
                 Err(error)

@@ -149,18 +149,17 @@ impl Gauntlet {
             by_challenge.entry(found.challenge.clone()).or_default().push(found);
         }
         for (id, found) in by_challenge {
-            let stored: Vec<Instance> =
-                self.store.instances_of(&id).map_ok(|stored| stored.value).try_collect().await?;
-            let recorded: BTreeMap<&Identity, &Instance> = stored
+            let stored: Vec<Stored<Instance>> = self.store.instances_of(&id).try_collect().await?;
+            let recorded: BTreeMap<&Identity, &Stored<Instance>> = stored
                 .iter()
-                .flat_map(|instance| instance.identities().map(move |identity| (identity, instance)))
+                .flat_map(|stored| stored.value.identities().map(move |identity| (identity, stored)))
                 .collect();
             let (orphans, known): (Vec<_>, Vec<_>) =
                 found.into_iter().partition(|found| !recorded.contains_key(&found.identity));
             let ended = known.iter().filter(|found| !found.alive).filter_map(|found| recorded.get(&found.identity));
-            let ended = ended.filter(|instance| instance.phase == Phase::Ready && !instance.expired(call.now));
-            let ended = ended.map(|instance| (*instance).clone()).collect();
-            for result in self.each(ended, |instance: Instance| self.revive(call, instance)).await {
+            let ended = ended.filter(|stored| stored.value.phase == Phase::Ready && !stored.value.expired(call.now));
+            let ended = ended.map(|stored| (*stored).clone()).collect();
+            for result in self.each(ended, |stored| self.revive(call, stored)).await {
                 match result {
                     Ok(revived) => done.revived += usize::from(revived),
                     Err(error) => done.failures.push(error),
@@ -180,7 +179,8 @@ impl Gauntlet {
     }
 
     /// Brings back a ready instance whose resources ended by themselves, or with their machine; false if somebody else is at it.
-    async fn revive(&self, call: &Call, instance: Instance) -> Result<bool> {
+    async fn revive(&self, call: &Call, stored: Stored<Instance>) -> Result<bool> {
+        let instance = &stored.value;
         let Some(challenge) =
             self.store.challenge(&instance.slot.challenge).await?.filter(|challenge| !challenge.value.closing)
         else {
@@ -192,10 +192,20 @@ impl Gauntlet {
             applied: instance.applied,
             strategy: Strategy::UpdateInPlace,
         };
-        let (held, begun) = match self.store.begin(&instance.slot, Begin::Update(same), &at_once(call)).await {
+        // Only if it is still what was read: meanwhile it may have become another, whose place the old one must not take.
+        let marked = Instance { phase: Phase::Updating, target: Some(same), ..instance.clone() };
+        let begun = match self.store.rewrite(&stored, &marked, &at_once(call)).await {
+            Ok(()) => self.store.begin(&instance.slot, Begin::Recover, &at_once(call)).await,
+            Err(error) => Err(error),
+        };
+        let (held, begun) = match begun {
             Err(Error::Conflict | Error::Busy { .. }) => return Ok(false),
             begun => begun?,
         };
+        if begun.target != marked.target {
+            self.recover_instance(call, held, begun).await?;
+            return Ok(false);
+        }
         self.move_to_target(call, held, &challenge.value, begun, Fallback::Retry).await?;
         self.facts.note(Fact::Recovered { phase: PhaseName::Ready, action: Action::Restarted });
         Ok(true)
