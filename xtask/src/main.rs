@@ -5,6 +5,7 @@ mod console;
 mod dev;
 mod doctor;
 mod faults;
+mod mutants;
 mod stack;
 mod test;
 
@@ -28,6 +29,8 @@ enum Command {
     Test(test::Test),
     /// Managers and an etcd cluster, all real, under load: kill, pause and cut off one after the other, and see what was promised kept
     Faults(faults::Faults),
+    /// Break coordination on purpose, in each known way in a copy of the checkout, and see a test notice it
+    Mutants(mutants::Mutants),
     /// Measure
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Dev(dev) => dev.run(),
         Command::Test(test) => test.run(),
         Command::Faults(faults) => faults.run(),
+        Command::Mutants(mutants) => mutants.run(),
         Command::Bench(bench) => bench.run(),
         Command::Stack(command) => command.run(),
         Command::Doctor => doctor::run(),

@@ -11,6 +11,7 @@ use clap::Args;
 use gauntlet_stack::{Tool, Tools, workspace_root};
 
 use crate::console::say;
+use crate::mutants;
 
 #[derive(Debug, Args)]
 pub(crate) struct Test {
@@ -38,6 +39,7 @@ impl Test {
         steps.run("packages", || Ok(tools.ensure_packages(&Tool::ALL, &mut say)?))?;
         if every {
             steps.cargo("fmt", &["fmt", "--all", "--check"])?;
+            steps.run("mutants apply", mutants::check)?;
         }
         // The collector and Jaeger are built at low priority while the workspace compiles.
         let builds = (!self.fast).then(|| {

@@ -1,0 +1,323 @@
+//! `cargo xtask mutants`: the known ways to get coordination wrong, each a patch in `mutants/`, and each to be noticed by a test.
+//!
+//! The checkout is copied, so that nothing here ever touches it; the copy and what is built of it stay in `target/mutants`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use gauntlet_stack::{process::spawn_bound, workspace_root};
+use serde_json::Value;
+
+use crate::console::say;
+use crate::test::{cargo, run};
+
+/// A test that takes longer has been stopped by its mutant.
+const LONGEST: Duration = Duration::from_secs(120);
+
+#[derive(Debug, Args)]
+pub(crate) struct Mutants {
+    /// Only those whose file name contains one of these
+    names: Vec<String>,
+    /// Say what each breaks and which test is to notice it
+    #[arg(long)]
+    list: bool,
+    /// Only see whether each still applies to the checkout
+    #[arg(long, conflicts_with = "list")]
+    check: bool,
+}
+
+/// A patch, and what its first lines say of it.
+#[derive(Debug, PartialEq, Eq)]
+struct Mutant {
+    name: String,
+    patch: PathBuf,
+    breaks: String,
+    killer: Killer,
+}
+
+/// The test that is to notice it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Killer {
+    package: String,
+    /// `--lib`, or `--test` and a name.
+    target: Vec<String>,
+    test: String,
+}
+
+enum Outcome {
+    Killed,
+    Stopped,
+    Survived,
+    DoesNotBuild,
+}
+
+impl Mutants {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let mut mutants = all()?;
+        mutants.retain(|mutant| {
+            self.names.is_empty() || self.names.iter().any(|name| mutant.name.contains(name.as_str()))
+        });
+        if mutants.is_empty() {
+            bail!("no file in mutants/ has {:?} in its name: cargo xtask mutants --list", self.names);
+        }
+        if self.list {
+            for Mutant { name, breaks, killer, .. } in &mutants {
+                println!("{name}\n    {breaks}\n    killed by {} {}", killer.package, killer.test);
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
+        if self.check {
+            mutants.iter().try_for_each(Mutant::check)?;
+            say(&format!("all {} apply", mutants.len()));
+            return Ok(ExitCode::SUCCESS);
+        }
+        hunt(&mutants)
+    }
+}
+
+/// Whether every patch applies to the checkout.
+pub(crate) fn check() -> Result<()> {
+    all()?.iter().try_for_each(Mutant::check)
+}
+
+/// Every mutant, in order of its number.
+fn all() -> Result<Vec<Mutant>> {
+    let dir = workspace_root().join("mutants");
+    let mut patches = Vec::new();
+    for entry in fs::read_dir(&dir).with_context(|| format!("list {}", dir.display()))? {
+        let path = entry.with_context(|| format!("list {}", dir.display()))?.path();
+        if path.extension().is_some_and(|extension| extension == "patch") {
+            patches.push(path);
+        }
+    }
+    patches.sort();
+    patches.into_iter().map(Mutant::read).collect()
+}
+
+impl Mutant {
+    fn read(patch: PathBuf) -> Result<Mutant> {
+        let text = fs::read_to_string(&patch).with_context(|| format!("read {}", patch.display()))?;
+        let name = patch.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let (breaks, killer) = header(&text).with_context(|| {
+            format!(
+                "{}: begin it with `Breaks: TEXT` and `Killed by: PACKAGE [--lib|--test NAME] TEST`",
+                patch.display()
+            )
+        })?;
+        Ok(Mutant { name, patch, breaks, killer })
+    }
+
+    fn check(&self) -> Result<()> {
+        let apply = run(Command::new("git").args(["apply", "--check"]).arg(&self.patch));
+        apply.with_context(|| format!("{} no longer applies: make its change anew", self.patch.display()))
+    }
+}
+
+/// What the text before a patch says.
+fn header(text: &str) -> Option<(String, Killer)> {
+    let (before, _) = text.split_once("\n--- ")?;
+    let (breaks, killer) = before.strip_prefix("Breaks: ")?.split_once("\nKilled by: ")?;
+    let mut words = killer.split_whitespace().map(str::to_owned);
+    let (package, test) = (words.next()?, words.next_back()?);
+    Some((breaks.replace('\n', " "), Killer { package, target: words.collect(), test }))
+}
+
+/// Applies each to the copy, one after the other, and runs its test.
+fn hunt(mutants: &[Mutant]) -> Result<ExitCode> {
+    let copy = Copy::make()?;
+    say("the tests as they are");
+    let mut killers: BTreeMap<(&str, &[String]), Vec<&str>> = BTreeMap::new();
+    for Mutant { killer, .. } in mutants {
+        killers.entry((&killer.package, &killer.target)).or_default().push(&killer.test);
+    }
+    for ((package, target), mut tests) in killers {
+        tests.sort_unstable();
+        tests.dedup();
+        let Some(binary) = copy.build(package, target)? else {
+            bail!("the tests of {package} do not build: the errors are above");
+        };
+        match copy.test(package, &binary, &tests)? {
+            Some(passed) if passed == tests.len() => {}
+            Some(passed) => bail!("of these tests of {package} only {passed} exist: {}", tests.join(", ")),
+            None => bail!("without a mutant these tests of {package} fail: {}", tests.join(", ")),
+        }
+    }
+    let mut escaped = 0;
+    for mutant in mutants {
+        copy.patch(mutant, &[])?;
+        let started = Instant::now();
+        let binary = copy.build(&mutant.killer.package, &mutant.killer.target)?;
+        let (built, started) = (started.elapsed(), Instant::now());
+        let outcome = match binary {
+            None => Outcome::DoesNotBuild,
+            Some(binary) => match copy.test(&mutant.killer.package, &binary, &[&mutant.killer.test])? {
+                Some(_) => Outcome::Survived,
+                None if started.elapsed() >= LONGEST => Outcome::Stopped,
+                None => Outcome::Killed,
+            },
+        };
+        copy.patch(mutant, &["--reverse"])?;
+        let verdict = match outcome {
+            Outcome::Killed => "killed",
+            Outcome::Stopped => "killed (the test stood still)",
+            Outcome::Survived => "SURVIVED",
+            Outcome::DoesNotBuild => "DOES NOT BUILD",
+        };
+        escaped += usize::from(matches!(outcome, Outcome::Survived | Outcome::DoesNotBuild));
+        let (built, ran) = (built.as_secs_f64(), started.elapsed().as_secs_f64());
+        println!("{:<44} {verdict}: {} (build {built:.0} s, test {ran:.1} s)", mutant.name, mutant.killer.test);
+    }
+    println!("{} of {} killed", mutants.len() - escaped, mutants.len());
+    Ok(if escaped == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A copy of the checkout, as it is now.
+struct Copy {
+    tree: PathBuf,
+    target: PathBuf,
+}
+
+impl Copy {
+    /// Writes what differs from an earlier copy and no more: so that only that is built again.
+    fn make() -> Result<Copy> {
+        let root = workspace_root();
+        let dir = root.join("target/mutants");
+        let copy = Copy { tree: dir.join("tree"), target: dir.join("target") };
+        fs::create_dir_all(&copy.tree).with_context(|| format!("create {}", copy.tree.display()))?;
+        let list = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"];
+        let listed = Command::new("git").args(list).current_dir(&root).output().context("run git ls-files")?;
+        if !listed.status.success() {
+            bail!("git ls-files failed: {}", String::from_utf8_lossy(&listed.stderr));
+        }
+        let mut paths = Vec::new();
+        for path in String::from_utf8(listed.stdout).context("a file's name is no UTF-8")?.split_terminator('\0') {
+            let (from, to) = (root.join(path), copy.tree.join(path));
+            // One that is removed and not committed is listed still.
+            let Ok(now) = fs::read(&from) else { continue };
+            if fs::read(&to).ok().as_ref() != Some(&now) {
+                let doing = || format!("write {}", to.display());
+                fs::create_dir_all(to.parent().unwrap_or(&to)).with_context(doing)?;
+                fs::write(&to, now).with_context(doing)?;
+            }
+            paths.push(to);
+        }
+        paths.sort();
+        prune(&copy.tree, &paths).with_context(|| format!("tidy {}", copy.tree.display()))?;
+        Ok(copy)
+    }
+
+    fn patch(&self, mutant: &Mutant, how: &[&str]) -> Result<()> {
+        let mut apply = Command::new("git");
+        // It lies in a repository whose paths are not its own.
+        apply.arg("apply").args(how).arg(&mutant.patch).current_dir(&self.tree);
+        let applied = apply.env("GIT_CEILING_DIRECTORIES", self.parent()).output().context("run git apply")?;
+        if !applied.status.success() {
+            bail!("{} does not apply: {}", mutant.patch.display(), String::from_utf8_lossy(&applied.stderr));
+        }
+        Ok(())
+    }
+
+    fn parent(&self) -> &Path {
+        self.tree.parent().unwrap_or(&self.tree)
+    }
+
+    /// Builds the tests of a package and answers their binary; `None`, its errors on the screen, if they do not build.
+    fn build(&self, package: &str, target: &[String]) -> Result<Option<PathBuf>> {
+        let mut build = cargo();
+        build
+            .args(["test", "--quiet", "--no-run", "--message-format", "json-render-diagnostics", "--package", package])
+            .args(target)
+            .current_dir(&self.tree)
+            .env("CARGO_TARGET_DIR", &self.target)
+            .stderr(Stdio::inherit());
+        let built = build.output().context("run cargo")?;
+        if !built.status.success() {
+            return Ok(None);
+        }
+        let messages = String::from_utf8_lossy(&built.stdout).into_owned();
+        let binaries = messages.lines().filter_map(|line| {
+            let message: Value = serde_json::from_str(line).ok()?;
+            Some(PathBuf::from(message.get("executable")?.as_str()?))
+        });
+        // Others are of what it is tested with.
+        binaries.last().map(Some).with_context(|| format!("{package} has no tests in {target:?}"))
+    }
+
+    /// How many of these tests there are, if all pass; `None` if one fails or stands still.
+    fn test(&self, package: &str, binary: &Path, tests: &[&str]) -> Result<Option<usize>> {
+        let log = self.parent().join("test.log");
+        let output = fs::File::create(&log).with_context(|| format!("create {}", log.display()))?;
+        let errors = output.try_clone().context("open the log a second time")?;
+        let mut test = Command::new(binary);
+        let folder = package.strip_prefix("gauntlet-").unwrap_or(package);
+        test.arg("--exact").args(tests).current_dir(self.tree.join("crates").join(folder));
+        let child = spawn_bound_to_log(test, output, errors).with_context(|| format!("run {}", binary.display()))?;
+        if !ended_well(child)? {
+            return Ok(None);
+        }
+        let said = fs::read_to_string(&log).with_context(|| format!("read {}", log.display()))?;
+        Ok(Some(said.lines().filter(|line| line.starts_with("test ") && line.ends_with(" ... ok")).count()))
+    }
+}
+
+fn spawn_bound_to_log(mut command: Command, output: fs::File, errors: fs::File) -> std::io::Result<Child> {
+    command.stdin(Stdio::null()).stdout(output).stderr(errors);
+    spawn_bound(command)
+}
+
+/// Waits for a test, as long as one may take.
+fn ended_well(mut child: Child) -> Result<bool> {
+    let ends = Instant::now() + LONGEST;
+    loop {
+        if let Some(status) = child.try_wait().context("wait for a test")? {
+            return Ok(status.success());
+        }
+        if Instant::now() >= ends {
+            child.kill().context("end a test")?;
+            child.wait().context("wait for a test")?;
+            return Ok(false);
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Removes every file but these, which are in order.
+fn prune(dir: &Path, keep: &[PathBuf]) -> std::io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            prune(&path, keep)?;
+        } else if keep.binary_search(&path).is_err() {
+            fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    #[test]
+    fn a_patch_says_what_it_breaks_and_who_notices() {
+        let text = "Breaks: One thing\nand another.\nKilled by: some-crate --test faults a::b\n\n--- a/x\n+++ b/x\n";
+        let (breaks, killer) = header(text).unwrap();
+        assert_eq!(breaks, "One thing and another.");
+        assert_eq!((killer.package.as_str(), killer.test.as_str()), ("some-crate", "a::b"));
+        assert_eq!(killer.target, ["--test", "faults"]);
+        assert_eq!(header("Breaks: all\n--- a/x\n+++ b/x\n"), None);
+    }
+
+    #[test]
+    fn every_mutant_can_be_read() {
+        let mutants = all().unwrap();
+        assert!(mutants.len() >= 12 && mutants.is_sorted_by_key(|mutant| mutant.name.clone()));
+    }
+}
