@@ -72,6 +72,44 @@ fn what_is_no_store_is_told_by_its_path() {
     assert!(text.contains(path.to_str().unwrap()) && text.contains("cannot make its directory"), "{text}");
 }
 
+/// What a build of record version 1 left: a challenge, an instance that is ready and one whose creation a crash cut short. Written once,
+/// and again if it is removed, by whatever build then is.
+#[tokio::test]
+async fn a_file_of_version_1_opens_and_goes_on() {
+    let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/embedded/tests/version-1.redb");
+    let open = |path: PathBuf| async move { Coordination::embedded(&path, "a".to_owned()).await.unwrap() };
+    let (by, alice, bob) = (By::default(), seat("web", "alice"), seat("web", "bob"));
+    let ready = instance(alice.clone(), gauntlet_domain::Phase::Ready);
+    let begun = instance(bob.clone(), gauntlet_domain::Phase::Provisioning);
+    if !kept.exists() {
+        let store = open(kept.clone()).await;
+        store.insert_challenge(&challenge("web")).await.unwrap();
+        let web = store.challenge(&id("web")).await.unwrap().unwrap();
+        let creating = instance(alice.clone(), gauntlet_domain::Phase::Provisioning);
+        let held = store.begin_create(&web, &creating, None, &by).await.unwrap();
+        store.commit(held, &alice, Commit::Put(Box::new(ready.clone()))).await.unwrap();
+        let _cut_short = store.begin_create(&web, &begun, None, &by).await.unwrap();
+        store.core.kv.close().await;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    std::fs::copy(&kept, &path).unwrap();
+    for _ in 0..2 {
+        let store = open(path.clone()).await;
+        assert_eq!(store.challenge(&id("web")).await.unwrap().unwrap().value, challenge("web"));
+        let stored = store.instance(&alice).await.unwrap().unwrap();
+        assert_eq!(stored.value, ready);
+        store.rewrite(&stored, &ready, &by).await.unwrap();
+        if store.stranded(at(0)).await.unwrap() == [Stranded::Instance(bob.clone())] {
+            let (held, left) = store.begin(&bob, Begin::Recover, &by).await.unwrap();
+            assert_eq!(left, begun);
+            store.commit(held, &bob, Commit::Remove).await.unwrap();
+        }
+        assert_eq!(store.instance(&bob).await.unwrap(), None);
+        store.shutdown().await;
+    }
+}
+
 /// A closed store of many entries.
 async fn filled(path: &Path) {
     let kv = Embedded::open(path).unwrap();
