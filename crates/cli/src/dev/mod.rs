@@ -27,6 +27,9 @@ use crate::USAGE;
 const END_WITHIN: Duration = Duration::from_secs(10);
 /// How long calls under way may take to end after that.
 const DRAIN: Duration = Duration::from_secs(5);
+/// How long to wait for the first reconcile pass, and between two looks whether it is done.
+const SETTLE_WITHIN: Duration = Duration::from_secs(15);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// How often the janitor sweeps.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
@@ -204,6 +207,7 @@ impl Dev {
             every: Some(SWEEP_EVERY),
             ..gauntlet_janitor::Config::new(url.parse().map_err(anyhow::Error::msg)?)
         };
+        settled(telemetry).await;
         let (instruments, ending) = (telemetry.instruments().clone(), stop.clone());
         tasks.spawn(async move {
             if let Err(error) = gauntlet_janitor::run(&janitor, &instruments, ending).await {
@@ -243,6 +247,18 @@ impl Dev {
         config.instance_path.splice(0..0, self.programs.clone());
         config.drain = DRAIN;
         Ok(config)
+    }
+}
+
+/// Waits until the first reconcile pass has brought back what the run before left, so that nobody is handed an instance that does not run yet.
+async fn settled(telemetry: &Telemetry) {
+    let passed = async {
+        while !telemetry.debug().snapshot().await.operations.iter().any(|operation| operation.name == "reconcile") {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    };
+    if tokio::time::timeout(SETTLE_WITHIN, passed).await.is_err() {
+        tracing::warn!("the first reconcile pass takes long: some instances may not answer yet");
     }
 }
 
