@@ -86,7 +86,11 @@ impl Cluster {
     /// Starts more managers: `m1`, `m2` and so on.
     pub(super) fn with_managers(mut self, count: usize) -> Cluster {
         let endpoints: Vec<&str> = self.members.iter().map(|member| member.url.as_str()).collect();
-        let environment = [("ETCD_ENDPOINTS", endpoints.join(",")), ("LEASE_TTL", format!("{}s", LEASE_TTL.as_secs()))];
+        let environment = [
+            ("ETCD_ENDPOINTS", endpoints.join(",")),
+            ("LEASE_TTL", format!("{}s", LEASE_TTL.as_secs())),
+            ("RECONCILE_EVERY", "1s".to_owned()),
+        ];
         for _ in 0..count {
             let name = format!("m{}", self.managers.len() + 1);
             self.managers.push(self.world.manager_with(&name, &environment));

@@ -26,7 +26,7 @@ const SEED: &str = "GAUNTLET_FAULTS_SEED";
 
 const MANAGERS: usize = 3;
 const MEMBERS: usize = 3;
-const DRIVERS: usize = 2;
+const DRIVERS: usize = 4;
 /// Load before a fault, and after it.
 const CALM: Duration = Duration::from_millis(700);
 /// What lasts outlives a lease.
@@ -68,10 +68,9 @@ impl Fault {
         Fault::MemberCutOff,
     ];
     /// One round of each line.
-    const IN_CI: [&[Fault]; 5] = [
-        &[Fault::ManagerKilled, Fault::FollowerKilled],
-        &[Fault::ManagerPaused],
-        &[Fault::LeaderKilled, Fault::ManagerKilled],
+    const IN_CI: [&[Fault]; 4] = [
+        &[Fault::ManagerKilled, Fault::ManagerPaused],
+        &[Fault::FollowerKilled, Fault::LeaderKilled],
         &[Fault::LeaderPaused],
         &[Fault::LeaderCutFromPeers, Fault::MemberCutFromClients],
     ];
@@ -207,7 +206,6 @@ impl Storm {
         println!("{self}");
         self.ledger.assert_kept();
         assert_eq!(self.pauses.0, self.pauses.1, "each pause is seen refused by its fence");
-        assert!(self.ledger.acknowledged() > 100, "there was load");
     }
 }
 
