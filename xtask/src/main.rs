@@ -5,6 +5,8 @@ mod console;
 mod dev;
 mod doctor;
 mod faults;
+#[cfg(test)]
+mod guarantees;
 mod mutants;
 mod stack;
 mod test;

@@ -231,22 +231,24 @@ impl Copy {
     fn build(&self, package: &str, target: &[String]) -> Result<Option<PathBuf>> {
         let mut build = cargo();
         build
-            .args(["test", "--quiet", "--no-run", "--message-format", "json-render-diagnostics", "--package", package])
+            .args(["test", "--quiet", "--no-run", "--message-format", "json", "--package", package])
             .args(target)
             .current_dir(&self.tree)
             .env("CARGO_TARGET_DIR", &self.target)
             .stderr(Stdio::inherit());
         let built = build.output().context("run cargo")?;
+        let messages = String::from_utf8_lossy(&built.stdout).into_owned();
+        let messages: Vec<Value> = messages.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let text = |message: &Value, at: &str| message.pointer(at).and_then(Value::as_str).map(str::to_owned);
         if !built.status.success() {
+            // A mutant's warnings are of no interest, and say nothing of the checkout.
+            let errors = messages.iter().filter(|message| text(message, "/message/level").as_deref() == Some("error"));
+            errors.filter_map(|message| text(message, "/message/rendered")).for_each(|error| eprint!("{error}"));
             return Ok(None);
         }
-        let messages = String::from_utf8_lossy(&built.stdout).into_owned();
-        let binaries = messages.lines().filter_map(|line| {
-            let message: Value = serde_json::from_str(line).ok()?;
-            Some(PathBuf::from(message.get("executable")?.as_str()?))
-        });
         // Others are of what it is tested with.
-        binaries.last().map(Some).with_context(|| format!("{package} has no tests in {target:?}"))
+        let binary = messages.iter().filter_map(|message| text(message, "/executable")).next_back();
+        binary.map(|binary| Some(binary.into())).with_context(|| format!("{package} has no tests in {target:?}"))
     }
 
     /// How many of these tests there are, if all pass; `None` if one fails or stands still.
