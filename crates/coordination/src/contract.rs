@@ -9,6 +9,7 @@ mod locks;
 pub(crate) mod nothing;
 mod queries;
 mod rig;
+mod versions;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -100,6 +101,12 @@ contract! {
         the_unreadable_hides_no_other,
         a_hundred_pages_are_listed_one_at_a_time,
         any_text_is_an_id,
+        a_sweep_costs_what_has_expired,
+    }
+    versions {
+        a_newer_instance_is_left_alone,
+        a_newer_pooled_instance_counts,
+        a_newer_challenge_is_left_alone,
     }
     faults {
         a_lost_lease_cannot_commit,

@@ -98,28 +98,42 @@ impl<K: Kv> Instances<K> {
     }
 
     pub(crate) async fn next(&mut self) -> Result<Option<Stored<Instance>>> {
-        loop {
-            let record = match self.peeked.take() {
-                Some(kv) => kv,
-                None => match self.scan.next().await? {
-                    Some(kv) => kv,
-                    None => return Ok(None),
-                },
-            };
-            let core = self.scan.core.clone();
-            let mut group = vec![record];
-            while let Some(kv) = self.scan.next().await? {
-                if core.layout.read_instance(&kv.key).is_some_and(|(_, intent)| intent) {
-                    group.push(kv);
-                } else {
-                    self.peeked = Some(kv);
-                    break;
-                }
-            }
-            if let Some(stored) = core.readable(&group) {
+        while let Some(group) = self.group().await? {
+            if let Some(stored) = self.scan.core.readable(&group) {
                 return Ok(Some(stored));
             }
         }
+        Ok(None)
+    }
+
+    /// Reads on to the end; fails at the first that cannot be read.
+    pub(crate) async fn all_readable(mut self) -> Result<()> {
+        while let Some(group) = self.group().await? {
+            let key = group.first().map(|kv| kv.key.as_str()).unwrap_or_default();
+            self.scan.core.parsed(&group).map_err(|problem| unreadable(key, &problem))?;
+        }
+        Ok(())
+    }
+
+    /// The keys of the next instance.
+    async fn group(&mut self) -> Result<Option<Vec<KeyValue>>> {
+        let record = match self.peeked.take() {
+            Some(kv) => kv,
+            None => match self.scan.next().await? {
+                Some(kv) => kv,
+                None => return Ok(None),
+            },
+        };
+        let mut group = vec![record];
+        while let Some(kv) = self.scan.next().await? {
+            if self.scan.core.layout.read_instance(&kv.key).is_some_and(|(_, intent)| intent) {
+                group.push(kv);
+            } else {
+                self.peeked = Some(kv);
+                break;
+            }
+        }
+        Ok(Some(group))
     }
 }
 
@@ -249,11 +263,14 @@ impl<K: Kv> Core<K> {
     /// The instance of some neighbouring keys in a list; reported and left out if it cannot be read.
     pub(crate) fn readable(&self, kvs: &[KeyValue]) -> Option<Stored<Instance>> {
         let first = kvs.first()?;
-        let result = match self.layout.read_instance(&first.key) {
+        self.parsed(kvs).map_err(|problem| self.report(&first.key, version(kvs), &problem)).ok()
+    }
+
+    fn parsed(&self, kvs: &[KeyValue]) -> Result<Stored<Instance>, Unreadable> {
+        match kvs.first().and_then(|first| self.layout.read_instance(&first.key)) {
             Some((slot, false)) => stored(&slot, kvs),
             _ => Err(Unreadable("the key names no instance".to_owned())),
-        };
-        result.map_err(|problem| self.report(&first.key, version(kvs), &problem)).ok()
+        }
     }
 }
 

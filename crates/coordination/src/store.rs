@@ -124,6 +124,10 @@ impl<K: Kv> Store for Coordination<K> {
         }))
     }
 
+    async fn all_readable(&self, id: &ChallengeId) -> Result<()> {
+        Instances::new(Scan::values(&self.core, self.core.layout.instances_of(id), None)).all_readable().await
+    }
+
     fn instances_by_source(&self, source: Option<&SourceId>) -> Stream<'_, Instance> {
         match source {
             None => {
@@ -349,7 +353,7 @@ impl<K: Kv> Store for Coordination<K> {
             let lease = core.lease().await?;
             let live = core.live_key(lease.clone(), by, |_| layout.owner(slot));
             let mut when = vec![Compare::exists(layout.instance(slot)), Compare::absent(Keys::one(layout.owner(slot)))];
-            let mut then = vec![live.put()];
+            let mut then = vec![Op::get(Keys::one(layout.working(slot))), live.put()];
             match (&begin, left.take()) {
                 (Begin::Recover, _) => when.push(Compare::exists(layout.working(slot))),
                 // Nothing of before would be lost: the new intent goes beside a record that needs no reading.
@@ -377,13 +381,25 @@ impl<K: Kv> Store for Coordination<K> {
             // Its instance is put in below, once it is read.
             let of = Of::Lock(LockKind::Instance, slot.challenge.clone());
             let (taken, mut result) = core.take(live, of, Txn { when, then, or }, false).await?;
-            let whole = result.next_read();
             if let Some(mut ticket) = taken {
-                let Some(Stored { value, .. }) = core.read_instance(slot, &whole)? else { return Err(Error::Conflict) };
+                let (working, whole) = (result.next_read(), result.next_read());
+                let value = match core.read_instance(slot, &whole) {
+                    Ok(Some(stored)) => stored.value,
+                    Ok(None) => return Err(Error::Conflict),
+                    Err(_) if begin == Begin::Recover => {
+                        // Reports it, once.
+                        let _ = core.readable(&whole);
+                        return Err(Error::Conflict);
+                    }
+                    Err(error) => {
+                        self.take_back(held(LockKind::Instance, ticket, patience), slot, working).await?;
+                        return Err(error);
+                    }
+                };
                 ticket.of = Of::Instance(Box::new(value.clone()));
                 return Ok((held(LockKind::Instance, ticket, patience), value));
             }
-            let (owner, working) = (result.next_read(), result.next_read());
+            let (whole, owner, working) = (result.next_read(), result.next_read(), result.next_read());
             if whole.is_empty() || (begin == Begin::Recover && (!owner.is_empty() || working.is_empty())) {
                 return Err(Error::Conflict);
             }
@@ -536,6 +552,22 @@ impl<K: Kv> Store for Coordination<K> {
 fn waiting_for(slot: &Slot, by: &By) -> Patience {
     let what = || format!("the instance {:?} of {:?}", slot.seat, slot.challenge);
     Patience::new(by, LockKind::Instance, &slot.challenge, what)
+}
+
+impl<K: Kv> Coordination<K> {
+    /// Undoes the intent that was put beside a record which proved unreadable, and gives the ownership up. Should a crash come first, the
+    /// intent stands: what was asked for is then done by a build that can read the record.
+    async fn take_back(&self, held: Held, slot: &Slot, working: Vec<KeyValue>) -> Result<()> {
+        let layout = &self.core.layout;
+        let ticket = ticket(&held)?;
+        let mut then = vec![Op::delete(&ticket.live.key), Op::delete(layout.intent(slot))];
+        then.push(match working.into_iter().next() {
+            Some(before) => Op::put(before.key, before.value),
+            None => Op::delete(layout.working(slot)),
+        });
+        let txn = Txn { when: vec![ticket.stands()], then, or: Vec::new() };
+        self.core.finish(held, txn, |_| false).await.map(|_| ())
+    }
 }
 
 fn not_after(keys: Keys, version: Version) -> Compare {

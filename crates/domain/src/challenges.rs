@@ -166,11 +166,16 @@ impl Gauntlet {
         let instances: Vec<_> = self.store.instances_of(&challenge.id).try_collect().await?;
         let jobs = self.each(instances, |stored| self.bring_up_to_date(call, &challenge, strategy, stored));
         let results = rollout.guard(async { Ok(jobs.await) }).await?;
-        let failures = results.into_iter().filter_map(Result::err).collect();
+        let mut failures: Vec<Error> = results.into_iter().filter_map(Result::err).collect();
+        let unread = self.store.all_readable(&challenge.id).await.err();
+        // A failure is kept with its instance; an instance that could not be had, or read, is left to a later pass.
+        let unreached = |error: &Error| matches!(error, Error::Busy { .. } | Error::Unavailable { .. });
+        let reached = unread.is_none() && !failures.iter().any(unreached);
+        failures.extend(unread);
         let revision = challenge.revision;
         let challenge = self
             .change(call, &challenge.id, |challenge| {
-                if challenge.revision == revision {
+                if challenge.revision == revision && reached {
                     challenge.rollout = None;
                 }
                 Ok(())
@@ -242,6 +247,8 @@ impl Gauntlet {
         let results = rollout.guard(async { Ok(jobs.await) }).await?;
         let removed = async {
             results.into_iter().collect::<Result<()>>()?;
+            // Nor is one removed that this build cannot read: it stays, and with it the challenge, for a build that can.
+            self.store.all_readable(id).await?;
             let held = self.store.lock(LockKind::Challenge, id, &self.by(call)).await?;
             self.store.remove_challenge(held, id).await
         };

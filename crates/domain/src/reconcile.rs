@@ -78,8 +78,14 @@ impl Gauntlet {
         let (result, action) = match challenge.filter(|challenge| adopt && !challenge.closing) {
             None => (self.take_down(call, held, instance, Operation::Delete).await, Action::TakenDown),
             Some(challenge) => {
-                let adopted = match instance.target {
-                    Some(_) => self.move_to_target(call, held, &challenge, instance, Fallback::Retry).await,
+                let adopted = match &instance.target {
+                    Some(target) => {
+                        // An update gives a new end, which the intent does not say.
+                        let updated = target.applied > instance.applied && !instance.slot.seat.is_pool();
+                        let until = if updated { challenge.expiry(call.now) } else { instance.until };
+                        let instance = Instance { until, ..instance };
+                        self.move_to_target(call, held, &challenge, instance, Fallback::Retry).await
+                    }
                     None => self.bring_up(call, held, &challenge, instance).await,
                 };
                 (adopted.map(|_| ()), Action::Adopted)
@@ -124,6 +130,8 @@ impl Gauntlet {
         let Some(challenge) = self.store.challenge(id).await? else {
             return Ok((None, Vec::new(), Vec::new()));
         };
+        // What cannot be read counts too, for whoever can read it.
+        self.store.all_readable(id).await?;
         let instances: Vec<Instance> = self.store.instances_of(id).map_ok(|stored| stored.value).try_collect().await?;
         let (mut pooled, claimed): (Vec<_>, Vec<_>) =
             instances.into_iter().partition(|instance| instance.slot.seat.is_pool());
@@ -154,8 +162,15 @@ impl Gauntlet {
                 .iter()
                 .flat_map(|stored| stored.value.identities().map(move |identity| (identity, stored)))
                 .collect();
-            let (orphans, known): (Vec<_>, Vec<_>) =
+            let (mut orphans, known): (Vec<_>, Vec<_>) =
                 found.into_iter().partition(|found| !recorded.contains_key(&found.identity));
+            // One that has no record, or one that this build cannot read?
+            if !orphans.is_empty()
+                && let Err(error) = self.store.all_readable(&id).await
+            {
+                done.failures.push(error);
+                orphans.clear();
+            }
             let ended = known.iter().filter(|found| !found.alive).filter_map(|found| recorded.get(&found.identity));
             let ended = ended.filter(|stored| stored.value.phase == Phase::Ready && !stored.value.expired(call.now));
             let ended = ended.map(|stored| (*stored).clone()).collect();

@@ -239,6 +239,10 @@ pub trait Store: Send + Sync {
     /// All instances of a challenge, pooled ones too.
     fn instances_of(&self, id: &ChallengeId) -> Stream<'_, Stored<Instance>>;
 
+    /// Whether every instance of a challenge can be read: [`Error::Internal`] that names the first record that cannot, and why. Whoever
+    /// draws conclusions from what is *not* among a challenge's instances asks this too: a newer build may have written what is there.
+    async fn all_readable(&self, id: &ChallengeId) -> Result<()>;
+
     /// A source's instances; every source's claimed ones when `None`.
     fn instances_by_source(&self, source: Option<&SourceId>) -> Stream<'_, Instance>;
 
@@ -281,7 +285,8 @@ pub trait Store: Send + Sync {
     ) -> Result<Option<Held>>;
 
     /// Takes the ownership of a stored instance and records what is about to be done; answers the record as it now stands.
-    /// [`Error::Conflict`] if nothing is stored there, [`Error::Busy`] when patience ends.
+    /// [`Error::Conflict`] if nothing is stored there, [`Error::Busy`] when patience ends. A record that cannot be read stays as it is:
+    /// [`Error::Internal`] names it, or [`Error::Conflict`] for [`Begin::Recover`], as it is somebody else's to recover.
     async fn begin(&self, slot: &Slot, begin: Begin, by: &By) -> Result<(Held, Instance)>;
 
     /// Records an outcome and gives the ownership up. [`Error::Fenced`] if the ownership was lost: nothing was written.

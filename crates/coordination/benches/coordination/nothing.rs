@@ -34,7 +34,7 @@ impl Entropy for Counter {
 
 /// Brings up nothing, at once.
 #[derive(Debug)]
-struct Nothing;
+pub(crate) struct Nothing;
 
 impl Facts for Nothing {
     fn note(&self, _: Fact) {}

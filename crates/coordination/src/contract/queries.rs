@@ -188,6 +188,31 @@ pub(super) async fn the_expired_are_found(rig: &impl Rig) {
     store.check().await;
 }
 
+pub(super) async fn a_sweep_costs_what_has_expired(rig: &impl Rig) {
+    let store = rig.replica("a");
+    store.with("web").await;
+    let mut all = many("web", 1500);
+    for (n, instance) in all.iter_mut().enumerate() {
+        instance.until = Some(at(1000 + i64::try_from(n).unwrap()));
+    }
+    let (few, rest) = all.split_at(500);
+    for (more, name) in [(few, "among 500"), (rest, "among 1500")] {
+        store.put(more).await;
+        for (expired, txns) in [(0, 0), (1, 1), (64, 1), (200, 4)] {
+            store.core.kv.reset();
+            let found: Vec<_> = store.expired(at(999 + expired)).try_collect().await.unwrap();
+            assert_eq!(found.len(), usize::try_from(expired).unwrap());
+            let calls = store.core.kv.calls();
+            let calls = (calls.get("page").copied(), calls.get("txn").copied().unwrap_or(0));
+            assert_eq!(calls, (Some(1), txns), "{expired} {name}");
+        }
+        // What is not asked for is not read.
+        store.core.kv.reset();
+        assert_eq!(store.expired(at(1200)).take(10).count().await, 10);
+        assert_eq!(store.core.kv.calls(), BTreeMap::from([("page", 1), ("txn", 1)]));
+    }
+}
+
 pub(super) async fn a_list_is_of_one_revision(rig: &impl Rig) {
     let store = rig.replica("a");
     store.with("web").await;

@@ -32,3 +32,6 @@ fn expired(instance: Instance) -> ExpiredInstance {
         since: Some(convert::timestamp(instance.since)),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -150,6 +150,10 @@ impl Store for ObservedStore {
         self.inner.instances_of(id)
     }
 
+    async fn all_readable(&self, id: &ChallengeId) -> Result<()> {
+        self.inner.all_readable(id).await
+    }
+
     fn instances_by_source(&self, source: Option<&SourceId>) -> Stream<'_, Instance> {
         self.inner.instances_by_source(source)
     }

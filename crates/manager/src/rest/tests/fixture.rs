@@ -21,6 +21,7 @@ use crate::{
 
 /// An API with nothing in it.
 pub(super) struct Api {
+    handlers: Handlers,
     router: Router,
     _signals: Background,
     _store: tempfile::TempDir,
@@ -34,7 +35,12 @@ impl Api {
             Gauntlet::new(Arc::new(store), Arc::new(Played), Arc::new(Played), Arc::new(Played), Settings::default());
         let (signals, receiver) = background::signals();
         let handlers = Handlers::new(Operations::new(gauntlet, Tasks::default(), signals));
-        Self { router: super::super::router(handlers), _signals: receiver, _store: dir }
+        Self { router: crate::rest::router(handlers.clone()), handlers, _signals: receiver, _store: dir }
+    }
+
+    #[allow(dead_code, reason = "for the tests of the sweep, which read this file too")]
+    pub(super) fn handlers(&self) -> Handlers {
+        self.handlers.clone()
     }
 
     pub(super) fn router(&self) -> Router {

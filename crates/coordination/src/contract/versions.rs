@@ -1,0 +1,191 @@
+//! A rolling upgrade: beside this build a newer one writes records that this one cannot read.
+
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use gauntlet_domain::{ChallengeUpdate, Found, Gauntlet, Order, Outputs, Provisioner, Result, Settings};
+
+use super::{
+    nothing::{Nothing, call},
+    *,
+};
+
+const NEWER: &str = r#"{"v":2,"shape":"of another kind"}"#;
+
+/// A machine on which this runs, and what was taken down.
+struct Machine {
+    found: Vec<Found>,
+    downs: Mutex<Vec<Identity>>,
+}
+
+#[async_trait]
+impl Provisioner for Machine {
+    fn name(&self) -> &'static str {
+        "machine"
+    }
+
+    async fn up(&self, order: &Order) -> Result<Outputs> {
+        Nothing.up(order).await
+    }
+
+    async fn update(&self, order: &Order) -> Result<Outputs> {
+        Nothing.update(order).await
+    }
+
+    async fn down(&self, _: &ChallengeId, identity: &Identity, _: u64) -> Result<()> {
+        self.downs.lock().unwrap().push(identity.clone());
+        Ok(())
+    }
+
+    async fn list(&self) -> Result<Vec<Found>> {
+        Ok(self.found.clone())
+    }
+}
+
+impl Machine {
+    fn running(found: &[(&str, u64)]) -> Arc<Self> {
+        let found = found.iter().map(|(challenge, bits)| Found {
+            challenge: id(challenge),
+            identity: Identity::from_bits(*bits),
+            generation: 1,
+            alive: true,
+        });
+        Arc::new(Self { found: found.collect(), downs: Mutex::default() })
+    }
+
+    fn downs(&self) -> Vec<Identity> {
+        std::mem::take(&mut self.downs.lock().unwrap())
+    }
+}
+
+fn on<T: Tested>(store: &Arc<Coordination<T>>, machine: &Arc<Machine>) -> Gauntlet {
+    Gauntlet::new(store.clone(), machine.clone(), Arc::new(Nothing), Arc::new(Nothing), Settings::default())
+}
+
+fn instance_with(slot: Slot, phase: Phase, bits: u64) -> Instance {
+    Instance { identity: Identity::from_bits(bits), ..instance(slot, phase) }
+}
+
+#[expect(private_bounds, reason = "for the tests here alone")]
+impl<T: Tested> Coordination<T> {
+    /// What is stored, once nothing is owned.
+    async fn contents(&self) -> BTreeMap<String, Vec<u8>> {
+        eventually("nothing is owned", || async { self.live_keys().await.is_empty() }).await;
+        let all = Scan::values(&self.core, self.core.layout.everything(), None).all().await.unwrap();
+        all.into_iter().map(|kv| (kv.key, kv.value)).collect()
+    }
+
+    /// Stores an instance as a newer build would.
+    async fn put_newer(&self, instance: &Instance) {
+        self.put(std::slice::from_ref(instance)).await;
+        self.garble(self.core.layout.instance(&instance.slot), NEWER).await;
+    }
+
+    /// Removes it, as a newer build would.
+    async fn remove_newer(&self, instance: &Instance) {
+        let layout = &self.core.layout;
+        let mut then = vec![Op::delete(layout.instance(&instance.slot))];
+        then.extend(layout.instance_index(instance).into_iter().map(|(key, _)| Op::delete(key)));
+        self.core.kv.txn(Txn { then, ..Txn::default() }).await.unwrap();
+    }
+}
+
+/// The error says which record, and that a newer build can read it.
+fn names<T: std::fmt::Debug>(result: std::result::Result<T, Error>, key: &str) {
+    match result {
+        Err(Error::Internal(text)) => {
+            assert!(text.contains(key) && text.contains("version 2") && text.contains("newer build"), "{text}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+pub(super) async fn a_newer_instance_is_left_alone(rig: &impl Rig) {
+    let store = Arc::new(rig.replica("a"));
+    let machine = Machine::running(&[("web", 7), ("web", 9), ("other", 99)]);
+    let gauntlet = on(&store, &machine);
+    let web = store.with("web").await;
+    let alice = instance_with(seat("web", "alice"), Phase::Ready, 7);
+    let carol = instance_with(seat("web", "carol"), Phase::Updating, 9);
+    store.put(&[instance_with(seat("web", "bob"), Phase::Ready, 8)]).await;
+    store.put_newer(&alice).await;
+    store.put_newer(&carol).await;
+    let before = store.contents().await;
+
+    // Queries leave them out, and only them.
+    let all: Vec<_> = gauntlet.query_instances(None).try_collect().await.unwrap();
+    assert_eq!(all.iter().map(|instance| instance.slot.clone()).collect::<Vec<_>>(), [seat("web", "bob")]);
+    let expired: Vec<_> = gauntlet.expired_instances(at(5000)).try_collect().await.unwrap();
+    assert_eq!(expired, all);
+    assert_eq!(gauntlet.query_instances(Some(&source("alice"))).try_collect::<Vec<_>>().await.unwrap(), []);
+    assert_eq!(gauntlet.retrieve_challenge(&id("web")).await.unwrap().1, all);
+
+    // Their seats are taken, whatever is asked for.
+    let (web_id, who) = (id("web"), source("alice"));
+    names(gauntlet.create_instance(&call(), &web_id, &who, BTreeMap::new()).await, "web s alice");
+    names(gauntlet.retrieve_instance(&web_id, &who).await, "web s alice");
+    names(gauntlet.renew_instance(&call(), &web_id, &who).await, "web s alice");
+    names(gauntlet.delete_instance(&call(), &web_id, &who).await, "web s alice");
+    names(gauntlet.delete_instance(&call(), &web_id, &source("carol")).await, "web s carol");
+    let intent = instance(seat("web", "alice"), Phase::Provisioning);
+    assert!(store.begin_create(&web, &intent, None, &patient()).await.is_err());
+    assert_eq!(store.contents().await, before);
+
+    // Nothing of theirs is taken for an orphan, nor its work for stranded; what is an orphan goes.
+    let done = gauntlet.reconcile(&call()).await.unwrap();
+    assert_eq!((done.recovered, done.orphans, done.failures.len()), (0, 1, 1), "{done:?}");
+    names(Err::<(), _>(done.failures[0].clone()), "web s alice");
+    assert_eq!(machine.downs(), [Identity::from_bits(99)]);
+    assert_eq!(store.contents().await, before);
+
+    // An update reaches the others, and stays on record for those that it did not reach.
+    let update = ChallengeUpdate { timeout: Some(None), ..ChallengeUpdate::default() };
+    let updated = gauntlet.update_challenge(&call(), &web_id, update).await.unwrap();
+    assert_eq!((updated.instances[0].applied, updated.failures.len()), (2, 1));
+    assert!(store.stored("web").await.value.rollout.is_some());
+
+    // A deletion takes the others down and does not claim the rest.
+    names(gauntlet.delete_challenge(&call(), &web_id).await, "web s alice");
+    assert_eq!(machine.downs(), [Identity::from_bits(8)]);
+    let left = store.contents().await;
+    for slot in [&alice.slot, &carol.slot] {
+        assert_eq!(left[&store.core.layout.instance(slot)], NEWER.as_bytes());
+    }
+    assert!(store.stored("web").await.value.closing);
+
+    // Once the newer build has done its part the deletion is finished.
+    store.remove_newer(&alice).await;
+    store.remove_newer(&carol).await;
+    let done = gauntlet.reconcile(&call()).await.unwrap();
+    assert_eq!((done.resumed, done.failures.len()), (1, 0), "{done:?}");
+    assert_eq!(store.challenge(&web_id).await.unwrap(), None);
+    store.check().await;
+}
+
+pub(super) async fn a_newer_pooled_instance_counts(rig: &impl Rig) {
+    let store = Arc::new(rig.replica("a"));
+    let gauntlet = on(&store, &Machine::running(&[]));
+    store.insert_challenge(&Challenge { bounds: Bounds::new(1, 1).unwrap(), ..challenge("web") }).await.unwrap();
+    store.put_newer(&Instance { until: None, ..instance(pool_seat("web", 1), Phase::Ready) }).await;
+    let before = store.contents().await;
+    names(gauntlet.tend_pool(&call(), &id("web")).await, "web p ");
+    assert_eq!(store.contents().await, before, "no second one");
+}
+
+pub(super) async fn a_newer_challenge_is_left_alone(rig: &impl Rig) {
+    let store = Arc::new(rig.replica("a"));
+    let gauntlet = on(&store, &Machine::running(&[("web", 7)]));
+    store.with("web").await;
+    store.put(&[instance_with(seat("web", "alice"), Phase::Updating, 7)]).await;
+    store.garble(store.core.layout.challenge(&id("web")), NEWER).await;
+    let before = store.contents().await;
+    let web = id("web");
+    assert_eq!(store.insert_challenge(&challenge("web")).await, Err(Error::ChallengeExists(web.clone())));
+    names(gauntlet.retrieve_challenge(&web).await, "challenges web");
+    names(gauntlet.create_instance(&call(), &web, &source("bob"), BTreeMap::new()).await, "challenges web");
+    names(gauntlet.update_challenge(&call(), &web, ChallengeUpdate::default()).await, "challenges web");
+    names(gauntlet.delete_challenge(&call(), &web).await, "challenges web");
+    let done = gauntlet.reconcile(&call()).await.unwrap();
+    assert_eq!((done.recovered, done.orphans), (0, 0), "{done:?}");
+    assert_eq!(store.contents().await, before);
+}
