@@ -11,14 +11,16 @@
 //! instances <c> s <source> intent    what its owner is doing with it, where that differs from the record
 //! by-source <source> <c>             index: claimed instances
 //! by-expiry <until> <c> s <source>   index: claimed instances that end
-//! working <c> s <source>             index: instances not ready; the value is the time of the next try, if one failed
+//! working <c> s <source>             index: instances not ready; the value is their phase, or the time of the next try if one failed
 //! rollouts <c>                       index: challenges with an update or deletion under way
 //! pools <c> [<identity>]             index: challenges that keep a pool, and pooled instances
 //! live owners <c> s <source>         who works on the instance; under its replica's lease
 //! live locks <kind> <c> w <unique>   who holds or awaits a lock, by revision of creation; under its replica's lease
 //! ```
 
-use gauntlet_domain::{Challenge, ChallengeId, Identity, Instance, LockKind, LockMode, Phase, Seat, Slot, SourceId};
+use gauntlet_domain::{
+    Challenge, ChallengeId, Identity, Instance, LockKind, LockMode, Phase, PhaseName, Seat, Slot, SourceId,
+};
 use jiff::Timestamp;
 
 use crate::kv::Keys;
@@ -136,6 +138,14 @@ impl Layout {
         self.key(&["working", slot.challenge.as_str(), kind, name])
     }
 
+    /// The phase that a value of `working` tells.
+    pub(crate) fn read_working(value: &[u8]) -> PhaseName {
+        let working = [PhaseName::Provisioning, PhaseName::Updating, PhaseName::Deleting];
+        let named = working.into_iter().find(|phase| phase.name().as_bytes() == value);
+        // A build that told no more than that it is not ready wrote nothing.
+        named.unwrap_or(if value.is_empty() { PhaseName::Updating } else { PhaseName::Failed })
+    }
+
     pub(crate) fn all_working(&self) -> Keys {
         self.under(&["working"])
     }
@@ -209,9 +219,7 @@ impl Layout {
         match &instance.phase {
             Phase::Ready => {}
             Phase::Failed(failure) => index.push((self.working(&instance.slot), failure.retry_at.to_string())),
-            Phase::Provisioning | Phase::Updating | Phase::Deleting => {
-                index.push((self.working(&instance.slot), String::new()));
-            }
+            working => index.push((self.working(&instance.slot), PhaseName::from(working).name().to_owned())),
         }
         index
     }

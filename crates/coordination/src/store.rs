@@ -361,7 +361,7 @@ impl<K: Kv> Store for Coordination<K> {
                     let target = if let Begin::Update(target) = &begin { Some(target) } else { None };
                     when.push(Compare::absent(Keys::one(layout.intent(slot))));
                     then.push(Op::put(layout.intent(slot), records::write_intent(target)));
-                    then.push(Op::put(layout.working(slot), ""));
+                    then.push(Op::put(layout.working(slot), working_on(&begin).name()));
                 }
                 (Begin::Update(_) | Begin::Delete, Some(before)) => {
                     when.push(not_after(layout.whole(slot), before.version));
@@ -369,7 +369,7 @@ impl<K: Kv> Store for Coordination<K> {
                     begun(&mut record, &begin);
                     then.push(Op::put(layout.instance(slot), records::write_instance(&record)));
                     then.push(Op::delete(layout.intent(slot)));
-                    then.push(Op::put(layout.working(slot), ""));
+                    then.push(Op::put(layout.working(slot), working_on(&begin).name()));
                 }
             }
             then.push(Op::get(layout.whole(slot)));
@@ -533,18 +533,30 @@ impl<K: Kv> Store for Coordination<K> {
 
     async fn census(&self, now: Timestamp) -> Result<Census> {
         let (core, layout) = (&self.core, &self.core.layout);
-        let mut instances = Scan::values(core, layout.instances(), None);
+        // By the indexes alone: no record is read.
+        let mut instances = Scan::keys(core, layout.instances(), None);
         let at = instances.at().await?;
+        let mut working = Scan::values(core, layout.all_working(), at.clone());
         let mut census = Census {
             challenges: core.kv.count(layout.challenges(), at.clone()).await.map_err(|error| core.error(error))?,
             overdue: core.kv.count(layout.ended(now), at).await.map_err(|error| core.error(error))?,
             ..Census::default()
         };
-        let mut instances = Instances::new(instances);
-        while let Some(Stored { value, .. }) = instances.next().await? {
-            let pooled = value.slot.seat.is_pool();
-            *census.instances.entry((value.slot.challenge, PhaseName::from(&value.phase), pooled)).or_default() += 1;
+        while let Some(kv) = instances.next().await? {
+            if let Some((slot, false)) = layout.read_instance(&kv.key) {
+                let pooled = slot.seat.is_pool();
+                *census.instances.entry((slot.challenge, PhaseName::Ready, pooled)).or_default() += 1;
+            }
         }
+        while let Some(kv) = working.next().await? {
+            let Some(slot) = layout.read_slot(&kv.key) else { continue };
+            let (challenge, pooled) = (slot.challenge, slot.seat.is_pool());
+            if let Some(ready) = census.instances.get_mut(&(challenge.clone(), PhaseName::Ready, pooled)) {
+                *ready = ready.saturating_sub(1);
+                *census.instances.entry((challenge, Layout::read_working(&kv.value), pooled)).or_default() += 1;
+            }
+        }
+        census.instances.retain(|_, count| *count > 0);
         Ok(census)
     }
 }
@@ -581,6 +593,10 @@ fn version(whole: &[KeyValue]) -> Option<Version> {
 /// Whether a record is stored, and with no intent.
 fn is(whole: &[KeyValue], record: &[u8]) -> bool {
     matches!(whole, [kv] if kv.value == record)
+}
+
+fn working_on(begin: &Begin) -> PhaseName {
+    if *begin == Begin::Delete { PhaseName::Deleting } else { PhaseName::Updating }
 }
 
 fn begun(instance: &mut Instance, begin: &Begin) {

@@ -288,7 +288,7 @@ pub(super) async fn the_unreadable_hides_no_other(rig: &impl Rig) {
     let mine: Vec<_> = store.instances_by_source(Some(&source("y"))).try_collect().await.unwrap();
     assert_eq!(mine.len(), 2);
     assert_eq!(store.survey(&id("a"), &source("x")).await.unwrap().pooled.len(), 2);
-    assert_eq!(store.census(at(0)).await.unwrap().instances.values().sum::<u64>(), 8);
+    assert_eq!(store.census(at(0)).await.unwrap().instances.values().sum::<u64>(), 12, "they are there");
 
     let text = store.challenge(&id("b")).await.unwrap_err().to_string();
     assert!(text.contains("version 2") && text.contains("challenges b"), "{text}");
@@ -335,7 +335,7 @@ pub(super) async fn a_hundred_pages_are_listed_one_at_a_time(rig: &impl Rig) {
     pages(CHALLENGES * EACH / 256 + 1);
     let census = store.census(at(0)).await.unwrap();
     assert_eq!((census.challenges, census.instances.values().sum::<u64>()), (1000, 10_000));
-    assert_eq!(store.core.kv.calls(), BTreeMap::from([("count", 2), ("page", 40)]));
+    assert_eq!(store.core.kv.calls(), BTreeMap::from([("count", 2), ("page", 4)]), "keys alone");
 }
 
 pub(super) async fn any_text_is_an_id(rig: &impl Rig) {
