@@ -50,12 +50,9 @@ async fn act(gauntlet: &Gauntlet, challenge: &ChallengeId, source: &SourceId, di
             Err(error) => unknown(error, &[Step::Remove]),
         },
         50..=69 => match gauntlet.renew_instance(&call, challenge, source).await {
-            Ok(instance) => {
-                assert_eq!(seen(&instance).1, number);
-                vec![Step::Renew { created: Some(seen(&instance).0), renewed: number }]
-            }
+            Ok(instance) => vec![Step::Renew { number, saw: Some(seen(&instance)) }],
             Err(Error::InstanceNotFound(..)) => vec![Step::NotShown],
-            Err(error) => unknown(error, &[Step::Renew { created: None, renewed: number }]),
+            Err(error) => unknown(error, &[Step::Renew { number, saw: None }]),
         },
         _ => match gauntlet.retrieve_instance(challenge, source).await {
             Ok(instance) => vec![saw(&instance)],
@@ -189,9 +186,12 @@ fn a_history_that_cannot_be_is_refused() {
     assert!(!sequence(&[&created(0), &[NotShown]]), "an acknowledged create is lost");
     assert!(!sequence(&[&created(0), &[Remove], &[saw(0, 0)]]), "a deleted one is seen");
     assert!(!sequence(&[&created(0), &[Remove], &[Remove]]), "one is deleted twice");
+    let renewed = [Renew { number: 1, saw: Some((0, 1)) }];
+    assert!(sequence(&[&created(0), &renewed, &[saw(0, 1)]]));
+    assert!(!sequence(&[&created(0), &renewed, &[saw(0, 0)]]), "an acknowledged renewal is lost");
     assert!(
-        !sequence(&[&created(0), &[Renew { created: Some(0), renewed: 1 }], &[saw(0, 0)]]),
-        "an acknowledged renewal is lost"
+        !sequence(&[&created(0), &[Renew { number: 2, saw: Some((0, 2)) }], &renewed]),
+        "a late renewal takes back"
     );
     assert!(!sequence(&[&[Take(0), GiveBack(0)], &[saw(0, 0)]]), "what failed is seen");
     let maybe = |step: Step| Maybe(Box::new(step));

@@ -21,8 +21,8 @@ pub(super) enum Step {
     NotShown,
     /// There was one, created and last renewed by these calls.
     Saw { created: u64, renewed: u64 },
-    /// It was renewed.
-    Renew { created: Option<u64>, renewed: u64 },
+    /// It was renewed by a call of that number, unless it had been by a later one; and so the answer says, if there was one.
+    Renew { number: u64, saw: Option<(u64, u64)> },
     /// It was taken down.
     Remove,
     /// Nobody knows: at some time, or never.
@@ -48,8 +48,9 @@ fn after(step: &Step, state: State) -> Option<State> {
         (Step::Saw { created, renewed }, State::Shown { created: c, renewed: r }) => {
             (c == *created && r == *renewed).then_some(state)
         }
-        (Step::Renew { created, renewed }, State::Shown { created: c, .. }) => {
-            created.is_none_or(|created| created == c).then_some(State::Shown { created: c, renewed: *renewed })
+        (Step::Renew { number, saw }, State::Shown { created, renewed }) => {
+            let renewed = renewed.max(*number);
+            saw.is_none_or(|saw| saw == (created, renewed)).then_some(State::Shown { created, renewed })
         }
         // One whose creator was lost half-way can be removed before it is shown.
         (Step::Remove, State::Taken(_) | State::Shown { .. }) => Some(State::Free),
