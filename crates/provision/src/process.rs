@@ -202,8 +202,9 @@ impl Process {
             let home = self.enter(&found.challenge, &found.identity, found.generation).await?;
             step(step!("provision.stop", home), self.stop(&home)).await.map(drop)
         });
-        futures::future::try_join_all(halts).await?;
-        Ok(running.len())
+        // One that does not end must not keep the others from it.
+        let halted = futures::future::join_all(halts).await;
+        halted.into_iter().collect::<Result<()>>().map(|()| running.len())
     }
 
     async fn bring(&self, order: &Order, running: Running) -> Result<Outputs> {
