@@ -40,6 +40,7 @@ fn sweeps(backend: Backend) {
         trace.whole()?;
         Ok(trace)
     });
+    trace.find("gauntlet-manager", "gauntlet.v1.Sweeper/ListExpired").expect("the sweep asks for what has expired");
     trace.in_the_table();
     let down = trace.find("gauntlet-manager", "provision.down").unwrap();
     let path = trace.path(down);

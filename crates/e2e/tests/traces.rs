@@ -67,7 +67,7 @@ impl Trace {
     pub(crate) fn in_the_table(&self) {
         for span in &self.spans {
             let served = span.name.contains("/api/v1/");
-            let called = span.name.starts_with("api.v1.");
+            let called = ["api.v1.", "gauntlet.v1."].iter().any(|package| span.name.starts_with(package));
             let row = match (served, called, span.tags["span.kind"].as_str()) {
                 (true, ..) => &names::HTTP_SERVER,
                 (_, true, Some("client")) => &names::RPC_CLIENT,
