@@ -212,9 +212,13 @@ impl Gauntlet {
                 let rewritten = Instance { applied: challenge.revision, scenario, until, ..instance.clone() };
                 self.store.rewrite(&current, &rewritten, &self.by(call)).await
             } else {
-                let identity = match strategy {
-                    Strategy::UpdateInPlace => instance.identity.clone(),
-                    Strategy::BlueGreen | Strategy::Recreate => call.identity(),
+                let (identity, strategy) = match (&instance.target, strategy) {
+                    // What an earlier update had brought up is not forgotten: it goes with the old one.
+                    (Some(left), _) if left.identity != instance.identity => {
+                        (left.identity.clone(), Strategy::Recreate)
+                    }
+                    (_, Strategy::UpdateInPlace) => (instance.identity.clone(), strategy),
+                    (_, Strategy::BlueGreen | Strategy::Recreate) => (call.identity(), strategy),
                 };
                 let target =
                     Target { identity, scenario: challenge.scenario.clone(), applied: challenge.revision, strategy };

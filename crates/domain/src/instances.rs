@@ -223,7 +223,17 @@ impl Gauntlet {
                 let order = self.order(&held, challenge, &instance, &target.identity, &target.scenario).await;
                 untouched = order.is_err();
                 match order {
-                    Ok(order) => held.guard(self.provisioner.update(&order)).await,
+                    Ok(order) => {
+                        held.guard(async {
+                            let outputs = self.provisioner.update(&order).await?;
+                            // It may have become another since the intent was made up.
+                            if instance.identity != target.identity {
+                                self.down(&held, &instance).await?;
+                            }
+                            Ok(outputs)
+                        })
+                        .await
+                    }
                     Err(error) => Err(error),
                 }
             }
@@ -241,7 +251,9 @@ impl Gauntlet {
             }
             Strategy::Recreate => {
                 held.guard(async {
-                    self.down(&held, &instance).await?;
+                    for identity in instance.identities() {
+                        self.provisioner.down(&instance.slot.challenge, identity, held.fence).await?;
+                    }
                     self.up(&held, challenge, &instance, &target.identity, &target.scenario).await
                 })
                 .await
