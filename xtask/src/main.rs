@@ -1,6 +1,7 @@
 //! Set-up, tests and the observability stack: `cargo xtask --help`.
 
 mod bench;
+mod chaos;
 mod console;
 mod dev;
 mod doctor;
@@ -29,6 +30,8 @@ enum Command {
     Dev(dev::Dev),
     /// Install what is missing, then run every check and every test
     Test(test::Test),
+    /// Simulate managers, etcd and a machine with every fault there is, one seed after another
+    Chaos(chaos::Chaos),
     /// Managers and an etcd cluster, all real, under load: kill, pause and cut off one after the other, and see what was promised kept
     Faults(faults::Faults),
     /// Break coordination on purpose, in each known way in a copy of the checkout, and see a test notice it
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Dev(dev) => dev.run(),
         Command::Test(test) => test.run(),
+        Command::Chaos(chaos) => chaos.run(),
         Command::Faults(faults) => faults.run(),
         Command::Mutants(mutants) => mutants.run(),
         Command::Bench(bench) => bench.run(),

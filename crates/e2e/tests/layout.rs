@@ -36,6 +36,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
             ],
         ),
         ("gauntlet-e2e", &[]),
+        ("gauntlet-simulation", &[]),
         ("xtask", &["gauntlet-stack"]),
         ("example-web", &[]),
         ("example-vault", &[]),

@@ -1,0 +1,271 @@
+//! A model of etcd: one map with revisions, leases, watches, compaction. It has no time and no faults of its own; both are handed in.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Bound,
+    sync::Arc,
+    time::Duration,
+};
+
+use gauntlet_coordination::kv::{
+    Compare, Event, Get, KeyValue, Keys, KvError, KvResult, LeaseId, Op, Page, Test, Txn, TxnResult,
+};
+use tokio::sync::mpsc::UnboundedSender;
+
+/// A key's value and where it stands in history.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub created: u64,
+    pub modified: u64,
+    pub value: Arc<[u8]>,
+    pub lease: Option<LeaseId>,
+}
+
+type Map = BTreeMap<Arc<str>, Entry>;
+
+/// What one step changed.
+#[derive(Debug, Clone)]
+pub struct Change {
+    pub key: Arc<str>,
+    pub before: Option<Entry>,
+    pub after: Option<Entry>,
+}
+
+/// A point in history.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    map: Arc<Map>,
+    revision: u64,
+}
+
+struct Lease {
+    ttl: Duration,
+    ends: Duration,
+    keys: BTreeSet<Arc<str>>,
+}
+
+struct Watcher {
+    keys: Keys,
+    events: UnboundedSender<KvResult<Vec<Event>>>,
+}
+
+/// The server.
+#[derive(Default)]
+pub struct Server {
+    map: Arc<Map>,
+    revision: u64,
+    compacted: u64,
+    leases: BTreeMap<LeaseId, Lease>,
+    last_lease: LeaseId,
+    watchers: Vec<Watcher>,
+}
+
+impl Server {
+    /// Runs a transaction; answers what it changed.
+    pub fn txn(&mut self, txn: &Txn) -> KvResult<(TxnResult, Vec<Change>)> {
+        let succeeded = txn.when.iter().all(|compare| self.holds(compare));
+        let branch = if succeeded { &txn.then } else { &txn.or };
+        let gone = |lease: &LeaseId| !self.leases.contains_key(lease);
+        if branch.iter().any(|op| matches!(op, Op::Put { lease: Some(lease), .. } if gone(lease))) {
+            return Err(KvError::LeaseGone);
+        }
+        let (mut reads, mut changes) = (Vec::new(), Vec::new());
+        let next = self.revision + 1;
+        for op in branch {
+            match op {
+                Op::Put { key, value, lease } => changes.push(self.put(key, value, *lease, next)),
+                Op::Delete(keys) => {
+                    let gone: Vec<Arc<str>> = self.range(keys).map(|(key, _)| key.clone()).collect();
+                    changes.extend(gone.iter().map(|key| self.remove(key)));
+                }
+                Op::Get(get) => reads.push(read(&self.map, get).0),
+            }
+        }
+        self.publish(&changes);
+        Ok((TxnResult { succeeded, revision: self.revision, reads }, changes))
+    }
+
+    pub fn page(&self, get: &Get, at: Option<&Snapshot>) -> KvResult<Page<Snapshot>> {
+        let at = self.at(at)?;
+        let (kvs, more) = read(&at.map, get);
+        Ok(Page { kvs, more, at })
+    }
+
+    pub fn count(&self, keys: &Keys, at: Option<&Snapshot>) -> KvResult<u64> {
+        Ok(range(&self.at(at)?.map, keys).count() as u64)
+    }
+
+    /// Lists a range and has its changes sent from then on.
+    pub fn follow(
+        &mut self,
+        keys: &Keys,
+        events: UnboundedSender<KvResult<Vec<Event>>>,
+    ) -> (u64, BTreeMap<String, u64>) {
+        let listed = self.range(keys).map(|(key, entry)| (key.to_string(), entry.created)).collect();
+        self.watchers.push(Watcher { keys: keys.clone(), events });
+        (self.revision, listed)
+    }
+
+    pub fn grant(&mut self, now: Duration, ttl: Duration) -> LeaseId {
+        self.last_lease += 1;
+        self.leases.insert(self.last_lease, Lease { ttl, ends: now + ttl, keys: BTreeSet::new() });
+        self.last_lease
+    }
+
+    pub fn keep_alive(&mut self, now: Duration, lease: LeaseId) -> KvResult<()> {
+        let lease = self.leases.get_mut(&lease).ok_or(KvError::LeaseGone)?;
+        lease.ends = now + lease.ttl;
+        Ok(())
+    }
+
+    /// Ends a lease; its keys go, all at one revision.
+    pub fn revoke(&mut self, lease: LeaseId) -> Vec<Change> {
+        let Some(lease) = self.leases.remove(&lease) else { return Vec::new() };
+        let changes: Vec<Change> = lease.keys.iter().map(|key| self.remove(key)).collect();
+        self.publish(&changes);
+        changes
+    }
+
+    /// The leases whose time is over.
+    pub fn overdue(&self, now: Duration) -> Vec<LeaseId> {
+        self.leases.iter().filter(|(_, lease)| lease.ends <= now).map(|(id, _)| *id).collect()
+    }
+
+    /// The leases that live.
+    pub fn leases(&self) -> Vec<LeaseId> {
+        self.leases.keys().copied().collect()
+    }
+
+    /// A new leader gives every lease its time again.
+    pub fn change_leader(&mut self, now: Duration) {
+        for lease in self.leases.values_mut() {
+            lease.ends = now + lease.ttl;
+        }
+        self.break_watches("the leader changed");
+    }
+
+    /// Forgets history: older snapshots cannot be read, and watches must list again.
+    pub fn compact(&mut self) {
+        self.compacted = self.revision;
+        self.break_watches("the required revision has been compacted");
+    }
+
+    fn break_watches(&mut self, why: &str) {
+        for watcher in std::mem::take(&mut self.watchers) {
+            let _ = watcher.events.send(Err(KvError::Unavailable(why.to_owned())));
+        }
+    }
+
+    /// What is there now.
+    pub fn get(&self, key: &str) -> Option<&Entry> {
+        self.map.get(key)
+    }
+
+    /// All there is, in order.
+    pub fn entries(&self) -> impl Iterator<Item = (&Arc<str>, &Entry)> {
+        self.map.iter()
+    }
+
+    pub fn range(&self, keys: &Keys) -> impl Iterator<Item = (&Arc<str>, &Entry)> {
+        range(&self.map, keys)
+    }
+
+    pub fn holds(&self, compare: &Compare) -> bool {
+        let Compare { keys, test } = compare;
+        let mut met = self.range(keys).map(|(_, entry)| match test {
+            Test::Exists => true,
+            Test::Absent => false,
+            Test::Created(revision) => entry.created == *revision,
+            Test::Modified(revision) => entry.modified == *revision,
+            Test::NotAfter(revision) => entry.modified <= *revision,
+            Test::Value(value) => *entry.value == **value,
+        });
+        match (test, &keys.to) {
+            // As etcd has it: what is not there has revision 0 and no value, an empty range fulfils anything.
+            (Test::Absent | Test::NotAfter(_), _) | (_, Some(_)) => met.all(|holds| holds),
+            (_, None) => met.next() == Some(true),
+        }
+    }
+
+    fn at(&self, at: Option<&Snapshot>) -> KvResult<Snapshot> {
+        match at {
+            None => Ok(Snapshot { map: self.map.clone(), revision: self.revision }),
+            Some(at) if at.revision < self.compacted => {
+                Err(KvError::Unavailable("the required revision has been compacted".to_owned()))
+            }
+            Some(at) => Ok(at.clone()),
+        }
+    }
+
+    fn put(&mut self, key: &str, value: &[u8], lease: Option<LeaseId>, revision: u64) -> Change {
+        let before = self.map.get(key).cloned();
+        if let Some(lease) = before.as_ref().and_then(|entry| entry.lease) {
+            self.leases.get_mut(&lease).map(|lease| lease.keys.remove(key));
+        }
+        let key: Arc<str> = Arc::from(key);
+        if let Some(lease) = lease.and_then(|lease| self.leases.get_mut(&lease)) {
+            lease.keys.insert(key.clone());
+        }
+        let created = before.as_ref().map_or(revision, |entry| entry.created);
+        let entry = Entry { created, modified: revision, value: Arc::from(value), lease };
+        Arc::make_mut(&mut self.map).insert(key.clone(), entry.clone());
+        Change { key, before, after: Some(entry) }
+    }
+
+    fn remove(&mut self, key: &Arc<str>) -> Change {
+        let before = Arc::make_mut(&mut self.map).remove(key);
+        if let Some(lease) = before.as_ref().and_then(|entry| entry.lease) {
+            self.leases.get_mut(&lease).map(|lease| lease.keys.remove(key));
+        }
+        Change { key: key.clone(), before, after: None }
+    }
+
+    fn publish(&mut self, changes: &[Change]) {
+        if changes.is_empty() {
+            return;
+        }
+        self.revision += 1;
+        let revision = self.revision;
+        self.watchers.retain(|watcher| {
+            let to = watcher.keys.to.as_deref();
+            let within =
+                |key: &str| to.map_or(key == watcher.keys.from, |to| key >= watcher.keys.from.as_str() && key < to);
+            let mine: Vec<Event> = changes
+                .iter()
+                .filter(|change| within(&change.key))
+                .map(|change| Event {
+                    key: change.key.to_string(),
+                    revision,
+                    created: change.after.as_ref().map(|entry| entry.created),
+                })
+                .collect();
+            mine.is_empty() || watcher.events.send(Ok(mine)).is_ok()
+        });
+    }
+}
+
+fn range<'a>(map: &'a Map, keys: &Keys) -> impl Iterator<Item = (&'a Arc<str>, &'a Entry)> + use<'a> {
+    let from = keys.from.as_str();
+    let to = match keys.to.as_deref() {
+        None => Bound::Included(from),
+        // An empty range, where the end is not after the beginning.
+        Some(to) => Bound::Excluded(to.max(from)),
+    };
+    let empty = matches!(to, Bound::Excluded(to) if to == from);
+    let from = if empty { Bound::Excluded("\u{10FFFF}") } else { Bound::Included(from) };
+    let to = if empty { Bound::Unbounded } else { to };
+    map.range::<str, _>((from, to))
+}
+
+fn read(map: &Map, get: &Get) -> (Vec<KeyValue>, bool) {
+    let (mut kvs, mut more) = (Vec::new(), false);
+    for (key, entry) in range(map, &get.keys) {
+        if get.limit > 0 && kvs.len() == get.limit {
+            more = true;
+            break;
+        }
+        let value = if get.keys_only { Vec::new() } else { entry.value.to_vec() };
+        kvs.push(KeyValue { key: key.to_string(), value, created: entry.created, modified: entry.modified });
+    }
+    (kvs, more)
+}

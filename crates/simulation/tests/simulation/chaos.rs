@@ -1,0 +1,102 @@
+//! What goes wrong by itself, beside the faults at each side effect.
+
+use std::{sync::Arc, time::Duration};
+
+use rand::RngExt as _;
+use tokio::time::sleep;
+
+use super::{Cluster, world::World};
+
+/// Lets leases run out, as etcd does: up to half a second late.
+pub async fn etcd(world: Arc<World>) {
+    loop {
+        sleep(Duration::from_millis(500)).await;
+        let now = world.now();
+        let mut state = world.lock();
+        for lease in state.etcd.overdue(now) {
+            let gone = state.etcd.revoke(lease).len();
+            state.note(now, "etcd", format_args!("lease {lease} runs out, {gone} keys go"));
+            state.count("leases run out");
+        }
+    }
+}
+
+/// Breaks something every now and then, until faults end; then mends all.
+pub async fn chaos(cluster: Arc<Cluster>) {
+    let world = cluster.world.clone();
+    while world.lock().faulty {
+        sleep(Duration::from_millis(world.between(300, 6000))).await;
+        let manager = cluster.any();
+        let length = Duration::from_millis(world.between(300, 20_000));
+        let what = match world.between(0, 12) {
+            0 | 1 => {
+                manager.process.cut(true);
+                let process = manager.process.clone();
+                tokio::spawn(async move {
+                    sleep(length).await;
+                    process.cut(false);
+                });
+                "partitions"
+            }
+            2 | 3 => {
+                manager.process.freeze(length + Duration::from_secs(5), "chaos");
+                "pauses"
+            }
+            4 => {
+                manager.process.kill("chaos");
+                "kills"
+            }
+            5 | 6 => {
+                let now = world.now();
+                let mut state = world.lock();
+                let leases = state.etcd.leases();
+                if leases.is_empty() {
+                    continue;
+                }
+                let lease = leases[state.rng.random_range(0..leases.len())];
+                let gone = state.etcd.revoke(lease).len();
+                state.note(now, "etcd", format_args!("lease {lease} is lost, {gone} keys go"));
+                "leases lost early"
+            }
+            7 => {
+                let now = world.now();
+                let mut state = world.lock();
+                state.etcd.change_leader(now);
+                state.note(now, "etcd", "the leader changes");
+                "leader changes"
+            }
+            8 => {
+                let now = world.now();
+                let mut state = world.lock();
+                state.etcd.compact();
+                state.note(now, "etcd", "is compacted");
+                "compactions"
+            }
+            9 => {
+                world.lock().etcd_down = true;
+                world.note("etcd", format_args!("answers nobody for {:?}", length / 3));
+                let world = world.clone();
+                tokio::spawn(async move {
+                    sleep(length / 3).await;
+                    world.lock().etcd_down = false;
+                    world.note("etcd", "answers again");
+                });
+                "outages of etcd"
+            }
+            _ => {
+                let now = world.now();
+                let mut state = world.lock();
+                let nth = state.rng.random();
+                let Some(identity) = state.homes.end(nth) else { continue };
+                state.note(now, "machine", format_args!("{identity} ends by itself"));
+                "instances that ended"
+            }
+        };
+        world.lock().count(what);
+    }
+    for manager in cluster.lives().iter() {
+        manager.process.cut(false);
+        manager.process.thaw();
+    }
+    world.lock().etcd_down = false;
+}

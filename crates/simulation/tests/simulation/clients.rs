@@ -1,0 +1,251 @@
+//! Those who use managers: players, an administrator, the janitor; and what they were told.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::TryStreamExt as _;
+use gauntlet_domain::{
+    Additional, ChallengeId, ChallengeUpdate, Error, Instance, NewChallenge, Result, SourceId, Strategy,
+};
+use tokio::time::{sleep, timeout};
+
+use super::{Cluster, manager::Manager, world::World};
+
+/// How long a client waits for an answer.
+const PATIENCE: Duration = Duration::from_secs(60);
+const SOURCES: [&str; 4] = ["a", "b", "c", "d"];
+
+/// The challenges there are: name, timeout in seconds, bounds of the pool.
+pub const CHALLENGES: [(&str, Option<u64>, i64, i64); 3] =
+    [("plain", Some(30), 0, 0), ("pool", None, 2, 4), ("free", Some(60), 1, 0)];
+
+pub fn id(text: &str) -> ChallengeId {
+    ChallengeId::new(text).unwrap()
+}
+
+fn source(text: &str) -> SourceId {
+    SourceId::new(text).unwrap()
+}
+
+/// What became of a call.
+pub enum Answer<T> {
+    Told(Result<T>),
+    /// The manager ended, or did not answer in time.
+    Silence,
+}
+
+/// Runs a use case in a manager, which goes on with it also if nobody waits any more. `finally` is told whether nothing of it can happen
+/// any more.
+async fn ask<T: Send + 'static, F>(
+    manager: Arc<Manager>,
+    what: String,
+    work: impl FnOnce(Arc<Manager>) -> F + Send + 'static,
+    finally: impl FnOnce(&World, bool) + Send + 'static,
+) -> Answer<T>
+where
+    F: Future<Output = Result<T>> + Send + 'static,
+{
+    let world = manager.process.world.clone();
+    let name = manager.process.name.clone();
+    world.lock().count("operations");
+    world.note("client", format_args!("asks {name}: {what}"));
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        let process = manager.process.clone();
+        let result = tokio::select! {
+            biased;
+            () = process.ended() => None,
+            result = async {
+                process.gate().await;
+                let result = work(manager).await;
+                process.gate().await;
+                result
+            } => Some(result),
+        };
+        finally(
+            &process.world,
+            result.as_ref().is_some_and(|result| result.as_ref().err().is_none_or(|error| !error.is_fault())),
+        );
+        let _ = answer.send(result);
+    });
+    match timeout(PATIENCE, answered).await {
+        Ok(Ok(Some(result))) => {
+            let text = result.as_ref().err().map_or("ok", Error::code);
+            world.note("client", format_args!("hears from {name}: {what}: {text}"));
+            world.lock().count(if result.is_ok() { "acknowledged" } else { "refused or failed" });
+            Answer::Told(result)
+        }
+        _ => {
+            world.note("client", format_args!("hears nothing from {name}: {what}"));
+            world.lock().count("unanswered");
+            Answer::Silence
+        }
+    }
+}
+
+/// Ends an instance on somebody's behalf.
+pub async fn delete(manager: Arc<Manager>, c: &'static str, s: String) -> Answer<()> {
+    let world = manager.process.world.clone();
+    world.lock().checks.ending(c, Some(&s));
+    let ending = s.clone();
+    ask(
+        manager,
+        format!("delete {c} {s}"),
+        move |manager| async move {
+            let result = manager.gauntlet.delete_instance(&manager.call(), &id(c), &source(&s)).await;
+            manager.after(&result, None);
+            result
+        },
+        move |world, sure| world.lock().checks.ended(world.now(), c, Some(&ending), sure),
+    )
+    .await
+}
+
+/// Ends a challenge.
+pub async fn delete_challenge(manager: Arc<Manager>, c: &'static str) -> Answer<()> {
+    let world = manager.process.world.clone();
+    world.lock().checks.ending(c, None);
+    ask(
+        manager,
+        format!("delete challenge {c}"),
+        move |manager| async move {
+            let result = manager.gauntlet.delete_challenge(&manager.call(), &id(c)).await;
+            manager.after(&result, None);
+            result
+        },
+        move |world, sure| world.lock().checks.ended(world.now(), c, None, sure),
+    )
+    .await
+}
+
+async fn create_challenge(manager: Arc<Manager>, which: usize) {
+    let (c, seconds, min, max) = CHALLENGES[which];
+    let world = manager.process.world.clone();
+    let begun = world.lock().checks.begin(world.now(), c, None);
+    let new = NewChallenge {
+        id: id(c),
+        scenario: "v1".to_owned(),
+        timeout: seconds.map(Duration::from_secs),
+        until: None,
+        additional: Additional::new(),
+        min,
+        max,
+    };
+    let work = move |manager: Arc<Manager>| async move {
+        let result = manager.gauntlet.create_challenge(&manager.call(), new).await;
+        manager.after(&result, Some(&id(c)));
+        result
+    };
+    if let Answer::Told(Ok(_)) = ask(manager, format!("create challenge {c}"), work, |_, _| {}).await {
+        world.lock().checks.acknowledge(begun, c, None);
+    }
+}
+
+async fn update_challenge(manager: Arc<Manager>, which: usize) {
+    let (c, _, min, _) = CHALLENGES[which];
+    let world = manager.process.world.clone();
+    let strategies = [Strategy::UpdateInPlace, Strategy::BlueGreen, Strategy::Recreate];
+    let strategy = strategies[world.between(0, 3) as usize];
+    let update = ChallengeUpdate {
+        scenario: (!world.chance(3)).then(|| format!("v{}", world.between(1, 9))),
+        timeout: world.chance(4).then(|| Some(Duration::from_secs(world.between(20, 60)))),
+        min: (min > 0 && world.chance(3)).then(|| world.between(1, 3) as i64),
+        strategy,
+        ..ChallengeUpdate::default()
+    };
+    let what = format!("update {c} {:?} {strategy:?}", update.scenario);
+    let work = move |manager: Arc<Manager>| async move {
+        let result = manager.gauntlet.update_challenge(&manager.call(), &id(c), update).await;
+        manager.after(&result, Some(&id(c)));
+        result.map(|_| ())
+    };
+    ask(manager, what, work, |_, _| {}).await;
+}
+
+async fn create(manager: Arc<Manager>, c: &'static str, s: &'static str) {
+    let world = manager.process.world.clone();
+    let begun = world.lock().checks.begin(world.now(), c, Some(s));
+    let mut own = Additional::new();
+    if world.chance(4) {
+        own.insert("own".to_owned(), world.between(0, 100).to_string());
+    }
+    let work = move |manager: Arc<Manager>| async move {
+        let result = manager.gauntlet.create_instance(&manager.call(), &id(c), &source(s), own).await;
+        manager.after(&result, Some(&id(c)));
+        result
+    };
+    if let Answer::Told(Ok(instance)) = ask(manager, format!("create {c} {s}"), work, |_, _| {}).await {
+        world.lock().checks.acknowledge(begun, c, Some(s));
+        if instance.connection_info != instance.identity.as_str() {
+            world.violated(format!("1: {c} {s} is answered as {instance:?}, which is not what runs"));
+        }
+    }
+}
+
+async fn retrieve(manager: Arc<Manager>, c: &'static str, s: &'static str) {
+    let world = manager.process.world.clone();
+    let relied_on = |world: &World| world.lock().checks.relied_on(c, s);
+    let before = relied_on(&world);
+    let work = move |manager: Arc<Manager>| async move { manager.gauntlet.retrieve_instance(&id(c), &source(s)).await };
+    let answer = ask(manager, format!("retrieve {c} {s}"), work, |_, _| {}).await;
+    if before
+        && relied_on(&world)
+        && let Answer::Told(Err(error @ (Error::InstanceNotFound(..) | Error::ChallengeNotFound(_)))) = answer
+    {
+        world.violated(format!("5: {c} {s} was acknowledged, and a client that looks is told {error}"));
+    }
+}
+
+async fn renew(manager: Arc<Manager>, c: &'static str, s: &'static str) {
+    let work = move |manager: Arc<Manager>| async move {
+        let result = manager.gauntlet.renew_instance(&manager.call(), &id(c), &source(s)).await;
+        manager.after(&result, None);
+        result
+    };
+    ask(manager, format!("renew {c} {s}"), work, |_, _| {}).await;
+}
+
+/// One who asks for this and that until the faults end.
+pub async fn client(cluster: Arc<Cluster>) {
+    let world = cluster.world.clone();
+    while world.lock().faulty {
+        sleep(Duration::from_millis(world.between(20, 1200))).await;
+        let manager = cluster.any();
+        let (which, s) = (world.between(0, 3) as usize, SOURCES[world.between(0, 4) as usize]);
+        let c = CHALLENGES[which].0;
+        match world.between(0, 100) {
+            0..45 => create(manager, c, s).await,
+            45..62 => drop(delete(manager, c, s.to_owned()).await),
+            62..72 => renew(manager, c, s).await,
+            72..84 => retrieve(manager, c, s).await,
+            84..91 => update_challenge(manager, which).await,
+            91..94 => drop(delete_challenge(manager, c).await),
+            _ => create_challenge(manager, which).await,
+        }
+    }
+}
+
+/// One who ends what is past its end.
+pub async fn janitor(cluster: Arc<Cluster>) {
+    let world = cluster.world.clone();
+    while world.lock().faulty {
+        sleep(Duration::from_millis(world.between(3000, 6000))).await;
+        let manager = cluster.any();
+        let work = |manager: Arc<Manager>| async move {
+            manager.gauntlet.query_instances(None).try_collect::<Vec<Instance>>().await
+        };
+        let Answer::Told(Ok(instances)) = ask(manager, "query".to_owned(), work, |_, _| {}).await else { continue };
+        for instance in instances.into_iter().filter(|instance| instance.expired(world.timestamp())) {
+            let known = CHALLENGES.iter().find(|(c, ..)| *c == instance.slot.challenge.as_str());
+            if let (Some((c, ..)), Some(source)) = (known, instance.slot.seat.source()) {
+                delete(cluster.any(), c, source.to_string()).await;
+            }
+        }
+    }
+}
+
+/// Registers all challenges, however often it takes.
+pub async fn prepare(cluster: &Cluster) {
+    for which in 0..CHALLENGES.len() {
+        create_challenge(cluster.any(), which).await;
+    }
+}

@@ -1,0 +1,290 @@
+//! The machine that instances run on, shared by all managers, with the fencing of the process backend: each instance's directory is
+//! locked by one manager at a time and remembers the latest order, also once the instance is gone.
+
+use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use gauntlet_domain::{
+    Additional, ChallengeId, Error, Found, Identity, Limits, Order, Outputs, Pinned, Place, Plan, PortSpec, Probe,
+    Provisioner, Readiness, Result, Scenarios, Workload,
+};
+use tokio::time::sleep;
+
+use super::{
+    process::Process,
+    world::{Fault, State, World},
+};
+
+/// One side effect in this many meets a fault.
+const RARITY: u32 = 30;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+type Key = (ChallengeId, Identity);
+
+/// What the directories hold.
+#[derive(Default)]
+pub struct Homes {
+    homes: BTreeMap<Key, Home>,
+    locks: u64,
+}
+
+/// One directory.
+#[derive(Debug, Default)]
+struct Home {
+    generation: u64,
+    there: bool,
+    /// What runs: the digest and the values it was rendered with.
+    running: Option<Content>,
+    /// The number of the lock, and the life of the manager that has it.
+    locked: Option<(u64, u64)>,
+}
+
+/// What an instance was rendered from.
+pub type Content = (String, Additional);
+
+impl Homes {
+    /// Ends the locks of a life that has ended.
+    pub fn free(&mut self, life: u64) {
+        for home in self.homes.values_mut() {
+            if home.locked.is_some_and(|(_, by)| by == life) {
+                home.locked = None;
+            }
+        }
+    }
+
+    /// What is there, running or not.
+    pub fn there(&self) -> impl Iterator<Item = (&ChallengeId, &Identity, Option<&Content>)> {
+        self.homes.iter().filter(|(_, home)| home.there).map(|((c, i), home)| (c, i, home.running.as_ref()))
+    }
+
+    /// Ends one running instance by itself.
+    pub fn end(&mut self, nth: u64) -> Option<Identity> {
+        let count = self.homes.values().filter(|home| home.running.is_some()).count() as u64;
+        let nth = usize::try_from(nth.checked_rem(count)?).unwrap();
+        let ((_, identity), home) = self.homes.iter_mut().filter(|(_, home)| home.running.is_some()).nth(nth)?;
+        home.running = None;
+        Some(identity.clone())
+    }
+}
+
+/// A directory's lock.
+struct Lock {
+    world: Arc<World>,
+    key: Key,
+    number: u64,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if let Some(home) = self.world.lock().homes.homes.get_mut(&self.key)
+            && home.locked.is_some_and(|(number, _)| number == self.number)
+        {
+            home.locked = None;
+        }
+    }
+}
+
+/// One manager's provisioner.
+pub struct Machine(pub Arc<Process>);
+
+impl Machine {
+    /// Locks a directory and records the order; what is older than the order recorded is refused.
+    async fn enter(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<Arc<Lock>> {
+        let (process, world) = (&self.0, &self.0.world);
+        let key = (challenge.clone(), identity.clone());
+        let began = world.now();
+        loop {
+            process.gate().await;
+            {
+                let now = world.now();
+                let mut state = world.lock();
+                let number = state.homes.locks + 1;
+                let home = state.homes.homes.entry(key.clone()).or_default();
+                if home.locked.is_none() {
+                    if home.generation > generation {
+                        let there = home.generation;
+                        state.count("stale orders refused");
+                        state.note(
+                            now,
+                            &process.name,
+                            format_args!("order {generation} on {identity} refused ({there})"),
+                        );
+                        return Err(Error::Fenced(format!("instance {identity}: {generation} is older than {there}")));
+                    }
+                    home.generation = generation;
+                    home.locked = Some((number, process.life));
+                    state.homes.locks = number;
+                    return Ok(Arc::new(Lock { world: world.clone(), key, number }));
+                }
+            }
+            if world.now() - began > PATIENCE {
+                return Err(Error::Busy { what: format!("directory of {identity}"), waited_ms: 10_000, ahead: 1 });
+            }
+            sleep(Duration::from_millis(40)).await;
+        }
+    }
+
+    /// One step of work on a locked directory, which is done to its end also if its caller goes away.
+    async fn step(
+        &self,
+        lock: &Arc<Lock>,
+        what: &'static str,
+        change: impl FnOnce(&mut Home) + Send + 'static,
+    ) -> Result<()> {
+        let (process, lock) = (self.0.clone(), lock.clone());
+        let step = tokio::spawn(async move {
+            let world = &process.world;
+            let (pause, fault) = {
+                let mut state = world.lock();
+                let fault = state.fault(RARITY);
+                if let Some(fault) = fault {
+                    state.note(world.now(), &process.name, format_args!("{fault:?} at {what} {}", lock.key.1));
+                    state.count(&format!("machine {fault:?}"));
+                }
+                (state.latency(), fault)
+            };
+            let failed = || Err(Error::Provision { step: what, detail: "injected".to_owned() });
+            let long = Duration::from_millis(world.between(500, 25_000));
+            match fault {
+                Some(Fault::ErrorBefore | Fault::LostRequest) => return failed(),
+                Some(Fault::AbortBefore) => process.kill("before a step on the machine"),
+                Some(Fault::HangBefore) => process.freeze(long, "before a step on the machine"),
+                _ => {}
+            }
+            sleep(pause).await;
+            process.gate().await;
+            {
+                let now = world.now();
+                let mut state = world.lock();
+                let State { homes, checks, .. } = &mut *state;
+                let home = homes.homes.entry(lock.key.clone()).or_default();
+                let ran = home.running.is_some();
+                change(home);
+                let (started, generation) = (home.running.is_some() && !ran, home.generation);
+                let checked = if started { checks.started(homes, &lock.key.0, &lock.key.1) } else { Ok(()) };
+                state.note(now, &process.name, format_args!("{what} {} by order {generation}", lock.key.1));
+                drop(state);
+                world.check(checked);
+            }
+            match fault {
+                Some(Fault::LostAnswer | Fault::Late) => return failed(),
+                Some(Fault::AbortAfter) => process.kill("after a step on the machine"),
+                Some(Fault::HangAfter) => process.freeze(long, "after a step on the machine"),
+                _ => {}
+            }
+            process.gate().await;
+            Ok(())
+        });
+        step.await.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
+    }
+
+    async fn bring(&self, order: &Order, replace: bool) -> Result<Outputs> {
+        let lock = self.enter(&order.challenge, &order.identity, order.generation).await?;
+        let workload =
+            order.plan.render(&Place { host: String::new(), ports: BTreeMap::new(), dir: PathBuf::new() })?;
+        let content = (workload.command.concat(), workload.env);
+        let runs = {
+            let mut state = self.0.world.lock();
+            state.homes.homes.entry(lock.key.clone()).or_default().running.is_some()
+        };
+        if replace || !runs {
+            self.step(&lock, "allocate", |home| home.there = true).await?;
+            self.step(&lock, "stop", |home| home.running = None).await?;
+            self.step(&lock, "start", move |home| home.running = Some(content)).await?;
+        }
+        let ready = self.0.world.between(20, 1500);
+        sleep(Duration::from_millis(ready)).await;
+        self.0.gate().await;
+        let never = {
+            let mut state = self.0.world.lock();
+            state.faulty && rand::RngExt::random_ratio(&mut state.rng, 1, 25)
+        };
+        if never {
+            self.step(&lock, "stop", |home| home.running = None).await?;
+            return Err(Error::Provision { step: "ready", detail: "injected: never ready".to_owned() });
+        }
+        Ok(Outputs { connection_info: order.identity.to_string(), flags: vec![order.identity.to_string()] })
+    }
+}
+
+#[async_trait]
+impl Provisioner for Machine {
+    fn name(&self) -> &'static str {
+        "simulated"
+    }
+
+    async fn up(&self, order: &Order) -> Result<Outputs> {
+        self.bring(order, false).await
+    }
+
+    async fn update(&self, order: &Order) -> Result<Outputs> {
+        self.bring(order, true).await
+    }
+
+    async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
+        let lock = self.enter(challenge, identity, generation).await?;
+        self.step(&lock, "stop", |home| home.running = None).await?;
+        self.step(&lock, "remove", |home| home.there = false).await
+    }
+
+    async fn list(&self) -> Result<Vec<Found>> {
+        self.0.gate().await;
+        let state = self.0.world.lock();
+        let there = state.homes.homes.iter().filter(|(_, home)| home.there);
+        Ok(there
+            .map(|((challenge, identity), home)| Found {
+                challenge: challenge.clone(),
+                identity: identity.clone(),
+                generation: home.generation,
+                alive: home.running.is_some(),
+            })
+            .collect())
+    }
+}
+
+/// Scenarios whose digest is their reference.
+pub struct Catalogue;
+
+#[async_trait]
+impl Scenarios for Catalogue {
+    async fn resolve(&self, reference: &str) -> Result<Pinned> {
+        Ok(Pinned { reference: reference.to_owned(), digest: reference.to_owned() })
+    }
+
+    async fn plan(&self, scenario: &Pinned, _: &Identity, additional: &Additional) -> Result<Arc<dyn Plan>> {
+        Ok(Arc::new(Rendered { digest: scenario.digest.clone(), values: additional.clone() }))
+    }
+}
+
+struct Rendered {
+    digest: String,
+    values: Additional,
+}
+
+impl fmt::Debug for Rendered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.digest)
+    }
+}
+
+impl Plan for Rendered {
+    fn ports(&self) -> &[PortSpec] {
+        &[]
+    }
+
+    fn render(&self, _: &Place) -> Result<Workload> {
+        Ok(Workload {
+            files: PathBuf::new(),
+            command: vec![self.digest.clone()],
+            env: self.values.clone(),
+            readiness: Readiness {
+                probe: Probe::Output { contains: String::new() },
+                interval: Duration::ZERO,
+                timeout: Duration::ZERO,
+            },
+            limits: Limits::default(),
+            connection_info: String::new(),
+            flags: Vec::new(),
+        })
+    }
+}

@@ -1,0 +1,124 @@
+//! One life of a manager: the use cases over its own coordination, and its background work.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use gauntlet_coordination::Coordination;
+use gauntlet_domain::{Call, ChallengeId, Entropy, Error, Fact, Facts, Gauntlet, Settings};
+use rand::{Rng as _, RngExt as _, SeedableRng as _, rngs::SmallRng};
+use tokio::{
+    sync::{Notify, mpsc},
+    time::{sleep, timeout},
+};
+
+use super::{
+    PREFIX,
+    machine::{Catalogue, Machine},
+    network::Client,
+    process::Process,
+    world::World,
+};
+
+const LEASE: Duration = Duration::from_secs(10);
+const RECONCILE: Duration = Duration::from_secs(4);
+
+/// A manager that runs.
+pub struct Manager {
+    pub process: Arc<Process>,
+    pub gauntlet: Gauntlet,
+    chance: Arc<Chance>,
+    reconcile: Notify,
+    pools: mpsc::UnboundedSender<ChallengeId>,
+}
+
+struct Chance(Mutex<SmallRng>);
+
+impl Entropy for Chance {
+    fn bits(&self) -> u64 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).next_u64()
+    }
+}
+
+struct Unnoted;
+
+impl Facts for Unnoted {
+    fn note(&self, _: Fact) {}
+}
+
+impl Manager {
+    pub fn start(world: &Arc<World>, name: &str, life: u64) -> Arc<Self> {
+        let process = Process::new(world, name, life);
+        let store = Coordination::over(Client(process.clone()), PREFIX, LEASE, name.to_owned());
+        let settings = Settings {
+            patience: Duration::from_secs(8),
+            concurrency: 4,
+            retry_first: Duration::from_secs(1),
+            retry_longest: Duration::from_secs(10),
+        };
+        let machine = Arc::new(Machine(process.clone()));
+        let gauntlet = Gauntlet::new(Arc::new(store), machine, Arc::new(Catalogue), Arc::new(Unnoted), settings);
+        let seed = world.lock().rng.random();
+        let (pools, mut asked) = mpsc::unbounded_channel();
+        let manager = Arc::new(Self {
+            process,
+            gauntlet,
+            chance: Arc::new(Chance(Mutex::new(SmallRng::seed_from_u64(seed)))),
+            reconcile: Notify::new(),
+            pools,
+        });
+        world.note(name, format_args!("starts, life {life}"));
+        let reconciler = manager.clone();
+        tokio::spawn(async move {
+            loop {
+                reconciler.process.gate().await;
+                let call = reconciler.call();
+                let done = reconciler.gauntlet.reconcile(&call).await;
+                if let Ok(done) = done
+                    && done.recovered + done.resumed + done.revived + done.orphans + done.failures.len() > 0
+                {
+                    let failures: Vec<_> = done.failures.iter().map(Error::code).collect();
+                    let counts = (done.recovered, done.resumed, done.revived, done.orphans);
+                    let world = &reconciler.process.world;
+                    world.note(&reconciler.process.name, format_args!("reconciled {counts:?} {failures:?}"));
+                    let mut state = world.lock();
+                    for (what, count) in [
+                        ("recovered", done.recovered),
+                        ("resumed", done.resumed),
+                        ("revived", done.revived),
+                        ("orphans", done.orphans),
+                    ] {
+                        *state.counts.entry(what.to_owned()).or_default() += count as u64;
+                    }
+                }
+                let pause = RECONCILE.mul_f64(reconciler.process.world.between(75, 125) as f64 / 100.0);
+                let _ = timeout(pause, reconciler.reconcile.notified()).await;
+                // Signals come in bursts.
+                sleep(Duration::from_millis(100)).await;
+            }
+        });
+        let tender = manager.clone();
+        tokio::spawn(async move {
+            while let Some(id) = asked.recv().await {
+                tender.process.gate().await;
+                let _ = tender.gauntlet.tend_pool(&tender.call(), &id).await;
+            }
+        });
+        manager
+    }
+
+    /// A call that happens now.
+    pub fn call(&self) -> Call {
+        Call { now: self.process.world.timestamp(), origin: None, entropy: self.chance.clone() }
+    }
+
+    /// What the transports do after a use case: look after the pool, and for what a failure left.
+    pub fn after<T>(&self, result: &Result<T, Error>, pool: Option<&ChallengeId>) {
+        match (result, pool) {
+            (Ok(_), Some(id)) => drop(self.pools.send(id.clone())),
+            (Err(error), _) if error.is_fault() => self.reconcile.notify_one(),
+            _ => {}
+        }
+    }
+}

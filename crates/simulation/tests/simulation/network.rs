@@ -1,0 +1,254 @@
+//! The way from one manager to etcd: it delays, reorders, loses, and is cut.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::{FutureExt as _, future::BoxFuture};
+use gauntlet_coordination::kv::{
+    Event, Events, Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResult,
+};
+use rand::RngExt as _;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{sleep, timeout},
+};
+
+use super::{
+    PREFIX,
+    process::Process,
+    world::{Fault, State},
+};
+use crate::etcd::Snapshot;
+
+const DEADLINE: Duration = Duration::from_secs(5);
+/// How long after it was sent a request may still arrive.
+const LATEST: Duration = Duration::from_secs(10);
+/// One side effect in this many meets a fault.
+const RARITY: u32 = 60;
+
+/// A manager's client of the modelled etcd.
+pub struct Client(pub Arc<Process>);
+
+/// What kind of call it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Changes something: if it is not answered nobody knows.
+    Write,
+    /// May be asked again.
+    Read,
+}
+
+impl Client {
+    async fn call<T: Send + 'static>(
+        &self,
+        kind: Kind,
+        what: String,
+        apply: impl FnOnce(&mut State, Duration) -> KvResult<T> + Send + 'static,
+    ) -> KvResult<T> {
+        let (process, world) = (&self.0, &self.0.world);
+        process.gate().await;
+        let fault = {
+            let mut state = world.lock();
+            let fault = state.fault(if kind == Kind::Write { RARITY } else { RARITY * 4 });
+            if let Some(fault) = fault {
+                state.note(world.now(), &process.name, format_args!("{fault:?} at {what}"));
+                state.count(&format!("etcd {fault:?}"));
+            }
+            fault
+        };
+        match fault {
+            Some(Fault::ErrorBefore) => return Err(KvError::Unavailable("injected: refused".to_owned())),
+            Some(Fault::AbortBefore) => process.kill("before a call to etcd"),
+            Some(Fault::HangBefore) => {
+                let length = world.between(500, 25_000);
+                process.freeze(Duration::from_millis(length), "before a call to etcd");
+            }
+            _ => {}
+        }
+        let (answer, answered) = oneshot::channel();
+        tokio::spawn(carry(process.clone(), fault, what, apply, answer));
+        let answered = timeout(DEADLINE, answered).await;
+        process.gate().await;
+        match (answered, kind) {
+            (Ok(Ok(answer)), _) => answer,
+            (_, Kind::Write) => Err(KvError::Ambiguous("no answer in time".to_owned())),
+            (_, Kind::Read) => Err(KvError::Unavailable("no answer in time".to_owned())),
+        }
+    }
+}
+
+/// Carries one request to etcd and its answer back, whether or not anybody still waits.
+async fn carry<T: Send + 'static>(
+    process: Arc<Process>,
+    fault: Option<Fault>,
+    what: String,
+    apply: impl FnOnce(&mut State, Duration) -> KvResult<T> + Send + 'static,
+    answer: oneshot::Sender<KvResult<T>>,
+) {
+    let world = process.world.clone();
+    if fault == Some(Fault::HangBefore) {
+        process.gate().await;
+    }
+    if process.is_dead() {
+        return;
+    }
+    let delay = match fault {
+        Some(Fault::LostRequest) => return lose(answer).await,
+        Some(Fault::Late) => Duration::from_millis(world.between(5000, LATEST.as_millis() as u64)),
+        _ => world.lock().latency(),
+    };
+    sleep(delay).await;
+    let sent = world.now();
+    // What is cut off arrives when it no longer is, if that is soon enough.
+    while process.is_cut() || world.lock().etcd_down {
+        if world.now() - sent + delay > LATEST || world.chance(20) {
+            return lose(answer).await;
+        }
+        sleep(Duration::from_millis(250)).await;
+    }
+    let result = {
+        let now = world.now();
+        let mut state = world.lock();
+        let result = apply(&mut state, now);
+        let outcome = match &result {
+            Ok(_) => "",
+            Err(_) => " refused",
+        };
+        state.note(now, &process.name, format_args!("{what}{outcome}"));
+        result
+    };
+    if world.lock().violation.is_some() {
+        world.over.notify_one();
+    }
+    match fault {
+        Some(Fault::LostAnswer) => return lose(answer).await,
+        Some(Fault::AbortAfter) => process.kill("after a call to etcd"),
+        Some(Fault::HangAfter) => {
+            let length = world.between(500, 25_000);
+            process.freeze(Duration::from_millis(length), "after a call to etcd");
+        }
+        _ => {}
+    }
+    let delay = world.lock().latency();
+    sleep(delay).await;
+    if process.is_cut() {
+        return lose(answer).await;
+    }
+    let _ = answer.send(result);
+}
+
+/// Nobody is answered; who waits gives up at its deadline.
+async fn lose<T>(answer: oneshot::Sender<T>) {
+    sleep(DEADLINE).await;
+    drop(answer);
+}
+
+/// A transaction in a few words, without what differs from one run to the next.
+fn describe(txn: &Txn) -> String {
+    let short = |key: &str| key.strip_prefix(PREFIX).unwrap_or(key).to_owned();
+    let ops = txn.then.iter().map(|op| match op {
+        Op::Put { key, .. } => format!("+{}", short(key)),
+        Op::Delete(keys) => format!("-{}", short(&keys.from)),
+        Op::Get(get) => format!("?{}", short(&get.keys.from)),
+    });
+    ops.collect::<Vec<_>>().join(", ")
+}
+
+impl Kv for Client {
+    type Snapshot = Snapshot;
+
+    fn name(&self) -> &'static str {
+        "etcd"
+    }
+
+    fn deadline(&self) -> Duration {
+        DEADLINE
+    }
+
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
+        let writes = txn.then.iter().chain(&txn.or).any(|op| !matches!(op, Op::Get(_)));
+        let kind = if writes { Kind::Write } else { Kind::Read };
+        let what = describe(&txn);
+        self.call(kind, what, move |state, now| {
+            let owned = super::checks::stale(&state.etcd, &txn);
+            let (result, changes) = state.etcd.txn(&txn)?;
+            if !result.succeeded && owned {
+                state.count("stale tokens refused");
+            }
+            if !changes.is_empty() {
+                state.note(now, "etcd", format_args!("revision {}", result.revision));
+            }
+            let State { checks, homes, etcd, .. } = state;
+            if let Err(what) = checks.written(etcd, homes, &txn, &result, &changes) {
+                state.note(now, "VIOLATED", &what);
+                state.violation.get_or_insert(what);
+            }
+            Ok(result)
+        })
+        .await
+    }
+
+    async fn page(&self, get: Get, at: Option<Snapshot>) -> KvResult<Page<Snapshot>> {
+        let what = format!("page {}", get.keys.from.strip_prefix(PREFIX).unwrap_or_default());
+        self.call(Kind::Read, what, move |state, _| state.etcd.page(&get, at.as_ref())).await
+    }
+
+    async fn count(&self, keys: Keys, at: Option<Snapshot>) -> KvResult<u64> {
+        self.call(Kind::Read, "count".to_owned(), move |state, _| state.etcd.count(&keys, at.as_ref())).await
+    }
+
+    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+        let (send, receive) = mpsc::unbounded_channel();
+        let followed = self.call(Kind::Read, "follow".to_owned(), move |state, _| Ok(state.etcd.follow(&keys, send)));
+        let (revision, keys) = followed.await?;
+        Ok(Followed { revision, keys, events: Box::new(Watching { process: self.0.clone(), receive, ready: None }) })
+    }
+
+    async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
+        let ttl = Duration::from_secs(ttl.as_secs());
+        self.call(Kind::Read, "grant".to_owned(), move |state, now| Ok((state.etcd.grant(now, ttl), ttl))).await
+    }
+
+    async fn keep_alive(&self, lease: LeaseId) -> KvResult<()> {
+        self.call(Kind::Read, format!("keep alive {lease}"), move |state, now| state.etcd.keep_alive(now, lease)).await
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> KvResult<()> {
+        self.call(Kind::Read, format!("revoke {lease}"), move |state, _| {
+            state.etcd.revoke(lease);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn close(&self) {}
+}
+
+struct Watching {
+    process: Arc<Process>,
+    receive: mpsc::UnboundedReceiver<KvResult<Vec<Event>>>,
+    /// Received, and on its way.
+    ready: Option<KvResult<Vec<Event>>>,
+}
+
+impl Events for Watching {
+    fn next(&mut self) -> BoxFuture<'_, KvResult<Vec<Event>>> {
+        async {
+            if self.ready.is_none() {
+                self.ready = self.receive.recv().await;
+            }
+            let delay = {
+                let mut state = self.process.world.lock();
+                if state.faulty && state.rng.random_ratio(1, 20) { state.latency() * 10 } else { state.latency() }
+            };
+            sleep(delay).await;
+            self.process.gate().await;
+            // A watch over a cut is dead, and is noticed when the ping is not answered.
+            if self.process.is_cut() {
+                sleep(DEADLINE).await;
+                return Err(KvError::Unavailable("the watch is cut off".to_owned()));
+            }
+            self.ready.take().unwrap_or_else(|| Err(KvError::Unavailable("the watch ended".to_owned())))
+        }
+        .boxed()
+    }
+}

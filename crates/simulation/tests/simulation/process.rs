@@ -1,0 +1,121 @@
+//! One life of a manager's process: it runs, stands still, or has ended. What has ended never does anything again; what it had sent
+//! before may still arrive.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::{sync::Notify, time::sleep};
+
+use super::world::World;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Status {
+    Running,
+    Frozen,
+    Dead,
+}
+
+/// One life.
+pub struct Process {
+    /// Told apart from every other life.
+    pub life: u64,
+    pub name: String,
+    pub world: Arc<World>,
+    status: Mutex<(Status, bool)>,
+    changed: Notify,
+}
+
+impl Process {
+    pub fn new(world: &Arc<World>, name: &str, life: u64) -> Arc<Self> {
+        let (name, world) = (name.to_owned(), world.clone());
+        Arc::new(Self { life, name, world, status: Mutex::new((Status::Running, false)), changed: Notify::new() })
+    }
+
+    /// Returns at once if it runs, when it goes on if it stands still, and never if it has ended.
+    pub async fn gate(&self) {
+        self.becomes(Status::Running).await;
+    }
+
+    /// Returns when it has ended.
+    pub async fn ended(&self) {
+        self.becomes(Status::Dead).await;
+    }
+
+    /// Wakes in the order of waiting: so that a seed does the same twice.
+    async fn becomes(&self, wanted: Status) {
+        loop {
+            let changed = self.changed.notified();
+            if self.status().0 == wanted {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    fn status(&self) -> std::sync::MutexGuard<'_, (Status, bool)> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Goes from one of these to another status; answers whether it was one of these.
+    fn turn(&self, from: &[Status], to: Status) -> bool {
+        let mut status = self.status();
+        let turns = from.contains(&status.0);
+        if turns {
+            status.0 = to;
+            self.changed.notify_waiters();
+        }
+        turns
+    }
+
+    pub fn runs(&self) -> bool {
+        self.status().0 == Status::Running
+    }
+
+    pub fn is_dead(&self) -> bool {
+        self.status().0 == Status::Dead
+    }
+
+    /// Whether it is cut off from etcd.
+    pub fn is_cut(&self) -> bool {
+        self.status().1
+    }
+
+    pub fn cut(&self, cut: bool) {
+        let before = std::mem::replace(&mut self.status().1, cut);
+        if before != cut {
+            self.world.note(&self.name, if cut { "is cut off from etcd" } else { "reaches etcd again" });
+        }
+    }
+
+    /// Ends it, as a kill does: what it has locked on the machine is free at once.
+    pub fn kill(&self, why: &str) {
+        if self.turn(&[Status::Running, Status::Frozen], Status::Dead) {
+            self.world.note(&self.name, format_args!("is killed: {why}"));
+            let mut state = self.world.lock();
+            state.count("killed");
+            state.homes.free(self.life);
+        }
+    }
+
+    /// Holds it up for a while.
+    pub fn freeze(self: &Arc<Self>, length: Duration, why: &str) {
+        if !self.turn(&[Status::Running], Status::Frozen) {
+            return;
+        }
+        self.world.note(&self.name, format_args!("stands still for {length:?}: {why}"));
+        self.world.lock().count("frozen");
+        let process = self.clone();
+        tokio::spawn(async move {
+            sleep(length).await;
+            process.thaw();
+        });
+    }
+
+    pub fn thaw(&self) {
+        if self.turn(&[Status::Frozen], Status::Running) {
+            self.world.note(&self.name, "goes on");
+        }
+    }
+}
