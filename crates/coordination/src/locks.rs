@@ -64,7 +64,10 @@ impl<K: Kv> Core<K> {
         let entered = patience.enter(self, depth, ahead, behind.clone());
         let turn = self.mirror.turn(&queue, blocking, ticket.fence);
         let Some(result) = patience.until(self, &ticket.live.lease, turn).await else {
-            let over = patience.over(self.mirror.ahead(&behind), entered.holder(&self.mirror).as_ref());
+            // Where the watch has not come that far: as many as at first.
+            let seen = self.mirror.holds(&ticket.live.key);
+            let ahead = if seen { self.mirror.ahead(&behind).max(1) } else { depth };
+            let over = patience.over(ahead, entered.holder(&self.mirror).as_ref());
             // Before the answer, so that a queue left behind is never seen.
             let core = self.clone();
             self.detached(async move {

@@ -113,7 +113,10 @@ pub(crate) struct Entered {
 impl Entered {
     /// Who holds what is waited for.
     pub(crate) fn holder(&self, mirror: &Mirror) -> Option<Holder> {
-        self.waits.lock().get(&self.number).and_then(|waiting| holder(mirror, &waiting.seen))
+        let waiting = self.waits.lock();
+        let seen = &waiting.get(&self.number)?.seen;
+        // The watch may not have come that far.
+        holder(mirror, seen).or_else(|| seen.first().map(|(_, owner)| owner.into()))
     }
 }
 
