@@ -254,7 +254,13 @@ impl Gauntlet {
             // Nor is one removed that this build cannot read: it stays, and with it the challenge, for a build that can.
             self.store.all_readable(id).await?;
             let held = self.store.lock(LockKind::Challenge, id, &self.by(call)).await?;
-            self.store.remove_challenge(held, id).await
+            match self.store.challenge(id).await? {
+                Some(stored) if !stored.value.closing => {
+                    // Gone, and created anew, while this was held up: not the one that was to go.
+                    self.store.release(held).await
+                }
+                _ => self.store.remove_challenge(held, id).await,
+            }
         };
         let removed = removed.await;
         self.store.release(rollout).await?;
