@@ -3,6 +3,8 @@
 mod backends;
 mod background;
 mod config;
+#[cfg(test)]
+mod fixture;
 mod gauges;
 mod grpc;
 mod health;

@@ -2,8 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-mod fixture;
-
 use axum::{body::Body, extract::MatchedPath};
 use futures::StreamExt as _;
 use gauntlet_api::v1::challenge::Challenge;
@@ -13,8 +11,8 @@ use tokio::{
     sync::watch,
 };
 
-use self::fixture::{Api, answer, text};
 use super::{Health, answer::stream, health};
+use crate::fixture::{Api, answer, text};
 use crate::grpc::Answers;
 
 /// The answers to several calls, one after the other.

@@ -8,12 +8,8 @@ use gauntlet_telemetry::instruments::Instruments;
 use tokio::net::TcpListener;
 use tonic::transport::{Channel, Endpoint};
 
-use self::fixture::Api;
 use super::*;
-
-#[path = "../../rest/tests/fixture.rs"]
-#[allow(dead_code, reason = "these tests use a part of it")]
-mod fixture;
+use crate::fixture::Api;
 
 /// The API's port, as clients reach it.
 async fn served(api: &Api) -> SweeperClient<Channel> {

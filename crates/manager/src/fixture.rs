@@ -1,4 +1,5 @@
 //! The REST API over the real use cases and the embedded store; scenarios and the provisioner are played.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::{fmt::Write as _, path::PathBuf, sync::Arc};
 
@@ -20,7 +21,7 @@ use crate::{
 };
 
 /// An API with nothing in it.
-pub(super) struct Api {
+pub(crate) struct Api {
     handlers: Handlers,
     router: Router,
     _signals: Background,
@@ -28,7 +29,7 @@ pub(super) struct Api {
 }
 
 impl Api {
-    pub(super) async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
         let gauntlet =
@@ -39,52 +40,52 @@ impl Api {
     }
 
     #[allow(dead_code, reason = "for the tests of the sweep, which read this file too")]
-    pub(super) fn handlers(&self) -> Handlers {
+    pub(crate) fn handlers(&self) -> Handlers {
         self.handlers.clone()
     }
 
-    pub(super) fn router(&self) -> Router {
+    pub(crate) fn router(&self) -> Router {
         self.router.clone()
     }
 
     /// Challenge `web`, whose instances live for ten minutes.
-    pub(super) async fn with_challenge() -> Self {
+    pub(crate) async fn with_challenge() -> Self {
         let api = Self::new().await;
         api.done("POST /api/v1/challenge", r#"{"id":"web","scenario":"reg/web:v1","timeout":"600s"}"#).await;
         api
     }
 
     /// As [`Api::with_challenge`], with an instance of it for source 7.
-    pub(super) async fn with_instance() -> Self {
+    pub(crate) async fn with_instance() -> Self {
         let api = Self::with_challenge().await;
         api.done("POST /api/v1/instance", r#"{"challengeId":"web","sourceId":"7"}"#).await;
         api
     }
 
     /// A call that prepares a test.
-    pub(super) async fn done(&self, line: &str, body: impl Into<Body>) {
+    pub(crate) async fn done(&self, line: &str, body: impl Into<Body>) {
         let answer = self.call(line, body).await;
         assert!(answer.starts_with("200 "), "{line}: {answer}");
     }
 
     /// A call as `METHOD target`; its answer as status, content type and body, without the times that differ from run to run.
-    pub(super) async fn call(&self, line: &str, body: impl Into<Body>) -> String {
+    pub(crate) async fn call(&self, line: &str, body: impl Into<Body>) -> String {
         answer(self.router.clone(), line, body).await
     }
 
     /// What is stored, as the API tells it.
-    pub(super) async fn contents(&self) -> String {
+    pub(crate) async fn contents(&self) -> String {
         self.call("GET /api/v1/challenge", "").await
     }
 }
 
-pub(super) async fn answer(router: Router, line: &str, body: impl Into<Body>) -> String {
+pub(crate) async fn answer(router: Router, line: &str, body: impl Into<Body>) -> String {
     let (method, target) = line.split_once(' ').unwrap();
     let request = Request::builder().method(method).uri(target).body(body.into()).unwrap();
     text(router.oneshot(request).await.unwrap()).await
 }
 
-pub(super) async fn text(response: axum::response::Response) -> String {
+pub(crate) async fn text(response: axum::response::Response) -> String {
     let (head, body) = response.into_parts();
     let mut text = head.status.as_u16().to_string();
     for (name, value) in [("", "content-type"), ("allow: ", "allow")] {
