@@ -17,7 +17,10 @@ use etcd_client::{
 };
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_domain::Error;
-use gauntlet_telemetry::db::{Database, Operation};
+use gauntlet_telemetry::{
+    db::{Database, Operation},
+    layers::code_name,
+};
 use tokio::{
     sync::OnceCell,
     time::{Instant, timeout_at},
@@ -293,25 +296,7 @@ impl Failure {
     fn code(&self) -> &'static str {
         match self {
             Self::Deadline => "DEADLINE_EXCEEDED",
-            Self::Client(etcd_client::Error::GRpcStatus(status)) => match status.code() {
-                Code::Ok => "OK",
-                Code::Cancelled => "CANCELLED",
-                Code::Unknown => "UNKNOWN",
-                Code::InvalidArgument => "INVALID_ARGUMENT",
-                Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-                Code::NotFound => "NOT_FOUND",
-                Code::AlreadyExists => "ALREADY_EXISTS",
-                Code::PermissionDenied => "PERMISSION_DENIED",
-                Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-                Code::FailedPrecondition => "FAILED_PRECONDITION",
-                Code::Aborted => "ABORTED",
-                Code::OutOfRange => "OUT_OF_RANGE",
-                Code::Unimplemented => "UNIMPLEMENTED",
-                Code::Internal => "INTERNAL",
-                Code::Unavailable => "UNAVAILABLE",
-                Code::DataLoss => "DATA_LOSS",
-                Code::Unauthenticated => "UNAUTHENTICATED",
-            },
+            Self::Client(etcd_client::Error::GRpcStatus(status)) => code_name(status.code()),
             Self::Client(_) => "client",
         }
     }

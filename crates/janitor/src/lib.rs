@@ -15,6 +15,7 @@ mod service;
 mod sweep;
 
 pub use config::{Config, duration};
-pub use server::{Channel, NotConnectable, NotServer, Server, code_name, within};
+pub use gauntlet_telemetry::layers::code_name;
+pub use server::{Channel, NotConnectable, NotServer, Server, within};
 pub use service::{Error, run};
 pub use sweep::{FINISH_WITHIN, Summary};

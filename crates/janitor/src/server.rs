@@ -8,7 +8,7 @@ use gauntlet_telemetry::{
 };
 use http::Uri;
 use tonic::{
-    Code, Request, Status,
+    Request, Status,
     transport::{ClientTlsConfig, Endpoint},
 };
 use tower::Layer as _;
@@ -126,19 +126,6 @@ fn with_causes(status: &Status) -> Status {
     Status::with_details(status.code(), causes, status.details().to_vec().into())
 }
 
-/// The name of a code as gRPC writes it, such as `NOT_FOUND`.
-#[must_use]
-pub fn code_name(code: Code) -> String {
-    let mut name = String::new();
-    for letter in format!("{code:?}").chars() {
-        if letter.is_ascii_uppercase() && !name.is_empty() {
-            name.push('_');
-        }
-        name.push(letter.to_ascii_uppercase());
-    }
-    name
-}
-
 /// An error and its causes, without those that repeat the one before.
 fn causes(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
@@ -156,6 +143,9 @@ fn causes(error: &(dyn std::error::Error + 'static)) -> String {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+    use gauntlet_telemetry::layers::code_name;
+    use tonic::Code;
+
     use super::*;
 
     #[test]

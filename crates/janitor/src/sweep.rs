@@ -14,13 +14,14 @@ use gauntlet_api::{
         instance::{DeleteInstanceRequest, RetrieveInstanceRequest, instance_manager_client::InstanceManagerClient},
     },
 };
+use gauntlet_telemetry::layers::code_name;
 use gauntlet_telemetry::{context, instruments, names};
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 use tracing::{Instrument as _, Span, field::Empty};
 
-use crate::server::{Channel, code_name, within};
+use crate::server::{Channel, within};
 
 /// How long deletions under way may go on once the janitor is told to stop.
 pub const FINISH_WITHIN: Duration = Duration::from_secs(20);
@@ -407,7 +408,7 @@ fn time(timestamp: Option<prost_types::Timestamp>) -> Option<Timestamp> {
 
 /// What clients match on: the reason, or the code where there is none.
 fn error_type(status: &Status) -> String {
-    reason(status).unwrap_or_else(|| code_name(status.code()))
+    reason(status).unwrap_or_else(|| code_name(status.code()).to_owned())
 }
 
 /// An error for operators.

@@ -231,7 +231,7 @@ const fn server_fault(code: Code) -> bool {
 }
 
 /// The name of a gRPC status code, as the semantic conventions and the protocol write it.
-const fn code_name(code: Code) -> &'static str {
+pub const fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
         Code::Cancelled => "CANCELLED",

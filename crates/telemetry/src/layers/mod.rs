@@ -15,5 +15,5 @@ mod grpc;
 mod http;
 
 pub use self::exchange::{End, Exchange, Observe, ObservedBody, ResponseFuture, Watch};
-pub use self::grpc::{GrpcCall, GrpcClientLayer, GrpcServerLayer};
+pub use self::grpc::{GrpcCall, GrpcClientLayer, GrpcServerLayer, code_name};
 pub use self::http::{HttpCall, HttpServerLayer};
