@@ -10,15 +10,20 @@ use super::{
     *,
 };
 
+/// Has the replica get what it gets once and not for each operation, its lease and its watch, and counts from there.
+async fn settled<K: Tested>(store: &Coordination<K>) {
+    store.core.lease().await.unwrap();
+    eventually("the watch is there", || async { store.core.kv.calls().contains_key("follow") }).await;
+    store.core.kv.reset();
+}
+
 pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
     let store = rig.replica("a");
     let spent = |what: &str, expected: &[(&'static str, usize)]| {
         assert_eq!(store.core.kv.calls(), expected.iter().copied().collect(), "{what}");
         store.core.kv.reset();
     };
-    // The lease is there.
-    store.release(store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap()).await.unwrap();
-    store.core.kv.reset();
+    settled(&store).await;
 
     store.insert_challenge(&challenge("web")).await.unwrap();
     spent("a challenge is inserted", &[("txn", 1)]);
@@ -92,9 +97,7 @@ pub(super) async fn each_use_case_keeps_its_budget(rig: &impl Rig) {
         let gauntlet = &gauntlet;
         async move { gauntlet.create_instance(&call(), &id(name), &source(who), BTreeMap::new()).await.unwrap() }
     };
-    // The lease is there.
-    store.release(store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap()).await.unwrap();
-    store.core.kv.reset();
+    settled(&store).await;
     gauntlet.create_challenge(&call(), new("web", 0)).await.unwrap();
     spent("a challenge: known already? then stored", &[("txn", 2)]);
     create("web", "alice").await;
@@ -119,8 +122,7 @@ pub(super) async fn each_use_case_keeps_its_budget(rig: &impl Rig) {
     // Another replica has seen nothing, and then too little.
     let other = Arc::new(rig.replica("b"));
     let elsewhere = self::gauntlet(other.clone());
-    other.core.lease().await.unwrap();
-    other.core.kv.reset();
+    settled(&other).await;
     let renew = |gauntlet: &Gauntlet| {
         let gauntlet = gauntlet.clone();
         async move { gauntlet.renew_instance(&call(), &id("pooled"), &source("alice")).await.unwrap() }
