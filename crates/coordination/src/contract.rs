@@ -102,6 +102,7 @@ contract! {
         a_hundred_pages_are_listed_one_at_a_time,
         any_text_is_an_id,
         a_sweep_costs_what_has_expired,
+        a_store_is_named_once,
     }
     versions {
         a_newer_instance_is_left_alone,

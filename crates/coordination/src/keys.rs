@@ -14,6 +14,7 @@
 //! working <c> s <source>             index: instances not ready; the value is their phase, or the time of the next try if one failed
 //! rollouts <c>                       index: challenges with an update or deletion under way
 //! pools <c> [<identity>]             index: challenges that keep a pool, and pooled instances
+//! store                              which store this is: a text made at random when it was first used
 //! live owners <c> s <source>         who works on the instance; under its replica's lease
 //! live locks <kind> <c> w <unique>   who holds or awaits a lock, by revision of creation; under its replica's lease
 //! ```
@@ -58,6 +59,10 @@ impl Layout {
     /// The words of a key.
     fn words(&self, key: &str) -> Option<Vec<String>> {
         key.strip_prefix(&self.prefix)?.split(SPACE).map(unescape).collect()
+    }
+
+    pub(crate) fn store(&self) -> String {
+        self.key(&["store"])
     }
 
     pub(crate) fn challenge(&self, id: &ChallengeId) -> String {

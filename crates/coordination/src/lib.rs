@@ -36,7 +36,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     core::Core,
     keys::Layout,
-    kv::{Kv, Op},
+    kv::{Compare, Keys, Kv, Op, Txn},
     memory::Memory,
     mirror::Mirror,
     session::Session,
@@ -121,6 +121,25 @@ impl<K: Kv> Coordination<K> {
             reported: Mutex::new(HashMap::new()),
         };
         Self { core: Arc::new(core), stop }
+    }
+
+    /// Which store this is: a text that every replica reads and that stays for as long as the store does. `fresh` becomes it where there is
+    /// none yet. One transaction.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] while the store does not answer; asking again is safe.
+    pub async fn store_id(&self, fresh: &str) -> Result<String> {
+        let key = self.core.layout.store();
+        let txn = Txn {
+            when: vec![Compare::absent(Keys::one(&key))],
+            then: vec![Op::put(&key, fresh)],
+            or: vec![Op::get(Keys::one(&key))],
+        };
+        let mut result = self.core.write(txn).await?;
+        match result.next_read().into_iter().next() {
+            None => Ok(fresh.to_owned()),
+            Some(kv) => String::from_utf8(kv.value).map_err(|error| Error::Internal(format!("{key:?}: {error}"))),
+        }
     }
 
     /// Takes a challenge's lock, shared with other readers or exclusively, first come first served; one transaction when it is free. A

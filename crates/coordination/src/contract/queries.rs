@@ -356,3 +356,15 @@ pub(super) async fn any_text_is_an_id(rig: &impl Rig) {
         assert_eq!(own.len(), texts.len());
     }
 }
+
+pub(super) async fn a_store_is_named_once(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let (one, two) = futures::join!(store.store_id("one"), other.store_id("two"));
+    let (one, two) = (one.unwrap(), two.unwrap());
+    assert!(one == two && ["one", "two"].contains(&one.as_str()), "{one} and {two}");
+    assert_eq!(rig.replica("c").store_id("three").await, Ok(one.clone()));
+    // An answer that was lost is asked for again.
+    store.core.kv.fail_next(Fault::LostAnswer);
+    assert!(matches!(store.store_id("four").await, Err(Error::Unavailable { .. })));
+    assert_eq!(store.store_id("four").await, Ok(one));
+}
