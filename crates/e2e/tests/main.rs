@@ -14,5 +14,6 @@ mod lifecycle;
 mod linear;
 mod page;
 mod red;
+mod stores;
 mod traces;
 mod transports;

@@ -64,6 +64,14 @@ impl Backend {
         }
     }
 
+    /// Which store it is; `fresh` becomes its name where it has none.
+    pub(crate) async fn store_id(&self, fresh: &str) -> gauntlet_domain::Result<String> {
+        match self {
+            Self::Embedded(store) => store.store_id(fresh).await,
+            Self::Etcd(store) => store.store_id(fresh).await,
+        }
+    }
+
     /// Reads who of this replica waits, for whom and since when; the longest waits where there are many. Does not block.
     pub(crate) fn waits(&self) -> impl Fn() -> serde_json::Value + Send + Sync + 'static {
         const SHOWN: usize = 32;

@@ -2,6 +2,7 @@
 
 mod backends;
 mod background;
+mod claimed;
 mod config;
 #[cfg(test)]
 mod fixture;
@@ -18,8 +19,9 @@ mod tasks;
 use std::{net::SocketAddr, sync::Arc};
 
 use anyhow::Result;
+use claimed::Claimed;
 pub use config::{Config, DebugAddress, Secret};
-use gauntlet_domain::{Gauntlet, Provisioner as _, Settings, Store};
+use gauntlet_domain::{Error, Gauntlet, Provisioner as _, Settings, Store};
 pub use gauntlet_provision::process::shim::run_if_requested as supervise_if_requested;
 use gauntlet_telemetry::Telemetry;
 use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, ObservedStore};
@@ -35,11 +37,12 @@ pub struct Manager {
     config: Config,
     tasks: Tasks,
     backend: backends::Backend,
-    processes: gauntlet_provision::process::Process,
+    instances: Arc<Claimed>,
 }
 
 impl Manager {
-    /// Puts everything together and listens. Fails, with what to do about it, if the data directory, the store or a port cannot be had.
+    /// Puts everything together and listens. Fails, with what to do about it, if the data directory, the store or a port cannot be had, or if
+    /// the data directory holds the instances of another store. An etcd that does not answer is no failure: calls fail until it does.
     pub async fn start(config: Config, telemetry: &Telemetry) -> Result<Self> {
         let replica = config.replica.clone().unwrap_or_else(backends::replica_name);
         tracing::info!(%replica, dir = %config.dir.display(), etcd = ?config.etcd_endpoints, "starting");
@@ -48,9 +51,14 @@ impl Manager {
 
         let scenarios = Arc::new(backends::scenarios(&config)?);
         let processes = backends::provisioner(&config)?;
-        let provisioner = ObservedProvisioner::new(Arc::new(processes.clone()), instruments.clone());
-        let scenarios = ObservedScenarios::new(scenarios, processes.name(), instruments.clone());
         let backend = backends::store(&config, replica, instruments).await?;
+        let instances = Arc::new(Claimed::new(processes, backend.clone()));
+        match instances.claim().await {
+            Err(error @ Error::Unavailable { .. }) => tracing::warn!(%error, "calls fail until the store answers"),
+            claimed => claimed?,
+        }
+        let provisioner = ObservedProvisioner::new(instances.clone(), instruments.clone());
+        let scenarios = ObservedScenarios::new(scenarios, instances.name(), instruments.clone());
         let store: Arc<dyn Store> = Arc::new(ObservedStore::new(backend.store(), instruments.clone()));
 
         let settings = Settings { patience: config.patience, ..Settings::default() };
@@ -62,7 +70,7 @@ impl Manager {
         let (signals, background) = background::signals();
         let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals));
         let (reporter, health_service) = tonic_health::server::health_reporter();
-        let health = health::watch(&tasks, backend.store(), reporter).await;
+        let health = health::watch(&tasks, backend.store(), instances.clone(), reporter).await;
         let rest = rest::router(handlers.clone()).merge(rest::health::router(health));
         let router = server::api(handlers, rest, health_service, instruments)?;
         let api = server::serve(&tasks, "API", SocketAddr::new(config.bind, config.port), router).await?;
@@ -72,7 +80,7 @@ impl Manager {
         };
         background.start(&tasks, &gauntlet, config.reconcile_every);
         tracing::info!(%api, debug = ?page, backend = store.backend(), "ready");
-        Ok(Self { api, debug: page, config, tasks, backend, processes })
+        Ok(Self { api, debug: page, config, tasks, backend, instances })
     }
 
     /// Stops listening, lets calls under way end (for as long as the configuration says), and gives up what this replica owns. Instances go
@@ -88,8 +96,8 @@ impl Manager {
 
     /// Stops, and ends the instances of this machine too; the next start brings them back. Answers how many were running.
     pub async fn stop_with_instances(self) -> Result<usize> {
-        let processes = self.processes.clone();
+        let instances = self.instances.clone();
         self.stop().await;
-        Ok(processes.halt().await?)
+        Ok(instances.halt().await?)
     }
 }

@@ -12,6 +12,7 @@
 //!     output.log      what it last wrote, and output.old.log before that
 //!     work/           where it runs; its own
 //! <dir>/ports/<port>  a link to the owner
+//! <dir>/store.json    the store that all of it belongs to
 //! ```
 //!
 //! Several managers of one machine (and one pid namespace) share the directory.
@@ -23,6 +24,7 @@
 
 mod home;
 mod launch;
+mod mark;
 mod output;
 mod ports;
 mod probe;
@@ -122,6 +124,7 @@ impl Config {
 #[derive(Debug, Clone)]
 pub struct Process {
     config: Config,
+    dir: PathBuf,
     shim: PathBuf,
     instances: PathBuf,
     ports: Ports,
@@ -191,7 +194,17 @@ impl Process {
             IpAddr::V6(address) if address.is_unspecified() => std::net::Ipv6Addr::LOCALHOST.into(),
             address => address,
         };
-        Ok(Self { config, shim, instances, ports, probed })
+        Ok(Self { config, dir, shim, instances, ports, probed })
+    }
+
+    /// Takes the directory for the store of that name, for good. To be called before any order of that store: an order's generation means
+    /// something beside others of the same store only. One that belongs to no store yet is taken over as it is.
+    ///
+    /// # Errors
+    /// [`Error::Provision`], saying what to do, if it belongs to another store.
+    pub async fn claim(&self, store: &str) -> Result<()> {
+        let (dir, store) = (self.dir.clone(), store.to_owned());
+        blocking(move || mark::claim(&dir, &store)).await
     }
 
     /// Ends every instance and keeps what is recorded of it, as a machine that is shut down does: an `up` or `update` brings it back on its

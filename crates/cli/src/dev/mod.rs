@@ -108,7 +108,11 @@ impl Dev {
         let ground = Ground::take(&self.data)?;
         ground::is_free(self.port, "--port")?;
         ground::is_free(self.debug_port, "--debug-port")?;
-        config.dir = ground.data().to_owned();
+        // Instances belong to one store: a run on the other backend has its own.
+        config.dir = match self.backend {
+            Backend::Embedded => ground.data().to_owned(),
+            Backend::Etcd => ground.data().join("on-etcd"),
+        };
         let scenarios = self.scenarios(&ground)?;
         config.scenario_root.clone_from(&scenarios);
 

@@ -22,10 +22,10 @@ pub(crate) enum Health {
     Starting,
     /// It can.
     Serving,
-    /// It cannot: a component does not answer.
+    /// It cannot.
     Failing {
-        /// The component's name, shown to whoever asks.
-        what: String,
+        /// Why, shown to whoever asks.
+        why: String,
     },
     /// Not any more.
     Stopping,
@@ -44,7 +44,7 @@ async fn healthcheck(State(health): State<watch::Receiver<Health>>) -> Response 
         Health::Serving => "The manager no longer looks after its health.".to_owned(),
         Health::Starting => "The manager is starting.".to_owned(),
         Health::Stopping => "The manager is stopping.".to_owned(),
-        Health::Failing { what } => format!("The manager cannot serve: {what} does not answer."),
+        Health::Failing { why } => format!("The manager cannot serve: {why}."),
     };
     Failure::from(Status::unavailable(why)).into_response()
 }

@@ -145,7 +145,7 @@ async fn retrieve_renew_and_delete_instance() {
 async fn healthcheck() {
     let mut answers = String::new();
     let (sender, receiver) = watch::channel(Health::Starting);
-    let failing = Health::Failing { what: "etcd".to_owned() };
+    let failing = Health::Failing { why: "etcd does not answer".to_owned() };
     for health in [Health::Starting, Health::Serving, failing, Health::Stopping] {
         sender.send_replace(health);
         answers += &answer(health::router(receiver.clone()), "GET /healthcheck", "").await;

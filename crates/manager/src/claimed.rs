@@ -1,0 +1,101 @@
+//! The instances of this machine, touched once it is known that they belong to this store.
+
+use async_trait::async_trait;
+use gauntlet_domain::{ChallengeId, Found, Identity, Order, Outputs, Provisioner, Result};
+use gauntlet_provision::process::Process;
+use tokio::sync::OnceCell;
+
+use crate::backends::Backend;
+
+/// The process provisioner of one store: its directory is claimed before anything there is touched, and orders fail until it is.
+pub(crate) struct Claimed {
+    processes: Process,
+    backend: Backend,
+    claimed: OnceCell<()>,
+}
+
+impl Claimed {
+    pub(crate) fn new(processes: Process, backend: Backend) -> Self {
+        Self { processes, backend, claimed: OnceCell::new() }
+    }
+
+    /// Claims the directory for the store, if that has not been done. Fails while the store does not answer, and if the directory belongs
+    /// to another.
+    pub(crate) async fn claim(&self) -> Result<()> {
+        let claim = async || {
+            let store = self.backend.store_id(&format!("{:016x}", rand::random::<u64>())).await?;
+            self.processes.claim(&store).await
+        };
+        self.claimed.get_or_try_init(claim).await.copied()
+    }
+
+    /// Ends every instance, as [`Process::halt`] does; none of another store's.
+    pub(crate) async fn halt(&self) -> Result<usize> {
+        if self.claimed.initialized() { self.processes.halt().await } else { Ok(0) }
+    }
+}
+
+#[async_trait]
+impl Provisioner for Claimed {
+    fn name(&self) -> &'static str {
+        self.processes.name()
+    }
+
+    async fn up(&self, order: &Order) -> Result<Outputs> {
+        self.claim().await?;
+        self.processes.up(order).await
+    }
+
+    async fn update(&self, order: &Order) -> Result<Outputs> {
+        self.claim().await?;
+        self.processes.update(order).await
+    }
+
+    async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
+        self.claim().await?;
+        self.processes.down(challenge, identity, generation).await
+    }
+
+    async fn list(&self) -> Result<Vec<Found>> {
+        self.claim().await?;
+        self.processes.list().await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use std::{path::Path, sync::Arc};
+
+    use gauntlet_coordination::Coordination;
+    use gauntlet_domain::Error;
+    use gauntlet_provision::process;
+
+    use super::*;
+
+    async fn on(store: &Path, instances: &Path) -> Claimed {
+        let store = Coordination::embedded(store, "replica".into()).await.unwrap();
+        let processes = Process::new(process::Config::new(instances)).unwrap();
+        Claimed::new(processes, Backend::Embedded(Arc::new(store)))
+    }
+
+    #[tokio::test]
+    async fn instances_of_another_store_are_not_touched() {
+        let dir = tempfile::tempdir().unwrap();
+        let [one, two, instances] = ["one", "two", "instances"].map(|name| dir.path().join(name));
+        let first = on(&one, &instances).await;
+        assert_eq!(first.list().await.unwrap(), []);
+        first.backend.shutdown().await;
+
+        let other = on(&two, &instances).await;
+        let (identity, challenge) = (Identity::from_bits(1), ChallengeId::new("web").unwrap());
+        let listed = other.list().await.map(|_| ());
+        for refused in [other.claim().await, listed, other.down(&challenge, &identity, 1).await] {
+            assert!(matches!(refused, Err(Error::Provision { step: "claim", .. })), "{refused:?}");
+        }
+        assert_eq!(other.halt().await, Ok(0));
+
+        let again = on(&one, &instances).await;
+        again.claim().await.unwrap();
+    }
+}
