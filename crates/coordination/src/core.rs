@@ -22,6 +22,7 @@ use crate::{
     kv::{Kv, KvError, Txn, TxnResult},
     memory::Memory,
     mirror::Mirror,
+    names::{Name, Names},
     records::{Owner, Unreadable},
     session::{Lease, Session},
     ticket::{LiveKey, Of, Reaper, Ticket},
@@ -38,6 +39,7 @@ pub(crate) struct Core<K> {
     pub(crate) session: Session,
     pub(crate) mirror: Arc<Mirror>,
     pub(crate) memory: Memory,
+    pub(crate) names: Arc<Names>,
     pub(crate) waits: Arc<Waits>,
     pub(crate) reaper: Reaper,
     pub(crate) replica: String,
@@ -76,16 +78,11 @@ impl<K: Kv> Core<K> {
         lease.map_err(|error| self.error(error))
     }
 
-    /// A key under the lease, told apart from every other acquisition.
-    pub(crate) fn live_key(&self, lease: Lease, by: &By, key: impl FnOnce(&str) -> String) -> LiveKey {
+    /// A key under the lease; its value is told apart from every other acquisition's.
+    pub(crate) fn live_key(&self, lease: Lease, by: &By, key: String, name: Option<Name>) -> LiveKey {
         let unique = format!("{:x}-{}", lease.id, self.next.fetch_add(1, Ordering::Relaxed));
-        let owner = Owner {
-            replica: self.replica.clone(),
-            origin: by.origin.clone(),
-            since: Timestamp::now(),
-            unique: unique.clone(),
-        };
-        LiveKey { key: key(&unique), value: owner.write(), lease }
+        let owner = Owner { replica: self.replica.clone(), origin: by.origin.clone(), since: Timestamp::now(), unique };
+        LiveKey { key, value: owner.write(), lease, name }
     }
 
     /// Runs a transaction that puts `live` if its compares hold (or, with `queue`, in any case).
@@ -100,15 +97,17 @@ impl<K: Kv> Core<K> {
         self.detached(async move {
             match core.kv.txn(txn).await {
                 Ok(result) => {
-                    let put = result.succeeded || queue;
-                    let ticket = put.then(|| Ticket::new(live, result.revision, of, core.reaper.clone()));
-                    Ok((ticket, result))
+                    if !result.succeeded && !queue {
+                        live.absent();
+                        return Ok((None, result));
+                    }
+                    Ok((Some(Ticket::new(live, result.revision, of, core.reaper.clone())), result))
                 }
                 Err(error) => {
                     match &error {
                         KvError::Ambiguous(_) => core.reaper.give(live, true),
                         KvError::LeaseGone => live.lease.lose(),
-                        KvError::Unavailable(_) | KvError::Broken(_) => {}
+                        KvError::Unavailable(_) | KvError::Broken(_) => live.absent(),
                     }
                     Err(core.error(error))
                 }

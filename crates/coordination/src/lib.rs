@@ -14,6 +14,7 @@ pub mod kv;
 mod locks;
 mod memory;
 mod mirror;
+mod names;
 mod reads;
 mod records;
 mod session;
@@ -113,6 +114,7 @@ impl<K: Kv> Coordination<K> {
             session,
             mirror,
             memory: Memory::default(),
+            names: Arc::default(),
             waits: Arc::default(),
             reaper,
             replica,
@@ -157,7 +159,7 @@ impl<K: Kv> Coordination<K> {
     /// [`Error::Unavailable`] while the store does not answer.
     pub async fn queue(&self, kind: LockKind, id: &ChallengeId) -> Result<Vec<Holder>> {
         let mut read = self.core.read(vec![Op::get(self.core.layout.queue(kind, id))]).await?;
-        Ok(locks::owners(&self.core, read.next_read()).iter().map(|(_, owner)| owner.into()).collect())
+        Ok(locks::owners(&self.core, read.next_read()).iter().map(|seen| (&seen.owner).into()).collect())
     }
 
     /// How many calls of this replica wait for a lock or an instance, and where those stand that have waited longest, at most `most`. Asks

@@ -1,7 +1,8 @@
 //! Locks, first come first served, and waiting for whoever is ahead.
 //!
 //! Whoever wants a lock puts a key of its own beside the others; the key's revision of creation is its place in the queue. A writer waits for
-//! all keys created before its own, a reader for the writers among them. Taking a free lock is one transaction.
+//! all keys created before its own, a reader for the writers among them. Taking a free lock is one transaction. Between two calls of one
+//! replica that come one after the other it is handed over at once, while the key of the first is being removed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use crate::{
     records::Owner,
     session::Lease,
     ticket::{Of, Ticket},
-    waits::{Behind, Entered, Holder, Waiting},
+    waits::{Behind, Entered, Holder, Seen, Waiting},
 };
 
 /// Of those ahead in a queue, how many are read: so that what a waiter costs does not grow with their number.
@@ -33,7 +34,9 @@ impl<K: Kv> Core<K> {
     ) -> Result<Held> {
         let mut patience = Patience::new(by, kind, id, || format!("the {} lock of {id:?}", kind.name()));
         let lease = self.lease().await?;
-        let live = self.live_key(lease, by, |unique| self.layout.lock(kind, id, mode, unique));
+        let name = self.names.take(&self.layout.queue_of(kind, id, mode).from, lease.id);
+        let key = self.layout.lock(kind, id, mode, &name.word());
+        let live = self.live_key(lease, by, key, Some(name));
         let queue = self.layout.queue(kind, id);
         let blocking = match mode {
             LockMode::Write => queue.clone(),
@@ -53,7 +56,7 @@ impl<K: Kv> Core<K> {
         ahead.retain(|kv| kv.key != own);
         let Some(ticket) = ticket else {
             let depth = ahead.len().max(if cut { self.mirror.ahead(&Behind::Queue(blocking, u64::MAX)) } else { 0 });
-            let holder = owners(self, ahead).first().map(|(_, owner)| owner.into());
+            let holder = owners(self, ahead).first().map(|seen| (&seen.owner).into());
             return Err(patience.over(depth, holder.as_ref()));
         };
         if result.succeeded {
@@ -65,7 +68,7 @@ impl<K: Kv> Core<K> {
         let turn = self.mirror.turn(&queue, blocking, ticket.fence);
         let Some(result) = patience.until(self, &ticket.live.lease, turn).await else {
             // Where the watch has not come that far: as many as at first.
-            let seen = self.mirror.holds(&ticket.live.key);
+            let seen = self.mirror.holds(&ticket.live.key, ticket.fence);
             let ahead = if seen { self.mirror.ahead(&behind).max(1) } else { depth };
             let over = patience.over(ahead, entered.holder(&self.mirror).as_ref());
             // Before the answer, so that a queue left behind is never seen.
@@ -92,10 +95,10 @@ pub(crate) fn held(kind: LockKind, ticket: Ticket, patience: Patience) -> Held {
 }
 
 /// Whose these keys are, in order of creation; what cannot be read is reported and left out.
-pub(crate) fn owners<K: Kv>(core: &Core<K>, mut keys: Vec<KeyValue>) -> Vec<(String, Owner)> {
+pub(crate) fn owners<K: Kv>(core: &Core<K>, mut keys: Vec<KeyValue>) -> Vec<Seen> {
     keys.sort_by_key(|kv| kv.created);
     let read = |kv: KeyValue| match Owner::read(&kv.value) {
-        Ok(owner) => Some((kv.key, owner)),
+        Ok(owner) => Some(Seen { key: kv.key, created: kv.created, owner }),
         Err(problem) => {
             core.report(&kv.key, kv.modified, &problem);
             None
@@ -146,7 +149,7 @@ impl Patience {
             self.waited.contended = true;
             self.waited.queue_depth = depth as u64;
         }
-        self.waited.holder = seen.last().and_then(|(_, owner)| owner.origin.clone());
+        self.waited.holder = seen.last().and_then(|seen| seen.owner.origin.clone());
         let (kind, challenge) = (self.kind, self.challenge.clone());
         core.waits.enter(Waiting { kind, challenge, since: Timestamp::now(), behind, seen })
     }

@@ -1,5 +1,5 @@
 //! One watch on everything that is owned, awaited by everybody who waits: for one key to go, or for its turn in a queue. Only those wake who
-//! can go on.
+//! can go on. While nobody waits there is no watch: what is done uncontended costs nothing here.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,27 +8,38 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::oneshot, time::sleep};
+use tokio::{
+    sync::{Notify, oneshot},
+    time::{Instant, interval_at, sleep},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    kv::{Event, Keys, Kv},
+    kv::{Event, Events, Keys, Kv, KvError},
     waits::Behind,
 };
 
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LONGEST: Duration = Duration::from_secs(2);
+/// How long the watch is kept after the last one who waited, at least; at most it is twice that.
+const IDLE: Duration = Duration::from_secs(30);
 
 /// The owned keys, as far as the watch has come.
 #[derive(Debug, Default)]
 pub(crate) struct Mirror {
     state: Mutex<State>,
+    wanted: Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    /// How far the watch has come; nowhere while there is none.
     revision: u64,
     keys: BTreeMap<String, u64>,
+    /// Of these keys, those whose owners are done with them and that are being removed, by the revision at which they came to be.
+    leaving: BTreeSet<u64>,
+    /// Somebody has begun to wait since this was last looked at.
+    asked: bool,
     /// In order, as every choice here that nobody makes: so that a simulation does the same twice.
     waiters: BTreeMap<String, Vec<Waiter>>,
     /// By the queue, and by the revision at which a place in it came to be.
@@ -62,6 +73,7 @@ impl Mirror {
                     let waiters = state.waiters.entry(key.to_owned()).or_default();
                     waiters.retain(|waiter| !waiter.wake.is_closed());
                     waiters.push(Waiter { created, wake });
+                    self.want(&mut state);
                     waiting
                 }
             }
@@ -80,6 +92,7 @@ impl Mirror {
             }
             let (wake, waiting) = oneshot::channel();
             state.queues.entry(queue.from.clone()).or_default().insert(created, Place { blocking, wake });
+            self.want(&mut state);
             waiting
         };
         // As above.
@@ -95,9 +108,21 @@ impl Mirror {
         }
     }
 
-    /// Whether the key is there, as far as the watch has come.
-    pub(crate) fn holds(&self, key: &str) -> bool {
-        self.lock().keys.contains_key(key)
+    /// Whether the key that came to be at that revision is there, as far as the watch has come.
+    pub(crate) fn holds(&self, key: &str, created: u64) -> bool {
+        self.lock().keys.get(key) == Some(&created)
+    }
+
+    /// Whoever put the key that came to be at that revision is done with it, and nothing that was asked for in its name can come yet; it is
+    /// being removed. Who is next in its queue here goes on at once: nobody else can come in between.
+    pub(crate) fn leaving(&self, key: &str, created: u64) {
+        let mut state = self.lock();
+        if state.keys.get(key) == Some(&created)
+            && let Some(queue) = queue_of(key)
+        {
+            state.leaving.insert(created);
+            state.advance(queue);
+        }
     }
 
     /// A key that came to be at that revision was removed here: whoever waits for it need not wait for the watch to tell.
@@ -105,6 +130,7 @@ impl Mirror {
         let mut state = self.lock();
         if state.keys.get(key) == Some(&created) {
             state.keys.remove(key);
+            state.leaving.remove(&created);
         }
         if let Some(waiters) = state.waiters.get_mut(key)
             && !wake(waiters, |there| there <= created)
@@ -116,21 +142,22 @@ impl Mirror {
         }
     }
 
-    /// Follows the keys until `stop`; lists again whenever the watch breaks.
+    /// Follows the keys until `stop`, while anybody waits; lists again whenever the watch breaks.
     pub(crate) async fn follow<K: Kv>(self: Arc<Self>, kv: Arc<K>, keys: Keys, stop: CancellationToken) {
         let mut delay = RETRY_FIRST;
         let run = async {
             loop {
+                while !self.lock().wanted() {
+                    self.wanted.notified().await;
+                }
                 let error = match kv.follow(keys.clone()).await {
                     Err(error) => error,
                     Ok(mut followed) => {
                         delay = RETRY_FIRST;
                         self.lock().list(followed.revision, followed.keys);
-                        loop {
-                            match followed.events.next().await {
-                                Ok(events) => self.lock().apply(events),
-                                Err(error) => break error,
-                            }
+                        match self.keep_up(followed.events.as_mut(), IDLE).await {
+                            Err(error) => error,
+                            Ok(()) => continue,
                         }
                     }
                 };
@@ -142,13 +169,50 @@ impl Mirror {
         tokio::select! { biased; () = stop.cancelled() => {}, () = run => {} }
     }
 
+    /// Takes in what the watch tells until it breaks, or until nobody has waited for a while.
+    async fn keep_up(&self, events: &mut dyn Events, idle: Duration) -> Result<(), KvError> {
+        let mut look = interval_at(Instant::now() + idle, idle);
+        loop {
+            tokio::select! {
+                biased;
+                next = events.next() => self.lock().apply(next?),
+                _ = look.tick() => {
+                    let mut state = self.lock();
+                    if !state.wanted() && !std::mem::take(&mut state.asked) {
+                        state.forget();
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    fn want(&self, state: &mut State) {
+        state.asked = true;
+        self.wanted.notify_one();
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
+    /// Whether anybody waits.
+    fn wanted(&mut self) -> bool {
+        self.waiters.retain(|_, waiters| waiters.iter().any(|waiter| !waiter.wake.is_closed()));
+        self.queues.retain(|_, places| places.values().any(|place| !place.wake.is_closed()));
+        !self.waiters.is_empty() || !self.queues.is_empty()
+    }
+
+    fn forget(&mut self) {
+        self.revision = 0;
+        self.keys.clear();
+        self.leaving.clear();
+    }
+
     fn list(&mut self, revision: u64, keys: BTreeMap<String, u64>) {
+        self.leaving.retain(|created| keys.values().any(|there| there == created));
         (self.revision, self.keys) = (revision, keys);
         let keys = &self.keys;
         self.waiters.retain(|key, waiters| {
@@ -164,7 +228,7 @@ impl State {
         self.keys
             .range::<String, _>((Bound::Included(&range.from), to))
             .map(|(_, &there)| there)
-            .filter(move |&there| there < created)
+            .filter(move |there| *there < created && !self.leaving.contains(there))
     }
 
     fn free(&self, blocking: &Keys, created: u64) -> bool {
@@ -201,7 +265,9 @@ impl State {
                     created
                 }
                 None => {
-                    self.keys.remove(&key);
+                    if let Some(created) = self.keys.remove(&key) {
+                        self.leaving.remove(&created);
+                    }
                     revision
                 }
             };
@@ -319,6 +385,61 @@ mod tests {
         mirror.lock().list(20, BTreeMap::from([("q w 5".to_owned(), 14)]));
         assert!(last.now_or_never().is_some());
         assert!(mirror.lock().queues.is_empty());
+    }
+
+    #[test]
+    fn who_is_next_here_need_not_wait_for_the_key_to_go() {
+        let mirror = Mirror::default();
+        let all = Keys::between("q ", "q!");
+        // The first and the third are of this replica, the second is another's.
+        mirror
+            .lock()
+            .list(12, ["1", "2", "3", "4"].map(|n| (format!("q w {n}"), 8 + n.parse::<u64>().unwrap())).into());
+        let mut third = std::pin::pin!(mirror.turn(&all, all.clone(), 11));
+        let mut fourth = std::pin::pin!(mirror.turn(&all, all.clone(), 12));
+        mirror.leaving("q w 1", 9);
+        assert!(third.as_mut().now_or_never().is_none(), "another's turn comes first");
+        mirror.lock().apply(vec![delete("q w 1", 13), delete("q w 2", 14)]);
+        assert!(third.as_mut().now_or_never().is_some());
+        assert!(fourth.as_mut().now_or_never().is_none());
+        mirror.leaving("q w 3", 3);
+        assert!(fourth.as_mut().now_or_never().is_none(), "an older one of that name");
+        mirror.leaving("q w 3", 11);
+        assert!(fourth.as_mut().now_or_never().is_some());
+        assert!(mirror.holds("q w 3", 11), "it is there until it goes");
+        mirror.lock().list(20, BTreeMap::new());
+        assert!(mirror.lock().leaving.is_empty());
+    }
+
+    /// A watch that tells nothing.
+    struct Quiet;
+
+    impl Events for Quiet {
+        fn next(&mut self) -> futures::future::BoxFuture<'_, Result<Vec<Event>, KvError>> {
+            std::future::pending().boxed()
+        }
+    }
+
+    #[tokio::test]
+    async fn the_watch_ends_when_nobody_has_waited_for_a_while() {
+        let mirror = Mirror::default();
+        let all = Keys::between("q ", "q!");
+        mirror.lock().list(9, BTreeMap::from([("q w 1".to_owned(), 8)]));
+        let mut wait = Box::pin(mirror.turn(&all, all.clone(), 9));
+        assert!(wait.as_mut().now_or_never().is_none());
+        let mut quiet = Quiet;
+        let mut watch = Box::pin(mirror.keep_up(&mut quiet, Duration::from_millis(1)));
+        for _ in 0..10 {
+            tokio::select! {
+                biased;
+                ended = &mut watch => panic!("while somebody waits: {ended:?}"),
+                () = sleep(Duration::from_millis(1)) => {}
+            }
+        }
+        drop(wait);
+        watch.await.unwrap();
+        let state = mirror.lock();
+        assert!(state.revision == 0 && state.keys.is_empty());
     }
 
     #[test]

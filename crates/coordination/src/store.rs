@@ -165,6 +165,10 @@ impl<K: Kv> Store for Coordination<K> {
             // Given up already; what was done under it was fenced by itself.
             return Ok(());
         }
+        if ticket.unused() {
+            // Nothing done under it can come later than this: who is next here need not wait for the key to go.
+            self.core.mirror.leaving(&ticket.live.key, ticket.fence);
+        }
         let txn = ticket.removal();
         self.core.finish(held, txn, |_| true).await.map(|_| ())
     }
@@ -233,7 +237,7 @@ impl<K: Kv> Store for Coordination<K> {
         let mut patience = Patience::new(by, LockKind::Challenge, id, || format!("the challenge lock of {id:?}"));
         loop {
             let lease = core.lease().await?;
-            let live = core.live_key(lease.clone(), by, |_| layout.owner(slot));
+            let live = core.live_key(lease.clone(), by, layout.owner(slot), None);
             let writers = layout.queue_of(LockKind::Challenge, id, LockMode::Write);
             let mut then = vec![live.put(), Op::put(layout.instance(slot), records::write_instance(intent))];
             then.extend(layout.instance_index(intent).into_iter().map(|(key, value)| Op::put(key, value)));
@@ -289,7 +293,7 @@ impl<K: Kv> Store for Coordination<K> {
         let working = claimed.phase.is_working();
         loop {
             let lease = core.lease().await?;
-            let live = core.live_key(lease.clone(), by, |_| layout.owner(to));
+            let live = core.live_key(lease.clone(), by, layout.owner(to), None);
             let writers = layout.queue_of(LockKind::Challenge, id, LockMode::Write);
             let mut then =
                 vec![Op::Delete(layout.whole(from)), Op::put(layout.instance(to), records::write_instance(claimed))];
@@ -351,7 +355,7 @@ impl<K: Kv> Store for Coordination<K> {
         let mut left: Option<Stored<Instance>> = None;
         loop {
             let lease = core.lease().await?;
-            let live = core.live_key(lease.clone(), by, |_| layout.owner(slot));
+            let live = core.live_key(lease.clone(), by, layout.owner(slot), None);
             let mut when = vec![Compare::exists(layout.instance(slot)), Compare::absent(Keys::one(layout.owner(slot)))];
             let mut then = vec![Op::get(Keys::one(layout.working(slot))), live.put()];
             match (&begin, left.take()) {

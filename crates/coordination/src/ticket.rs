@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     kv::{Compare, Kv, LeaseId, Op, Txn},
+    names::Name,
     session::Lease,
 };
 
@@ -33,12 +34,21 @@ pub(crate) struct LiveKey {
     pub(crate) key: String,
     pub(crate) value: Vec<u8>,
     pub(crate) lease: Lease,
+    /// What in the key may be used again.
+    pub(crate) name: Option<Name>,
 }
 
 impl LiveKey {
     pub(crate) fn put(&self) -> Op {
         let lease: LeaseId = self.lease.id;
         Op::Put { key: self.key.clone(), value: self.value.clone(), lease: Some(lease) }
+    }
+
+    /// To be called once it is known to be gone, or never to have been.
+    pub(crate) fn absent(&self) {
+        if let Some(name) = &self.name {
+            name.free();
+        }
     }
 
     /// Removes it, and no other that has come to its place.
@@ -69,26 +79,37 @@ pub(crate) struct Ticket {
     pub(crate) of: Of,
     reaper: Reaper,
     spent: AtomicBool,
+    /// Something was asked for that is good only while it stands.
+    used: AtomicBool,
 }
 
 impl Ticket {
     pub(crate) fn new(live: LiveKey, fence: u64, of: Of, reaper: Reaper) -> Self {
-        Self { live, fence, of, reaper, spent: AtomicBool::new(false) }
+        Self { live, fence, of, reaper, spent: AtomicBool::new(false), used: AtomicBool::new(false) }
     }
 
     /// Its key is gone, or somebody else's: nothing is left to remove.
     pub(crate) fn spend(&self) {
-        self.spent.store(true, Ordering::Release);
+        if !self.spent.swap(true, Ordering::AcqRel) {
+            self.live.absent();
+        }
     }
 
-    /// Holds in the store as long as the ownership does.
+    /// Holds in the store as long as the ownership does. What asks for it may yet be under way when its answer is given up.
     pub(crate) fn stands(&self) -> Compare {
+        self.used.store(true, Ordering::Release);
         Compare::created(&self.live.key, self.fence)
+    }
+
+    /// Whether the store was never asked for anything in its name.
+    pub(crate) fn unused(&self) -> bool {
+        !self.used.load(Ordering::Acquire)
     }
 
     /// Gives it up.
     pub(crate) fn removal(&self) -> Txn {
-        Txn { when: vec![self.stands()], then: vec![Op::delete(&self.live.key)], or: Vec::new() }
+        let stands = Compare::created(&self.live.key, self.fence);
+        Txn { when: vec![stands], then: vec![Op::delete(&self.live.key)], or: Vec::new() }
     }
 }
 
@@ -149,7 +170,7 @@ async fn reap<K: Kv>(kv: Arc<K>, mut given: mpsc::Receiver<Given>) {
         let live = tokio::select! {
             biased;
             () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
-                again.pop_front().map(|(_, live)| live)
+                again.pop_front().map(|(_, live)| (live, true))
             }
             next = given.recv() => match next {
                 None => return,
@@ -157,21 +178,25 @@ async fn reap<K: Kv>(kv: Arc<K>, mut given: mpsc::Receiver<Given>) {
                     if unsure {
                         again.push_back((Instant::now() + kv.deadline() * 2, live.clone()));
                     }
-                    Some(live)
+                    Some((live, unsure))
                 }
             },
         };
-        if let Some(live) = live {
-            remove(kv.as_ref(), &live).await;
+        if let Some((live, unsure)) = live
+            && remove(kv.as_ref(), &live).await
+            && !unsure
+        {
+            live.absent();
         }
     }
 }
 
-async fn remove<K: Kv>(kv: &K, live: &LiveKey) {
+/// Answers whether it is gone, and not only its lease.
+async fn remove<K: Kv>(kv: &K, live: &LiveKey) -> bool {
     let mut delay = RETRY_FIRST;
     while !live.lease.is_lost() {
         match kv.txn(live.removal()).await {
-            Ok(_) => return,
+            Ok(_) => return true,
             Err(error) => {
                 tracing::warn!(%error, key = live.key, "an ownership that was given up could not be removed, trying again");
                 tokio::select! { biased; () = sleep(delay) => {}, () = live.lease.lost() => {} }
@@ -179,4 +204,5 @@ async fn remove<K: Kv>(kv: &K, live: &LiveKey) {
             }
         }
     }
+    false
 }

@@ -59,8 +59,17 @@ pub(crate) struct Waiting {
     pub(crate) challenge: ChallengeId,
     pub(crate) since: Timestamp,
     pub(crate) behind: Behind,
-    /// Keys of some who are ahead, in order, and whose they are.
-    pub(crate) seen: Vec<(String, Owner)>,
+    /// Some who are ahead, in order.
+    pub(crate) seen: Vec<Seen>,
+}
+
+/// A key that somebody owns.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) key: String,
+    /// The revision at which it came to be.
+    pub(crate) created: u64,
+    pub(crate) owner: Owner,
 }
 
 /// What must go first.
@@ -99,8 +108,8 @@ impl Waits {
 }
 
 /// The first of those seen who is still there.
-fn holder(mirror: &Mirror, seen: &[(String, Owner)]) -> Option<Holder> {
-    seen.iter().find(|(key, _)| mirror.holds(key)).map(|(_, owner)| owner.into())
+fn holder(mirror: &Mirror, seen: &[Seen]) -> Option<Holder> {
+    seen.iter().find(|seen| mirror.holds(&seen.key, seen.created)).map(|seen| (&seen.owner).into())
 }
 
 /// A wait under way.
@@ -116,7 +125,7 @@ impl Entered {
         let waiting = self.waits.lock();
         let seen = &waiting.get(&self.number)?.seen;
         // The watch may not have come that far.
-        holder(mirror, seen).or_else(|| seen.first().map(|(_, owner)| owner.into()))
+        holder(mirror, seen).or_else(|| seen.first().map(|seen| (&seen.owner).into()))
     }
 }
 
