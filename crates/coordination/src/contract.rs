@@ -58,6 +58,8 @@ contract! {
         who_waits_learns_who_held,
         who_waits_can_be_asked,
         patience_ends_with_busy_and_leaves_no_key,
+        names_are_used_again,
+        a_lock_goes_on_here_while_its_key_is_removed,
         without_patience_nothing_queues,
         a_cancelled_acquire_leaves_nothing,
         a_dropped_lock_is_given_up,

@@ -240,3 +240,48 @@ pub(super) async fn contended_writers_exclude_each_other(rig: &impl Rig) {
     assert_eq!(done.into_inner(), 64);
     stores[0].check().await;
 }
+
+pub(super) async fn names_are_used_again(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let mut seen = BTreeSet::new();
+    for _ in 0..20 {
+        let one = store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
+        seen.extend(store.live_keys().await);
+        store.release(one).await.unwrap();
+        // One that was given up by patience, and one that was dropped.
+        let one = store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
+        store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap_err();
+        drop(one);
+        eventually("it is removed", || async { store.live_keys().await.is_empty() }).await;
+    }
+    assert!(seen.len() <= 2, "what a range must walk over does not grow: {seen:?}");
+}
+
+pub(super) async fn a_lock_goes_on_here_while_its_key_is_removed(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let (web, by) = (id("web"), patient());
+    let held = store.lock(LockKind::Challenge, &web, &by).await.unwrap();
+    let mut here = Box::pin(store.lock(LockKind::Challenge, &web, &by));
+    eventually("one queues here", || {
+        assert!(here.as_mut().now_or_never().is_none());
+        async { store.waits(1).1.first().is_some_and(|wait| wait.position == 1) }
+    })
+    .await;
+    let mut there = Box::pin(other.lock(LockKind::Challenge, &web, &by));
+    eventually("one queues elsewhere", || {
+        assert!(there.as_mut().now_or_never().is_none());
+        async { other.waits(1).1.first().is_some_and(|wait| wait.position == 2) }
+    })
+    .await;
+    // The removal is lost, and lost again.
+    store.core.kv.fail_next(Fault::LostRequest);
+    store.core.kv.fail_next(Fault::LostRequest);
+    let mut release = Box::pin(store.release(held));
+    assert!(release.as_mut().now_or_never().is_none_or(|released| released.is_err()));
+    let held = here.await.unwrap();
+    assert!(there.as_mut().now_or_never().is_none(), "it is held");
+    drop(release);
+    store.release(held).await.unwrap();
+    other.release(there.await.unwrap()).await.unwrap();
+    store.check().await;
+}
