@@ -1,4 +1,5 @@
-//! The reader-writer lock: a key per acquisition, in order of creation, watched through a mirror that lags.
+//! The reader-writer lock: a key per acquisition, in order of creation, watched through a mirror that lags; handed on within a replica before
+//! the key of the last holder is gone.
 
 use stateright::{Model, Property};
 
@@ -6,10 +7,11 @@ use super::{breaks, check};
 
 const CLIENTS: usize = 3;
 
-/// Whether each client wants to write; and what is left out, to see that the check would notice.
+/// Whether each client wants to write, and in which replica it is; and what is left out, to see that the check would notice.
 #[derive(Clone)]
 struct Lock {
     writes: [bool; CLIENTS],
+    replicas: [usize; CLIENTS],
     without: Option<Part>,
 }
 
@@ -21,6 +23,8 @@ enum Part {
     Lease,
     /// A reader waits for writers that wait.
     Queue,
+    /// Who is handed the lock within a replica is the next of all.
+    Next,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq)]
@@ -34,6 +38,10 @@ enum Client {
     Held {
         own: u8,
     },
+    /// It gives the lock up without having written anything; its key is being removed.
+    Leaving {
+        own: u8,
+    },
     /// Committed, or refused, or aware that its lease is gone.
     Done,
     Dead,
@@ -44,6 +52,7 @@ struct State {
     revision: u8,
     /// What is stored: revision of creation, and whose.
     keys: Vec<(u8, usize)>,
+    /// Of each replica.
     leases: [bool; CLIENTS],
     clients: [Client; CLIENTS],
     /// What each has seen through its mirror.
@@ -62,7 +71,10 @@ enum Action {
     Sync(usize),
     Enter(usize),
     Commit(usize),
+    Leave(usize),
+    Remove(usize),
     Notice(usize),
+    /// Of a replica.
     Crash(usize),
     Expire(usize),
 }
@@ -76,6 +88,25 @@ impl Lock {
             (self.writes[client] || self.writes[*of]) && counts
         };
         state.keys.iter().filter(|key| blocks(key)).map(|(created, _)| *created).collect()
+    }
+
+    fn leaving(state: &State, key: u8) -> Option<usize> {
+        (0..CLIENTS).find(|client| state.clients[*client] == Client::Leaving { own: key })
+    }
+
+    /// Whether a client that waits goes on: what was ahead is gone as far as its mirror tells, or is leaving and of its own replica.
+    fn goes_on(&self, state: &State, client: usize, ahead: &[u8]) -> bool {
+        let here = |key: u8| Self::leaving(state, key).is_some_and(|of| self.replicas[of] == self.replicas[client]);
+        let gone = |key: u8| !state.mirrors[client].contains(&key) || here(key);
+        match self.without {
+            Some(Part::Next) => ahead.iter().all(|key| gone(*key)) || ahead.iter().any(|key| here(*key)),
+            _ => ahead.iter().all(|key| gone(*key)),
+        }
+    }
+
+    /// The clients of a replica.
+    fn of(&self, replica: usize) -> impl Iterator<Item = usize> {
+        (0..CLIENTS).filter(move |client| self.replicas[*client] == replica)
     }
 
     /// Those who hold it as far as the store knows.
@@ -110,25 +141,30 @@ impl Model for Lock {
             match &state.clients[client] {
                 Client::Idle => actions.push(Action::Acquire(client)),
                 Client::Waiting { ahead, .. } => {
-                    if ahead.iter().all(|key| !state.mirrors[client].contains(key)) {
+                    if self.goes_on(state, client, ahead) {
                         actions.push(Action::Enter(client));
                     }
                     if state.mirrors[client] != stored {
                         actions.push(Action::Sync(client));
                     }
                 }
-                Client::Held { .. } => actions.push(Action::Commit(client)),
+                Client::Held { .. } => actions.extend([Action::Commit(client), Action::Leave(client)]),
+                Client::Leaving { .. } => actions.push(Action::Remove(client)),
                 Client::Done | Client::Dead => {}
             }
-            if lives && !state.leases[client] {
+            if lives && !state.leases[self.replicas[client]] {
                 actions.push(Action::Notice(client));
             }
+        }
+        for replica in 0..CLIENTS {
+            let clients = || self.of(replica).map(|client| &state.clients[client]);
+            let lives = clients().any(|client| !matches!(client, Client::Done | Client::Dead));
             if lives && state.crashes > 0 {
-                actions.push(Action::Crash(client));
+                actions.push(Action::Crash(replica));
             }
-            let expires = state.clients[client] == Client::Dead || (lives && state.expiries > 0);
-            if state.leases[client] && expires && self.without != Some(Part::Lease) {
-                actions.push(Action::Expire(client));
+            let expires = clients().any(|client| *client == Client::Dead) || (lives && state.expiries > 0);
+            if state.leases[replica] && expires && self.without != Some(Part::Lease) {
+                actions.push(Action::Expire(replica));
             }
         }
     }
@@ -137,7 +173,7 @@ impl Model for Lock {
         let mut state = last.clone();
         match action {
             Action::Acquire(client) => {
-                if !state.leases[client] {
+                if !state.leases[self.replicas[client]] {
                     state.clients[client] = Client::Done;
                     return Some(state);
                 }
@@ -165,17 +201,26 @@ impl Model for Lock {
                 state.keys.retain(|(created, _)| *created != own);
                 state.clients[client] = Client::Done;
             }
-            Action::Notice(client) => state.clients[client] = Client::Done,
-            Action::Crash(client) => {
-                state.crashes -= 1;
-                state.clients[client] = Client::Dead;
+            Action::Leave(client) => {
+                let Client::Held { own } = state.clients[client] else { return None };
+                state.clients[client] = Client::Leaving { own };
             }
-            Action::Expire(client) => {
-                if state.clients[client] != Client::Dead {
+            Action::Remove(client) => {
+                let Client::Leaving { own } = state.clients[client] else { return None };
+                state.keys.retain(|(created, _)| *created != own);
+                state.clients[client] = Client::Done;
+            }
+            Action::Notice(client) => state.clients[client] = Client::Done,
+            Action::Crash(replica) => {
+                state.crashes -= 1;
+                self.of(replica).for_each(|client| state.clients[client] = Client::Dead);
+            }
+            Action::Expire(replica) => {
+                if self.of(replica).all(|client| state.clients[client] != Client::Dead) {
                     state.expiries -= 1;
                 }
-                state.leases[client] = false;
-                state.keys.retain(|(_, of)| *of != client);
+                state.leases[replica] = false;
+                state.keys.retain(|(_, of)| self.replicas[*of] != replica);
             }
         }
         Some(state)
@@ -197,28 +242,37 @@ impl Model for Lock {
 }
 
 impl Lock {
-    /// Whether a conflicting key is stored that was there before.
+    /// Whether a conflicting key is stored that was there before, of somebody who is not done with it.
     fn earlier(&self, state: &State, client: usize, own: u8) -> bool {
-        state.keys.iter().any(|(created, of)| *created < own && (self.writes[client] || self.writes[*of]))
+        let conflicts = |of: usize| self.writes[client] || self.writes[of];
+        let earlier = |(created, of): &(u8, usize)| *created < own && conflicts(*of);
+        state.keys.iter().any(|key| earlier(key) && Self::leaving(state, key.0).is_none())
     }
 }
 
 const ALL: [[bool; CLIENTS]; 4] =
     [[true, true, true], [true, true, false], [true, false, false], [false, false, false]];
 
+/// Each client in a replica of its own; the first and the last in one; all in one.
+const REPLICAS: [[usize; CLIENTS]; 3] = [[0, 1, 2], [0, 1, 0], [0, 0, 0]];
+
 #[test]
 fn the_lock_is_safe_and_serves_everybody() {
     for writes in ALL {
-        let states = check(Lock { writes, without: None });
-        println!("{writes:?}: {states} states");
-        assert!(states > 100);
+        for replicas in REPLICAS {
+            let states = check(Lock { writes, replicas, without: None });
+            println!("writers {writes:?}, replicas {replicas:?}: {states} states");
+            assert!(states > 100);
+        }
     }
 }
 
 #[test]
 fn the_lock_needs_each_of_its_parts() {
-    let two = [true, true, true];
-    assert!(breaks(Lock { writes: two, without: Some(Part::Fence) }, "nothing stale is committed"));
-    assert!(breaks(Lock { writes: two, without: Some(Part::Lease) }, "everybody is served"));
-    assert!(breaks(Lock { writes: [true, true, false], without: Some(Part::Queue) }, "nobody is overtaken"));
+    let breaks = |writes, replicas, part, promise| breaks(Lock { writes, replicas, without: Some(part) }, promise);
+    let (writers, apart, shared) = ([true; CLIENTS], [0, 1, 2], [0, 1, 0]);
+    assert!(breaks(writers, apart, Part::Fence, "nothing stale is committed"));
+    assert!(breaks(writers, apart, Part::Lease, "everybody is served"));
+    assert!(breaks([true, true, false], apart, Part::Queue, "nobody is overtaken"));
+    assert!(breaks(writers, shared, Part::Next, "a writer is alone"));
 }
