@@ -137,23 +137,25 @@ impl Server {
     }
 
     /// A new leader gives every lease its time again.
-    pub fn change_leader(&mut self, now: Duration) {
+    /// Answers how many watches end.
+    pub fn change_leader(&mut self, now: Duration) -> u64 {
         for lease in self.leases.values_mut() {
             lease.ends = now + lease.ttl;
         }
-        self.break_watches("the leader changed");
+        self.break_watches("the leader changed")
     }
 
     /// Forgets history: older snapshots cannot be read, and watches must list again.
-    pub fn compact(&mut self) {
+    /// Answers how many watches end.
+    pub fn compact(&mut self) -> u64 {
         self.compacted = self.revision;
-        self.break_watches("the required revision has been compacted");
+        self.break_watches("the required revision has been compacted")
     }
 
-    fn break_watches(&mut self, why: &str) {
-        for watcher in std::mem::take(&mut self.watchers) {
-            let _ = watcher.events.send(Err(KvError::Unavailable(why.to_owned())));
-        }
+    fn break_watches(&mut self, why: &str) -> u64 {
+        let watchers = std::mem::take(&mut self.watchers).into_iter();
+        let told = watchers.filter(|watcher| watcher.events.send(Err(KvError::Unavailable(why.to_owned()))).is_ok());
+        told.count() as u64
     }
 
     /// What is there now.

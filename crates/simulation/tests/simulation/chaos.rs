@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use rand::RngExt as _;
 use tokio::time::sleep;
 
-use super::{Cluster, world::World};
+use super::{Cluster, coverage::Event, world::World};
 
 /// Lets leases run out, as etcd does: up to half a second late.
 pub async fn etcd(world: Arc<World>) {
@@ -16,7 +16,10 @@ pub async fn etcd(world: Arc<World>) {
         for lease in state.etcd.overdue(now) {
             let gone = state.etcd.revoke(lease).len();
             state.note(now, "etcd", format_args!("lease {lease} runs out, {gone} keys go"));
-            state.count("leases run out");
+            state.count(Event::LeaseExpired);
+            if gone > 0 {
+                state.count(Event::LeaseExpiredAtWork);
+            }
         }
     }
 }
@@ -28,7 +31,7 @@ pub async fn chaos(cluster: Arc<Cluster>) {
         sleep(Duration::from_millis(world.between(300, 6000))).await;
         let manager = cluster.any();
         let length = Duration::from_millis(world.between(300, 20_000));
-        let what = match world.between(0, 12) {
+        match world.between(0, 12) {
             0 | 1 => {
                 manager.process.cut(true);
                 let process = manager.process.clone();
@@ -36,16 +39,10 @@ pub async fn chaos(cluster: Arc<Cluster>) {
                     sleep(length).await;
                     process.cut(false);
                 });
-                "partitions"
+                world.lock().count(Event::Partition);
             }
-            2 | 3 => {
-                manager.process.freeze(length + Duration::from_secs(5), "chaos");
-                "pauses"
-            }
-            4 => {
-                manager.process.kill("chaos");
-                "kills"
-            }
+            2 | 3 => manager.process.freeze(length + Duration::from_secs(5), "chaos"),
+            4 => manager.process.kill("chaos"),
             5 | 6 => {
                 let now = world.now();
                 let mut state = world.lock();
@@ -56,21 +53,26 @@ pub async fn chaos(cluster: Arc<Cluster>) {
                 let lease = leases[state.rng.random_range(0..leases.len())];
                 let gone = state.etcd.revoke(lease).len();
                 state.note(now, "etcd", format_args!("lease {lease} is lost, {gone} keys go"));
-                "leases lost early"
+                state.count(Event::LeaseLost);
+                if gone > 0 {
+                    state.count(Event::LeaseLostAtWork);
+                }
             }
             7 => {
                 let now = world.now();
                 let mut state = world.lock();
-                state.etcd.change_leader(now);
+                let watches = state.etcd.change_leader(now);
                 state.note(now, "etcd", "the leader changes");
-                "leader changes"
+                state.count(Event::LeaderChange);
+                state.coverage.event(Event::WatchBroken, watches);
             }
             8 => {
                 let now = world.now();
                 let mut state = world.lock();
-                state.etcd.compact();
+                let watches = state.etcd.compact();
                 state.note(now, "etcd", "is compacted");
-                "compactions"
+                state.count(Event::Compaction);
+                state.coverage.event(Event::WatchBroken, watches);
             }
             9 => {
                 world.lock().etcd_down = true;
@@ -81,7 +83,7 @@ pub async fn chaos(cluster: Arc<Cluster>) {
                     world.lock().etcd_down = false;
                     world.note("etcd", "answers again");
                 });
-                "outages of etcd"
+                cluster.world.lock().count(Event::Outage);
             }
             _ => {
                 let now = world.now();
@@ -89,10 +91,9 @@ pub async fn chaos(cluster: Arc<Cluster>) {
                 let nth = state.rng.random();
                 let Some(identity) = state.homes.end(nth) else { continue };
                 state.note(now, "machine", format_args!("{identity} ends by itself"));
-                "instances that ended"
+                state.count(Event::Ended);
             }
-        };
-        world.lock().count(what);
+        }
     }
     for manager in cluster.lives().iter() {
         manager.process.cut(false);

@@ -8,6 +8,7 @@ use std::{
 
 use gauntlet_coordination::kv::{Keys, Op, Test, Txn, TxnResult};
 use gauntlet_domain::{ChallengeId, Identity};
+use jiff::Timestamp;
 use serde_json::Value;
 
 use super::{PREFIX, machine::Homes};
@@ -24,8 +25,10 @@ pub struct Record {
     target: Option<String>,
     intent: Option<String>,
     pub phase: String,
+    /// By its phase, or by the intent beside it.
+    deleting: bool,
     pub since: String,
-    pub last_renew: String,
+    pub last_renew: Timestamp,
     pub until: Option<String>,
     pub digest: String,
 }
@@ -112,12 +115,14 @@ fn target(value: &Value) -> Option<String> {
 
 fn read_record(entry: &Entry) -> Record {
     let value = json(entry);
+    let deleting = value["phase"]["name"] == "deleting";
     Record {
+        deleting,
         identity: text(&value["identity"]),
         target: target(&value),
         phase: text(&value["phase"]["name"]),
         since: text(&value["since"]),
-        last_renew: text(&value["last_renew"]),
+        last_renew: text(&value["last_renew"]).parse().expect("a record has its times"),
         until: value["until"].as_str().map(str::to_owned),
         digest: text(&value["scenario"]["digest"]),
         intent: None,
@@ -139,7 +144,7 @@ impl Checks {
     /// After a transaction.
     pub fn written(
         &mut self,
-        etcd: &Server,
+        now: Duration,
         homes: &Homes,
         txn: &Txn,
         result: &TxnResult,
@@ -182,7 +187,7 @@ impl Checks {
         let seats: BTreeSet<Seat> =
             changes.iter().filter_map(|change| seat_of(&change.key)).map(|(seat, _)| seat).collect();
         for seat in &seats {
-            self.seat_changed(etcd, homes, seat, &before.0, txn)?;
+            self.seat_changed(now, homes, seat, &before.0, txn)?;
         }
         self.one_seat_each()
     }
@@ -194,12 +199,16 @@ impl Checks {
             }
             (false, Some(entry)) => {
                 let mut record = read_record(entry);
-                record.intent = self.records.get(seat).and_then(|before| before.intent.clone());
+                if let Some(before) = self.records.get(seat) {
+                    record.intent.clone_from(&before.intent);
+                }
                 self.records.insert(seat.clone(), record);
             }
             (true, after) => {
                 if let Some(record) = self.records.get_mut(seat) {
                     record.intent = after.and_then(|entry| target(&json(entry)));
+                    let intends = after.is_some_and(|entry| json(entry)["intent"] == "delete");
+                    record.deleting = intends || record.phase == "deleting";
                 }
             }
         }
@@ -231,7 +240,7 @@ impl Checks {
     /// Invariants 1 to 5 on one seat.
     fn seat_changed(
         &mut self,
-        etcd: &Server,
+        now: Duration,
         homes: &Homes,
         seat: &Seat,
         before: &BTreeMap<Seat, Record>,
@@ -259,7 +268,7 @@ impl Checks {
                 if seat.1 == "p" {
                     let of = |kind: &str| {
                         let counts = |(of, record): &(&Seat, &Record)| {
-                            of.0 == seat.0 && of.1 == kind && !(kind == "p" && deleting(etcd, of, record))
+                            of.0 == seat.0 && of.1 == kind && !(kind == "p" && record.deleting)
                         };
                         self.records.iter().filter(counts).count() as i64
                     };
@@ -285,6 +294,12 @@ impl Checks {
                 }
             }
             (Some(before), Some(after)) if before.since == after.since => {
+                let asked = |told: Option<&Told>| told.is_some_and(|told| told.ending > 0 || told.unsure > now);
+                let wanted = before.deleting
+                    || seat.1 == "p"
+                    || open.is_none()
+                    || asked(self.seats.get(&(seat.0.clone(), seat.2.clone())));
+                ensure(wanted || !after.deleting, || format!("5: {seat:?} is ended, and nobody asked for it"))?;
                 ensure(before.last_renew <= after.last_renew, || format!("5: {seat:?} loses a renewal"))?;
                 ensure(seat.1 == "p" || !(before.phase == "ready" && after.phase == "provisioning"), || {
                     format!("5: {seat:?} was ready and is begun again")
@@ -465,12 +480,6 @@ impl Told {
     fn sure(&self, now: Duration) -> bool {
         self.ending == 0 && self.unsure <= now
     }
-}
-
-/// Whether a pooled instance is on its way out: its record or the intent beside it says so.
-fn deleting(etcd: &Server, seat: &Seat, record: &Record) -> bool {
-    let intent = etcd.get(&format!("{PREFIX}instances {} {} {} intent", seat.0, seat.1, seat.2));
-    record.phase == "deleting" || intent.is_some_and(|entry| json(entry)["intent"] == "delete")
 }
 
 fn ensure(holds: bool, otherwise: impl FnOnce() -> String) -> Result<(), String> {

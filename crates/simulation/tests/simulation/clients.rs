@@ -8,7 +8,7 @@ use gauntlet_domain::{
 };
 use tokio::time::{sleep, timeout};
 
-use super::{Cluster, manager::Manager, world::World};
+use super::{Cluster, coverage::Event, manager::Manager, world::World};
 
 /// How long a client waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -46,7 +46,7 @@ where
 {
     let world = manager.process.world.clone();
     let name = manager.process.name.clone();
-    world.lock().count("operations");
+    world.lock().count(Event::Operation);
     world.note("client", format_args!("asks {name}: {what}"));
     let (answer, answered) = tokio::sync::oneshot::channel();
     tokio::spawn(async move {
@@ -71,12 +71,12 @@ where
         Ok(Ok(Some(result))) => {
             let text = result.as_ref().err().map_or("ok", Error::code);
             world.note("client", format_args!("hears from {name}: {what}: {text}"));
-            world.lock().count(if result.is_ok() { "acknowledged" } else { "refused or failed" });
+            world.lock().count(if result.is_ok() { Event::Acknowledged } else { Event::Refused });
             Answer::Told(result)
         }
         _ => {
             world.note("client", format_args!("hears nothing from {name}: {what}"));
-            world.lock().count("unanswered");
+            world.lock().count(Event::Unanswered);
             Answer::Silence
         }
     }
@@ -218,7 +218,7 @@ pub async fn client(cluster: Arc<Cluster>) {
             62..72 => renew(manager, c, s).await,
             72..84 => retrieve(manager, c, s).await,
             84..91 => update_challenge(manager, which).await,
-            91..94 => drop(delete_challenge(manager, c).await),
+            91..95 => drop(delete_challenge(manager, c).await),
             _ => create_challenge(manager, which).await,
         }
     }

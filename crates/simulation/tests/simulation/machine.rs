@@ -11,12 +11,11 @@ use gauntlet_domain::{
 use tokio::time::sleep;
 
 use super::{
+    coverage::{Event, Fault, Step},
     process::Process,
-    world::{Fault, State, World},
+    world::{State, World},
 };
 
-/// One side effect in this many meets a fault.
-const RARITY: u32 = 30;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 type Key = (ChallengeId, Identity);
@@ -95,7 +94,7 @@ impl Machine {
         let began = world.now();
         loop {
             process.gate().await;
-            {
+            let locked = {
                 let now = world.now();
                 let mut state = world.lock();
                 let number = state.homes.locks + 1;
@@ -103,7 +102,7 @@ impl Machine {
                 if home.locked.is_none() {
                     if home.generation > generation {
                         let there = home.generation;
-                        state.count("stale orders refused");
+                        state.count(Event::StaleOrder);
                         state.note(
                             now,
                             &process.name,
@@ -111,11 +110,16 @@ impl Machine {
                         );
                         return Err(Error::Fenced(format!("instance {identity}: {generation} is older than {there}")));
                     }
-                    home.generation = generation;
                     home.locked = Some((number, process.life));
                     state.homes.locks = number;
-                    return Ok(Arc::new(Lock { world: world.clone(), key, number }));
+                    Some(Arc::new(Lock { world: world.clone(), key: key.clone(), number }))
+                } else {
+                    None
                 }
+            };
+            if let Some(lock) = locked {
+                self.step(&lock, Step::Order, move |home| home.generation = generation).await?;
+                return Ok(lock);
             }
             if world.now() - began > PATIENCE {
                 return Err(Error::Busy { what: format!("directory of {identity}"), waited_ms: 10_000, ahead: 1 });
@@ -125,28 +129,22 @@ impl Machine {
     }
 
     /// One step of work on a locked directory, which is done to its end also if its caller goes away.
-    async fn step(
-        &self,
-        lock: &Arc<Lock>,
-        what: &'static str,
-        change: impl FnOnce(&mut Home) + Send + 'static,
-    ) -> Result<()> {
+    async fn step(&self, lock: &Arc<Lock>, what: Step, change: impl FnOnce(&mut Home) + Send + 'static) -> Result<()> {
         let (process, lock) = (self.0.clone(), lock.clone());
         let step = tokio::spawn(async move {
             let world = &process.world;
             let (pause, fault) = {
                 let mut state = world.lock();
-                let fault = state.fault(RARITY);
+                let fault = state.fault(what);
                 if let Some(fault) = fault {
-                    state.note(world.now(), &process.name, format_args!("{fault:?} at {what} {}", lock.key.1));
-                    state.count(&format!("machine {fault:?}"));
+                    state.note(world.now(), &process.name, format_args!("{fault:?} at {what:?} {}", lock.key.1));
                 }
                 (state.latency(), fault)
             };
-            let failed = || Err(Error::Provision { step: what, detail: "injected".to_owned() });
+            let failed = || Err(Error::Provision { step: what.name(), detail: "injected".to_owned() });
             let long = Duration::from_millis(world.between(500, 25_000));
             match fault {
-                Some(Fault::ErrorBefore | Fault::LostRequest) => return failed(),
+                Some(Fault::ErrorBefore) => return failed(),
                 Some(Fault::AbortBefore) => process.kill("before a step on the machine"),
                 Some(Fault::HangBefore) => process.freeze(long, "before a step on the machine"),
                 _ => {}
@@ -162,12 +160,12 @@ impl Machine {
                 change(home);
                 let (started, generation) = (home.running.is_some() && !ran, home.generation);
                 let checked = if started { checks.started(homes, &lock.key.0, &lock.key.1) } else { Ok(()) };
-                state.note(now, &process.name, format_args!("{what} {} by order {generation}", lock.key.1));
+                state.note(now, &process.name, format_args!("{what:?} {} by order {generation}", lock.key.1));
                 drop(state);
                 world.check(checked);
             }
             match fault {
-                Some(Fault::LostAnswer | Fault::Late) => return failed(),
+                Some(Fault::LostAnswer) => return failed(),
                 Some(Fault::AbortAfter) => process.kill("after a step on the machine"),
                 Some(Fault::HangAfter) => process.freeze(long, "after a step on the machine"),
                 _ => {}
@@ -188,9 +186,9 @@ impl Machine {
             state.homes.homes.entry(lock.key.clone()).or_default().running.is_some()
         };
         if replace || !runs {
-            self.step(&lock, "allocate", |home| home.there = true).await?;
-            self.step(&lock, "stop", |home| home.running = None).await?;
-            self.step(&lock, "start", move |home| home.running = Some(content)).await?;
+            self.step(&lock, Step::Allocate, |home| home.there = true).await?;
+            self.step(&lock, Step::Stop, |home| home.running = None).await?;
+            self.step(&lock, Step::Start, move |home| home.running = Some(content)).await?;
         }
         let ready = self.0.world.between(20, 1500);
         sleep(Duration::from_millis(ready)).await;
@@ -200,7 +198,8 @@ impl Machine {
             state.faulty && rand::RngExt::random_ratio(&mut state.rng, 1, 25)
         };
         if never {
-            self.step(&lock, "stop", |home| home.running = None).await?;
+            self.0.world.lock().count(Event::NeverReady);
+            self.step(&lock, Step::Stop, |home| home.running = None).await?;
             return Err(Error::Provision { step: "ready", detail: "injected: never ready".to_owned() });
         }
         Ok(Outputs { connection_info: order.identity.to_string(), flags: vec![order.identity.to_string()] })
@@ -223,8 +222,8 @@ impl Provisioner for Machine {
 
     async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
         let lock = self.enter(challenge, identity, generation).await?;
-        self.step(&lock, "stop", |home| home.running = None).await?;
-        self.step(&lock, "remove", |home| home.there = false).await
+        self.step(&lock, Step::Stop, |home| home.running = None).await?;
+        self.step(&lock, Step::TakeDown, |home| home.there = false).await
     }
 
     async fn list(&self) -> Result<Vec<Found>> {

@@ -15,13 +15,14 @@ use tokio::{
 
 use super::{
     PREFIX,
+    coverage::Event,
     machine::{Catalogue, Machine},
     network::Client,
     process::Process,
     world::World,
 };
 
-const LEASE: Duration = Duration::from_secs(10);
+pub const LEASE: Duration = Duration::from_secs(10);
 const RECONCILE: Duration = Duration::from_secs(4);
 
 /// A manager that runs.
@@ -82,14 +83,14 @@ impl Manager {
                     let counts = (done.recovered, done.resumed, done.revived, done.orphans);
                     let world = &reconciler.process.world;
                     world.note(&reconciler.process.name, format_args!("reconciled {counts:?} {failures:?}"));
-                    let mut state = world.lock();
-                    for (what, count) in [
-                        ("recovered", done.recovered),
-                        ("resumed", done.resumed),
-                        ("revived", done.revived),
-                        ("orphans", done.orphans),
+                    let coverage = &mut world.lock().coverage;
+                    for (event, count) in [
+                        (Event::Recovered, done.recovered),
+                        (Event::Resumed, done.resumed),
+                        (Event::Revived, done.revived),
+                        (Event::Orphan, done.orphans),
                     ] {
-                        *state.counts.entry(what.to_owned()).or_default() += count as u64;
+                        coverage.event(event, count as u64);
                     }
                 }
                 let pause = RECONCILE.mul_f64(reconciler.process.world.between(75, 125) as f64 / 100.0);

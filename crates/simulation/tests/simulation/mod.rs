@@ -6,6 +6,7 @@
 mod chaos;
 mod checks;
 mod clients;
+mod coverage;
 mod machine;
 mod manager;
 mod network;
@@ -13,11 +14,11 @@ mod process;
 mod world;
 
 use std::{
-    collections::BTreeMap,
+    cell::RefCell,
     env,
-    fmt::Write as _,
+    panic::{self, AssertUnwindSafe},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, Once, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
@@ -29,6 +30,7 @@ use tokio::time::sleep;
 
 use self::{
     clients::{Answer, CHALLENGES},
+    coverage::{Coverage, Event},
     manager::Manager,
     world::World,
 };
@@ -40,6 +42,8 @@ const CLIENTS: usize = 3;
 /// How long things go wrong, and how long after that everything must be at rest.
 const FAULTY: Duration = Duration::from_secs(30);
 const REST: Duration = Duration::from_secs(240);
+/// So many seeds are run unless told otherwise, and meet every fault at every step.
+const ENOUGH: u64 = 500;
 
 /// The managers that there are, whichever life they are in.
 pub struct Cluster {
@@ -99,30 +103,57 @@ struct Outcome {
     violation: Option<String>,
     last: String,
     digest: (u64, u64),
-    counts: BTreeMap<String, u64>,
+    coverage: Coverage,
+}
+
+thread_local! {
+    /// Whether this thread runs a seed, and what has panicked in it: a task's panic ends nobody but the task.
+    static RUN: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
+}
+
+/// Has panics within a run noted instead of printed.
+fn note_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let otherwise = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            let noted = RUN.with_borrow_mut(|run| run.as_mut().map(|panics| panics.push(info.to_string())));
+            if noted.is_none() {
+                otherwise(info);
+            }
+        }));
+    });
 }
 
 /// Runs one seed.
 fn run(seed: u64, trace: bool) -> Outcome {
+    note_panics();
+    RUN.set(Some(Vec::new()));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-    let world = runtime.block_on(async {
-        let world = World::new(seed, trace);
-        tokio::select! {
-            biased;
-            () = world.over.notified() => {}
-            () = scenario(&world) => {}
-        }
-        world
-    });
-    drop(runtime);
+    let world = {
+        let _within = runtime.enter();
+        World::new(seed, trace)
+    };
+    let ran = panic::catch_unwind(AssertUnwindSafe(|| {
+        runtime.block_on(async {
+            tokio::select! {
+                biased;
+                () = world.over.notified() => {}
+                () = scenario(&world) => {}
+            }
+        });
+        drop(runtime);
+    }));
+    let panics = RUN.take().unwrap_or_default();
     let mut state = world.lock();
     let steps = state.checks.steps;
-    state.counts.insert("steps checked".to_owned(), steps);
+    state.coverage.event(Event::Checked, steps);
+    let panicked = panics.into_iter().next().or_else(|| ran.is_err().then(|| "somewhere".to_owned()));
     Outcome {
-        violation: state.violation.clone(),
+        violation: state.violation.clone().or_else(|| panicked.map(|what| format!("no invariant, but {what}"))),
         last: state.last(),
         digest: state.digest(),
-        counts: state.counts.clone(),
+        coverage: state.coverage.clone(),
     }
 }
 
@@ -188,59 +219,64 @@ fn number(name: &str, otherwise: u64) -> u64 {
     env::var(name).ok().map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
-/// The invariants hold, whatever happens.
-#[test]
-fn seeds() {
-    let (from, count) = (number("GAUNTLET_FROM", 0), number("GAUNTLET_SEEDS", 500));
-    let trace = env::var_os("GAUNTLET_TRACE").is_some();
-    let (next, failed) = (AtomicU64::new(from), AtomicBool::new(false));
-    let all: Mutex<(u64, BTreeMap<String, u64>)> = Mutex::default();
+/// Runs seeds on all processors until all have run or one has failed; answers how many ran, what they went through, and the first that
+/// failed.
+fn run_all(from: u64, count: u64, trace: bool) -> (u64, Coverage, Option<(u64, Outcome)>) {
+    let (next, stop) = (AtomicU64::new(from), AtomicBool::new(false));
+    let all: Mutex<(u64, Coverage)> = Mutex::default();
     let failures: Mutex<Vec<(u64, Outcome)>> = Mutex::default();
     let began = Instant::now();
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
-                while !failed.load(Ordering::Relaxed) {
+                while !stop.load(Ordering::Relaxed) {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
                     if seed >= from + count {
+                        stop.store(true, Ordering::Relaxed);
                         return;
                     }
                     let outcome = run(seed, trace);
                     let mut all = all.lock().unwrap();
                     all.0 += 1;
-                    for (what, count) in &outcome.counts {
-                        *all.1.entry(what.clone()).or_default() += count;
-                    }
+                    all.1.add(&outcome.coverage);
                     if outcome.violation.is_some() {
-                        failed.store(true, Ordering::Relaxed);
+                        stop.store(true, Ordering::Relaxed);
                         failures.lock().unwrap().push((seed, outcome));
                     }
                 }
             });
         }
         let mut said = Instant::now();
-        while next.load(Ordering::Relaxed) < from + count && !failed.load(Ordering::Relaxed) {
-            thread::sleep(Duration::from_millis(50));
-            if said.elapsed() >= Duration::from_secs(2) {
+        while !stop.load(Ordering::Relaxed) {
+            thread::sleep(Duration::from_millis(20));
+            if said.elapsed() >= Duration::from_secs(5) {
                 said = Instant::now();
-                let all = all.lock().unwrap();
-                println!("{} of {count} seeds, {:.0} s", all.0, began.elapsed().as_secs_f64());
+                let (ran, took) = (all.lock().unwrap().0, began.elapsed().as_secs_f64());
+                let left = took / ran.max(1) as f64 * (count - ran) as f64;
+                println!("{ran} of {count} seeds in {took:.0} s, {left:.0} s to go");
             }
         }
     });
-    let (ran, counts) = all.into_inner().unwrap();
-    let mut report = format!("{ran} seeds from {from} in {:.1} s\n", began.elapsed().as_secs_f64());
-    for (what, count) in &counts {
-        let _ = writeln!(report, "{count:>9} {what}");
+    let (ran, coverage) = all.into_inner().unwrap();
+    println!("{}\n\n{ran} seeds from {from} in {:.1} s", coverage.report(), began.elapsed().as_secs_f64());
+    (ran, coverage, failures.into_inner().unwrap().into_iter().min_by_key(|(seed, _)| *seed))
+}
+
+/// The invariants hold, whatever happens; and everything does happen.
+#[test]
+fn seeds() {
+    let (from, count) = (number("GAUNTLET_FROM", 0), number("GAUNTLET_SEEDS", ENOUGH));
+    let trace = env::var_os("GAUNTLET_TRACE").is_some();
+    let (ran, coverage, failure) = run_all(from, count, trace);
+    if let Some((seed, outcome)) = failure {
+        if !trace {
+            println!("\nthe last events of seed {seed}:\n{}", outcome.last);
+        }
+        let violation = outcome.violation.unwrap_or_default();
+        panic!("seed {seed} violates {violation}\n\nreplay it with: cargo xtask chaos --replay {seed}\n");
     }
-    println!("{report}");
-    if let Some((seed, outcome)) = failures.into_inner().unwrap().into_iter().min_by_key(|(seed, _)| *seed) {
-        panic!(
-            "seed {seed} violates {}\n\nthe last events:\n{}\nreplay it with: cargo xtask chaos --seeds 1 --from {seed} --trace\n",
-            outcome.violation.unwrap_or_default(),
-            outcome.last
-        );
-    }
+    let missing = coverage.missing();
+    assert!(ran < ENOUGH || missing.is_empty(), "in {ran} seeds this never happened: {missing:?}");
 }
 
 /// A seed does the same each time: or else it could not be replayed.

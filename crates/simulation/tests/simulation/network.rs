@@ -1,10 +1,16 @@
 //! The way from one manager to etcd: it delays, reorders, loses, and is cut.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_coordination::kv::{
-    Event, Events, Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResult,
+    Event as Change, Events, Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResult,
 };
 use rand::RngExt as _;
 use tokio::{
@@ -14,33 +20,22 @@ use tokio::{
 
 use super::{
     PREFIX,
+    coverage::{Event, Fault, Step},
     process::Process,
-    world::{Fault, State},
+    world::State,
 };
 use crate::etcd::Snapshot;
 
 const DEADLINE: Duration = Duration::from_secs(5);
 /// How long after it was sent a request may still arrive.
 const LATEST: Duration = Duration::from_secs(10);
-/// One side effect in this many meets a fault.
-const RARITY: u32 = 60;
-
 /// A manager's client of the modelled etcd.
 pub struct Client(pub Arc<Process>);
-
-/// What kind of call it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// Changes something: if it is not answered nobody knows.
-    Write,
-    /// May be asked again.
-    Read,
-}
 
 impl Client {
     async fn call<T: Send + 'static>(
         &self,
-        kind: Kind,
+        step: Step,
         what: String,
         apply: impl FnOnce(&mut State, Duration) -> KvResult<T> + Send + 'static,
     ) -> KvResult<T> {
@@ -48,10 +43,9 @@ impl Client {
         process.gate().await;
         let fault = {
             let mut state = world.lock();
-            let fault = state.fault(if kind == Kind::Write { RARITY } else { RARITY * 4 });
+            let fault = state.fault(step);
             if let Some(fault) = fault {
                 state.note(world.now(), &process.name, format_args!("{fault:?} at {what}"));
-                state.count(&format!("etcd {fault:?}"));
             }
             fault
         };
@@ -65,13 +59,18 @@ impl Client {
             _ => {}
         }
         let (answer, answered) = oneshot::channel();
-        tokio::spawn(carry(process.clone(), fault, what, apply, answer));
+        let done = Arc::new(AtomicBool::new(false));
+        tokio::spawn(carry(process.clone(), fault, what, apply, (answer, done.clone())));
         let answered = timeout(DEADLINE, answered).await;
         process.gate().await;
-        match (answered, kind) {
-            (Ok(Ok(answer)), _) => answer,
-            (_, Kind::Write) => Err(KvError::Ambiguous("no answer in time".to_owned())),
-            (_, Kind::Read) => Err(KvError::Unavailable("no answer in time".to_owned())),
+        match answered {
+            Ok(Ok(answer)) => answer,
+            _ if step.may_be_repeated() => Err(KvError::Unavailable("no answer in time".to_owned())),
+            _ => {
+                let done = done.load(Ordering::Relaxed);
+                world.lock().count(if done { Event::AmbiguousDone } else { Event::AmbiguousNotDone });
+                Err(KvError::Ambiguous("no answer in time".to_owned()))
+            }
         }
     }
 }
@@ -82,7 +81,7 @@ async fn carry<T: Send + 'static>(
     fault: Option<Fault>,
     what: String,
     apply: impl FnOnce(&mut State, Duration) -> KvResult<T> + Send + 'static,
-    answer: oneshot::Sender<KvResult<T>>,
+    (answer, done): (oneshot::Sender<KvResult<T>>, Arc<AtomicBool>),
 ) {
     let world = process.world.clone();
     if fault == Some(Fault::HangBefore) {
@@ -114,6 +113,10 @@ async fn carry<T: Send + 'static>(
             Err(_) => " refused",
         };
         state.note(now, &process.name, format_args!("{what}{outcome}"));
+        if answer.is_closed() && result.is_ok() {
+            state.count(Event::DoneLate);
+        }
+        done.store(true, Ordering::Relaxed);
         result
     };
     if world.lock().violation.is_some() {
@@ -165,20 +168,18 @@ impl Kv for Client {
     }
 
     async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
-        let writes = txn.then.iter().chain(&txn.or).any(|op| !matches!(op, Op::Get(_)));
-        let kind = if writes { Kind::Write } else { Kind::Read };
         let what = describe(&txn);
-        self.call(kind, what, move |state, now| {
+        self.call(Step::of(&txn), what, move |state, now| {
             let owned = super::checks::stale(&state.etcd, &txn);
             let (result, changes) = state.etcd.txn(&txn)?;
             if !result.succeeded && owned {
-                state.count("stale tokens refused");
+                state.count(Event::StaleToken);
             }
             if !changes.is_empty() {
                 state.note(now, "etcd", format_args!("revision {}", result.revision));
             }
-            let State { checks, homes, etcd, .. } = state;
-            if let Err(what) = checks.written(etcd, homes, &txn, &result, &changes) {
+            let State { checks, homes, .. } = state;
+            if let Err(what) = checks.written(now, homes, &txn, &result, &changes) {
                 state.note(now, "VIOLATED", &what);
                 state.violation.get_or_insert(what);
             }
@@ -189,31 +190,31 @@ impl Kv for Client {
 
     async fn page(&self, get: Get, at: Option<Snapshot>) -> KvResult<Page<Snapshot>> {
         let what = format!("page {}", get.keys.from.strip_prefix(PREFIX).unwrap_or_default());
-        self.call(Kind::Read, what, move |state, _| state.etcd.page(&get, at.as_ref())).await
+        self.call(Step::Read, what, move |state, _| state.etcd.page(&get, at.as_ref())).await
     }
 
     async fn count(&self, keys: Keys, at: Option<Snapshot>) -> KvResult<u64> {
-        self.call(Kind::Read, "count".to_owned(), move |state, _| state.etcd.count(&keys, at.as_ref())).await
+        self.call(Step::Read, "count".to_owned(), move |state, _| state.etcd.count(&keys, at.as_ref())).await
     }
 
     async fn follow(&self, keys: Keys) -> KvResult<Followed> {
         let (send, receive) = mpsc::unbounded_channel();
-        let followed = self.call(Kind::Read, "follow".to_owned(), move |state, _| Ok(state.etcd.follow(&keys, send)));
+        let followed = self.call(Step::Watch, "follow".to_owned(), move |state, _| Ok(state.etcd.follow(&keys, send)));
         let (revision, keys) = followed.await?;
         Ok(Followed { revision, keys, events: Box::new(Watching { process: self.0.clone(), receive, ready: None }) })
     }
 
     async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
         let ttl = Duration::from_secs(ttl.as_secs());
-        self.call(Kind::Read, "grant".to_owned(), move |state, now| Ok((state.etcd.grant(now, ttl), ttl))).await
+        self.call(Step::Lease, "grant".to_owned(), move |state, now| Ok((state.etcd.grant(now, ttl), ttl))).await
     }
 
     async fn keep_alive(&self, lease: LeaseId) -> KvResult<()> {
-        self.call(Kind::Read, format!("keep alive {lease}"), move |state, now| state.etcd.keep_alive(now, lease)).await
+        self.call(Step::Lease, format!("keep alive {lease}"), move |state, now| state.etcd.keep_alive(now, lease)).await
     }
 
     async fn revoke(&self, lease: LeaseId) -> KvResult<()> {
-        self.call(Kind::Read, format!("revoke {lease}"), move |state, _| {
+        self.call(Step::Lease, format!("revoke {lease}"), move |state, _| {
             state.etcd.revoke(lease);
             Ok(())
         })
@@ -225,13 +226,13 @@ impl Kv for Client {
 
 struct Watching {
     process: Arc<Process>,
-    receive: mpsc::UnboundedReceiver<KvResult<Vec<Event>>>,
+    receive: mpsc::UnboundedReceiver<KvResult<Vec<Change>>>,
     /// Received, and on its way.
-    ready: Option<KvResult<Vec<Event>>>,
+    ready: Option<KvResult<Vec<Change>>>,
 }
 
 impl Events for Watching {
-    fn next(&mut self) -> BoxFuture<'_, KvResult<Vec<Event>>> {
+    fn next(&mut self) -> BoxFuture<'_, KvResult<Vec<Change>>> {
         async {
             if self.ready.is_none() {
                 self.ready = self.receive.recv().await;
@@ -240,9 +241,13 @@ impl Events for Watching {
                 let mut state = self.process.world.lock();
                 if state.faulty && state.rng.random_ratio(1, 20) { state.latency() * 10 } else { state.latency() }
             };
-            sleep(delay).await;
+            sleep(delay.min(DEADLINE)).await;
             self.process.gate().await;
-            // A watch over a cut is dead, and is noticed when the ping is not answered.
+            // A watch that brings nothing any more is noticed when the ping is not answered.
+            if delay > DEADLINE {
+                self.process.world.lock().count(Event::WatchStalled);
+                return Err(KvError::Unavailable("the watch stands still".to_owned()));
+            }
             if self.process.is_cut() {
                 sleep(DEADLINE).await;
                 return Err(KvError::Unavailable("the watch is cut off".to_owned()));

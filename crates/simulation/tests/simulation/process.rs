@@ -6,9 +6,11 @@ use std::{
     time::Duration,
 };
 
+use gauntlet_coordination::kv::Keys;
 use tokio::{sync::Notify, time::sleep};
 
-use super::world::World;
+use super::{PREFIX, coverage::Event, manager::LEASE, world::World};
+use crate::etcd::Entry;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Status {
@@ -94,7 +96,7 @@ impl Process {
         if self.turn(&[Status::Running, Status::Frozen], Status::Dead) {
             self.world.note(&self.name, format_args!("is killed: {why}"));
             let mut state = self.world.lock();
-            state.count("killed");
+            state.count(Event::Kill);
             state.homes.free(self.life);
         }
     }
@@ -105,7 +107,19 @@ impl Process {
             return;
         }
         self.world.note(&self.name, format_args!("stands still for {length:?}: {why}"));
-        self.world.lock().count("frozen");
+        {
+            let mut state = self.world.lock();
+            state.count(Event::Pause);
+            if length > LEASE {
+                state.count(Event::PauseBeyondLease);
+                let mine = format!("\"replica\":\"{}\"", self.name);
+                let live = Keys::between(format!("{PREFIX}live "), format!("{PREFIX}live!"));
+                let owns = |entry: &Entry| String::from_utf8_lossy(&entry.value).contains(&mine);
+                if state.etcd.range(&live).any(|(_, entry)| owns(entry)) {
+                    state.count(Event::PauseBeyondLeaseAtWork);
+                }
+            }
+        }
         let process = self.clone();
         tokio::spawn(async move {
             sleep(length).await;

@@ -1,7 +1,7 @@
 //! What there is in one run: the etcd, the machine, chance, what has been seen, and the log.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::VecDeque,
     fmt::Display,
     hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -12,43 +12,17 @@ use jiff::{SignedDuration, Timestamp};
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use tokio::{sync::Notify, time::Instant};
 
-use super::{checks::Checks, machine::Homes};
+use super::{
+    checks::Checks,
+    coverage::{self, Coverage, Event, Fault, Step},
+    machine::Homes,
+};
 use crate::etcd::Server;
 
 /// Events kept to be shown with a failure.
 const LAST: usize = 120;
-
-/// What a fault does at the boundary of a side effect.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Fault {
-    /// Refused, nothing is done.
-    ErrorBefore,
-    /// Not done, and nobody knows.
-    LostRequest,
-    /// Done, and nobody knows.
-    LostAnswer,
-    /// Given up by the caller, and done later.
-    Late,
-    /// The manager ends before it is done.
-    AbortBefore,
-    /// The manager ends once it is done.
-    AbortAfter,
-    /// The manager stands still before it is done; it is done when the manager goes on.
-    HangBefore,
-    /// The manager stands still once it is done.
-    HangAfter,
-}
-
-const FAULTS: [Fault; 8] = [
-    Fault::ErrorBefore,
-    Fault::LostRequest,
-    Fault::LostAnswer,
-    Fault::Late,
-    Fault::AbortBefore,
-    Fault::AbortAfter,
-    Fault::HangBefore,
-    Fault::HangAfter,
-];
+/// How often a run meets the fault that it is about.
+const FOCUSED: u32 = 3;
 
 /// All that changes.
 pub struct State {
@@ -60,7 +34,9 @@ pub struct State {
     pub faulty: bool,
     /// Etcd answers nobody.
     pub etcd_down: bool,
-    pub counts: BTreeMap<String, u64>,
+    pub coverage: Coverage,
+    /// What goes wrong in this run above all, and how often still.
+    focus: (Step, Fault, u32),
     pub violation: Option<String>,
     last: VecDeque<String>,
     hash: DefaultHasher,
@@ -79,6 +55,9 @@ pub struct World {
 impl World {
     /// To be made within a runtime whose time is paused.
     pub fn new(seed: u64, trace: bool) -> Arc<Self> {
+        let pairs: Vec<(Step, Fault)> = coverage::pairs().collect();
+        let (step, fault) = pairs[usize::try_from(seed % pairs.len() as u64).unwrap()];
+        let focus = (step, fault, FOCUSED);
         let state = State {
             rng: SmallRng::seed_from_u64(seed),
             etcd: Server::default(),
@@ -86,7 +65,8 @@ impl World {
             checks: Checks::default(),
             faulty: true,
             etcd_down: false,
-            counts: BTreeMap::new(),
+            coverage: Coverage::default(),
+            focus,
             violation: None,
             last: VecDeque::new(),
             hash: DefaultHasher::new(),
@@ -157,26 +137,33 @@ impl State {
         self.last.push_back(line);
     }
 
-    pub fn count(&mut self, what: &str) {
-        if let Some(count) = self.counts.get_mut(what) {
-            *count += 1;
-        } else {
-            self.counts.insert(what.to_owned(), 1);
-        }
+    pub fn count(&mut self, event: Event) {
+        self.coverage.event(event, 1);
     }
 
-    /// A fault for this step, now and then; most of the time none.
-    pub fn fault(&mut self, one_in: u32) -> Option<Fault> {
-        if !self.faulty || !self.rng.random_ratio(1, one_in) {
+    /// Counts a step, and answers the fault that it meets, now and then; most of the time none.
+    pub fn fault(&mut self, step: Step) -> Option<Fault> {
+        let fault = self.draw(step);
+        self.coverage.step(step, fault);
+        fault
+    }
+
+    fn draw(&mut self, step: Step) -> Option<Fault> {
+        if !self.faulty {
             return None;
         }
-        let fault = FAULTS[self.rng.random_range(0..FAULTS.len())];
+        let (focused, fault, left) = self.focus;
+        if focused == step && left > 0 && self.rng.random_ratio(1, 3) {
+            self.focus.2 -= 1;
+            return Some(fault);
+        }
+        if !self.rng.random_ratio(1, step.rarity()) {
+            return None;
+        }
+        let faults = step.faults();
+        let fault = faults[self.rng.random_range(0..faults.len())];
         // What ends a manager or holds it up is felt for long; the rest more often.
-        let heavy = matches!(fault, Fault::AbortBefore | Fault::AbortAfter | Fault::HangBefore | Fault::HangAfter);
-        if heavy && self.rng.random_ratio(1, 2) {
-            return None;
-        }
-        Some(fault)
+        (!fault.is_heavy() || self.rng.random_ratio(1, 2)).then_some(fault)
     }
 
     /// How long one way through the network takes.
