@@ -114,6 +114,7 @@ contract! {
     faults {
         a_lost_lease_cannot_commit,
         a_lost_lease_is_noticed_and_replaced,
+        the_first_to_meet_a_lost_lease_goes_on_under_the_next,
         a_crash_leaves_work_that_is_found,
         a_failure_is_found_when_it_is_due,
         an_unfinished_rollout_is_found,

@@ -85,17 +85,25 @@ impl<K: Kv> Core<K> {
         LiveKey { key, value: owner.write(), lease, name }
     }
 
-    /// Runs a transaction that puts `live` if its compares hold (or, with `queue`, in any case).
+    /// Runs a transaction that puts `live` if its compares hold (or, with `queue`, in any case). Where the lease turns out to be gone, nothing
+    /// has happened: it is run once more under the next one.
     pub(crate) async fn take(
         self: &Arc<Self>,
-        live: LiveKey,
+        mut live: LiveKey,
         of: Of,
         txn: Txn,
         queue: bool,
     ) -> Result<(Option<Ticket>, TxnResult)> {
         let core = self.clone();
         self.detached(async move {
-            match core.kv.txn(txn).await {
+            let mut answer = core.kv.txn(txn.clone()).await;
+            if answer == Err(KvError::LeaseGone) {
+                live.lease.lose();
+                let before = live.lease.id;
+                live.lease = core.lease().await?;
+                answer = core.kv.txn(txn.under(before, live.lease.id)).await;
+            }
+            match answer {
                 Ok(result) => {
                     if !result.succeeded && !queue {
                         live.absent();

@@ -189,6 +189,21 @@ pub struct Txn {
     pub or: Vec<Op>,
 }
 
+impl Txn {
+    /// The same, with what it puts under one lease put under another.
+    #[must_use]
+    pub(crate) fn under(mut self, before: LeaseId, after: LeaseId) -> Self {
+        for op in self.then.iter_mut().chain(&mut self.or) {
+            if let Op::Put { lease: Some(lease), .. } = op
+                && *lease == before
+            {
+                *lease = after;
+            }
+        }
+        self
+    }
+}
+
 /// What a transaction did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TxnResult {

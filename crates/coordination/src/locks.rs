@@ -126,15 +126,16 @@ impl Patience {
     }
 
     /// Waits until all these keys are gone. [`Error::Busy`] when patience ends first.
-    pub(crate) async fn wait<K: Kv>(&mut self, core: &Core<K>, lease: &Lease, mut ahead: Vec<KeyValue>) -> Result<()> {
+    pub(crate) async fn wait<K: Kv>(&mut self, core: &Core<K>, mut ahead: Vec<KeyValue>) -> Result<()> {
         if ahead.is_empty() {
             return Ok(());
         }
+        let lease = core.lease().await?;
         ahead.sort_by_key(|kv| kv.created);
         let keys: Vec<_> = ahead.iter().map(|kv| (kv.key.clone(), kv.created)).collect();
         let entered = self.enter(core, ahead.len(), ahead, Behind::Keys(keys.clone()));
         for (gone, (key, created)) in keys.iter().enumerate() {
-            match self.until(core, lease, core.mirror.gone(key, *created)).await {
+            match self.until(core, &lease, core.mirror.gone(key, *created)).await {
                 Some(result) => result?,
                 None => return Err(self.over(keys.len() - gone, entered.holder(&core.mirror).as_ref())),
             }

@@ -237,7 +237,7 @@ impl<K: Kv> Store for Coordination<K> {
         let mut patience = Patience::new(by, LockKind::Challenge, id, || format!("the challenge lock of {id:?}"));
         loop {
             let lease = core.lease().await?;
-            let live = core.live_key(lease.clone(), by, layout.owner(slot), None);
+            let live = core.live_key(lease, by, layout.owner(slot), None);
             let writers = layout.queue_of(LockKind::Challenge, id, LockMode::Write);
             let mut then = vec![live.put(), Op::put(layout.instance(slot), records::write_instance(intent))];
             then.extend(layout.instance_index(intent).into_iter().map(|(key, value)| Op::put(key, value)));
@@ -274,7 +274,7 @@ impl<K: Kv> Store for Coordination<K> {
                 Some(_) => {}
                 None => ahead.extend(writers),
             }
-            patience.wait(core, &lease, ahead).await?;
+            patience.wait(core, ahead).await?;
         }
     }
 
@@ -293,7 +293,7 @@ impl<K: Kv> Store for Coordination<K> {
         let working = claimed.phase.is_working();
         loop {
             let lease = core.lease().await?;
-            let live = core.live_key(lease.clone(), by, layout.owner(to), None);
+            let live = core.live_key(lease, by, layout.owner(to), None);
             let writers = layout.queue_of(LockKind::Challenge, id, LockMode::Write);
             let mut then =
                 vec![Op::Delete(layout.whole(from)), Op::put(layout.instance(to), records::write_instance(claimed))];
@@ -344,7 +344,7 @@ impl<K: Kv> Store for Coordination<K> {
                 core.met(to, &survey);
                 return Err(Error::Conflict);
             }
-            patience.wait(core, &lease, ahead).await?;
+            patience.wait(core, ahead).await?;
         }
     }
 
@@ -355,7 +355,7 @@ impl<K: Kv> Store for Coordination<K> {
         let mut left: Option<Stored<Instance>> = None;
         loop {
             let lease = core.lease().await?;
-            let live = core.live_key(lease.clone(), by, layout.owner(slot), None);
+            let live = core.live_key(lease, by, layout.owner(slot), None);
             let mut when = vec![Compare::exists(layout.instance(slot)), Compare::absent(Keys::one(layout.owner(slot)))];
             let mut then = vec![Op::get(Keys::one(layout.working(slot))), live.put()];
             match (&begin, left.take()) {
@@ -410,7 +410,7 @@ impl<K: Kv> Store for Coordination<K> {
             if owner.is_empty() {
                 left = core.read_instance(slot, &whole)?;
             }
-            patience.wait(core, &lease, owner).await?;
+            patience.wait(core, owner).await?;
         }
     }
 
@@ -490,8 +490,7 @@ impl<K: Kv> Store for Coordination<K> {
                 core.met(slot, &core.read_survey(slot, &mut result)?.0);
                 return Err(Error::Conflict);
             }
-            let lease = core.lease().await?;
-            patience.wait(core, &lease, owner).await?;
+            patience.wait(core, owner).await?;
         }
     }
 

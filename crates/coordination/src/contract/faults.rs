@@ -49,6 +49,38 @@ pub(super) async fn a_lost_lease_is_noticed_and_replaced(rig: &impl Rig) {
     store.check().await;
 }
 
+pub(super) async fn the_first_to_meet_a_lost_lease_goes_on_under_the_next(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let web = store.with("web").await;
+    store.revoke().await;
+    let lock = store.lock(LockKind::Rollout, &id("web"), &at_once()).await.unwrap();
+    store.release(lock).await.unwrap();
+    store.revoke().await;
+    let alice = store.ready(&web, seat("web", "alice")).await;
+    // Somebody is ahead, too.
+    let theirs = other.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
+    store.revoke().await;
+    let waits = async {
+        let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+        store.release(held).await
+    };
+    let create = async {
+        let bob = instance(seat("web", "bob"), Phase::Provisioning);
+        let held = store.begin_create(&web, &bob, None, &patient()).await.unwrap();
+        store.commit(held, &bob.slot, Commit::Remove).await
+    };
+    let hands_on = async {
+        eventually("both wait", || async { store.waits(2).0 == 2 }).await;
+        other.release(theirs).await
+    };
+    let (waited, created, handed_on) = futures::join!(waits, create, hands_on);
+    waited.and(created).and(handed_on).unwrap();
+    store.revoke().await;
+    let (held, _) = store.begin(&alice.value.slot, Begin::Delete, &at_once()).await.unwrap();
+    store.commit(held, &alice.value.slot, Commit::Remove).await.unwrap();
+    store.check().await;
+}
+
 pub(super) async fn a_crash_leaves_work_that_is_found(rig: &impl Rig) {
     let (store, other) = (rig.replica("a"), rig.replica("b"));
     let web = store.with("web").await;
