@@ -297,13 +297,17 @@ pub(crate) fn binary(name: &str) -> PathBuf {
 }
 
 /// Asks until the answer is there; panics with the last answer when it is not there soon.
-pub(crate) fn eventually<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T {
+pub(crate) fn eventually<T>(what: &str, ask: impl FnMut() -> Result<T, String>) -> T {
+    soon(ask).unwrap_or_else(|why| panic!("{what}: not within {SOON:?}: {why}"))
+}
+
+/// Asks until the answer is there; gives the last answer when it is not there soon.
+pub(crate) fn soon<T, E>(mut ask: impl FnMut() -> Result<T, E>) -> Result<T, E> {
     let deadline = Instant::now() + SOON;
     loop {
         match ask() {
-            Ok(answer) => return answer,
-            Err(why) if Instant::now() > deadline => panic!("{what}: not within {SOON:?}: {why}"),
-            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+            Err(_) if Instant::now() <= deadline => std::thread::sleep(Duration::from_millis(100)),
+            answer => return answer,
         }
     }
 }

@@ -14,7 +14,8 @@ use tonic_reflection::pb::v1::{
 
 use crate::harness::{Backend, Manager, World, eventually, local};
 
-const SERVICES: [&str; 2] = ["api.v1.challenge.ChallengeStore", "api.v1.instance.InstanceManager"];
+const SERVICES: [&str; 3] =
+    ["api.v1.challenge.ChallengeStore", "api.v1.instance.InstanceManager", "gauntlet.v1.Sweeper"];
 
 async fn reflect(manager: &Manager, request: MessageRequest) -> MessageResponse {
     let request = ServerReflectionRequest { host: String::new(), message_request: Some(request) };
@@ -56,7 +57,7 @@ async fn health(manager: &Manager, service: &str) -> ServingStatus {
 }
 
 fn settles_at(world: &World, manager: &Manager, status: ServingStatus) {
-    for service in ["", SERVICES[0], SERVICES[1]] {
+    for service in SERVICES.into_iter().chain([""]) {
         eventually("health", || match world.runtime.block_on(health(manager, service)) {
             now if now == status => Ok(()),
             now => Err(format!("{service:?} is {now:?}, not {status:?}")),

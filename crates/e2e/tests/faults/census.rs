@@ -10,6 +10,8 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
+use super::load::{Broken, Kind};
+
 /// Stored instances, each with exactly one group of processes that runs: by seat (`challenge s source` or `challenge p identity`), the
 /// identity.
 pub(super) type Census = BTreeMap<String, String>;
@@ -22,23 +24,24 @@ struct Running {
     shim: bool,
 }
 
-/// Compares; the error names the first thing that is lost, doubled or left over.
-pub(super) fn take(dir: &Path, stored: &[(String, Vec<u8>)]) -> Result<Census, String> {
+/// Compares; the error is the first thing that is lost, doubled or left over, or not there yet.
+pub(super) fn take(dir: &Path, stored: &[(String, Vec<u8>)]) -> Result<Census, Broken> {
     let mut census = Census::new();
     for (key, value) in stored {
-        let record: Value = serde_json::from_slice(value).map_err(|error| format!("{key}: {error}"))?;
+        let record: Value =
+            serde_json::from_slice(value).map_err(|error| Broken(Kind::Odd, format!("{key}: {error}")))?;
         if record["phase"]["name"] != "ready" {
-            return Err(format!("not ready: {key}: {}", record["phase"]));
+            return Err(Broken(Kind::Odd, format!("not ready: {key}: {}", record["phase"])));
         }
         let seat = key.trim_start_matches("gauntlet/instances ").to_owned();
         let identity = record["identity"].as_str().unwrap_or_default().to_owned();
         if let Some(twice) = census.insert(seat, identity) {
-            return Err(format!("doubled: {key} has {twice} too"));
+            return Err(Broken(Kind::Doubled, format!("{key} has {twice} too")));
         }
     }
     let known: BTreeSet<&String> = census.values().collect();
     if known.len() != census.len() {
-        return Err(format!("doubled: one identity has two seats: {census:?}"));
+        return Err(Broken(Kind::Doubled, format!("one identity has two seats: {census:?}")));
     }
     let mut groups: BTreeMap<String, BTreeSet<i32>> = BTreeMap::new();
     let mut shims: BTreeMap<String, usize> = BTreeMap::new();
@@ -53,13 +56,16 @@ pub(super) fn take(dir: &Path, stored: &[(String, Vec<u8>)]) -> Result<Census, S
     let works: BTreeSet<String> = works.filter_map(|home| identity(home.file_name().to_str()?)).collect();
     for left in groups.keys().chain(shims.keys()).chain(&works) {
         if !known.contains(left) {
-            return Err(format!("orphan: {left} runs, or has a directory, and is not stored"));
+            return Err(Broken(Kind::Orphan, format!("{left} runs, or has a directory, and is not stored")));
         }
     }
     for (seat, identity) in &census {
         let (groups, shims) = (groups.get(identity).map_or(0, BTreeSet::len), shims.get(identity).copied());
-        if (groups, shims) != (1, Some(1)) {
-            return Err(format!("{seat}: {identity} runs as {groups} process groups under {shims:?} supervisors"));
+        let shims = shims.unwrap_or(0);
+        if (groups, shims) != (1, 1) {
+            let kind = if groups > 1 || shims > 1 { Kind::Doubled } else { Kind::Lost };
+            let what = format!("{seat}: {identity} runs as {groups} process groups under {shims} supervisors");
+            return Err(Broken(kind, what));
         }
     }
     Ok(census)

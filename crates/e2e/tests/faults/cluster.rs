@@ -1,10 +1,6 @@
 //! Managers on a cluster of etcd members, all real, and what can be done to them.
 
-use std::{
-    process::Command,
-    sync::atomic::{AtomicUsize, Ordering},
-    time::Duration,
-};
+use std::{process::Command, time::Duration};
 
 use gauntlet_coordination::{
     Etcd, EtcdConfig,
@@ -12,15 +8,15 @@ use gauntlet_coordination::{
 };
 use gauntlet_stack::{Process, Ready, Spec, Tool, Tools, http, ports::Reserved};
 use gauntlet_telemetry::{Instruments, db::Database};
-use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::{
     census,
+    load::{Broken, Kind},
     network::{Network, Side},
     scenario::write_scenarios,
 };
-use crate::harness::{Backend, Manager, World, eventually};
+use crate::harness::{Backend, Manager, World, eventually, soon};
 
 /// How long a replica that went silent keeps what it owns.
 pub(super) const LEASE_TTL: Duration = Duration::from_secs(3);
@@ -29,7 +25,7 @@ pub(super) const LEASE_TTL: Duration = Duration::from_secs(3);
 pub(super) enum Between {
     /// On loopback, where nothing can be cut.
     Loopback,
-    /// Each in a network namespace; where those cannot be made, on loopback, with members stopped instead of cut off. Said loudly.
+    /// Each in a network namespace; where those cannot be made, on loopback. Said loudly.
     Namespaces,
 }
 
@@ -45,11 +41,10 @@ pub(super) struct Cluster {
     pub(super) managers: Vec<Manager>,
     _instances: census::Instances,
     pub(super) members: Vec<Member>,
-    /// Why there is none, where there should be one.
-    pub(super) network: Option<Result<Network, String>>,
+    /// What members can be cut off by; on loopback nothing, or why there is nothing.
+    pub(super) network: Result<Network, String>,
     pub(super) store: Etcd,
     pub(super) world: World,
-    patience: AtomicUsize,
 }
 
 impl Cluster {
@@ -58,43 +53,38 @@ impl Cluster {
         let world = World::bare(Backend::Embedded);
         write_scenarios(&world);
         let network = match between {
-            Between::Loopback => None,
-            Between::Namespaces => Some(Network::of(size, &world.path(""))),
+            Between::Loopback => Err("members are on loopback".to_owned()),
+            Between::Namespaces => Network::of(size, &world.path("")).inspect_err(|why| {
+                eprintln!(
+                    "\n*** NO NETWORK NAMESPACES HERE: {why}\n*** No member can be cut off: members are stopped (SIGSTOP) instead. As \
+                     root, with iproute2 and util-linux installed, partitions are real.\n"
+                );
+            }),
         };
-        if let Some(Err(why)) = &network {
-            eprintln!(
-                "\n*** NO NETWORK NAMESPACES HERE: {why}\n*** Partitions are played by stopping members (SIGSTOP) instead. As root, with \
-                 iproute2 and util-linux installed, they are real.\n"
-            );
-        }
-        let members = members(&world, network.as_ref().and_then(|network| network.as_ref().ok()), size, more);
+        let members = members(&world, network.as_ref().ok(), size, more);
         let urls = members.iter().map(|member| member.url.clone());
         let config = EtcdConfig { deadline: Duration::from_secs(4), ..EtcdConfig::new(urls) };
         let store = Etcd::new(&config, Database::etcd(&Instruments::noop())).unwrap();
         let instances = census::Instances(world.path("data/process/instances"));
-        Cluster {
-            managers: Vec::new(),
-            _instances: instances,
-            members,
-            network,
-            store,
-            world,
-            patience: AtomicUsize::new(0),
-        }
+        Cluster { managers: Vec::new(), _instances: instances, members, network, store, world }
     }
 
-    /// Starts more managers: `m1`, `m2` and so on.
+    /// Starts managers: `m1`, `m2` and so on. Each is told of another member first, and stays with it while it answers.
     pub(super) fn with_managers(mut self, count: usize) -> Cluster {
-        let endpoints: Vec<&str> = self.members.iter().map(|member| member.url.as_str()).collect();
-        let environment = [
-            ("ETCD_ENDPOINTS", endpoints.join(",")),
-            ("LEASE_TTL", format!("{}s", LEASE_TTL.as_secs())),
-            ("RECONCILE_EVERY", "1s".to_owned()),
-        ];
-        for _ in 0..count {
-            let name = format!("m{}", self.managers.len() + 1);
-            self.managers.push(self.world.manager_with(&name, &environment));
-        }
+        let (world, members) = (&self.world, &self.members);
+        let start = |at: usize| {
+            let endpoints = (at..at + members.len()).map(|member| members[member % members.len()].url.as_str());
+            let environment = [
+                ("ETCD_ENDPOINTS", endpoints.collect::<Vec<_>>().join(",")),
+                ("LEASE_TTL", format!("{}s", LEASE_TTL.as_secs())),
+                ("RECONCILE_EVERY", "1s".to_owned()),
+            ];
+            world.manager_with(&format!("m{}", at + 1), &environment)
+        };
+        self.managers = std::thread::scope(|scope| {
+            let starting: Vec<_> = (0..count).map(|at| scope.spawn(move || start(at))).collect();
+            starting.into_iter().map(|manager| manager.join().unwrap()).collect()
+        });
         self
     }
 
@@ -112,21 +102,6 @@ impl Cluster {
     /// A member that does not lead.
     pub(super) fn follower(&self) -> usize {
         (self.leader() + 1) % self.members.len()
-    }
-
-    /// Cuts a member off. Without a network it is stopped: then it is cut off from everybody.
-    pub(super) fn cut(&self, member: usize, sides: &[Side]) {
-        match &self.network {
-            Some(Ok(network)) => sides.iter().for_each(|side| network.cut(member, *side)),
-            _ => self.members[member].process.signal(Signal::STOP),
-        }
-    }
-
-    pub(super) fn heal(&self, member: usize, sides: &[Side]) {
-        match &self.network {
-            Some(Ok(network)) => sides.iter().for_each(|side| network.heal(member, *side)),
-            _ => self.members[member].process.signal(Signal::CONT),
-        }
     }
 
     /// What is stored under these words of a key, and not in a lease's way: keys and values.
@@ -155,29 +130,37 @@ impl Cluster {
         }
     }
 
-    /// Waits until nothing is under way and what runs is exactly what is stored, twice in a row.
-    pub(super) fn at_rest(&self) -> census::Census {
+    /// Waits until nothing is under way and what runs is exactly what is stored, several times in a row; the error is what is not so.
+    pub(super) fn settle(&self) -> Result<census::Census, Broken> {
+        const IN_A_ROW: usize = 3;
         let dir = self.world.path("data/process/instances");
-        self.patience.store(0, Ordering::Relaxed);
-        eventually("all is at rest", || {
-            let look = || {
-                self.all_well()?;
-                for words in ["working", "live", "rollouts"] {
-                    if let [(key, _), ..] = self.stored(words)?.as_slice() {
-                        return Err(format!("under way: {key}"));
-                    }
-                }
-                census::take(&dir, &self.stored("instances")?)
-            };
-            match look() {
-                Ok(census) if self.patience.fetch_add(1, Ordering::Relaxed) >= 2 => Ok(census),
-                Ok(_) => Err("not for long enough".to_owned()),
-                Err(why) => {
-                    self.patience.store(0, Ordering::Relaxed);
-                    Err(why)
+        let odd = |why| Broken(Kind::Odd, why);
+        let look = || {
+            self.all_well().map_err(odd)?;
+            for words in ["working", "live", "rollouts"] {
+                if let [(key, _), ..] = self.stored(words).map_err(odd)?.as_slice() {
+                    return Err(odd(format!("under way: {key}")));
                 }
             }
+            census::take(&dir, &self.stored("instances").map_err(odd)?)
+        };
+        let mut before = 0;
+        soon(|| match look() {
+            Ok(census) if before + 1 == IN_A_ROW => Ok(census),
+            Ok(_) => {
+                before += 1;
+                Err(odd("it was at rest, but not for long enough".to_owned()))
+            }
+            Err(why) => {
+                before = 0;
+                Err(why)
+            }
         })
+    }
+
+    /// The same, for what must come to rest.
+    pub(super) fn at_rest(&self) -> census::Census {
+        self.settle().unwrap_or_else(|why| panic!("not at rest: {why:?}"))
     }
 
     /// Runs etcd's command line against the cluster.

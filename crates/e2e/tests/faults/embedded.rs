@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 
 use super::{
     census,
-    load::{Client, Driver, Ledger, Reply},
+    load::{Client, Driver, Ledger},
     scenario::{quick, write_scenarios},
 };
-use crate::harness::{Backend, World, eventually};
+use crate::harness::{Backend, World, soon};
 
 const CYCLES: usize = 20;
 
@@ -40,19 +40,14 @@ fn kill_9_at_any_moment_loses_nothing_acknowledged() {
             manager.process.kill().unwrap();
         });
         manager.process.start().unwrap();
-        drivers.iter_mut().for_each(|driver| driver.hold(&ledger));
+        drivers.iter().for_each(|driver| driver.hold(&ledger, &urls));
     }
     let mut client = Client::new(&urls, 0);
     for id in ["plain", "pooled"] {
-        eventually("the challenge is deleted", || {
-            match client.ask("DELETE", &format!("/api/v1/challenge/{id}"), &Value::Null) {
-                Reply::Said(200 | 404, _) => Ok(()),
-                Reply::Said(status, body) => Err(format!("{status} {body}")),
-                Reply::Nothing(why) => Err(why),
-            }
-        });
+        let (status, body) = client.insist("DELETE", &format!("/api/v1/challenge/{id}"), &Value::Null).unwrap();
+        assert!(matches!(status, 200 | 404), "{status} {body}");
     }
-    eventually("nothing is left", || census::take(&dir, &[]));
+    soon(|| census::take(&dir, &[])).unwrap();
     println!("{CYCLES} kills, {ledger}");
     ledger.assert_kept();
 }

@@ -10,9 +10,9 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use super::{
     cluster::{Between, Cluster, length_of_log, post, said_since},
     load::{Client, Driver, Ledger, Reply, race},
-    scenario::{quick, slow},
+    scenario::{Gate, gated, quick},
 };
-use crate::harness::{Manager, eventually};
+use crate::harness::{Manager, SOON, eventually};
 
 /// `grpc.health.v1`'s SERVING and NOT_SERVING.
 const SERVING: i32 = 1;
@@ -66,7 +66,7 @@ fn under_load(cluster: &Cluster, ledger: &Ledger, faults: impl FnOnce()) {
         drop(stopping);
     });
     cluster.at_rest();
-    driver.hold(ledger);
+    driver.hold(ledger, &urls);
     ledger.assert_kept();
 }
 
@@ -74,7 +74,7 @@ fn with_challenges(cluster: Cluster) -> Cluster {
     let manager = &cluster.managers[0];
     manager.create_challenge("plain", &quick(), &json!({ "timeout": "600s" }));
     manager.create_challenge("pooled", &quick(), &json!({ "timeout": "600s", "min": "2" }));
-    manager.create_challenge("slow", &slow(), &json!({}));
+    manager.create_challenge("gated", &gated(), &json!({}));
     cluster
 }
 
@@ -86,16 +86,18 @@ fn frozen_calls_fail_in_time_and_health_says_so() {
     healthy(&cluster, manager, SERVING);
     let process = manager.process.id();
     cluster.members[0].process.signal(Signal::STOP);
-    let mut client = Client::new(std::slice::from_ref(&manager.url), 0);
-    unavailable(&client.create("plain", "during"));
-    unavailable(&client.ask("GET", "/api/v1/instance/plain/before", &Value::Null));
-    unavailable(&client.ask("PATCH", "/api/v1/instance/plain/before", &json!({})));
-    unavailable(&client.ask("DELETE", "/api/v1/challenge/plain", &Value::Null));
+    let client = || Client::new(std::slice::from_ref(&manager.url), 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| unavailable(&client().create("plain", "during")));
+        scope.spawn(|| unavailable(&client().ask("GET", "/api/v1/instance/plain/before", &Value::Null)));
+        scope.spawn(|| unavailable(&client().ask("PATCH", "/api/v1/instance/plain/before", &json!({}))));
+        scope.spawn(|| unavailable(&client().ask("DELETE", "/api/v1/challenge/pooled", &Value::Null)));
+    });
     healthy(&cluster, manager, NOT_SERVING);
     cluster.members[0].process.signal(Signal::CONT);
     healthy(&cluster, manager, SERVING);
     manager.get("/api/v1/instance/plain/before").ok();
-    until_created(&mut client, "plain", "after");
+    until_created(&mut client(), "plain", "after");
     assert_eq!(manager.process.id(), process, "without a restart");
     let census = cluster.at_rest();
     assert!(census.contains_key("plain s before") && census.contains_key("plain s after"), "{census:?}");
@@ -108,12 +110,12 @@ fn leaders_change_under_load() {
     under_load(&cluster, &ledger, || {
         for _ in 0..4 {
             let (leader, follower) = (cluster.leader(), cluster.follower());
-            let status = post(&cluster.members[follower].url, "/v3/maintenance/status", &json!({})).unwrap();
-            let target = json!({ "targetID": status["header"]["member_id"] });
             eventually("leadership is handed over", || {
                 if cluster.leader() != leader {
                     return Ok(());
                 }
+                let status = post(&cluster.members[follower].url, "/v3/maintenance/status", &json!({}))?;
+                let target = json!({ "targetID": status["header"]["member_id"] });
                 post(&cluster.members[leader].url, "/v3/maintenance/transfer-leadership", &target).map(|_| ())
             });
             std::thread::sleep(Duration::from_millis(300));
@@ -156,8 +158,8 @@ fn compaction_disturbs_nobody() {
 fn restarted_with_all_leases_lost() {
     let mut cluster = with_challenges(Cluster::start(1, &Between::Loopback, &[]).with_managers(2));
     let url = cluster.managers[0].url.clone();
-    let caller = std::thread::spawn(move || Client::new(&[url], 0).create("slow", "a"));
-    eventually("it is being brought up", || cluster.owner("slow", "a")?.ok_or_else(|| "nobody owns it".to_owned()));
+    let caller = std::thread::spawn(move || Client::new(&[url], 0).patient(2 * SOON).create("gated", "a"));
+    eventually("it is being brought up", || cluster.owner("gated", "a")?.ok_or_else(|| "nobody owns it".to_owned()));
     cluster.members[0].process.kill().unwrap();
     cluster.members[0].process.start().unwrap();
     let leases = || {
@@ -174,11 +176,12 @@ fn restarted_with_all_leases_lost() {
         let others = leases()?.difference(&revoked).count();
         if others >= cluster.managers.len() { Ok(()) } else { Err(format!("{others} have")) }
     });
+    Gate::of(&cluster.world).open();
     // Whatever its caller was told, the instance is recorded: some manager has finished it.
     let answer = caller.join().unwrap();
     assert!(matches!(answer, Reply::Said(200 | 503, _)));
     let census = cluster.at_rest();
-    assert!(census.contains_key("slow s a"), "{census:?}");
+    assert!(census.contains_key("gated s a"), "{census:?}");
     let ledger = Ledger::default();
     under_load(&cluster, &ledger, || std::thread::sleep(Duration::from_secs(1)));
     assert_eq!(ledger.outcomes_unknown(), 0, "all resumes");

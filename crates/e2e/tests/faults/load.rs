@@ -13,9 +13,12 @@ use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use serde_json::{Value, json};
 
 use super::scenario::quick;
+use crate::harness::soon;
 
 /// Longer than a manager is paused.
 const DEADLINE: Duration = Duration::from_secs(20);
+/// Who did not answer at all is not asked again at once.
+const BREATH: Duration = Duration::from_millis(50);
 /// Seats of each client.
 const SEATS: usize = 6;
 
@@ -34,11 +37,15 @@ pub(super) enum Kind {
     Lost,
     /// There is more than was asked for, or what was deleted is back.
     Doubled,
-    /// An answer that the contract does not have.
+    /// Something runs, or has a directory, and is not stored.
+    Orphan,
+    /// An answer that the contract does not have, or a state that does not come to rest.
     Odd,
 }
 
-struct Broken(Kind, String);
+/// How, and what.
+#[derive(Debug)]
+pub(super) struct Broken(pub(super) Kind, pub(super) String);
 
 impl Ledger {
     pub(super) fn broken(&self, kind: Kind, what: impl fmt::Display) {
@@ -54,6 +61,10 @@ impl Ledger {
     /// Calls after which nobody knows whether they came to pass.
     pub(super) fn outcomes_unknown(&self) -> u64 {
         self.unknown.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_kept(&self) -> bool {
+        self.broken.lock().unwrap().is_empty()
     }
 
     pub(super) fn assert_kept(&self) {
@@ -91,11 +102,12 @@ impl fmt::Display for Ledger {
         let count = |kind| broken.iter().filter(|broken| broken.0 == kind).count();
         write!(
             f,
-            "operations: {} acknowledged, {} of unknown outcome; lost: {}; doubled: {}; odd answers: {}",
+            "operations: {} acknowledged, {} of unknown outcome; lost: {}; doubled: {}; orphans: {}; odd: {}",
             self.acknowledged(),
             self.outcomes_unknown(),
             count(Kind::Lost),
             count(Kind::Doubled),
+            count(Kind::Orphan),
             count(Kind::Odd)
         )
     }
@@ -125,9 +137,10 @@ enum Means {
     Unknown,
 }
 
-/// Talks to one manager after the other.
+/// Talks to one manager after the other of those that it knows.
 pub(super) struct Client {
     agent: ureq::Agent,
+    deadline: Duration,
     urls: Vec<String>,
     next: usize,
 }
@@ -135,19 +148,46 @@ pub(super) struct Client {
 impl Client {
     pub(super) fn new(urls: &[String], first: usize) -> Client {
         let config = ureq::Agent::config_builder()
-            .timeout_global(Some(DEADLINE))
             .http_status_as_error(false)
             .allow_non_standard_methods(true)
             .proxy(None)
             .build();
-        Client { agent: config.new_agent(), urls: urls.to_vec(), next: first }
+        Client { agent: config.new_agent(), deadline: DEADLINE, urls: urls.to_vec(), next: first }
     }
 
+    /// The same, for what may take longer.
+    pub(super) fn patient(mut self, deadline: Duration) -> Client {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Asks the next manager.
     pub(super) fn ask(&mut self, method: &str, path: &str, body: &Value) -> Reply {
         self.next += 1;
+        let reply = self.ask_again(method, path, body);
+        if matches!(reply, Reply::Nothing(_)) {
+            std::thread::sleep(BREATH);
+        }
+        reply
+    }
+
+    /// Asks the next manager until it answers, and not that it is unavailable: for when all faults are over. An election may still follow
+    /// when a member that was cut off is back.
+    pub(super) fn insist(&mut self, method: &str, path: &str, body: &Value) -> Result<(u16, Value), String> {
+        self.next += 1;
+        soon(|| match self.ask_again(method, path, body) {
+            Reply::Said(503, body) => Err(body.to_string()),
+            Reply::Said(status, body) => Ok((status, body)),
+            Reply::Nothing(why) => Err(why),
+        })
+    }
+
+    /// Asks the manager that was asked last.
+    fn ask_again(&self, method: &str, path: &str, body: &Value) -> Reply {
         let url = format!("{}{path}", self.urls[self.next % self.urls.len()]);
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let request = ureq::http::Request::builder().method(method).uri(url).body(body).unwrap();
+        let request = self.agent.configure_request(request).timeout_global(Some(self.deadline)).build();
         let answer = self.agent.run(request).and_then(|mut answer| {
             let text = answer.body_mut().read_to_string()?;
             Ok((answer.status().as_u16(), text))
@@ -280,17 +320,15 @@ impl Driver {
     }
 
     /// When all is at rest every manager must answer, and answer what was promised.
-    pub(super) fn hold(&mut self, ledger: &Ledger) {
-        for at in 0..self.seats.len() {
-            for _ in 0..self.client.urls.len() {
-                let seat = &self.seats[at];
-                match self.client.ask("GET", &seat.path(), &Value::Null) {
-                    Reply::Said(200, seen) => seat.holds(ledger, Some(&seen)),
-                    Reply::Said(404, _) => seat.holds(ledger, None),
-                    Reply::Said(status, body) => {
-                        ledger.broken(Kind::Odd, format_args!("{}: {status} {body}", seat.path()));
-                    }
-                    Reply::Nothing(why) => ledger.broken(Kind::Lost, format_args!("{}: {why}", seat.path())),
+    pub(super) fn hold(&self, ledger: &Ledger, urls: &[String]) {
+        let mut client = Client::new(urls, 0);
+        for seat in &self.seats {
+            for _ in urls {
+                match client.insist("GET", &seat.path(), &Value::Null) {
+                    Ok((200, seen)) => seat.holds(ledger, Some(&seen)),
+                    Ok((404, _)) => seat.holds(ledger, None),
+                    Ok((status, body)) => ledger.broken(Kind::Odd, format_args!("{}: {status} {body}", seat.path())),
+                    Err(why) => ledger.broken(Kind::Lost, format_args!("{}: {why}", seat.path())),
                 }
             }
         }
@@ -397,8 +435,8 @@ impl Updater {
     }
 
     pub(super) fn hold(&mut self, ledger: &Ledger) {
-        match self.client.ask("GET", "/api/v1/challenge/shifting", &Value::Null) {
-            Reply::Said(200, challenge) => {
+        match self.client.insist("GET", "/api/v1/challenge/shifting", &Value::Null) {
+            Ok((200, challenge)) => {
                 let motd = challenge["additional"]["motd"].as_str().unwrap_or_default().to_owned();
                 if !self.promised.contains(&motd) {
                     ledger.broken(Kind::Lost, format_args!("update: promised {:?}, seen {motd}", self.promised));
@@ -408,8 +446,8 @@ impl Updater {
                 }
                 self.promised = vec![motd];
             }
-            Reply::Said(status, body) => ledger.broken(Kind::Lost, format_args!("updated challenge: {status} {body}")),
-            Reply::Nothing(why) => ledger.broken(Kind::Lost, format_args!("updated challenge: {why}")),
+            Ok((status, body)) => ledger.broken(Kind::Lost, format_args!("updated challenge: {status} {body}")),
+            Err(why) => ledger.broken(Kind::Lost, format_args!("updated challenge: {why}")),
         }
     }
 }
