@@ -125,7 +125,11 @@ impl Gauntlet {
         })
         .await?;
         let rollout = self.store.lock(LockKind::Rollout, id, &self.by(call)).await?;
-        self.close(call, rollout, id).await
+        match self.store.challenge(id).await? {
+            Some(stored) if stored.value.closing => self.close(call, rollout, id).await,
+            // Another deletion was first; what is there by now was created since.
+            _ => self.store.release(rollout).await,
+        }
     }
 
     /// Reads, changes and writes a challenge under its lock.
@@ -255,11 +259,9 @@ impl Gauntlet {
             self.store.all_readable(id).await?;
             let held = self.store.lock(LockKind::Challenge, id, &self.by(call)).await?;
             match self.store.challenge(id).await? {
-                Some(stored) if !stored.value.closing => {
-                    // Gone, and created anew, while this was held up: not the one that was to go.
-                    self.store.release(held).await
-                }
-                _ => self.store.remove_challenge(held, id).await,
+                Some(stored) if stored.value.closing => self.store.remove_challenge(held, id).await,
+                // Gone, and perhaps created anew by now, while this was held up: that is not the one that was to go.
+                _ => self.store.release(held).await,
             }
         };
         let removed = removed.await;

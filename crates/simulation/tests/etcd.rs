@@ -158,11 +158,6 @@ impl Server {
         told.count() as u64
     }
 
-    /// What is there now.
-    pub fn get(&self, key: &str) -> Option<&Entry> {
-        self.map.get(key)
-    }
-
     /// All there is, in order.
     pub fn entries(&self) -> impl Iterator<Item = (&Arc<str>, &Entry)> {
         self.map.iter()

@@ -204,21 +204,56 @@ async fn renew(manager: Arc<Manager>, c: &'static str, s: &'static str) {
     ask(manager, format!("renew {c} {s}"), work, |_, _| {}).await;
 }
 
+/// What clients do in one run, how often, and to what: runs that differ reach what an average one does not.
+pub struct Mix {
+    pub clients: usize,
+    /// The longest pause between two calls, in milliseconds.
+    pause: u64,
+    /// How likely each call is, in the order of [`client`].
+    weights: [u64; 7],
+    challenges: Vec<usize>,
+    sources: usize,
+}
+
+impl Mix {
+    pub fn draw(world: &World) -> Self {
+        let weights = [45, 17, 10, 12, 7, 4, 5].map(|usual| usual * [0, 1, 1, 4][world.between(0, 4) as usize]);
+        let [create, ..] = weights;
+        let which = world.between(0, 6) as usize;
+        Self {
+            clients: world.between(2, 8) as usize,
+            pause: [150, 1200][world.between(0, 2) as usize],
+            weights: if create == 0 { [45, 17, 10, 12, 7, 4, 5] } else { weights },
+            // All, or one alone.
+            challenges: if which < CHALLENGES.len() { vec![which] } else { (0..CHALLENGES.len()).collect() },
+            sources: world.between(1, SOURCES.len() as u64 + 1) as usize,
+        }
+    }
+}
+
 /// One who asks for this and that until the faults end.
-pub async fn client(cluster: Arc<Cluster>) {
+pub async fn client(cluster: Arc<Cluster>, mix: Arc<Mix>) {
     let world = cluster.world.clone();
     while world.lock().faulty {
-        sleep(Duration::from_millis(world.between(20, 1200))).await;
+        sleep(Duration::from_millis(world.between(20, mix.pause))).await;
         let manager = cluster.any();
-        let (which, s) = (world.between(0, 3) as usize, SOURCES[world.between(0, 4) as usize]);
-        let c = CHALLENGES[which].0;
-        match world.between(0, 100) {
-            0..45 => create(manager, c, s).await,
-            45..62 => drop(delete(manager, c, s.to_owned()).await),
-            62..72 => renew(manager, c, s).await,
-            72..84 => retrieve(manager, c, s).await,
-            84..91 => update_challenge(manager, which).await,
-            91..95 => drop(delete_challenge(manager, c).await),
+        let which = mix.challenges[world.between(0, mix.challenges.len() as u64) as usize];
+        let (c, s) = (CHALLENGES[which].0, SOURCES[world.between(0, mix.sources as u64) as usize]);
+        let mut drawn = world.between(0, mix.weights.iter().sum());
+        let call = mix.weights.iter().position(|weight| match drawn.checked_sub(*weight) {
+            Some(rest) => {
+                drawn = rest;
+                false
+            }
+            None => true,
+        });
+        match call {
+            Some(0) => create(manager, c, s).await,
+            Some(1) => drop(delete(manager, c, s.to_owned()).await),
+            Some(2) => renew(manager, c, s).await,
+            Some(3) => retrieve(manager, c, s).await,
+            Some(4) => update_challenge(manager, which).await,
+            Some(5) => drop(delete_challenge(manager, c).await),
             _ => create_challenge(manager, which).await,
         }
     }

@@ -29,7 +29,7 @@ use rand::RngExt as _;
 use tokio::time::sleep;
 
 use self::{
-    clients::{Answer, CHALLENGES},
+    clients::{Answer, CHALLENGES, Mix},
     coverage::{Coverage, Event},
     manager::Manager,
     world::World,
@@ -38,7 +38,6 @@ use self::{
 /// What every key begins with.
 const PREFIX: &str = "gauntlet/";
 const MANAGERS: usize = 3;
-const CLIENTS: usize = 3;
 /// How long things go wrong, and how long after that everything must be at rest.
 const FAULTY: Duration = Duration::from_secs(30);
 const REST: Duration = Duration::from_secs(240);
@@ -161,7 +160,9 @@ async fn scenario(world: &Arc<World>) {
     let etcd = tokio::spawn(chaos::etcd(world.clone()));
     let cluster = Cluster::new(world.clone());
     clients::prepare(&cluster).await;
-    let mut busy: Vec<_> = (0..CLIENTS).map(|_| tokio::spawn(clients::client(cluster.clone()))).collect();
+    let mix = Arc::new(Mix::draw(world));
+    let client = || tokio::spawn(clients::client(cluster.clone(), mix.clone()));
+    let mut busy: Vec<_> = (0..mix.clients).map(|_| client()).collect();
     busy.push(tokio::spawn(clients::janitor(cluster.clone())));
     let chaos = tokio::spawn(chaos::chaos(cluster.clone()));
     sleep(FAULTY).await;
