@@ -3,10 +3,11 @@
 use gauntlet_api::v1::instance::{
     CreateInstanceRequest, DeleteInstanceRequest, Instance, RenewInstanceRequest, RetrieveInstanceRequest,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use tonic::Code;
 
-use crate::harness::{Backend, Manager, World, address, eventually, fetch, local};
+use crate::harness::{Backend, Manager, World, address, eventually, fetch, local, processes_below};
 
 async fn create(manager: &Manager, challenge: &str, source: &str) -> Result<Instance, tonic::Status> {
     let request =
@@ -99,6 +100,25 @@ fn survives_a_killed_manager_embedded() {
 #[test]
 fn survives_a_killed_manager_etcd() {
     survives_a_killed_manager(Backend::Etcd);
+}
+
+#[test]
+fn once_a_restarted_manager_is_healthy_what_it_hands_out_runs() {
+    let world = World::bare(Backend::Embedded);
+    let mut manager = world.manager("m1");
+    manager.create_challenge("web", &local("web"), &json!({ "min": "3", "max": "3" }));
+    eventually("the pool is filled", || if world.instances() == 3 { Ok(()) } else { Err(String::new()) });
+    manager.process.kill().unwrap();
+    eventually("nothing runs", || {
+        let left = processes_below(&world.path("data/process"));
+        for process in left.iter().filter_map(|process| Pid::from_raw(*process)) {
+            let _ = kill_process(process, Signal::KILL);
+        }
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    });
+    manager.process.start().unwrap();
+    let claimed = manager.create_instance("web", "a").ok();
+    fetch(address(claimed["connectionInfo"].as_str().unwrap())).unwrap();
 }
 
 fn pools_and_updates(backend: Backend) {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use futures::StreamExt as _;
 use gauntlet_domain::{ChallengeId, Error, Gauntlet};
 use gauntlet_telemetry::context;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tracing::{Instrument as _, field::Empty, info_span};
 
 use crate::{operations::call_now, tasks::Tasks};
@@ -14,6 +14,8 @@ use crate::{operations::call_now, tasks::Tasks};
 const POOL_QUEUE: usize = 1024;
 /// Pools tended at once.
 const POOLS_AT_ONCE: usize = 4;
+/// Between two tries of the first pass, as long as it can read nothing.
+const FIRST_AGAIN: Duration = Duration::from_secs(2);
 
 /// How the rest of the manager asks for background work. Never blocks; asking twice is asking once.
 #[derive(Clone)]
@@ -40,23 +42,33 @@ impl Signals {
 pub(crate) struct Background {
     reconcile: Arc<Notify>,
     pools: mpsc::Receiver<(ChallengeId, Option<String>)>,
+    settled: watch::Sender<bool>,
 }
 
 /// Both sides of the signals.
 pub(crate) fn signals() -> (Signals, Background) {
     let reconcile = Arc::new(Notify::new());
     let (sender, receiver) = mpsc::channel(POOL_QUEUE);
-    (Signals { reconcile: reconcile.clone(), pools: sender }, Background { reconcile, pools: receiver })
+    let background = Background { reconcile: reconcile.clone(), pools: receiver, settled: watch::Sender::new(false) };
+    (Signals { reconcile, pools: sender }, background)
 }
 
 impl Background {
+    /// Whether the first reconcile pass has been over everything.
+    pub(crate) fn settled(&self) -> watch::Receiver<bool> {
+        self.settled.subscribe()
+    }
+
     /// Starts both loops. The first reconcile pass runs at once: a restart finds what a crash left.
     pub(crate) fn start(self, tasks: &Tasks, gauntlet: &Gauntlet, every: Duration) {
-        let Self { reconcile, mut pools } = self;
+        let Self { reconcile, mut pools, settled } = self;
         let reconciler = gauntlet.clone();
         tasks.background("reconcile", |stop| async move {
             loop {
-                run_reconcile(&reconciler).await;
+                if run_reconcile(&reconciler).await {
+                    settled.send_replace(true);
+                }
+                let every = if *settled.borrow() { every } else { every.min(FIRST_AGAIN) };
                 // Between three quarters and five quarters of the period, so that replicas do not march in step.
                 let pause = every.mul_f64(0.75 + 0.5 * rand::random::<f64>());
                 tokio::select! {
@@ -82,7 +94,8 @@ fn async_stream<T>(receiver: &mut mpsc::Receiver<T>) -> impl futures::Stream<Ite
     futures::stream::poll_fn(move |cx| receiver.poll_recv(cx))
 }
 
-async fn run_reconcile(gauntlet: &Gauntlet) {
+/// Answers whether it has been over everything, whatever came of each.
+async fn run_reconcile(gauntlet: &Gauntlet) -> bool {
     let span = info_span!(
         parent: None,
         "reconcile",
@@ -117,15 +130,17 @@ async fn run_reconcile(gauntlet: &Gauntlet) {
                 if let Some(error) = done.failures.first() {
                     failed(error);
                 }
+                true
             }
             Err(error) => {
                 tracing::warn!(error.type = error.code(), %error, "could not reconcile, will be tried again");
                 failed(&error);
+                false
             }
         }
     }
     .instrument(span)
-    .await;
+    .await
 }
 
 async fn tend(gauntlet: &Gauntlet, challenge: ChallengeId, origin: Option<String>) {

@@ -6,7 +6,7 @@ use gauntlet_api::v1::{
     challenge::challenge_store_server::ChallengeStoreServer, instance::instance_manager_server::InstanceManagerServer,
 };
 use gauntlet_domain::{Error, Store};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tonic::server::NamedService;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
@@ -17,27 +17,48 @@ const EVERY: Duration = Duration::from_secs(2);
 /// How long an answer may take.
 const DEADLINE: Duration = Duration::from_secs(2);
 
-/// Asks the store every two seconds, and once before this answers, until the tasks stop; then health is `Stopping` at once.
-pub(crate) async fn watch(
-    tasks: &Tasks,
-    store: Arc<dyn Store>,
-    instances: Arc<Claimed>,
-    reporter: HealthReporter,
-) -> watch::Receiver<Health> {
+/// After a start: how long health waits, once the store answers, for the first look at what the run before left.
+const SETTLE_WITHIN: Duration = Duration::from_secs(30);
+
+/// Whom to ask.
+pub(crate) struct Asked {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) instances: Arc<Claimed>,
+    /// Whether the first reconcile pass is over: before it, what is handed out may not run.
+    pub(crate) settled: watch::Receiver<bool>,
+}
+
+/// Asks every two seconds, and once before this answers, until the tasks stop; then health is `Stopping` at once.
+pub(crate) async fn watch(tasks: &Tasks, mut asked: Asked, reporter: HealthReporter) -> watch::Receiver<Health> {
     let (sender, receiver) = watch::channel(Health::Starting);
-    tell(&reporter, &sender, ask(store.as_ref(), &instances).await).await;
+    let mut answered = None;
+    tell(&reporter, &sender, asked.health(&mut answered).await).await;
     tasks.background("health", |stop| async move {
         loop {
+            let settling = !*asked.settled.borrow();
             tokio::select! {
                 () = stop.cancelled() => break,
-                () = tokio::time::sleep(EVERY) => {
-                    tell(&reporter, &sender, ask(store.as_ref(), &instances).await).await;
-                }
+                Ok(()) = asked.settled.changed(), if settling => {}
+                () = tokio::time::sleep(EVERY) => {}
             }
+            tell(&reporter, &sender, asked.health(&mut answered).await).await;
         }
         tell(&reporter, &sender, Health::Stopping).await;
     });
     receiver
+}
+
+impl Asked {
+    /// `answered` is when it was first well.
+    async fn health(&self, answered: &mut Option<Instant>) -> Health {
+        match ask(self.store.as_ref(), &self.instances).await {
+            Health::Serving if !*self.settled.borrow() => {
+                let waited = answered.get_or_insert_with(Instant::now).elapsed();
+                if waited < SETTLE_WITHIN { Health::Starting } else { Health::Serving }
+            }
+            health => health,
+        }
+    }
 }
 
 async fn ask(store: &dyn Store, instances: &Claimed) -> Health {
@@ -72,5 +93,33 @@ async fn tell(reporter: &HealthReporter, sender: &watch::Sender<Health>, health:
             Health::Failing { why } => tracing::error!(why, "cannot serve: calls fail"),
             other => tracing::info!(health = ?other, "health changed"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use gauntlet_coordination::Coordination;
+    use gauntlet_provision::process::{self, Process};
+
+    use super::*;
+    use crate::backends::Backend;
+
+    #[tokio::test]
+    async fn it_serves_once_what_is_left_has_been_looked_at() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap());
+        let processes = Process::new(process::Config::new(dir.path().join("instances"))).unwrap();
+        let instances = Arc::new(Claimed::new(processes, Backend::Embedded(store.clone())));
+        let (settled, receiver) = watch::channel(false);
+        let (reporter, _service) = tonic_health::server::health_reporter();
+        let tasks = Tasks::default();
+        let mut health = super::watch(&tasks, Asked { store, instances, settled: receiver }, reporter).await;
+        assert_eq!(*health.borrow(), Health::Starting);
+        settled.send_replace(true);
+        let soon = Duration::from_secs(60);
+        tokio::time::timeout(soon, health.wait_for(|health| *health == Health::Serving)).await.unwrap().unwrap();
+        tasks.drain(soon).await;
+        assert_eq!(*health.borrow(), Health::Stopping);
     }
 }

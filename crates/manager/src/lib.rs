@@ -27,6 +27,7 @@ use gauntlet_telemetry::Telemetry;
 use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, ObservedStore};
 use operations::Operations;
 use tasks::Tasks;
+use tokio::sync::watch;
 
 /// A running manager. Ends with [`Manager::stop`]; dropping it leaves its tasks to the runtime.
 pub struct Manager {
@@ -38,6 +39,7 @@ pub struct Manager {
     tasks: Tasks,
     backend: backends::Backend,
     instances: Arc<Claimed>,
+    health: watch::Receiver<rest::Health>,
 }
 
 impl Manager {
@@ -70,8 +72,10 @@ impl Manager {
         let (signals, background) = background::signals();
         let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals));
         let (reporter, health_service) = tonic_health::server::health_reporter();
-        let health = health::watch(&tasks, backend.store(), instances.clone(), reporter).await;
-        let rest = rest::router(handlers.clone()).merge(rest::health::router(health));
+        let asked =
+            health::Asked { store: backend.store(), instances: instances.clone(), settled: background.settled() };
+        let health = health::watch(&tasks, asked, reporter).await;
+        let rest = rest::router(handlers.clone()).merge(rest::health::router(health.clone()));
         let router = server::api(handlers, rest, health_service, instruments)?;
         let api = server::serve(&tasks, "API", SocketAddr::new(config.bind, config.port), router).await?;
         let page = match config.debug_address.0 {
@@ -79,8 +83,15 @@ impl Manager {
             None => None,
         };
         background.start(&tasks, &gauntlet, config.reconcile_every);
-        tracing::info!(%api, debug = ?page, backend = store.backend(), "ready");
-        Ok(Self { api, debug: page, config, tasks, backend, instances })
+        tracing::info!(%api, debug = ?page, backend = store.backend(), "listening");
+        Ok(Self { api, debug: page, config, tasks, backend, instances, health })
+    }
+
+    /// Waits until health says that it serves: the store answers, and what the run before left has been looked at. Calls are answered before
+    /// that, but an instance that is handed out may not run yet. Does not end while the store does not answer.
+    pub async fn serving(&self) {
+        // Whoever tells health ends with the manager.
+        let _ = self.health.clone().wait_for(|health| *health == rest::Health::Serving).await;
     }
 
     /// Stops listening, lets calls under way end (for as long as the configuration says), and gives up what this replica owns. Instances go

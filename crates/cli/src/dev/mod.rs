@@ -27,9 +27,8 @@ use crate::USAGE;
 const END_WITHIN: Duration = Duration::from_secs(10);
 /// How long calls under way may take to end after that.
 const DRAIN: Duration = Duration::from_secs(5);
-/// How long to wait for the first reconcile pass, and between two looks whether it is done.
-const SETTLE_WITHIN: Duration = Duration::from_secs(15);
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// How long to wait for instances of the run before.
+const SERVES_WITHIN: Duration = Duration::from_secs(15);
 /// How often the janitor sweeps.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
@@ -165,11 +164,14 @@ impl Dev {
         let mut asked = Asked::listen()?;
         let data = config.dir.clone();
         let manager = Manager::start(config, telemetry).await?;
-        let url = format!("http://127.0.0.1:{}", manager.api.port());
+        let url = url(&manager);
 
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
-        let began = self.begin(&url, telemetry, scenarios.as_deref(), &mut hints, &stop, &tasks).await;
-        if began.is_ok() {
+        let began = tokio::select! {
+            began = self.begin(&manager, telemetry, scenarios.as_deref(), &mut hints, &stop, &tasks) => began.map(|()| true),
+            () = asked.wait() => Ok(false),
+        };
+        if let Ok(true) = began {
             let page = manager.debug.map(|address| format!("http://127.0.0.1:{}/", address.port()));
             let screen = Screen::new(telemetry.debug().clone(), &url, page, &hints, self.notices.clone(), live);
             tasks.spawn(screen.show(stop.clone()));
@@ -194,24 +196,28 @@ impl Dev {
             "ended {halted} instances; {} keeps what is stored, and the next run brings them back",
             data.display()
         ));
-        began
+        began.map(drop)
     }
 
     /// Starts the janitor and, unless bare, registers the challenges and lets the players in.
     async fn begin(
         &self,
-        url: &str,
+        manager: &Manager,
         telemetry: &Telemetry,
         scenarios: Option<&Path>,
         hints: &mut Vec<String>,
         stop: &CancellationToken,
         tasks: &TaskTracker,
     ) -> Result<()> {
+        let url = url(manager);
         let janitor = gauntlet_janitor::Config {
             every: Some(SWEEP_EVERY),
             ..gauntlet_janitor::Config::new(url.parse().map_err(anyhow::Error::msg)?)
         };
-        settled(telemetry).await;
+        // So that nobody is handed an instance that does not run yet.
+        if tokio::time::timeout(SERVES_WITHIN, manager.serving()).await.is_err() {
+            tracing::warn!("instances of the run before take long: some may not answer yet");
+        }
         let (instruments, ending) = (telemetry.instruments().clone(), stop.clone());
         tasks.spawn(async move {
             if let Err(error) = gauntlet_janitor::run(&janitor, &instruments, ending).await {
@@ -229,14 +235,14 @@ impl Dev {
             return Ok(());
         };
         let mut challenges = Vec::new();
-        for registered in players::register(url, scenarios).await? {
+        for registered in players::register(&url, scenarios).await? {
             match registered {
                 Ok(challenge) => challenges.push(challenge),
                 Err(why) => hints.push(format!("not registered  {why}")),
             }
         }
         hints.push(format!("challenges      {}", challenges.join(", ")));
-        tasks.spawn(players::play(url.to_owned(), challenges, stop.clone()));
+        tasks.spawn(players::play(url, challenges, stop.clone()));
         Ok(())
     }
 
@@ -254,16 +260,9 @@ impl Dev {
     }
 }
 
-/// Waits until the first reconcile pass has brought back what the run before left, so that nobody is handed an instance that does not run yet.
-async fn settled(telemetry: &Telemetry) {
-    let passed = async {
-        while !telemetry.debug().snapshot().await.operations.iter().any(|operation| operation.name == "reconcile") {
-            tokio::time::sleep(LOOK_AGAIN).await;
-        }
-    };
-    if tokio::time::timeout(SETTLE_WITHIN, passed).await.is_err() {
-        tracing::warn!("the first reconcile pass takes long: some instances may not answer yet");
-    }
+/// Where the API is.
+fn url(manager: &Manager) -> String {
+    format!("http://127.0.0.1:{}", manager.api.port())
 }
 
 /// The signals that ask it to end; the last is that of a terminal that is closed.

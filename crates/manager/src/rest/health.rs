@@ -42,7 +42,7 @@ async fn healthcheck(State(health): State<watch::Receiver<Health>>) -> Response 
     let why = match &*health.borrow() {
         Health::Serving if watched => return with_json(StatusCode::OK, r#"{"status":"ok"}"#),
         Health::Serving => "The manager no longer looks after its health.".to_owned(),
-        Health::Starting => "The manager is starting.".to_owned(),
+        Health::Starting => "The manager is starting: it looks at what runs.".to_owned(),
         Health::Stopping => "The manager is stopping.".to_owned(),
         Health::Failing { why } => format!("The manager cannot serve: {why}."),
     };
