@@ -110,6 +110,7 @@ pub(crate) async fn store(config: &Config, replica: String, instruments: &Instru
         tls,
         prefix: config.etcd_prefix.clone(),
         lease_ttl: config.lease_ttl,
+        deadline: config.etcd_deadline(),
         ..EtcdConfig::new(config.etcd_endpoints.iter().cloned())
     };
     Ok(Backend::Etcd(Arc::new(Coordination::etcd(etcd, replica, Database::etcd(instruments)).await?)))

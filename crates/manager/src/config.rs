@@ -1,8 +1,13 @@
 //! Flags and environment, checked before anything starts. The names of chall-manager's environment are accepted.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{ffi::OsString, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser, error::ErrorKind};
+
+/// What etcd does not go below.
+const SHORTEST_LEASE: Duration = Duration::from_secs(2);
+/// How long one call to etcd may take unless told otherwise.
+const ETCD_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A text that is never printed.
 #[derive(Clone, PartialEq, Eq)]
@@ -83,6 +88,10 @@ pub struct Config {
     /// How long a replica that went silent keeps what it owns, at least 2s.
     #[arg(long, env = "LEASE_TTL", default_value = "10s", value_parser = duration, value_name = "DURATION", help_heading = "etcd")]
     pub lease_ttl: Duration,
+    /// How long one call to etcd may take, over all endpoints tried; shorter than --lease-ttl. 5s, or nine tenths of that if it is less,
+    /// unless given.
+    #[arg(long, env = "ETCD_DEADLINE", value_parser = duration, value_name = "DURATION", help_heading = "etcd")]
+    pub etcd_deadline: Option<Duration>,
 
     /// Speak plain HTTP with registries.
     #[arg(long, env = "OCI_INSECURE", value_parser = clap::builder::BoolishValueParser::new(), default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set, value_name = "BOOL", help_heading = "Scenarios")]
@@ -157,7 +166,7 @@ impl Config {
     /// Reads flags and environment. A wrong value is printed with its name and the fix, and ends the process with 64 (EX_USAGE of
     /// sysexits.h); `--help` and `--version` end it with 0.
     pub fn parse_or_exit() -> Self {
-        Self::try_parse().unwrap_or_else(|error| {
+        Self::checked(std::env::args_os()).unwrap_or_else(|error| {
             let code = if error.use_stderr() { 64 } else { 0 };
             let _ = error.print();
             std::process::exit(code)
@@ -169,7 +178,32 @@ impl Config {
     /// # Errors
     /// A variable with a wrong value; the text names it and the fix.
     pub fn from_environment() -> Result<Self, clap::Error> {
-        Self::try_parse_from(["gauntlet-manager"])
+        Self::checked(["gauntlet-manager"])
+    }
+
+    /// Parses, and checks what no flag can be checked for alone.
+    fn checked(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Self, clap::Error> {
+        let config = Self::try_parse_from(arguments)?;
+        let wrong = |text: String| Err(Self::command().error(ErrorKind::ValueValidation, text));
+        if config.lease_ttl < SHORTEST_LEASE {
+            return wrong(format!(
+                "--lease-ttl (LEASE_TTL) is {:?}: give it at least {SHORTEST_LEASE:?}",
+                config.lease_ttl
+            ));
+        }
+        match config.etcd_deadline {
+            Some(deadline) if deadline >= config.lease_ttl => wrong(format!(
+                "--etcd-deadline (ETCD_DEADLINE) is {deadline:?}, and --lease-ttl (LEASE_TTL) is {:?}: a call must end before the lease \
+                 that it is made under can; give a shorter deadline or a longer lease",
+                config.lease_ttl
+            )),
+            _ => Ok(config),
+        }
+    }
+
+    /// How long one call to etcd may take.
+    pub(crate) fn etcd_deadline(&self) -> Duration {
+        self.etcd_deadline.unwrap_or_else(|| ETCD_DEADLINE.min(self.lease_ttl * 9 / 10))
     }
 
     /// The directory instances are kept in.
@@ -184,7 +218,7 @@ mod tests {
     use super::*;
 
     fn parse(arguments: &[&str]) -> Result<Config, clap::Error> {
-        Config::try_parse_from(std::iter::once("gauntlet-manager").chain(arguments.iter().copied()))
+        Config::checked(std::iter::once("gauntlet-manager").chain(arguments.iter().copied()))
     }
 
     #[test]
@@ -202,10 +236,24 @@ mod tests {
             (["--instance-ports", "9-3"], "expected FIRST-LAST"),
             (["--debug-address", "8081"], "expected HOST:PORT"),
             (["--port", "70000"], "70000"),
+            (["--lease-ttl", "1s"], "at least 2s"),
+            (["--etcd-deadline", "10s"], "--lease-ttl (LEASE_TTL) is 10s: a call must end before"),
         ] {
             let text = parse(&arguments).unwrap_err().to_string();
             assert!(text.contains(part) && text.contains(arguments[0]), "{text}");
         }
+    }
+
+    #[test]
+    fn a_call_to_etcd_ends_before_its_lease() {
+        for (arguments, deadline) in [
+            (&["--lease-ttl", "10s"][..], 5000),
+            (&["--lease-ttl", "3s"], 2700),
+            (&["--lease-ttl", "3s", "--etcd-deadline", "2s"], 2000),
+        ] {
+            assert_eq!(parse(arguments).unwrap().etcd_deadline(), Duration::from_millis(deadline), "{arguments:?}");
+        }
+        assert!(parse(&["--lease-ttl", "3s", "--etcd-deadline", "3s"]).is_err());
     }
 
     #[test]
