@@ -1,6 +1,7 @@
 //! Set-up, tests and the observability stack: `cargo xtask --help`.
 
 mod bench;
+mod binary;
 mod chaos;
 mod console;
 mod dev;
@@ -33,6 +34,7 @@ enum Command {
     /// Simulate managers, etcd and a machine with every fault there is, one seed after another
     Chaos(chaos::Chaos),
     /// Managers and an etcd cluster, all real, under load: kill, pause and cut off one after the other, and see what was promised kept
+    #[command(after_help = faults::HELP)]
     Faults(faults::Faults),
     /// Break coordination on purpose, in each known way in a copy of the checkout, and see a test notice it
     Mutants(mutants::Mutants),

@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use gauntlet_stack::{process::spawn_bound, workspace_root};
-use serde_json::Value;
 
+use crate::binary;
 use crate::console::say;
 use crate::test::{cargo, run};
 
-/// A test that takes longer has been stopped by its mutant.
+/// A test that takes longer has been stopped by its mutant, and has not noticed.
 const LONGEST: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Args)]
@@ -51,10 +51,13 @@ struct Killer {
 }
 
 enum Outcome {
-    Killed,
-    Stopped,
+    /// By a test that says so in these words.
+    Killed(String),
+    /// The test noticed nothing, and never ended.
+    StoodStill,
     Survived,
     DoesNotBuild,
+    DoesNotApply(String),
 }
 
 impl Mutants {
@@ -143,38 +146,33 @@ fn hunt(mutants: &[Mutant]) -> Result<ExitCode> {
             bail!("the tests of {package} do not build: the errors are above");
         };
         match copy.test(package, &binary, &tests)? {
-            Some(passed) if passed == tests.len() => {}
-            Some(passed) => bail!("of these tests of {package} only {passed} exist: {}", tests.join(", ")),
-            None => bail!("without a mutant these tests of {package} fail: {}", tests.join(", ")),
+            Tested::Passed(passed) if passed == tests.len() => {}
+            Tested::Passed(passed) => bail!("of these tests of {package} only {passed} exist: {}", tests.join(", ")),
+            Tested::Failed(why) => {
+                bail!("without a mutant one of these tests of {package} fails: {}: {why}", tests.join(", "))
+            }
+            Tested::StoodStill => {
+                bail!("without a mutant one of these tests of {package} stands still: {}", tests.join(", "))
+            }
         }
     }
-    let mut escaped = 0;
+    let (mut killed, began) = (0, Instant::now());
     for mutant in mutants {
-        copy.patch(mutant, &[])?;
         let started = Instant::now();
-        let binary = copy.build(&mutant.killer.package, &mutant.killer.target)?;
-        let (built, started) = (started.elapsed(), Instant::now());
-        let outcome = match binary {
-            None => Outcome::DoesNotBuild,
-            Some(binary) => match copy.test(&mutant.killer.package, &binary, &[&mutant.killer.test])? {
-                Some(_) => Outcome::Survived,
-                None if started.elapsed() >= LONGEST => Outcome::Stopped,
-                None => Outcome::Killed,
-            },
+        let outcome = copy.try_out(mutant)?;
+        let took = started.elapsed().as_secs_f64();
+        let (verdict, words) = match &outcome {
+            Outcome::Killed(words) => ("killed", words.as_str()),
+            Outcome::StoodStill => ("STOOD STILL", "the test noticed nothing, and never ended"),
+            Outcome::Survived => ("SURVIVED", "the test passes"),
+            Outcome::DoesNotBuild => ("DOES NOT BUILD", "the errors are above"),
+            Outcome::DoesNotApply(why) => ("DOES NOT APPLY", why.as_str()),
         };
-        copy.patch(mutant, &["--reverse"])?;
-        let verdict = match outcome {
-            Outcome::Killed => "killed",
-            Outcome::Stopped => "killed (the test stood still)",
-            Outcome::Survived => "SURVIVED",
-            Outcome::DoesNotBuild => "DOES NOT BUILD",
-        };
-        escaped += usize::from(matches!(outcome, Outcome::Survived | Outcome::DoesNotBuild));
-        let (built, ran) = (built.as_secs_f64(), started.elapsed().as_secs_f64());
-        println!("{:<44} {verdict}: {} (build {built:.0} s, test {ran:.1} s)", mutant.name, mutant.killer.test);
+        killed += usize::from(matches!(outcome, Outcome::Killed(_)));
+        println!("{:<44} {verdict} in {took:.0} s: {}\n    {words}", mutant.name, mutant.killer.test);
     }
-    println!("{} of {} killed", mutants.len() - escaped, mutants.len());
-    Ok(if escaped == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    println!("{killed} of {} killed in {:.0} s", mutants.len(), began.elapsed().as_secs_f64());
+    Ok(if killed == mutants.len() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// A copy of the checkout, as it is now.
@@ -212,6 +210,24 @@ impl Copy {
         Ok(copy)
     }
 
+    /// Applies it, runs its test, and takes it back.
+    fn try_out(&self, mutant: &Mutant) -> Result<Outcome> {
+        if let Err(why) = self.patch(mutant, &[]) {
+            return Ok(Outcome::DoesNotApply(format!("{why:#}").trim().to_owned()));
+        }
+        let Killer { package, target, test } = &mutant.killer;
+        let outcome = match self.build(package, target)? {
+            None => Outcome::DoesNotBuild,
+            Some(binary) => match self.test(package, &binary, &[test])? {
+                Tested::Passed(_) => Outcome::Survived,
+                Tested::Failed(words) => Outcome::Killed(words),
+                Tested::StoodStill => Outcome::StoodStill,
+            },
+        };
+        self.patch(mutant, &["--reverse"])?;
+        Ok(outcome)
+    }
+
     fn patch(&self, mutant: &Mutant, how: &[&str]) -> Result<()> {
         let mut apply = Command::new("git");
         // It lies in a repository whose paths are not its own.
@@ -230,42 +246,43 @@ impl Copy {
     /// Builds the tests of a package and answers their binary; `None`, its errors on the screen, if they do not build.
     fn build(&self, package: &str, target: &[String]) -> Result<Option<PathBuf>> {
         let mut build = cargo();
-        build
-            .args(["test", "--quiet", "--no-run", "--message-format", "json", "--package", package])
-            .args(target)
-            .current_dir(&self.tree)
-            .env("CARGO_TARGET_DIR", &self.target)
-            .stderr(Stdio::inherit());
-        let built = build.output().context("run cargo")?;
-        let messages = String::from_utf8_lossy(&built.stdout).into_owned();
-        let messages: Vec<Value> = messages.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-        let text = |message: &Value, at: &str| message.pointer(at).and_then(Value::as_str).map(str::to_owned);
-        if !built.status.success() {
-            // A mutant's warnings are of no interest, and say nothing of the checkout.
-            let errors = messages.iter().filter(|message| text(message, "/message/level").as_deref() == Some("error"));
-            errors.filter_map(|message| text(message, "/message/rendered")).for_each(|error| eprint!("{error}"));
-            return Ok(None);
-        }
-        // Others are of what it is tested with.
-        let binary = messages.iter().filter_map(|message| text(message, "/executable")).next_back();
-        binary.map(|binary| Some(binary.into())).with_context(|| format!("{package} has no tests in {target:?}"))
+        build.current_dir(&self.tree).env("CARGO_TARGET_DIR", &self.target);
+        binary::of_tests(build, package, target)
     }
 
-    /// How many of these tests there are, if all pass; `None` if one fails or stands still.
-    fn test(&self, package: &str, binary: &Path, tests: &[&str]) -> Result<Option<usize>> {
+    fn test(&self, package: &str, binary: &Path, tests: &[&str]) -> Result<Tested> {
         let log = self.parent().join("test.log");
         let output = fs::File::create(&log).with_context(|| format!("create {}", log.display()))?;
         let errors = output.try_clone().context("open the log a second time")?;
         let mut test = Command::new(binary);
         let folder = package.strip_prefix("gauntlet-").unwrap_or(package);
-        test.arg("--exact").args(tests).current_dir(self.tree.join("crates").join(folder));
+        test.arg("--exact").args(tests).current_dir(self.tree.join("crates").join(folder)).env("RUST_BACKTRACE", "0");
         let child = spawn_bound_to_log(test, output, errors).with_context(|| format!("run {}", binary.display()))?;
-        if !ended_well(child)? {
-            return Ok(None);
-        }
+        let ended = ended(child)?;
         let said = fs::read_to_string(&log).with_context(|| format!("read {}", log.display()))?;
-        Ok(Some(said.lines().filter(|line| line.starts_with("test ") && line.ends_with(" ... ok")).count()))
+        Ok(match ended {
+            None => Tested::StoodStill,
+            Some(true) => Tested::Passed(
+                said.lines().filter(|line| line.starts_with("test ") && line.ends_with(" ... ok")).count(),
+            ),
+            Some(false) => Tested::Failed(complaint(&said).to_owned()),
+        })
     }
+}
+
+/// What came of some tests.
+enum Tested {
+    /// So many of them.
+    Passed(usize),
+    /// One has, in these words.
+    Failed(String),
+    StoodStill,
+}
+
+/// The words with which a test failed: the line after the one that says where.
+fn complaint(said: &str) -> &str {
+    let mut lines = said.lines().skip_while(|line| !line.contains(" panicked at ")).skip(1);
+    lines.next().unwrap_or("it ended without a word")
 }
 
 fn spawn_bound_to_log(mut command: Command, output: fs::File, errors: fs::File) -> std::io::Result<Child> {
@@ -273,17 +290,17 @@ fn spawn_bound_to_log(mut command: Command, output: fs::File, errors: fs::File) 
     spawn_bound(command)
 }
 
-/// Waits for a test, as long as one may take.
-fn ended_well(mut child: Child) -> Result<bool> {
+/// Waits for a test, as long as one may take: whether it ended well, or `None` if it did not end.
+fn ended(mut child: Child) -> Result<Option<bool>> {
     let ends = Instant::now() + LONGEST;
     loop {
         if let Some(status) = child.try_wait().context("wait for a test")? {
-            return Ok(status.success());
+            return Ok(Some(status.success()));
         }
         if Instant::now() >= ends {
             child.kill().context("end a test")?;
             child.wait().context("wait for a test")?;
-            return Ok(false);
+            return Ok(None);
         }
         thread::sleep(Duration::from_millis(50));
     }
@@ -315,6 +332,13 @@ mod tests {
         assert_eq!((killer.package.as_str(), killer.test.as_str()), ("some-crate", "a::b"));
         assert_eq!(killer.target, ["--test", "faults"]);
         assert_eq!(header("Breaks: all\n--- a/x\n+++ b/x\n"), None);
+    }
+
+    #[test]
+    fn a_failed_test_says_why_in_one_line() {
+        let said = "\nrunning 1 test\n\nthread 'a' (1) panicked at src/a.rs:1:2:\na promise is broken\nnote: more\n";
+        assert_eq!(complaint(said), "a promise is broken");
+        assert_eq!(complaint("killed"), "it ended without a word");
     }
 
     #[test]

@@ -3,6 +3,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
+    fs::File,
+    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -10,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use gauntlet_stack::process::spawn_bound;
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng, seq::IndexedRandom as _};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -21,13 +24,16 @@ use super::{
     network::Side,
     scenario::{Gate, gated, quick},
 };
-use crate::harness::{Manager, SOON, soon};
+use crate::harness::{Backend, Manager, SOON, World, soon};
 
 /// How long the storm lasts, in minutes, unless it is interrupted (SIGINT); without it, one round of each kind of fault.
 const MINUTES: &str = "GAUNTLET_FAULTS_MINUTES";
 /// What the choice of faults follows from.
 const SEED: &str = "GAUNTLET_FAULTS_SEED";
+/// The faults to choose among, by name; one round of these when no time is set.
+const ONLY: &str = "GAUNTLET_FAULTS_ONLY";
 
+const STORM: &str = "faults::storm::nothing_acknowledged_is_lost_nothing_is_doubled_and_nothing_is_left_over";
 const MANAGERS: usize = 3;
 const MEMBERS: usize = 3;
 /// Clients that go from manager to manager; beside them each manager has one that stays.
@@ -79,6 +85,15 @@ impl Fault {
         &[Fault::LeaderPaused],
         &[Fault::LeaderCutFromPeers, Fault::MemberCutFromClients],
     ];
+
+    /// Those of that name; all if none is named.
+    fn named(names: &str) -> Vec<Fault> {
+        let name = |name: &str| {
+            let fault = Fault::ALL.into_iter().find(|fault| format!("{fault:?}") == name);
+            fault.unwrap_or_else(|| panic!("{name:?} is no fault; there are {:?}", Fault::ALL))
+        };
+        if names.is_empty() { Fault::ALL.to_vec() } else { names.split(',').map(name).collect() }
+    }
 
     /// What comes nearest to it where nothing can be cut.
     fn without_network(self) -> Fault {
@@ -370,12 +385,15 @@ fn pause(cluster: &Cluster, victim: usize, round: usize) -> Result<(), String> {
 fn nothing_acknowledged_is_lost_nothing_is_doubled_and_nothing_is_left_over() {
     let number = |name| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
     let (minutes, seed) = (number(MINUTES), number(SEED).unwrap_or_else(|| rand::random::<u32>().into()));
+    let only = std::env::var(ONLY).unwrap_or_default();
+    let choice = Fault::named(&only);
     eprintln!("{SEED}={seed}");
     let interrupted = Arc::new(AtomicBool::new(false));
     match minutes {
         None => {
             let mut storm = Storm::new(seed);
-            for faults in Fault::IN_CI {
+            let rounds = if only.is_empty() { &Fault::IN_CI[..] } else { &[&choice[..]] };
+            for faults in rounds {
                 storm.round(faults, &interrupted);
             }
             storm.end();
@@ -388,10 +406,39 @@ fn nothing_acknowledged_is_lost_nothing_is_doubled_and_nothing_is_left_over() {
             let ends = Instant::now() + Duration::from_secs(60 * minutes);
             while Instant::now() < ends && !interrupted.load(Ordering::Relaxed) && storm.ledger.is_kept() {
                 let many = storm.rng.random_range(1..=3);
-                let faults: Vec<Fault> = Fault::ALL.sample(&mut storm.rng, many).copied().collect();
+                let faults: Vec<Fault> = choice.sample(&mut storm.rng, many).copied().collect();
                 storm.round(&faults, &interrupted);
             }
             storm.end();
         }
+    }
+}
+
+/// Without the privilege to make network namespaces, as in most containers, the storm does without partitions, and says so.
+#[test]
+fn where_nothing_can_be_cut_members_are_stopped_instead() {
+    let alone = World::bare(Backend::Embedded);
+    let this = std::env::current_exe().unwrap();
+    let mut storm = if rustix::process::geteuid().is_root() {
+        let mut without = Command::new("setpriv");
+        without.arg("--bounding-set=-sys_admin,-net_admin").arg(this);
+        without
+    } else {
+        Command::new(this)
+    };
+    let log = alone.path("storm.log");
+    let said = File::create(&log).unwrap();
+    storm.args(["--exact", "--nocapture", STORM]).env(ONLY, "MemberCutFromClients").env_remove(MINUTES);
+    storm.stdin(Stdio::null()).stdout(said.try_clone().unwrap()).stderr(said);
+    let status = spawn_bound(storm).unwrap().wait().unwrap();
+    let said = std::fs::read_to_string(log).unwrap();
+    assert!(status.success(), "{said}");
+    for part in [
+        "NO NETWORK NAMESPACES HERE",
+        "{MemberCutFromClients} left out",
+        "FollowerPaused",
+        "lost: 0; doubled: 0; orphans: 0",
+    ] {
+        assert!(said.contains(part), "{part}:\n{said}");
     }
 }
