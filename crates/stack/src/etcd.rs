@@ -87,6 +87,9 @@ fn member(dir: &Path, name: &str, client_port: u16, peer_port: u16, peers: &str)
     .arg(format!("--initial-advertise-peer-urls={peer}"))
     .arg(format!("--initial-cluster={peers}"))
     .arg("--initial-cluster-token=gauntlet")
+    // Without it all that ever was is kept, and ranges walk over it.
+    .arg("--auto-compaction-mode=periodic")
+    .arg("--auto-compaction-retention=10m")
     .arg("--logger=zap");
     Ok(Etcd { process: Process::spawn(spec)?, client_port, _reserved: Vec::new() })
 }
