@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use gauntlet_telemetry::names;
 use serde_json::{Value, json};
 
-use crate::harness::{Backend, World, eventually, local};
+use crate::harness::{Backend, Manager, World, eventually, local};
 
 #[derive(Debug)]
 pub(crate) struct Span {
@@ -66,7 +66,7 @@ impl Trace {
     /// Every span and every attribute of it has a row in the table of names.
     pub(crate) fn in_the_table(&self) {
         for span in &self.spans {
-            let served = span.name.contains("/api/v1/");
+            let served = span.tags.contains_key("http.request.method");
             let called = ["api.v1.", "gauntlet.v1."].iter().any(|package| span.name.starts_with(package));
             let row = match (served, called, span.tags["span.kind"].as_str()) {
                 (true, ..) => &names::HTTP_SERVER,
@@ -131,6 +131,9 @@ fn a_create_is_one_tree(backend: Backend) {
     assert_eq!(acquire.tags["lock.contended"], false);
     assert_eq!(span("provision.up").tags["outcome"], "ok");
     trace.in_the_table();
+    if backend == Backend::Embedded {
+        refusals_have_codes(&mut world, &manager);
+    }
     let text = format!("{trace:?}");
     let flag = created.json()["flags"][0].as_str().unwrap().to_owned();
     assert!(!text.contains(&flag), "no flag on any span");
@@ -141,6 +144,30 @@ fn a_create_is_one_tree(backend: Backend) {
         }
         let acquiring = ["POST /api/v1/instance", "lock.acquire", "etcd.txn"];
         assert!(txns.iter().any(|txn| trace.path(txn) == acquiring), "the intent is a transaction of its own");
+    }
+}
+
+/// What REST refuses before there is a call has a code on its span, too.
+fn refusals_have_codes(world: &mut World, manager: &Manager) {
+    let refused = [
+        ("POST", "/api/v1/instance", "{", 400, "INVALID_ARGUMENT"),
+        ("POST", "/api/v1/challenge", &" ".repeat((1 << 20) + 1), 400, "INVALID_ARGUMENT"),
+        ("GET", "/api/v1/challenge/%ff", "", 400, "INVALID_ARGUMENT"),
+        ("GET", "/api/v2/challenge", "", 404, "UNKNOWN_PATH"),
+        ("DELETE", "/api/v1/challenge", "", 501, "UNKNOWN_METHOD"),
+        ("GET", "/api/v1/challenge/none", "", 404, "CHALLENGE_NOT_FOUND"),
+    ];
+    for (method, path, body, status, code) in refused {
+        let answer = manager.call(method, path, Some(body.as_bytes()));
+        assert_eq!(answer.status, status, "{method} {path}: {}", answer.text);
+        let trace_id = answer.trace_parent.split('-').nth(1).unwrap().to_owned();
+        let found = eventually("its span has come", || {
+            let found =
+                world.stack().jaeger.get(&format!("/api/traces/{trace_id}")).map_err(|error| error.to_string())?;
+            Ok(Trace::of(found["data"].get(0).ok_or("no trace yet")?))
+        });
+        assert_eq!(found.spans[0].tags["gauntlet.error.code"], code, "{method} {path}");
+        found.in_the_table();
     }
 }
 

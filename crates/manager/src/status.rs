@@ -3,7 +3,7 @@
 use gauntlet_api::error;
 use gauntlet_domain::Error;
 use gauntlet_telemetry::context;
-use tonic::Status;
+use tonic::{Code, Status};
 
 /// The answer to a client. What is ours to know (hosts, paths, causes) is logged here and marked on the span, and not in the answer.
 pub(crate) fn status(error: &Error) -> Status {
@@ -39,4 +39,18 @@ pub(crate) fn status(error: &Error) -> Status {
         }
         Error::Provision { .. } | Error::Internal(_) => error::internal_error(),
     }
+}
+
+/// A request that REST refuses before there is a call: marks the span, as [`status`] does for a call.
+pub(crate) fn refused(status: Status) -> Status {
+    let code = match status.code() {
+        Code::NotFound => "UNKNOWN_PATH",
+        Code::Unimplemented => "UNKNOWN_METHOD",
+        Code::DeadlineExceeded => "BODY_TIMEOUT",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        _ => "INTERNAL_ERROR",
+    };
+    context::attribute("gauntlet.error.code", code);
+    tracing::debug!(error.type = code, message = status.message(), "request refused");
+    status
 }

@@ -34,6 +34,14 @@ impl<M: Message + Name> IntoResponse for Answer<M> {
 /// An error as JSON, with the HTTP status of its code.
 pub(super) struct Failure(Status);
 
+impl Failure {
+    /// A refusal before there is a call.
+    pub(super) fn refused(status: Status) -> Self {
+        Self(crate::status::refused(status))
+    }
+}
+
+/// The answer to a call, whose handler has marked its span.
 impl From<Status> for Failure {
     fn from(status: Status) -> Self {
         Self(status)

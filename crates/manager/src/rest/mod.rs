@@ -47,12 +47,12 @@ pub(crate) fn router(handlers: Handlers) -> Router {
             get(retrieve_instance).patch(renew_instance).delete(delete_instance),
         )
         .method_not_allowed_fallback(unknown_method)
-        .fallback(async || Failure::from(error::unknown_path()))
+        .fallback(async || Failure::refused(error::unknown_path()))
         .with_state(handlers)
 }
 
 async fn unknown_method() -> Failure {
-    error::unknown_method().into()
+    Failure::refused(error::unknown_method())
 }
 
 async fn create_challenge(

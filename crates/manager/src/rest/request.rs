@@ -35,16 +35,17 @@ where
     type Rejection = Failure;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Failure> {
-        let Ok(body) = tokio::time::timeout(BODY_DEADLINE, read(request.into_body())).await else {
-            let seconds = BODY_DEADLINE.as_secs();
-            return Err(Status::deadline_exceeded(format!("The body did not arrive within {seconds} seconds.")).into());
-        };
-        let body = body?;
-        if body.trim_ascii().is_empty() {
-            return Ok(Self(M::default()));
-        }
-        Ok(Self(json::from_slice(&body).map_err(Status::from)?))
+        message(request.into_body()).await.map(Self).map_err(Failure::refused)
     }
+}
+
+async fn message<M: prost::Message + Name + Default>(body: Body) -> Result<M, Status> {
+    let Ok(body) = tokio::time::timeout(BODY_DEADLINE, read(body)).await else {
+        let seconds = BODY_DEADLINE.as_secs();
+        return Err(Status::deadline_exceeded(format!("The body did not arrive within {seconds} seconds.")));
+    };
+    let body = body?;
+    if body.trim_ascii().is_empty() { Ok(M::default()) } else { Ok(json::from_slice(&body)?) }
 }
 
 async fn read(body: Body) -> Result<Bytes, Status> {
@@ -78,12 +79,12 @@ impl<const N: usize, S: Send + Sync> FromRequestParts<S> for PathIds<N> {
     type Rejection = Failure;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
-        check_escapes("path", parts.uri.path())?;
+        check_escapes("path", parts.uri.path()).map_err(Failure::refused)?;
         let ids = RawPathParams::from_request_parts(parts, state).await;
-        let ids = ids.map_err(|_| not_utf8("path", parts.uri.path()))?;
+        let ids = ids.map_err(|_| Failure::refused(not_utf8("path", parts.uri.path())))?;
         let ids: Vec<_> = ids.iter().map(|(_, id)| id.to_owned()).collect();
         // Only a route with another number of ids than its handler could get here.
-        ids.try_into().map(Self).map_err(|_| Failure::from(error::internal_error()))
+        ids.try_into().map(Self).map_err(|_| Failure::refused(error::internal_error()))
     }
 }
 
@@ -95,7 +96,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Source {
     type Rejection = Failure;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Failure> {
-        Ok(Self(source_id(parts.uri.query().unwrap_or_default())?))
+        source_id(parts.uri.query().unwrap_or_default()).map(Self).map_err(Failure::refused)
     }
 }
 
