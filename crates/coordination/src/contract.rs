@@ -81,6 +81,7 @@ contract! {
         an_update_sets_the_target,
         an_owner_is_waited_for,
         what_an_owner_left_is_kept_by_the_next,
+        what_was_being_deleted_is_not_updated,
         a_rewrite_needs_the_version_it_read,
         a_rewrite_waits_for_the_owner,
         nothing_begins_where_nothing_is,

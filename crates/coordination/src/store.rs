@@ -387,6 +387,11 @@ impl<K: Kv> Store for Coordination<K> {
             let (taken, mut result) = core.take(live, of, Txn { when, then, or }, false).await?;
             if let Some(mut ticket) = taken {
                 let (working, whole) = (result.next_read(), result.next_read());
+                let was = working.first().map(|kv| Layout::read_working(&kv.value));
+                if matches!(begin, Begin::Update(_)) && was == Some(PhaseName::Deleting) {
+                    self.take_back(held(LockKind::Instance, ticket, patience), slot, working).await?;
+                    return Err(Error::Conflict);
+                }
                 let value = match core.read_instance(slot, &whole) {
                     Ok(Some(stored)) => stored.value,
                     Ok(None) => return Err(Error::Conflict),
@@ -409,6 +414,10 @@ impl<K: Kv> Store for Coordination<K> {
             }
             if owner.is_empty() {
                 left = core.read_instance(slot, &whole)?;
+                let goes = left.as_ref().is_some_and(|left| left.value.phase == Phase::Deleting);
+                if goes && matches!(begin, Begin::Update(_)) {
+                    return Err(Error::Conflict);
+                }
             }
             patience.wait(core, owner).await?;
         }
@@ -570,8 +579,8 @@ fn waiting_for(slot: &Slot, by: &By) -> Patience {
 }
 
 impl<K: Kv> Coordination<K> {
-    /// Undoes the intent that was put beside a record which proved unreadable, and gives the ownership up. Should a crash come first, the
-    /// intent stands: what was asked for is then done by a build that can read the record.
+    /// Undoes the intent that was put beside a record which proved unreadable or on its way out, and gives the ownership up. Should a crash
+    /// come first, the intent stands: what was asked for is then done, by a build that can read the record.
     async fn take_back(&self, held: Held, slot: &Slot, working: Vec<KeyValue>) -> Result<()> {
         let layout = &self.core.layout;
         let ticket = ticket(&held)?;

@@ -201,7 +201,8 @@ impl Gauntlet {
         // Gone, or claimed meanwhile (which is only done with what is up to date): nothing to do.
         while let Some(current) = next {
             let instance = &current.value;
-            if instance.applied >= challenge.revision {
+            // What is on its way out is not brought back: if nobody is at it any more, recovery takes it down.
+            if instance.applied >= challenge.revision || instance.phase == Phase::Deleting {
                 return Ok(());
             }
             let was_ready = instance.phase == Phase::Ready;

@@ -165,7 +165,7 @@ impl Survey {
 /// What is about to be done with a stored instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Begin {
-    /// It becomes its target: the phase is set to updating.
+    /// It becomes its target: the phase is set to updating. Answers [`Error::Conflict`] if it is being deleted, which goes on.
     Update(Target),
     /// It goes: the phase is set to deleting.
     Delete,
@@ -285,7 +285,7 @@ pub trait Store: Send + Sync {
     ) -> Result<Option<Held>>;
 
     /// Takes the ownership of a stored instance and records what is about to be done; answers the record as it now stands.
-    /// [`Error::Conflict`] if nothing is stored there, [`Error::Busy`] when patience ends. A record that cannot be read stays as it is:
+    /// [`Error::Conflict`] if nothing is stored there or as [`Begin`] says, [`Error::Busy`] when patience ends. A record that cannot be read stays as it is:
     /// [`Error::Internal`] names it, or [`Error::Conflict`] for [`Begin::Recover`], as it is somebody else's to recover.
     async fn begin(&self, slot: &Slot, begin: Begin, by: &By) -> Result<(Held, Instance)>;
 

@@ -284,6 +284,24 @@ pub(super) async fn what_an_owner_left_is_kept_by_the_next(rig: &impl Rig) {
     assert_eq!(store.all_keys().await.len(), 1);
 }
 
+pub(super) async fn what_was_being_deleted_is_not_updated(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = store.with("web").await;
+    let slot = store.ready(&web, seat("web", "alice")).await.value.slot;
+    // The first deletion is an intent beside the record, the second is in the record.
+    for _ in 0..2 {
+        drop(store.begin(&slot, Begin::Delete, &patient()).await.unwrap());
+        assert_eq!(store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap_err(), Error::Conflict);
+        let left = store.at(&slot).await.value;
+        assert_eq!((left.phase, left.target), (Phase::Deleting, None));
+        assert_eq!(store.stranded(at(0)).await.unwrap(), [Stranded::Instance(slot.clone())]);
+    }
+    let (held, _) = store.begin(&slot, Begin::Recover, &patient()).await.unwrap();
+    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.check().await;
+    assert_eq!(store.all_keys().await.len(), 1);
+}
+
 pub(super) async fn a_rewrite_needs_the_version_it_read(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;

@@ -275,7 +275,8 @@ impl Checks {
                     let (claimed, pooled) = (of("s"), of("p"));
                     let within = pooled <= challenge.min && (challenge.max == 0 || claimed + pooled <= challenge.max);
                     ensure(within, || {
-                        format!("3: the pool of {} grows to {pooled} beside {claimed}: {challenge:?}", seat.0)
+                        let of: Vec<_> = self.records.iter().filter(|(of, _)| of.0 == seat.0).collect();
+                        format!("3: the pool of {} grows to {pooled} beside {claimed}: {challenge:?}, {of:?}", seat.0)
                     })?;
                 }
             }

@@ -1,0 +1,123 @@
+//! The machine refuses: what becomes of what was there.
+
+use gauntlet_domain::{Call, ChallengeUpdate, Error, Operation, Phase, Strategy};
+
+use crate::world::{ALICE, World, digest, reference};
+
+#[tokio::test]
+async fn what_cannot_be_taken_down_is_kept_and_tried_again() {
+    let world = World::with_an_instance().await;
+    let before = world.stored(ALICE).await.unwrap();
+    world.machine.refuse(["down"]);
+    assert!(matches!(world.delete(ALICE).await, Err(Error::Unavailable { .. })));
+    let kept = world.stored(ALICE).await.unwrap();
+    let Phase::Failed(failure) = &kept.phase else { panic!("{kept:?}") };
+    assert_eq!((failure.during, kept.identity.clone()), (Operation::Delete, before.identity));
+    assert!(failure.reason.contains("down is refused"), "{failure:?}");
+    assert_eq!(world.machine.running().len(), 1);
+    // Not before it is due, and then for as often as it takes.
+    assert_eq!(world.gauntlet.reconcile(&world.call).await.unwrap().recovered, 0);
+    let due = Call { now: failure.retry_at, ..world.call.clone() };
+    assert_eq!(world.gauntlet.reconcile(&due).await.unwrap().failures.len(), 1);
+    let Some(Phase::Failed(again)) = world.stored(ALICE).await.map(|kept| kept.phase) else { panic!("it is kept") };
+    assert_eq!((again.attempts, again.since), (2, failure.since));
+    world.machine.refuse([]);
+    let due = Call { now: again.retry_at, ..due };
+    assert_eq!(world.gauntlet.reconcile(&due).await.unwrap().recovered, 1);
+    assert_eq!((world.stored(ALICE).await, world.machine.running()), (None, Vec::new()));
+}
+
+#[tokio::test]
+async fn a_create_that_fails_leaves_nothing() {
+    let world = World::with_an_instance().await;
+    world.delete(ALICE).await.unwrap();
+    world.machine.refuse(["up"]);
+    assert!(matches!(world.try_create(ALICE).await, Err(Error::Unavailable { .. })));
+    assert_eq!((world.stored(ALICE).await, world.machine.running()), (None, Vec::new()));
+}
+
+#[tokio::test]
+async fn an_update_that_fails_keeps_what_ran() {
+    let world = World::with_an_instance().await;
+    let before = world.stored(ALICE).await.unwrap();
+    world.machine.refuse(["up"]);
+    let updated =
+        world.gauntlet.update_challenge(&world.call, &world.web, update(2, Strategy::BlueGreen)).await.unwrap();
+    assert_eq!(updated.failures.len(), 1);
+    assert_eq!(updated.challenge.scenario.digest, digest(2));
+    let kept = world.stored(ALICE).await.unwrap();
+    assert_eq!(kept.phase, Phase::Ready);
+    assert_eq!((&kept.identity, &kept.scenario), (&before.identity, &before.scenario));
+    assert_eq!(world.machine.running(), [(before.identity.clone(), digest(1))]);
+    // The next one gets there, and takes the old one down.
+    world.machine.refuse([]);
+    let updated =
+        world.gauntlet.update_challenge(&world.call, &world.web, update(2, Strategy::Recreate)).await.unwrap();
+    assert_eq!(updated.failures, []);
+    let after = world.stored(ALICE).await.unwrap();
+    assert_eq!((&after.phase, &after.scenario), (&Phase::Ready, &updated.challenge.scenario));
+    assert_eq!(world.machine.running(), [(after.identity.clone(), digest(2))]);
+    world.delete(ALICE).await.unwrap();
+    assert_eq!(world.machine.running(), []);
+}
+
+#[tokio::test]
+async fn a_failed_update_is_not_taken_for_applied() {
+    let world = World::with_an_instance().await;
+    world.machine.refuse(["up"]);
+    let update = update(2, Strategy::BlueGreen);
+    let updated = world.gauntlet.update_challenge(&world.call, &world.web, update).await.unwrap();
+    assert_eq!(updated.failures.len(), 1);
+    let kept = world.stored(ALICE).await.unwrap();
+    assert_eq!((kept.phase, kept.applied, kept.scenario.digest), (Phase::Ready, 1, digest(1)));
+    // An update of something else brings it to what it has missed.
+    world.machine.refuse([]);
+    let timeout = ChallengeUpdate { timeout: Some(None), ..ChallengeUpdate::default() };
+    let updated = world.gauntlet.update_challenge(&world.call, &world.web, timeout).await.unwrap();
+    assert_eq!(updated.failures, []);
+    let after = world.stored(ALICE).await.unwrap();
+    assert_eq!((after.applied, &after.scenario.digest), (3, &digest(2)));
+    assert_eq!(world.machine.running(), [(after.identity, digest(2))]);
+}
+
+#[tokio::test]
+async fn a_pooled_instance_whose_update_failed_is_not_handed_out() {
+    let world = World::with_a_challenge(1).await;
+    world.gauntlet.tend_pool(&world.call, &world.web).await.unwrap();
+    world.machine.refuse(["up"]);
+    let update = update(2, Strategy::BlueGreen);
+    let updated = world.gauntlet.update_challenge(&world.call, &world.web, update).await.unwrap();
+    assert_eq!(updated.failures.len(), 1);
+    world.machine.refuse([]);
+    world.gauntlet.tend_pool(&world.call, &world.web).await.unwrap();
+    // Another is in its place, and that one is handed out.
+    let pooled = world.pooled().await;
+    assert_eq!(pooled.len(), 1);
+    assert_eq!(world.machine.running(), [(pooled[0].identity.clone(), digest(2))]);
+    let claimed = world.create(ALICE).await;
+    assert_eq!((&claimed.identity, claimed.scenario.digest), (&pooled[0].identity, digest(2)));
+}
+
+#[tokio::test]
+async fn what_a_half_done_update_brought_up_is_not_forgotten_by_the_next() {
+    for strategy in [Strategy::BlueGreen, Strategy::Recreate, Strategy::UpdateInPlace] {
+        let world = World::with_an_instance().await;
+        // The new one is up, and the old one does not go.
+        world.machine.refuse(["down"]);
+        let first = update(2, Strategy::BlueGreen);
+        let updated = world.gauntlet.update_challenge(&world.call, &world.web, first).await.unwrap();
+        assert_eq!((updated.failures.len(), world.machine.running().len()), (1, 2));
+        world.machine.refuse([]);
+        let next = update(3, strategy);
+        let updated = world.gauntlet.update_challenge(&world.call, &world.web, next).await.unwrap();
+        assert_eq!(updated.failures, []);
+        let after = world.stored(ALICE).await.unwrap();
+        assert_eq!((&after.phase, &after.scenario.digest), (&Phase::Ready, &digest(3)));
+        assert_eq!(world.machine.running(), [(after.identity, digest(3))]);
+    }
+}
+
+/// To another scenario.
+fn update(version: u8, strategy: Strategy) -> ChallengeUpdate {
+    ChallengeUpdate { scenario: Some(reference(version)), strategy, ..ChallengeUpdate::default() }
+}

@@ -1,0 +1,380 @@
+//! A manager, its store and its machine.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use futures::TryStreamExt as _;
+use gauntlet_coordination::{
+    Coordination, Embedded,
+    kv::{Followed, Get, Keys, Kv, KvResult, LeaseId, Op, Page, Txn, TxnResult},
+};
+use gauntlet_domain::{
+    Additional, By, Call, ChallengeId, Entropy, Error, Fact, Facts, Found, Gauntlet, Held, Identity, Instance,
+    LockKind, NewChallenge, Order, Outputs, Pinned, Place, Plan, PortSpec, Provisioner, Result, Scenarios, Seat,
+    Settings, Slot, SourceId, Store as _, Workload,
+};
+use jiff::Timestamp;
+use tempfile::TempDir;
+use tokio::{
+    sync::oneshot,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+
+pub const ALICE: &str = "alice";
+pub const BOB: &str = "bob";
+
+/// What takes longer has stopped for good.
+const LONG: Duration = Duration::from_secs(60);
+/// How long an instance lives, in seconds.
+pub const TIMEOUT: i64 = 1000;
+
+/// Waits as long as it may take.
+pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    timeout(LONG, future).await.unwrap_or_else(|_| panic!("{what} takes longer than {LONG:?}"))
+}
+
+/// The next one that comes to a point waits there until it may go on.
+#[derive(Debug, Default)]
+struct Gates(Mutex<Vec<Gate>>);
+
+type Gate = (&'static str, oneshot::Sender<()>, oneshot::Receiver<()>);
+
+/// Somebody who waits at a gate, or will.
+pub struct Hold {
+    reached: oneshot::Receiver<()>,
+    open: oneshot::Sender<()>,
+}
+
+impl Hold {
+    /// Somebody has come.
+    pub async fn reached(&mut self) {
+        within("coming to a gate", &mut self.reached).await.unwrap();
+    }
+
+    pub fn open(self) {
+        // Nobody may have come.
+        let _ = self.open.send(());
+    }
+}
+
+impl Gates {
+    fn close(&self, point: &'static str) -> Hold {
+        let ((came, reached), (open, opened)) = (oneshot::channel(), oneshot::channel());
+        self.0.lock().unwrap().push((point, came, opened));
+        Hold { reached, open }
+    }
+
+    async fn pass(&self, point: &str) {
+        let gate = {
+            let mut gates = self.0.lock().unwrap();
+            gates.iter().position(|(of, ..)| *of == point).map(|at| gates.remove(at))
+        };
+        if let Some((_, came, opened)) = gate {
+            let _ = came.send(());
+            let _ = opened.await;
+        }
+    }
+}
+
+/// Where instances would run.
+#[derive(Debug, Default)]
+pub struct Machine {
+    /// What is there: the digest of its scenario, and whether it runs.
+    there: Mutex<BTreeMap<Identity, (ChallengeId, String, bool)>>,
+    refused: Mutex<BTreeSet<&'static str>>,
+    gates: Gates,
+}
+
+impl Machine {
+    /// From now on these operations are refused, and no others.
+    pub fn refuse(&self, operations: impl IntoIterator<Item = &'static str>) {
+        *self.refused.lock().unwrap() = operations.into_iter().collect();
+    }
+
+    /// The next of these operations waits.
+    pub fn hold(&self, operation: &'static str) -> Hold {
+        self.gates.close(operation)
+    }
+
+    async fn ask(&self, operation: &'static str) -> Result<()> {
+        self.gates.pass(operation).await;
+        match self.refused.lock().unwrap().contains(operation) {
+            true => Err(Error::Unavailable { what: "machine", detail: format!("{operation} is refused") }),
+            false => Ok(()),
+        }
+    }
+
+    /// An instance ends by itself.
+    pub fn end(&self, identity: &Identity) {
+        self.there.lock().unwrap().get_mut(identity).unwrap().2 = false;
+    }
+
+    /// What runs, and the digest of its scenario.
+    pub fn running(&self) -> Vec<(Identity, String)> {
+        let there = self.there.lock().unwrap();
+        there.iter().filter(|(_, (.., runs))| *runs).map(|(i, (_, digest, _))| (i.clone(), digest.clone())).collect()
+    }
+
+    fn start(&self, order: &Order) -> Outputs {
+        let running = (order.challenge.clone(), order.digest.clone(), true);
+        self.there.lock().unwrap().insert(order.identity.clone(), running);
+        Outputs { connection_info: format!("http://{}.test", order.identity), flags: vec!["flag".to_owned()] }
+    }
+}
+
+#[async_trait]
+impl Provisioner for Machine {
+    fn name(&self) -> &'static str {
+        "machine"
+    }
+
+    async fn up(&self, order: &Order) -> Result<Outputs> {
+        self.ask("up").await?;
+        let kept = self.there.lock().unwrap().get(&order.identity).filter(|(.., runs)| *runs).cloned();
+        Ok(self.start(&Order { digest: kept.map_or(order.digest.clone(), |(_, digest, _)| digest), ..order.clone() }))
+    }
+
+    async fn update(&self, order: &Order) -> Result<Outputs> {
+        self.ask("update").await?;
+        Ok(self.start(order))
+    }
+
+    async fn down(&self, _: &ChallengeId, identity: &Identity, _: u64) -> Result<()> {
+        self.ask("down").await?;
+        self.there.lock().unwrap().remove(identity);
+        Ok(())
+    }
+
+    async fn list(&self) -> Result<Vec<Found>> {
+        let there = self.there.lock().unwrap();
+        let found = |(identity, (challenge, _, alive)): (&Identity, &(ChallengeId, String, bool))| Found {
+            challenge: challenge.clone(),
+            identity: identity.clone(),
+            generation: 1,
+            alive: *alive,
+        };
+        Ok(there.iter().map(found).collect())
+    }
+}
+
+/// Scenarios named by a digit, which their digest repeats.
+#[derive(Debug)]
+struct Library;
+
+pub fn reference(version: u8) -> String {
+    format!("registry.test/web:{version}")
+}
+
+pub fn digest(version: u8) -> String {
+    format!("sha256:{}", version.to_string().repeat(64))
+}
+
+#[async_trait]
+impl Scenarios for Library {
+    async fn resolve(&self, reference: &str) -> Result<Pinned> {
+        let version = reference.as_bytes().last().unwrap() - b'0';
+        Ok(Pinned { reference: reference.to_owned(), digest: digest(version) })
+    }
+
+    async fn plan(&self, _: &Pinned, _: &Identity, _: &Additional) -> Result<Arc<dyn Plan>> {
+        Ok(Arc::new(Self))
+    }
+}
+
+impl Plan for Library {
+    fn ports(&self) -> &[PortSpec] {
+        &[]
+    }
+
+    fn render(&self, _: &Place) -> Result<Workload> {
+        unreachable!("the machine looks at the digest alone")
+    }
+}
+
+struct Unnoted;
+
+impl Facts for Unnoted {
+    fn note(&self, _: Fact) {}
+}
+
+#[derive(Default)]
+struct Counter(AtomicU64);
+
+impl Entropy for Counter {
+    fn bits(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// An embedded store that can be made to wait before it removes a challenge.
+#[derive(Debug)]
+pub struct Store {
+    inner: Embedded,
+    gates: Arc<Gates>,
+}
+
+impl Kv for Store {
+    type Snapshot = <Embedded as Kv>::Snapshot;
+
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    fn deadline(&self) -> Duration {
+        self.inner.deadline()
+    }
+
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
+        let removes = |op: &Op| matches!(op, Op::Delete(keys) if keys.from.contains("/challenges "));
+        if txn.then.iter().any(removes) {
+            self.gates.pass("remove a challenge").await;
+        }
+        self.inner.txn(txn).await
+    }
+
+    async fn page(&self, get: Get, at: Option<Self::Snapshot>) -> KvResult<Page<Self::Snapshot>> {
+        self.inner.page(get, at).await
+    }
+
+    async fn count(&self, keys: Keys, at: Option<Self::Snapshot>) -> KvResult<u64> {
+        self.inner.count(keys, at).await
+    }
+
+    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+        self.inner.follow(keys).await
+    }
+
+    async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
+        self.inner.grant(ttl).await
+    }
+
+    async fn keep_alive(&self, lease: LeaseId) -> KvResult<()> {
+        self.inner.keep_alive(lease).await
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> KvResult<()> {
+        self.inner.revoke(lease).await
+    }
+
+    async fn close(&self) {
+        self.inner.close().await;
+    }
+}
+
+pub struct World {
+    pub gauntlet: Gauntlet,
+    pub store: Arc<Coordination<Store>>,
+    pub machine: Arc<Machine>,
+    pub call: Call,
+    pub web: ChallengeId,
+    gates: Arc<Gates>,
+    _dir: TempDir,
+}
+
+impl World {
+    /// A challenge whose pool is kept at `min`; its instances are worked on one after the other.
+    pub async fn with_a_challenge(min: i64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let gates = Arc::new(Gates::default());
+        let inner = Embedded::open(&dir.path().join("store")).unwrap();
+        let kv = Store { inner, gates: gates.clone() };
+        let store = Arc::new(Coordination::over(kv, "test/", LONG, "a".to_owned()));
+        let machine = Arc::new(Machine::default());
+        let (scenarios, facts) = (Arc::new(Library), Arc::new(Unnoted));
+        let settings = Settings { concurrency: 1, patience: LONG, ..Settings::default() };
+        let gauntlet = Gauntlet::new(store.clone(), machine.clone(), scenarios, facts, settings);
+        let call =
+            Call { now: Timestamp::from_second(1000).unwrap(), origin: None, entropy: Arc::new(Counter::default()) };
+        let web = ChallengeId::new("web").unwrap();
+        let world = Self { gauntlet, store, machine, call, web, gates, _dir: dir };
+        world.create_challenge(min).await;
+        world
+    }
+
+    /// A challenge, and an instance of it for one source.
+    pub async fn with_an_instance() -> Self {
+        let world = Self::with_a_challenge(0).await;
+        world.create(ALICE).await;
+        world
+    }
+
+    pub async fn create_challenge(&self, min: i64) {
+        let challenge = NewChallenge {
+            id: self.web.clone(),
+            scenario: reference(1),
+            timeout: Some(Duration::from_secs(TIMEOUT.unsigned_abs())),
+            until: None,
+            additional: Additional::new(),
+            min,
+            max: 0,
+        };
+        self.gauntlet.create_challenge(&self.call, challenge).await.unwrap();
+    }
+
+    pub async fn try_create(&self, source: &str) -> Result<Instance> {
+        let (source, own) = (SourceId::new(source).unwrap(), Additional::new());
+        self.gauntlet.create_instance(&self.call, &self.web, &source, own).await
+    }
+
+    pub async fn create(&self, source: &str) -> Instance {
+        self.try_create(source).await.unwrap()
+    }
+
+    pub async fn delete(&self, source: &str) -> Result<()> {
+        self.gauntlet.delete_instance(&self.call, &self.web, &SourceId::new(source).unwrap()).await
+    }
+
+    /// A call at another time.
+    pub fn at(&self, second: i64) -> Call {
+        Call { now: Timestamp::from_second(second).unwrap(), ..self.call.clone() }
+    }
+
+    pub async fn stored(&self, source: &str) -> Option<Instance> {
+        let seat = Seat::Source(SourceId::new(source).unwrap());
+        let slot = Slot { challenge: self.web.clone(), seat };
+        self.store.instance(&slot).await.unwrap().map(|stored| stored.value)
+    }
+
+    pub async fn pooled(&self) -> Vec<Instance> {
+        let all: Vec<_> = self.store.instances_of(&self.web).try_collect().await.unwrap();
+        all.into_iter().map(|stored| stored.value).filter(|instance| instance.slot.seat.is_pool()).collect()
+    }
+
+    /// Runs a use case beside the test.
+    pub fn beside<T, F>(&self, work: impl FnOnce(Gauntlet, Call, ChallengeId) -> F) -> JoinHandle<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + Send + 'static,
+    {
+        tokio::spawn(work(self.gauntlet.clone(), self.call.clone(), self.web.clone()))
+    }
+
+    /// Takes a lock of the challenge, beside the test: it may have to wait.
+    pub fn lock(&self, kind: LockKind) -> JoinHandle<Held> {
+        let (store, web) = (self.store.clone(), self.web.clone());
+        tokio::spawn(async move { store.lock(kind, &web, &By { patience: LONG, ..By::default() }).await.unwrap() })
+    }
+
+    /// Waits until so many hold a lock of the challenge or wait for it.
+    pub async fn queued(&self, kind: LockKind, count: usize) {
+        let queued = async {
+            while self.store.queue(kind, &self.web).await.unwrap().len() != count {
+                sleep(Duration::from_millis(2)).await;
+            }
+        };
+        within("queueing for a lock", queued).await;
+    }
+
+    /// Whoever removes a challenge next waits.
+    pub fn hold_removal(&self) -> Hold {
+        self.gates.close("remove a challenge")
+    }
+}
