@@ -21,18 +21,16 @@ const STORM: &str = "faults::storm::nothing_acknowledged_is_lost_nothing_is_doub
 /// What ends by itself once all it stood on is gone.
 const TO_END: Duration = Duration::from_secs(10);
 
+/// What `--help` says at its end.
 pub(crate) const HELP: &str = "\
-Three managers and three etcd members run as real processes with clients beside them. After every few faults all that was acknowledged is
-compared with what is stored, and what is stored with what runs. It stops at the first promise that is broken; the report says what was
-injected, acknowledged, lost, doubled and left over.
-
-Managers are killed (-9), and paused at work for longer than their lease: their fence must be seen to refuse what they come back with.
-Members are killed, paused, and cut off from each other, from their clients or from both.
-
-Partitions need network namespaces: root, with ip, unshare and nsenter. Where there are none, members are stopped instead, and the report
-says which faults were left out.
-
-Ctrl-C ends it after the round that is under way, with its report; twice, at once. Nothing is left either way.";
+    Three managers and three etcd members run as real processes with clients beside them. After every few faults all that was \
+    acknowledged is compared with what is stored, and what is stored with what runs. It stops at the first promise that is broken; \
+    the report says what was injected, acknowledged, lost, doubled and left over.\n\n\
+    Managers are killed (-9), and paused at work for longer than their lease: their fence must be seen to refuse what they come back \
+    with. Members are killed, paused, and cut off from each other, from their clients or from both.\n\n\
+    Partitions need network namespaces: root, with ip, unshare and nsenter. Where there are none, members are stopped instead, and \
+    the report says which faults were left out.\n\n\
+    Ctrl-C ends it after the round that is under way, with its report; twice, at once. Nothing is left either way.";
 
 #[derive(Debug, Args)]
 pub(crate) struct Faults {

@@ -387,6 +387,8 @@ async fn a_trivial_instance_is_ready_at_once() {
 async fn each_step_is_a_span_and_none_tells_a_secret() {
     let rig = Rig::new();
     let seen = Seen::default();
+    // Tests run beside this one on threads without a subscriber: the first to come to a span would settle for all that nobody is interested.
+    tracing::subscriber::set_global_default(tracing_subscriber::registry()).unwrap();
     let guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(seen.clone()));
     let manager = rig.manager();
     let plan = |greeting: &str| rig.greeter().greeting(greeting).arc();
