@@ -105,6 +105,10 @@ pub struct Config {
     /// The directory below which `file://` scenarios are allowed; none allows no local scenario.
     #[arg(long, env = "SCENARIO_ROOT", value_name = "DIR", help_heading = "Scenarios")]
     pub scenario_root: Option<PathBuf>,
+    /// How much of scenarios is kept on the disk, as a number of B, KiB, MiB or GiB. Beyond that, those used longest ago that no challenge
+    /// and no instance refers to are removed; they are fetched again when they are wanted again.
+    #[arg(long, env = "SCENARIO_KEEP", default_value = "10GiB", value_parser = size, value_name = "SIZE", help_heading = "Scenarios")]
+    pub scenario_keep: u64,
     /// The key that varies flags, 64 hexadecimal characters; made on first use below --dir unless given. Replicas must share it.
     #[arg(long, env = "FLAG_KEY_FILE", value_name = "FILE", help_heading = "Scenarios")]
     pub flag_key_file: Option<PathBuf>,
@@ -153,6 +157,14 @@ fn duration(text: &str) -> Result<Duration, String> {
         .and_then(|duration| Duration::try_from(duration).ok())
         .filter(|duration| !duration.is_zero())
         .ok_or_else(|| format!("expected a time above zero such as 30s or 1m30s; got {text:?}"))
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 4] = [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("B", 1)];
+    let parsed = UNITS.iter().find_map(|(unit, bytes)| Some((text.strip_suffix(unit)?, bytes)));
+    parsed
+        .and_then(|(number, bytes)| number.trim_end().parse::<u64>().ok()?.checked_mul(*bytes))
+        .ok_or_else(|| format!("expected a size such as 500MiB or 10GiB; got {text:?}"))
 }
 
 fn ports(text: &str) -> Result<(u16, u16), String> {
@@ -236,6 +248,7 @@ mod tests {
             (["--instance-ports", "9-3"], "expected FIRST-LAST"),
             (["--debug-address", "8081"], "expected HOST:PORT"),
             (["--port", "70000"], "70000"),
+            (["--scenario-keep", "10GB"], "expected a size such as 500MiB or 10GiB"),
             (["--lease-ttl", "1s"], "at least 2s"),
             (["--etcd-deadline", "10s"], "--lease-ttl (LEASE_TTL) is 10s: a call must end before"),
         ] {
@@ -261,6 +274,16 @@ mod tests {
         assert_eq!(duration("1m30s"), Ok(Duration::from_secs(90)));
         assert_eq!(duration("45"), Ok(Duration::from_secs(45)));
         assert!(duration("-3s").is_err());
+    }
+
+    #[test]
+    fn sizes_have_a_unit() {
+        assert_eq!(parse(&[]).unwrap().scenario_keep, 10 << 30);
+        assert_eq!(size("0B"), Ok(0));
+        assert_eq!(size("500 MiB"), Ok(500 << 20));
+        for wrong in ["", "B", "7", "-1KiB", "1.5GiB", "99999999999GiB"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

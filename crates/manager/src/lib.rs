@@ -4,6 +4,7 @@ mod backends;
 mod background;
 mod claimed;
 mod config;
+mod eviction;
 #[cfg(test)]
 mod fixture;
 mod gauges;
@@ -51,7 +52,7 @@ impl Manager {
         let instruments = telemetry.instruments();
         let tasks = Tasks::default();
 
-        let scenarios = Arc::new(backends::scenarios(&config)?);
+        let library = backends::scenarios(&config)?;
         let processes = backends::provisioner(&config)?;
         let backend = backends::store(&config, replica, instruments).await?;
         let instances = Arc::new(Claimed::new(processes, backend.clone()));
@@ -60,7 +61,7 @@ impl Manager {
             claimed => claimed?,
         }
         let provisioner = ObservedProvisioner::new(instances.clone(), instruments.clone());
-        let scenarios = ObservedScenarios::new(scenarios, instances.name(), instruments.clone());
+        let scenarios = ObservedScenarios::new(Arc::new(library.clone()), instances.name(), instruments.clone());
         let store: Arc<dyn Store> = Arc::new(ObservedStore::new(backend.store(), instruments.clone()));
 
         let settings = Settings { patience: config.patience, ..Settings::default() };
@@ -82,6 +83,7 @@ impl Manager {
             Some(address) => Some(server::serve(&tasks, "debug page", address, telemetry.debug().router()).await?),
             None => None,
         };
+        eviction::start(&tasks, library, backend.store(), config.scenario_keep);
         background.start(&tasks, &gauntlet, config.reconcile_every);
         tracing::info!(%api, debug = ?page, backend = store.backend(), "listening");
         Ok(Self { api, debug: page, config, tasks, backend, instances, health })

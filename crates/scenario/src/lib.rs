@@ -18,6 +18,7 @@ mod template;
 mod yaml;
 
 pub use author::{Progress, PushError, Report, ReportFile, push, validate};
+pub use cache::Evicted;
 pub use files::FileLimits;
 pub use flag::{FlagKey, MAX_TEXT_BYTES, MIN_ENTROPY_BITS};
 pub use library::{Config, Library};

@@ -1,7 +1,7 @@
 //! The port's implementation: resolves references, keeps scenarios, prepares them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::Read as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -16,7 +16,7 @@ use gauntlet_domain::{Additional, Error, Identity, Pinned, Result, Scenarios};
 use tracing::{Instrument as _, field::Empty};
 
 use crate::{
-    cache::Cache,
+    cache::{Cache, Evicted},
     document::Document,
     files::{FileError, FileLimits},
     flag::FlagKey,
@@ -80,9 +80,28 @@ impl Library {
     /// # Errors
     /// [`Error::Internal`] if the cache cannot be used or the access settings are wrong.
     pub fn new(config: Config) -> Result<Self> {
-        let cache = Cache::open(&config.cache).map_err(|error| Error::Internal(format!("scenario cache: {error}")))?;
+        let cache = Cache::open(&config.cache).map_err(unusable)?;
         let registry = Registry::new(&config.access).map_err(Error::Internal)?;
         Ok(Self { inner: Arc::new(Inner { cache, config, registry, fetches: Mutex::default() }) })
+    }
+
+    /// How many bytes of scenarios are kept.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if the cache cannot be read.
+    pub async fn bytes(&self) -> Result<u64> {
+        let cache = self.inner.cache.clone();
+        blocking(move || cache.bytes().map_err(unusable)).await
+    }
+
+    /// Removes scenarios that are not `in_use` (by digest) and were not used within the last hour, those used longest ago first, until no
+    /// more than `limit` bytes are kept. One that is wanted again is fetched again.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if the cache cannot be read or a scenario cannot be removed.
+    pub async fn evict(&self, limit: u64, in_use: BTreeSet<String>) -> Result<Evicted> {
+        let cache = self.inner.cache.clone();
+        blocking(move || cache.evict(limit, &in_use).map_err(unusable)).await
     }
 
     async fn resolve_local(&self, reference: &str) -> Result<(String, PathBuf)> {
@@ -247,6 +266,10 @@ fn summary(problems: &[Problem]) -> String {
         text += &format!("; and {} more", problems.len() - SHOWN);
     }
     text
+}
+
+fn unusable(error: FileError) -> Error {
+    Error::Internal(format!("scenario cache: {error}"))
 }
 
 /// What a client or an operator hears of files that do not fit.

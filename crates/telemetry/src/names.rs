@@ -190,6 +190,9 @@ spans! {
         ["oci.reference", "scenario.digest", "cache.hit", "error.type"];
     /// A scenario checked.
     SCENARIO_VALIDATE = "scenario.validate", Internal, "each scenario validated", ["scenario.digest", "error.type"];
+    /// Scenarios removed from the disk.
+    SCENARIO_EVICT = "scenario.evict", Internal, "each look that finds more scenarios kept than `--scenario-keep` allows, a root of its own",
+        ["evicted.scenarios", "evicted.bytes", "error.type"];
     /// A pool brought back to its minimum.
     POOL_REFILL = "pool.refill", Internal, "each refill of a pool, a root of its own that links to its cause", ["challenge.id", "error.type"];
     /// One pass over what was left unfinished.
