@@ -85,6 +85,13 @@ impl Challenge {
         expiry(now, self.timeout, self.until)
     }
 
+    /// When an instance that is renewed now was last renewed, and when it then ends. A call that was held up never takes back what a later
+    /// one was given.
+    pub(crate) fn renewal(&self, last: Timestamp, now: Timestamp) -> (Timestamp, Option<Timestamp>) {
+        let last = now.max(last);
+        (last, self.expiry(last))
+    }
+
     /// The template values of one instance: its own over the challenge's.
     pub fn merged(&self, own: &Additional) -> Additional {
         let mut merged = self.additional.clone();
@@ -135,7 +142,7 @@ pub fn expiry(now: Timestamp, timeout: Option<Duration>, until: Option<Timestamp
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
-    use proptest::prelude::*;
+    use proptest::{prelude::*, strategy::Strategy};
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
@@ -151,13 +158,96 @@ mod tests {
         assert_eq!(expiry(at(0), minute, Some(at(90))), Some(at(60)));
     }
 
+    fn challenge(timeout: Option<Duration>, until: Option<Timestamp>) -> Challenge {
+        let scenario = Pinned { reference: "r".to_owned(), digest: "d0".to_owned() };
+        Challenge {
+            id: ChallengeId::new("c").unwrap(),
+            scenario,
+            timeout,
+            until,
+            additional: Additional::new(),
+            bounds: Bounds::default(),
+            revision: 1,
+            content: 1,
+            rollout: None,
+            closing: false,
+            origin: None,
+        }
+    }
+
+    /// Anything from the first second of time to the last, most of it near to now.
+    fn moment() -> impl Strategy<Value = Timestamp> {
+        let all = Timestamp::MIN.as_second()..=Timestamp::MAX.as_second();
+        prop_oneof![4 => (0..4_000_000_000i64).prop_map(at), 1 => all.prop_map(at)]
+    }
+
+    fn timeout() -> impl Strategy<Value = Option<Duration>> {
+        let seconds = prop_oneof![4 => 0..10_000_000u64, 1 => any::<u64>()];
+        proptest::option::of((seconds, 0..1_000_000_000u32).prop_map(|(seconds, nanos)| Duration::new(seconds, nanos)))
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 10_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Counted in whole numbers that have room for it all.
         #[test]
-        fn never_past_until_and_never_wraps(now in 0i64..4_000_000_000, timeout: u64, until in proptest::option::of(0i64..8_000_000_000)) {
-            let until = until.map(at);
-            let end = expiry(at(now), Some(Duration::from_secs(timeout)), until).unwrap();
-            prop_assert!(end >= at(now) || Some(end) == until);
-            if let Some(until) = until { prop_assert!(end <= until); }
+        fn an_end_is_the_earlier_bound(now in moment(), timeout in timeout(), until in proptest::option::of(moment())) {
+            let lapses = timeout.map(|timeout| {
+                (now.as_nanosecond() + i128::try_from(timeout.as_nanos()).unwrap()).min(Timestamp::MAX.as_nanosecond())
+            });
+            let until_nanos = until.map(Timestamp::as_nanosecond);
+            let expected = [lapses, until_nanos].into_iter().flatten().min();
+            prop_assert_eq!(expiry(now, timeout, until).map(Timestamp::as_nanosecond), expected);
+        }
+
+        /// In whatever order they come to be done.
+        #[test]
+        fn of_renewals_the_latest_stands(
+            began in moment(),
+            timeout in timeout(),
+            until in proptest::option::of(moment()),
+            calls in proptest::collection::vec(moment(), 1..8),
+        ) {
+            let challenge = challenge(timeout, until);
+            let (mut last, mut end) = (began, challenge.expiry(began));
+            for call in &calls {
+                let before = (last, end);
+                (last, end) = challenge.renewal(last, *call);
+                prop_assert!(last >= before.0 && end >= before.1, "nothing is taken back");
+            }
+            let latest = calls.into_iter().chain([began]).max().unwrap();
+            prop_assert_eq!((last, end), (latest, challenge.expiry(latest)));
+        }
+
+        /// `content` is the revision of the last update that changed what runs.
+        #[test]
+        fn updates_are_counted(updates in proptest::collection::vec((0..4u8, 0..3u8, -1..4i64, -1..4i64), 1..12)) {
+            let mut challenge = challenge(None, None);
+            let (mut revision, mut content) = (1, 1);
+            for (scenario, value, min, max) in updates {
+                let before = challenge.clone();
+                let additional = (value > 0).then(|| Additional::from([("v".to_owned(), value.to_string())]));
+                let update = ChallengeUpdate {
+                    additional: additional.clone(),
+                    min: (min > 0).then_some(min),
+                    max: (max >= 0).then_some(max),
+                    ..ChallengeUpdate::default()
+                };
+                let digest = format!("d{scenario}");
+                let pinned = (scenario > 0).then(|| Pinned { reference: "r".to_owned(), digest: digest.clone() });
+                let changes = (scenario > 0 && before.scenario.digest != digest)
+                    || additional.is_some_and(|additional| before.additional != additional);
+                if challenge.apply(&update, pinned).is_ok() {
+                    revision += 1;
+                    if changes {
+                        content = revision;
+                    }
+                    prop_assert!(challenge.bounds.max() == 0 || challenge.bounds.min() <= challenge.bounds.max());
+                } else {
+                    prop_assert_eq!(&challenge, &before, "what is refused changes nothing");
+                }
+                prop_assert_eq!((challenge.revision, challenge.content), (revision, content));
+            }
         }
     }
 }

@@ -208,8 +208,7 @@ impl Gauntlet {
             let was_ready = instance.phase == Phase::Ready;
             // From the last renewal, if that was since: it stands.
             let ends = |instance: &Instance| {
-                let from = call.now.max(instance.last_renew);
-                if slot.seat.is_pool() { None } else { challenge.expiry(from) }
+                if slot.seat.is_pool() { None } else { challenge.renewal(instance.last_renew, call.now).1 }
             };
             let result = if was_ready && instance.applied >= challenge.content {
                 let scenario = challenge.scenario.clone();

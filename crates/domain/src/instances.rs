@@ -139,9 +139,8 @@ impl Gauntlet {
         for attempt in 0..ATTEMPTS {
             let allows = |survey| may_renew(survey, call, id, source);
             let (challenge, stored) = self.surveyed(attempt, id, source, allows).await?;
-            // A call that was held up never takes back what a later one was given.
-            let last_renew = call.now.max(stored.value.last_renew);
-            let renewed = Instance { last_renew, until: challenge.expiry(last_renew), ..stored.value.clone() };
+            let (last_renew, until) = challenge.renewal(stored.value.last_renew, call.now);
+            let renewed = Instance { last_renew, until, ..stored.value.clone() };
             match self.store.rewrite(&stored, &renewed, &self.by(call)).await {
                 Err(Error::Conflict) => continue,
                 Err(error) => return Err(error),

@@ -51,14 +51,58 @@ mod tests {
         assert!(Bounds::new(3, 0).is_some());
     }
 
+    fn bounds() -> impl Strategy<Value = Bounds> {
+        (0i64..12, 0i64..12, any::<bool>())
+            .prop_map(|(min, room, bounded)| Bounds::new(min, if bounded { min + room } else { 0 }).unwrap())
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 10_000, failure_persistence: None, ..ProptestConfig::default() })]
+
         #[test]
-        fn stays_within_max_and_reaches_min(min in 0i64..50, room in 0i64..50, bounded: bool, claimed in 0usize..100, pooled in 0usize..100) {
-            let bounds = Bounds::new(min, if bounded { min + room } else { 0 }).unwrap();
-            let after = pooled as i64 + shortfall(bounds, claimed, pooled, true);
-            prop_assert!((0..=min).contains(&after));
-            if bounds.max() > 0 { prop_assert!(after == 0 || claimed as i64 + after <= bounds.max()); } else { prop_assert_eq!(after, min); }
+        fn stays_within_max_and_reaches_min(bounds in bounds(), claimed in 0usize..30, pooled in 0usize..30) {
+            // One after the other, as long as it may grow.
+            let (count, mut wanted) = (claimed as i64, 0);
+            while wanted < bounds.min() && (bounds.max() == 0 || count + wanted < bounds.max()) {
+                wanted += 1;
+            }
+            prop_assert_eq!(pooled as i64 + shortfall(bounds, claimed, pooled, true), wanted);
             prop_assert_eq!(shortfall(bounds, claimed, pooled, false), -(pooled as i64));
+        }
+
+        #[test]
+        fn counts_that_are_out_of_this_world_do_not_wrap(min: i64, max: i64, claimed: usize, pooled: usize, open: bool) {
+            if let Some(bounds) = Bounds::new(min, max) {
+                let after = i128::from(shortfall(bounds, claimed, pooled, open)) + pooled.min(i64::MAX as usize) as i128;
+                prop_assert!((0..=i128::from(bounds.min())).contains(&after));
+            }
+        }
+
+        /// Whatever is claimed and given back, and however the bounds change: a pool that is tended is where it should be.
+        #[test]
+        fn a_pool_that_is_tended_is_within_its_bounds(
+            first in bounds(),
+            steps in proptest::collection::vec((0..4u8, bounds()), 1..20),
+        ) {
+            let (mut bounds, mut claimed, mut pooled) = (first, 0usize, 0usize);
+            for (step, other) in steps {
+                match step {
+                    // From the pool, if there is one.
+                    0 => (claimed, pooled) = (claimed + 1, pooled.saturating_sub(1)),
+                    1 => claimed = claimed.saturating_sub(1),
+                    2 => bounds = other,
+                    _ => {}
+                }
+                if step > 0 {
+                    let missing = shortfall(bounds, claimed, pooled, true);
+                    pooled = usize::try_from(pooled as i64 + missing).unwrap();
+                    prop_assert!(pooled as i64 <= bounds.min());
+                    let total = (claimed + pooled) as i64;
+                    prop_assert!(pooled == 0 || bounds.max() == 0 || total <= bounds.max());
+                    prop_assert!(pooled as i64 == bounds.min() || total >= bounds.max());
+                    prop_assert_eq!(shortfall(bounds, claimed, pooled, true), 0, "and stays there");
+                }
+            }
         }
     }
 }

@@ -141,7 +141,8 @@ async fn an_update_does_not_bring_back_what_is_being_deleted() {
     deleted.abort();
     assert!(within("ending", deleted).await.unwrap_err().is_cancelled());
     let update = ChallengeUpdate { scenario: Some(reference(2)), ..ChallengeUpdate::default() };
-    let updated = world.gauntlet.update_challenge(&world.call, &world.web, update).await.unwrap();
+    let updated = world.gauntlet.update_challenge(&world.call, &world.web, update);
+    let updated = within("updating", updated).await.unwrap();
     assert_eq!((updated.failures, updated.challenge.rollout), (Vec::new(), None));
     assert_eq!(world.stored(ALICE).await.unwrap().phase, Phase::Deleting);
     // Its ownership is given up in the background.
