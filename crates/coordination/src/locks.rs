@@ -130,14 +130,18 @@ impl Patience {
         if ahead.is_empty() {
             return Ok(());
         }
-        let lease = core.lease().await?;
+        let mut lease = core.lease().await?;
         ahead.sort_by_key(|kv| kv.created);
         let keys: Vec<_> = ahead.iter().map(|kv| (kv.key.clone(), kv.created)).collect();
         let entered = self.enter(core, ahead.len(), ahead, Behind::Keys(keys.clone()));
         for (gone, (key, created)) in keys.iter().enumerate() {
-            match self.until(core, &lease, core.mirror.gone(key, *created)).await {
-                Some(result) => result?,
-                None => return Err(self.over(keys.len() - gone, entered.holder(&core.mirror).as_ref())),
+            loop {
+                match self.until(core, &lease, core.mirror.gone(key, *created)).await {
+                    Some(Ok(())) => break,
+                    // Nothing is owned under it yet: the wait goes on under the next, if one is granted.
+                    Some(Err(_)) => lease = core.lease().await?,
+                    None => return Err(self.over(keys.len() - gone, entered.holder(&core.mirror).as_ref())),
+                }
             }
         }
         Ok(())

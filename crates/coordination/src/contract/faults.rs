@@ -57,10 +57,11 @@ pub(super) async fn the_first_to_meet_a_lost_lease_goes_on_under_the_next(rig: &
     store.release(lock).await.unwrap();
     store.revoke().await;
     let alice = store.ready(&web, seat("web", "alice")).await;
-    // Somebody is ahead, too.
+    // Somebody is ahead, too, and one waits already when another learns that the lease is gone.
     let theirs = other.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
     store.revoke().await;
     let waits = async {
+        eventually("the create waits", || async { store.waits(2).0 == 1 }).await;
         let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
         store.release(held).await
     };

@@ -180,7 +180,8 @@ impl EtcdRig {
                 shared
             })
         };
-        let config = EtcdConfig::new([shared.server.url()]);
+        // What comes of an etcd that is slow is tested elsewhere; here it may be as slow as the machine.
+        let config = EtcdConfig { deadline: Duration::from_secs(60), ..EtcdConfig::new([shared.server.url()]) };
         let kv = Arc::new(Etcd::new(&config, Database::etcd(&Instruments::noop())).unwrap());
         let prefix = format!("test-{}/", PREFIXES.fetch_add(1, Ordering::Relaxed));
         Self { kv, prefix, _shared: shared }
