@@ -265,7 +265,7 @@ impl Copy {
             Some(true) => Tested::Passed(
                 said.lines().filter(|line| line.starts_with("test ") && line.ends_with(" ... ok")).count(),
             ),
-            Some(false) => Tested::Failed(complaint(&said).to_owned()),
+            Some(false) => Tested::Failed(complaint(&said)),
         })
     }
 }
@@ -279,10 +279,12 @@ enum Tested {
     StoodStill,
 }
 
-/// The words with which a test failed: the line after the one that says where.
-fn complaint(said: &str) -> &str {
-    let mut lines = said.lines().skip_while(|line| !line.contains(" panicked at ")).skip(1);
-    lines.next().unwrap_or("it ended without a word")
+/// The words with which a test failed: what follows the line that says where, on one line.
+fn complaint(said: &str) -> String {
+    let lines = said.lines().skip_while(|line| !line.contains(" panicked at ")).skip(1);
+    let words: Vec<&str> = lines.take_while(|line| !line.starts_with("note: ")).map(str::trim).take(4).collect();
+    let words: String = words.join(" ").chars().take(200).collect();
+    if words.is_empty() { "it ended without a word".to_owned() } else { words }
 }
 
 fn spawn_bound_to_log(mut command: Command, output: fs::File, errors: fs::File) -> std::io::Result<Child> {
@@ -336,8 +338,8 @@ mod tests {
 
     #[test]
     fn a_failed_test_says_why_in_one_line() {
-        let said = "\nrunning 1 test\n\nthread 'a' (1) panicked at src/a.rs:1:2:\na promise is broken\nnote: more\n";
-        assert_eq!(complaint(said), "a promise is broken");
+        let said = "\nrunning 1 test\n\nthread 'a' (1) panicked at src/a.rs:1:2:\na promise is broken\n  left: 1\nnote: more\n";
+        assert_eq!(complaint(said), "a promise is broken left: 1");
         assert_eq!(complaint("killed"), "it ended without a word");
     }
 

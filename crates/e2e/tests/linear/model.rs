@@ -96,6 +96,16 @@ impl History {
         self.steps.values().filter(|steps| matches!(steps.first(), Some(Step::Maybe(_)))).count()
     }
 
+    /// How many calls began while another was under way: without these every history has but one order.
+    pub(super) fn overlaps(&self) -> usize {
+        let mut open = 0;
+        let began = self.events.iter().filter(|(_, called)| {
+            open = if *called { open + 1 } else { open - 1 };
+            *called && open > 1
+        });
+        began.count()
+    }
+
     pub(super) fn is_linearizable(&self) -> bool {
         let mut processes: BTreeMap<(u64, usize), usize> = BTreeMap::new();
         let (mut actions, mut open) = (Vec::new(), Vec::new());
