@@ -1,8 +1,11 @@
-//! The store against a model of a few lines, ten thousand histories, on the modelled etcd without faults.
+//! The lock and the store against models of a few lines, in ten thousand histories each, on the modelled etcd.
 
+mod locks;
 mod records;
 
 use std::{
+    collections::VecDeque,
+    env,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -10,39 +13,84 @@ use std::{
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_coordination::{
     Coordination,
-    kv::{Event, Events, Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Page, Txn, TxnResult},
+    kv::{Event, Events, Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResult},
 };
-use tokio::{sync::mpsc, time::Instant};
+use proptest::{prelude::ProptestConfig, test_runner::RngSeed};
+use tokio::{runtime::Runtime, sync::mpsc, task::yield_now, time::Instant};
 
 use crate::etcd::{Server, Snapshot};
 
-const CASES: u32 = 10_000;
 const LEASE: Duration = Duration::from_secs(10);
 
-/// A client of the modelled etcd that is answered at once.
+/// Ten thousand, the same each time; `PROPTEST_CASES` and `PROPTEST_RNG_SEED` ask for others.
+fn histories() -> ProptestConfig {
+    let mut config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
+    if env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = 10_000;
+    }
+    if env::var_os("PROPTEST_RNG_SEED").is_none() {
+        config.rng_seed = RngSeed::Fixed(4);
+    }
+    config
+}
+
+/// What happens to a write that is not answered.
+#[derive(Debug, Clone, Copy)]
+enum Unanswered {
+    Done,
+    NotDone,
+}
+
+/// One replica's client of the modelled etcd. It takes no time: a write stops once before it is done and once before it is answered.
 #[derive(Clone)]
 struct Direct {
     server: Arc<Mutex<Server>>,
     began: Instant,
+    own: Arc<Mutex<Own>>,
+}
+
+/// What is a client's own.
+#[derive(Default)]
+struct Own {
+    /// The lease granted last.
+    lease: LeaseId,
+    /// What becomes of the next writes.
+    faults: VecDeque<Unanswered>,
 }
 
 impl Direct {
     fn new() -> Self {
-        Self { server: Arc::default(), began: Instant::now() }
+        Self { server: Arc::default(), began: Instant::now(), own: Arc::default() }
     }
 
     fn server(&self) -> MutexGuard<'_, Server> {
         self.server.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn replica(&self, name: &str) -> Coordination<Self> {
-        Coordination::over(self.clone(), "p/", LEASE, name.to_owned())
+    fn own(&self) -> MutexGuard<'_, Own> {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A replica, and its client.
+    fn replica(&self, name: &str) -> (Self, Arc<Coordination<Self>>) {
+        let client = Self { own: Arc::default(), ..self.clone() };
+        (client.clone(), Arc::new(Coordination::over(client, "p/", LEASE, name.to_owned())))
+    }
+
+    /// Ends the lease behind the replica's back.
+    fn lose_lease(&self) {
+        let lease = self.own().lease;
+        self.server().revoke(lease);
     }
 }
 
-/// Runs a history in a runtime of its own, on simulated time.
+/// Runs a history on simulated time, in the runtime of this thread.
 fn run<T>(history: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap().block_on(history)
+    thread_local! {
+        static RUNTIME: Runtime =
+            tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    }
+    RUNTIME.with(|runtime| runtime.block_on(history))
 }
 
 /// Lets everything go on that can.
@@ -62,7 +110,18 @@ impl Kv for Direct {
     }
 
     async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
-        self.server().txn(&txn).map(|(result, _)| result)
+        if txn.then.iter().chain(&txn.or).all(|op| matches!(op, Op::Get(_))) {
+            return self.server().txn(&txn).map(|(result, _)| result);
+        }
+        yield_now().await;
+        let fault = self.own().faults.pop_front();
+        let unknown = KvError::Ambiguous("injected".to_owned());
+        if matches!(fault, Some(Unanswered::NotDone)) {
+            return Err(unknown);
+        }
+        let result = self.server().txn(&txn).map(|(result, _)| result);
+        yield_now().await;
+        if fault.is_some() { Err(unknown) } else { result }
     }
 
     async fn page(&self, get: Get, at: Option<Snapshot>) -> KvResult<Page<Snapshot>> {
@@ -80,7 +139,9 @@ impl Kv for Direct {
     }
 
     async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
-        Ok((self.server().grant(self.began.elapsed(), ttl), ttl))
+        let lease = self.server().grant(self.began.elapsed(), ttl);
+        self.own().lease = lease;
+        Ok((lease, ttl))
     }
 
     async fn keep_alive(&self, lease: LeaseId) -> KvResult<()> {

@@ -10,7 +10,7 @@ use gauntlet_domain::{
 use jiff::Timestamp;
 use proptest::prelude::*;
 
-use super::{CASES, Direct, run, settle};
+use super::{Direct, histories, run, settle};
 
 #[derive(Debug, Clone)]
 enum Command {
@@ -103,7 +103,7 @@ fn name(phase: &Phase) -> &'static str {
 
 async fn history(commands: Vec<Command>) {
     let (etcd, by) = (Direct::new(), By { origin: None, patience: Duration::from_secs(5) });
-    let store = etcd.replica("r");
+    let (_, store) = etcd.replica("r");
     let id = ChallengeId::new("c").unwrap();
     store
         .insert_challenge(&Challenge {
@@ -258,7 +258,7 @@ async fn compare(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: CASES, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(histories())]
 
     #[test]
     fn the_store_is_a_map(commands in proptest::collection::vec(command(), 1..9)) {

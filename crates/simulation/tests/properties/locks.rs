@@ -1,0 +1,332 @@
+//! The lock is a queue: whoever asked before and conflicts goes first, and who gives up, is dropped or loses its lease leaves nothing behind.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use futures::{FutureExt as _, future::BoxFuture};
+use gauntlet_coordination::{Coordination, kv::Keys};
+use gauntlet_domain::{By, ChallengeId, Error, Held, LockKind, LockMode, Result, Store as _};
+use proptest::{prelude::*, sample::Index};
+use tokio::time::Instant;
+
+use super::{Direct, Unanswered, histories, run};
+
+const REPLICAS: usize = 3;
+const KIND: LockKind = LockKind::Rollout;
+/// Some wait not at all, some for a while, some for as long as it takes.
+const PATIENCE: [Duration; 4] =
+    [Duration::ZERO, Duration::from_secs(5), Duration::from_secs(3600), Duration::from_secs(3600)];
+
+#[derive(Debug, Clone)]
+enum Command {
+    Acquire {
+        replica: usize,
+        write: bool,
+        patience: usize,
+    },
+    /// Lets one who asks come a little further.
+    Poll(Index),
+    /// Drops one who asks, wherever it has come to.
+    Cancel(Index),
+    Release(Index),
+    /// Begins to release, and does not wait for the end.
+    Abandon(Index),
+    /// Drops what is held.
+    Drop(Index),
+    /// The lease goes, and its replica is not told.
+    LoseLease(usize),
+    /// The next write of a replica is not answered.
+    Fault {
+        replica: usize,
+        done: bool,
+    },
+    /// Time passes: replicas come to know of their lost leases, and the impatient give up.
+    Wait,
+    /// All that can go on does.
+    Settle,
+}
+
+fn command() -> impl Strategy<Value = Command> {
+    let index = any::<Index>;
+    prop_oneof![
+        8 => (0..REPLICAS, any::<bool>(), 0..PATIENCE.len())
+            .prop_map(|(replica, write, patience)| Command::Acquire { replica, write, patience }),
+        10 => index().prop_map(Command::Poll),
+        2 => index().prop_map(Command::Cancel),
+        4 => index().prop_map(Command::Release),
+        1 => index().prop_map(Command::Abandon),
+        2 => index().prop_map(Command::Drop),
+        1 => (0..REPLICAS).prop_map(Command::LoseLease),
+        1 => (0..REPLICAS, any::<bool>()).prop_map(|(replica, done)| Command::Fault { replica, done }),
+        1 => Just(Command::Wait),
+        3 => Just(Command::Settle),
+    ]
+}
+
+/// How one who asked stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stand {
+    /// Waits, or holds.
+    Queued,
+    Held,
+    /// Its owner is done with it.
+    Leaving,
+    /// Gone with its lease.
+    Lost,
+}
+
+/// A place in the queue, as the model knows it.
+#[derive(Debug, Clone)]
+struct Place {
+    replica: usize,
+    write: bool,
+    stand: Stand,
+    /// Its token, once it has one.
+    created: Option<u64>,
+    ends: Instant,
+    /// It may fail: its lease was lost, or one of its replica's writes was not answered.
+    excused: bool,
+}
+
+impl Place {
+    fn conflicts(&self, other: &Self) -> bool {
+        self.write || other.write
+    }
+}
+
+type Asking = BoxFuture<'static, Result<Held>>;
+
+struct History {
+    replicas: Vec<(Direct, Arc<Coordination<Direct>>)>,
+    id: ChallengeId,
+    /// In the order of asking, as far as they have a token.
+    places: Vec<Place>,
+    asking: BTreeMap<usize, Asking>,
+    held: BTreeMap<usize, Held>,
+}
+
+impl History {
+    fn new() -> Self {
+        let etcd = Direct::new();
+        let replicas = (0..REPLICAS).map(|n| etcd.replica(&format!("r{n}"))).collect();
+        let id = ChallengeId::new("c").unwrap();
+        Self { replicas, id, places: Vec::new(), asking: BTreeMap::new(), held: BTreeMap::new() }
+    }
+
+    async fn run(mut self, commands: Vec<Command>) {
+        self.settle().await;
+        for command in commands {
+            self.step(command).await;
+            self.look();
+        }
+        self.end().await;
+    }
+
+    async fn step(&mut self, command: Command) {
+        let picked = |map: &BTreeMap<usize, _>, index: Index| nth(map.keys(), index);
+        match command {
+            Command::Acquire { replica, write, patience } => self.ask(replica, write, PATIENCE[patience]),
+            Command::Poll(index) => {
+                if let Some(n) = picked(&self.asking, index) {
+                    self.poll(n);
+                }
+            }
+            Command::Cancel(index) => {
+                if let Some(n) = picked(&self.asking, index) {
+                    self.asking.remove(&n);
+                    self.leave(n);
+                }
+            }
+            Command::Release(index) | Command::Abandon(index) | Command::Drop(index) => {
+                let Some(n) = nth(self.held.keys(), index) else { return };
+                let held = self.held.remove(&n).unwrap();
+                self.leave(n);
+                let store = self.replicas[self.places[n].replica].1.clone();
+                let mut released = async move { store.release(held).await }.boxed();
+                match command {
+                    Command::Release(_) => drop(tokio::spawn(released)),
+                    Command::Abandon(_) => drop(futures::poll!(&mut released)),
+                    // Never begun, so that it is dropped with what was held.
+                    _ => {}
+                }
+            }
+            Command::LoseLease(replica) => {
+                self.replicas[replica].0.lose_lease();
+                for place in self.places.iter_mut().filter(|place| place.replica == replica) {
+                    place.excused = true;
+                    if place.created.is_some() {
+                        place.stand = Stand::Lost;
+                    }
+                }
+            }
+            Command::Fault { replica, done } => {
+                let fault = if done { Unanswered::Done } else { Unanswered::NotDone };
+                let mut own = self.replicas[replica].0.own();
+                // One at a time: so that nobody has to try for long.
+                if own.faults.is_empty() {
+                    own.faults.push_back(fault);
+                }
+                drop(own);
+                self.places.iter_mut().filter(|place| place.replica == replica).for_each(|place| place.excused = true);
+            }
+            Command::Wait => {
+                tokio::time::sleep(Duration::from_secs(6)).await;
+                self.settle().await;
+                for (n, held) in &self.held {
+                    let told = held.grant().lost().now_or_never().is_some();
+                    assert!(told || self.places[*n].stand == Stand::Held, "{n} is not told that its lease is gone");
+                }
+            }
+            Command::Settle => self.settle().await,
+        }
+    }
+
+    fn ask(&mut self, replica: usize, write: bool, patience: Duration) {
+        let (client, store) = &self.replicas[replica];
+        let (store, id, n) = (store.clone(), self.id.clone(), self.places.len());
+        let by = By { origin: Some(n.to_string()), patience };
+        let mode = if write { LockMode::Write } else { LockMode::Read };
+        self.asking.insert(n, async move { store.acquire(KIND, &id, mode, &by).await }.boxed());
+        self.places.push(Place {
+            replica,
+            write,
+            stand: Stand::Queued,
+            created: None,
+            ends: Instant::now() + patience,
+            excused: !client.own().faults.is_empty(),
+        });
+    }
+
+    fn leave(&mut self, n: usize) {
+        if self.places[n].stand != Stand::Lost {
+            self.places[n].stand = Stand::Leaving;
+        }
+    }
+
+    /// What is stored: tokens, by who asked.
+    fn stored(&self) -> BTreeMap<usize, u64> {
+        let server = self.replicas[0].0.server();
+        let live = Keys::between("p/live ", "p/live!");
+        let stored = server.range(&live).map(|(_, entry)| {
+            let owner: serde_json::Value = serde_json::from_slice(&entry.value).unwrap();
+            (owner["origin"].as_str().unwrap().parse().unwrap(), entry.created)
+        });
+        stored.collect()
+    }
+
+    /// Learns who has come to have a place.
+    fn look(&mut self) {
+        for (n, created) in self.stored() {
+            let before = self.places[n].created.replace(created);
+            assert!(before.is_none_or(|before| before == created), "{n} has a second place");
+        }
+    }
+
+    /// Those who must go before this one.
+    fn ahead(&self, n: usize, stored: &BTreeMap<usize, u64>) -> Vec<usize> {
+        let place = &self.places[n];
+        let blocks = |(other, before): &(usize, &Place)| {
+            before.created.is_some_and(|created| Some(created) < place.created)
+                && place.conflicts(before)
+                && match before.stand {
+                    Stand::Queued | Stand::Held => true,
+                    // Handed over within a replica; else it must be gone.
+                    Stand::Leaving => before.replica != place.replica && stored.contains_key(other),
+                    Stand::Lost => false,
+                }
+        };
+        self.places.iter().enumerate().filter(blocks).map(|(other, _)| other).collect()
+    }
+
+    fn poll(&mut self, n: usize) {
+        let Some(answer) = self.asking.get_mut(&n).unwrap().now_or_never() else { return self.look() };
+        self.asking.remove(&n);
+        self.look();
+        let stored = self.stored();
+        let place = self.places[n].clone();
+        match answer {
+            Ok(held) => {
+                assert!(place.stand == Stand::Lost || place.created == Some(held.fence), "{n} has another token");
+                if place.stand == Stand::Queued {
+                    let ahead = self.ahead(n, &stored);
+                    assert!(ahead.is_empty(), "{n} comes in before {ahead:?}: {:#?}", self.places);
+                    self.places[n].stand = Stand::Held;
+                }
+                self.held.insert(n, held);
+            }
+            Err(Error::Busy { .. }) => {
+                assert!(Instant::now() >= place.ends, "{n} gives up too early");
+                self.leave(n);
+            }
+            Err(Error::Unavailable { .. }) => {
+                assert!(place.excused, "{n} fails for no reason");
+                self.leave(n);
+            }
+            Err(error) => panic!("{n}: {error}"),
+        }
+    }
+
+    /// Lets all go on that can, until nothing does; then compares.
+    async fn settle(&mut self) {
+        let mut unchanged = 0;
+        while unchanged < 3 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            self.look();
+            let before = (self.asking.len(), self.stored());
+            for n in self.asking.keys().copied().collect::<Vec<_>>() {
+                // A few steps at once.
+                for _ in 0..4 {
+                    if self.asking.contains_key(&n) {
+                        self.poll(n);
+                    }
+                }
+            }
+            unchanged = if (self.asking.len(), self.stored()) == before { unchanged + 1 } else { 0 };
+        }
+        let stored = self.stored();
+        for (n, place) in self.places.iter().enumerate() {
+            match place.stand {
+                Stand::Held => assert!(stored.contains_key(&n), "{n} holds what is not there: {:#?}", self.places),
+                Stand::Queued => {
+                    assert!(stored.contains_key(&n), "{n} has lost its place");
+                    let ahead = self.ahead(n, &stored);
+                    assert!(!ahead.is_empty(), "{n} waits for nobody: {:#?}", self.places);
+                }
+                Stand::Leaving | Stand::Lost => assert!(!stored.contains_key(&n), "{n} leaves something behind"),
+            }
+        }
+    }
+
+    /// Everybody goes, and nothing is left.
+    async fn end(mut self) {
+        self.asking.clear();
+        self.held.clear();
+        self.replicas.iter().for_each(|(client, _)| client.own().faults.clear());
+        // What was not answered is looked for again after twice the deadline.
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        let none = By::default();
+        for (_, store) in &self.replicas {
+            assert_eq!(store.waits(1).0, 0);
+            assert_eq!(store.queue(KIND, &self.id).await.unwrap(), []);
+            let held = store.acquire(KIND, &self.id, LockMode::Write, &none).await.unwrap();
+            let last = self.places.iter().filter_map(|place| place.created).max();
+            assert!(last.is_none_or(|last| held.fence > last), "tokens grow");
+            store.release(held).await.unwrap();
+        }
+        assert_eq!(self.stored(), BTreeMap::new());
+    }
+}
+
+fn nth<'a>(keys: impl ExactSizeIterator<Item = &'a usize>, index: Index) -> Option<usize> {
+    let mut keys = keys;
+    let count = keys.len();
+    if count == 0 { None } else { keys.nth(index.index(count)).copied() }
+}
+
+proptest! {
+    #![proptest_config(histories())]
+
+    #[test]
+    fn the_lock_is_a_queue(commands in proptest::collection::vec(command(), 1..24)) {
+        run(async { History::new().run(commands).await });
+    }
+}
