@@ -397,6 +397,7 @@ mod tests {
             .list(12, ["1", "2", "3", "4"].map(|n| (format!("q w {n}"), 8 + n.parse::<u64>().unwrap())).into());
         let mut third = std::pin::pin!(mirror.turn(&all, all.clone(), 11));
         let mut fourth = std::pin::pin!(mirror.turn(&all, all.clone(), 12));
+        assert!(third.as_mut().now_or_never().is_none() && fourth.as_mut().now_or_never().is_none());
         mirror.leaving("q w 1", 9);
         assert!(third.as_mut().now_or_never().is_none(), "another's turn comes first");
         mirror.lock().apply(vec![delete("q w 1", 13), delete("q w 2", 14)]);
