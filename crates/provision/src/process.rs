@@ -164,7 +164,7 @@ enum Running {
 
 impl Process {
     /// Checks the configuration and makes the directory. Blocks, briefly.
-    pub fn new(config: Config) -> Result<Self> {
+    pub fn new(mut config: Config) -> Result<Self> {
         let refused = |detail: String| Error::Provision { step: "configure", detail };
         if config.ports.is_empty() || *config.ports.start() == 0 {
             return Err(refused(format!("ports {:?}: give a range such as 20000 to 29999", config.ports)));
@@ -177,6 +177,10 @@ impl Process {
         home::make(&instances)
             .and_then(|()| home::make(&ports))
             .map_err(failed("configure", format!("directory {}", dir.display())))?;
+        // Instances run in directories of their own.
+        for dir in &mut config.path {
+            *dir = std::path::absolute(&*dir).map_err(failed("configure", format!("path {}", dir.display())))?;
+        }
         let shim = match config.shim.clone() {
             Some(shim) => std::path::absolute(shim),
             None => std::env::current_exe().map(|exe| {

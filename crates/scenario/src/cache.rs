@@ -42,8 +42,9 @@ pub(crate) struct Cache {
 
 impl Cache {
     pub(crate) fn open(root: &Path) -> Result<Self> {
-        let cache = Self { root: root.to_owned() };
-        for dir in [root.join("sha256"), cache.drafts()] {
+        // Instances use what is kept, from directories of their own.
+        let cache = Self { root: std::path::absolute(root).map_err(at(root))? };
+        for dir in [cache.root.join("sha256"), cache.drafts()] {
             fs::create_dir_all(&dir).map_err(at(&dir))?;
         }
         let drafts = cache.drafts();

@@ -18,12 +18,12 @@ pub(crate) fn locate(reference: &str, root: Option<&Path>) -> Result<PathBuf> {
         |problem: &str| Err(Error::ScenarioNotFound { reference: reference.to_owned(), problem: problem.to_owned() });
     let path = Path::new(reference.strip_prefix(SCHEME).unwrap_or(reference));
     let Some(root) = root else {
-        return not_found("local directories are not allowed here; the operator allows them by setting local_root");
+        return not_found("local directories are not allowed here; the operator allows them with --scenario-root");
     };
     if path.as_os_str().as_encoded_bytes().contains(&0) || path.components().any(|part| part == Component::ParentDir) {
         return not_found("a local path holds no .. and no NUL");
     }
-    let outside = "no such directory under the operator's local_root";
+    let outside = "no such directory below the operator's --scenario-root";
     // An operator's mistake, which the client cannot mend.
     let root = root.canonicalize().map_err(|error| Error::Unavailable {
         what: "local scenario root",

@@ -1,7 +1,12 @@
 //! Local directories: what is allowed, what is kept, what instances get.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
-use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use gauntlet_domain::{Additional, Error, Identity, Pinned, Place, Plan, Scenarios as _};
 use gauntlet_scenario::{Config, FlagKey, Library, validate};
@@ -37,6 +42,19 @@ fn desk() -> Desk {
     config.local_root = Some(dir.path().join("root"));
     let library = Library::new(config).unwrap();
     Desk { dir, library }
+}
+
+#[tokio::test]
+async fn what_is_kept_is_found_from_anywhere() {
+    let desk = desk();
+    let up: PathBuf = std::env::current_dir().unwrap().components().skip(1).map(|_| "..").collect();
+    let relative = up.join(desk.dir.path().strip_prefix("/").unwrap()).join("another");
+    let mut config = Config::new(relative, FlagKey::new([1; 32]));
+    config.local_root = Some(desk.dir.path().join("root"));
+    let library = Library::new(config).unwrap();
+    let pinned = library.resolve("file://web").await.unwrap();
+    let workload = plan(&library, &pinned, 1, &[]).await.render(&place()).unwrap();
+    assert!(workload.files.is_absolute(), "{}", workload.files.display());
 }
 
 async fn plan(library: &Library, pinned: &Pinned, identity: u64, additional: &[(&str, &str)]) -> Arc<dyn Plan> {
@@ -112,7 +130,7 @@ async fn only_what_lies_under_the_root_is_found() {
     }
     let closed = Library::new(Config::new(desk.dir.path().join("cache"), FlagKey::new([1; 32]))).unwrap();
     let error = closed.resolve("file://web").await.unwrap_err();
-    assert!(error.to_string().contains("local_root"), "{error}");
+    assert!(error.to_string().contains("--scenario-root"), "{error}");
 }
 
 #[tokio::test]

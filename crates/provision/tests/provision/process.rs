@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     os::unix::fs::PermissionsExt as _,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -47,6 +47,21 @@ async fn an_instance_outlives_its_manager_and_is_found_again() {
     assert_eq!(rig.pids(&rig.home()).unwrap(), pids, "neither ended nor doubled");
     down(&two, 1).await;
     assert!(!runs(pids.0) && !runs(pids.1));
+}
+
+#[tokio::test]
+async fn a_program_is_found_by_a_relative_path() {
+    let mut rig = Rig::new();
+    let programs = rig.dir.path().join("programs");
+    std::fs::create_dir(&programs).unwrap();
+    std::fs::rename(rig.program("program", "exec $GREETER"), programs.join("program")).unwrap();
+    let up: PathBuf = std::env::current_dir().unwrap().components().skip(1).map(|_| "..").collect();
+    rig.config.path.insert(0, up.join(programs.strip_prefix("/").unwrap()));
+    let mut script = rig.greeter();
+    script.command = vec!["program".to_owned()];
+    let manager = rig.manager();
+    manager.up(&order(1, 1, &script.arc())).await.unwrap();
+    down(&manager, 1).await;
 }
 
 #[tokio::test]
