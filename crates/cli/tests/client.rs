@@ -398,7 +398,7 @@ async fn scenarios_are_checked() {
     let ended = run(&format!("scenario validate {sound}")).await;
     assert_eq!(ended.code, 0, "{}", ended.err);
     insta::assert_snapshot!(ended.out, @"
-    The scenario is sound: 1 files, 171 bytes.
+    The scenario is sound: 1 file, 171 bytes.
              171  scenario.yaml
     ");
     let (_dir, unsound) = scenario("version: 1\nnonsense: true\n");

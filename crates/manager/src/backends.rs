@@ -28,6 +28,9 @@ pub(crate) fn scenarios(config: &Config) -> Result<Library> {
         .clone()
         .zip(config.oci_password.as_ref())
         .map(|(username, password)| Credentials { registry: None, username, password: password.reveal().to_owned() });
+    if let Some(root) = config.scenario_root.as_ref().filter(|root| !root.is_dir()) {
+        anyhow::bail!("--scenario-root (SCENARIO_ROOT) {}: is not a directory", root.display());
+    }
     let library = gauntlet_scenario::Config {
         local_root: config.scenario_root.clone(),
         access: Access { insecure: config.oci_insecure, credentials, ..Access::default() },
@@ -106,7 +109,11 @@ pub(crate) async fn store(config: &Config, replica: String, instruments: &Instru
         .map(|ca| EtcdTls { ca, identity: config.etcd_cert.clone().zip(config.etcd_key.clone()) });
     let etcd = EtcdConfig {
         username: config.etcd_username.clone(),
-        password: config.etcd_password.as_ref().map(|password| password.reveal().to_owned()),
+        password: config
+            .etcd_username
+            .as_ref()
+            .and(config.etcd_password.as_ref())
+            .map(|password| password.reveal().to_owned()),
         tls,
         prefix: config.etcd_prefix.clone(),
         lease_ttl: config.lease_ttl,

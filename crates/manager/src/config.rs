@@ -195,7 +195,11 @@ impl Config {
 
     /// Parses, and checks what no flag can be checked for alone.
     fn checked(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Self, clap::Error> {
-        let config = Self::try_parse_from(arguments)?;
+        let mut config = Self::try_parse_from(arguments)?;
+        // A variable that is set to nothing, as compose files do, says nothing.
+        config.etcd_endpoints.retain(|endpoint| !endpoint.is_empty());
+        config.etcd_username.take_if(|name| name.is_empty());
+        config.oci_username.take_if(|name| name.is_empty());
         let wrong = |text: String| Err(Self::command().error(ErrorKind::ValueValidation, text));
         if config.lease_ttl < SHORTEST_LEASE {
             return wrong(format!(
@@ -239,6 +243,14 @@ mod tests {
         assert!(config.etcd_endpoints.is_empty());
         assert_eq!(config.port, 8080);
         assert_eq!(config.debug_address, DebugAddress(Some(([127, 0, 0, 1], 8081).into())));
+    }
+
+    #[test]
+    fn empty_is_as_good_as_not_given() {
+        let credentials = ["--etcd-username", "", "--etcd-password", "", "--oci-username", "", "--oci-password", ""];
+        let config = parse(&[&["--etcd-endpoints", ""], &credentials[..]].concat()).unwrap();
+        assert!(config.etcd_endpoints.is_empty());
+        assert_eq!((config.etcd_username, config.oci_username), (None, None));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use gauntlet_domain::Error;
 use gauntlet_manager::{Config, Manager};
 use gauntlet_telemetry::{Env, Settings, Telemetry};
 use tokio::signal::unix::{SignalKind, signal};
@@ -40,7 +41,11 @@ fn main() -> ExitCode {
     if let Err(error) = telemetry.shutdown() {
         eprintln!("warning: {error}");
     }
-    if code.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    match code {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if matches!(error.downcast_ref(), Some(Error::Invalid { .. })) => USAGE.into(),
+        Err(_) => ExitCode::FAILURE,
+    }
 }
 
 /// The environment without LOG_LEVEL, over which a flag may have gone.

@@ -22,7 +22,7 @@ const PLUMBING: [&str; 7] = ["hyper", "h2", "tonic", "tower", "reqwest", "rustls
 pub(crate) fn log_filter(settings: &Settings, config: &Config) -> Result<EnvFilter, EnvError> {
     let (variable, text) = match &config.log_filter {
         Some((variable, text)) => (variable.as_str(), text.as_str()),
-        None => ("RUST_LOG", settings.log_filter.as_str()),
+        None => ("LOG_LEVEL", settings.log_filter.as_str()),
     };
     let fix = "set it to error, warn, info, debug, trace or off";
     if variable == "LOG_LEVEL" && text.parse::<LevelFilter>().is_err() {

@@ -96,7 +96,10 @@ fn warn(report: &Report) {
 
 fn contents(report: &Report) -> String {
     let bytes: u64 = report.files.iter().map(|file| file.size).sum();
-    let mut lines = vec![format!("The scenario is sound: {} files, {bytes} bytes.", report.files.len())];
+    let mut lines = vec![match report.files.len() {
+        1 => format!("The scenario is sound: 1 file, {bytes} bytes."),
+        files => format!("The scenario is sound: {files} files, {bytes} bytes."),
+    }];
     lines.extend(report.files.iter().map(|file| {
         let executable = if file.executable { "  executable" } else { "" };
         format!("  {:>10}  {}{executable}", file.size, shown(&file.path))
