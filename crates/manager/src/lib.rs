@@ -48,13 +48,13 @@ impl Manager {
     /// the data directory holds the instances of another store. An etcd that does not answer is no failure: calls fail until it does.
     pub async fn start(config: Config, telemetry: &Telemetry) -> Result<Self> {
         let replica = config.replica.clone().unwrap_or_else(backends::replica_name);
-        tracing::info!(%replica, dir = %config.dir.display(), etcd = ?config.etcd_endpoints, "starting");
+        tracing::info!(%replica, dir = %config.dir.display(), etcd = config.etcd_endpoints.join(","), "starting");
         let instruments = telemetry.instruments();
         let tasks = Tasks::default();
 
         let library = backends::scenarios(&config)?;
         let processes = backends::provisioner(&config)?;
-        let backend = backends::store(&config, replica, instruments).await?;
+        let backend = backends::store(&config, replica.clone(), instruments).await?;
         let instances = Arc::new(Claimed::new(processes, backend.clone()));
         match instances.claim().await {
             Err(error @ Error::Unavailable { .. }) => tracing::warn!(%error, "calls fail until the store answers"),
@@ -70,6 +70,9 @@ impl Manager {
 
         gauges::register(telemetry.gauges(), backend.store());
         telemetry.debug().panel("locks", backend.waits());
+        let who =
+            serde_json::json!({ "replica": replica, "store": store.backend(), "version": env!("CARGO_PKG_VERSION") });
+        telemetry.debug().panel("manager", move || who.clone());
         let (signals, background) = background::signals();
         let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals));
         let (reporter, health_service) = tonic_health::server::health_reporter();
@@ -85,7 +88,8 @@ impl Manager {
         };
         eviction::start(&tasks, library, backend.store(), config.scenario_keep);
         background.start(&tasks, &gauntlet, config.reconcile_every);
-        tracing::info!(%api, debug = ?page, backend = store.backend(), "listening");
+        let shown = page.map(|page| format!("http://{page}/"));
+        tracing::info!(%api, page = shown, store = store.backend(), "listening");
         Ok(Self { api, debug: page, config, tasks, backend, instances, health })
     }
 
