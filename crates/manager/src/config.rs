@@ -57,16 +57,12 @@ pub struct Config {
     #[arg(long, env = "REPLICA", value_name = "NAME")]
     pub replica: Option<String>,
 
-    /// etcd, as host:port or URL, comma-separated; none runs the embedded store.
-    #[arg(
-        long,
-        env = "ETCD_ENDPOINTS",
-        visible_alias = "etcd-endpoint",
-        value_delimiter = ',',
-        value_name = "URL,...",
-        help_heading = "etcd"
-    )]
+    /// etcd, as host:port or URL, comma-separated; none runs the embedded store. ETCD_ENDPOINT, chall-manager's name, says the same.
+    #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',', value_name = "URL,...", help_heading = "etcd")]
     pub etcd_endpoints: Vec<String>,
+    /// The same by chall-manager's name.
+    #[arg(long, env = "ETCD_ENDPOINT", value_delimiter = ',', hide = true)]
+    etcd_endpoint: Vec<String>,
     /// The user of etcd.
     #[arg(long, env = "ETCD_USERNAME", requires = "etcd_password", value_name = "NAME", help_heading = "etcd")]
     pub etcd_username: Option<String>,
@@ -198,6 +194,10 @@ impl Config {
         let mut config = Self::try_parse_from(arguments)?;
         // A variable that is set to nothing, as compose files do, says nothing.
         config.etcd_endpoints.retain(|endpoint| !endpoint.is_empty());
+        if config.etcd_endpoints.is_empty() {
+            config.etcd_endpoints =
+                config.etcd_endpoint.iter().filter(|endpoint| !endpoint.is_empty()).cloned().collect();
+        }
         config.etcd_username.take_if(|name| name.is_empty());
         config.oci_username.take_if(|name| name.is_empty());
         let wrong = |text: String| Err(Self::command().error(ErrorKind::ValueValidation, text));
@@ -251,6 +251,16 @@ mod tests {
         let config = parse(&[&["--etcd-endpoints", ""], &credentials[..]].concat()).unwrap();
         assert!(config.etcd_endpoints.is_empty());
         assert_eq!((config.etcd_username, config.oci_username), (None, None));
+    }
+
+    #[test]
+    fn endpoints_by_either_name() {
+        for (arguments, endpoints) in [
+            (&["--etcd-endpoint", "a:1,b:2"][..], &["a:1", "b:2"][..]),
+            (&["--etcd-endpoint", "a:1", "--etcd-endpoints", "c:3"], &["c:3"]),
+        ] {
+            assert_eq!(parse(arguments).unwrap().etcd_endpoints, endpoints);
+        }
     }
 
     #[test]
