@@ -70,15 +70,21 @@ impl Cluster {
     }
 
     /// Starts managers: `m1`, `m2` and so on. Each is told of another member first, and stays with it while it answers.
-    pub(super) fn with_managers(mut self, count: usize) -> Cluster {
+    pub(super) fn with_managers(self, count: usize) -> Cluster {
+        self.with_managers_of(count, &[])
+    }
+
+    /// The same, with more in their environment.
+    pub(super) fn with_managers_of(mut self, count: usize, more: &[(&str, &str)]) -> Cluster {
         let (world, members) = (&self.world, &self.members);
         let start = |at: usize| {
             let endpoints = (at..at + members.len()).map(|member| members[member % members.len()].url.as_str());
-            let environment = [
+            let mut environment = vec![
                 ("ETCD_ENDPOINTS", endpoints.collect::<Vec<_>>().join(",")),
                 ("LEASE_TTL", format!("{}s", LEASE_TTL.as_secs())),
                 ("RECONCILE_EVERY", "1s".to_owned()),
             ];
+            environment.extend(more.iter().map(|(name, value)| (*name, (*value).to_owned())));
             world.manager_with(&format!("m{}", at + 1), &environment)
         };
         self.managers = std::thread::scope(|scope| {

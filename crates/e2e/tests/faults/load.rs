@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use super::scenario::quick;
 use crate::harness::soon;
 
-/// Longer than a manager is paused.
-const DEADLINE: Duration = Duration::from_secs(20);
+/// Longer than a manager is paused, and than it waits for others.
+const DEADLINE: Duration = Duration::from_secs(40);
 /// Who did not answer at all is not asked again at once.
 const BREATH: Duration = Duration::from_millis(50);
 /// Seats of each client.
