@@ -100,21 +100,21 @@ fn fit(name: &str, room: usize) -> &str {
     fitting.unwrap_or_else(|| name.char_indices().nth(room).and_then(|(end, _)| name.get(..end)).unwrap_or(name))
 }
 
-/// Each in one line: how long ago, how long it took, what, of which challenge, why, and the trace's id.
+/// Each in one line: how long ago, how long it took, what, of which challenge, and why it failed, or else the trace's id.
 fn traces(text: &mut String, title: &str, traces: &[Trace], now: u64) {
     for trace in traces.iter().take(TRACES) {
         let challenge = trace.spans.iter().find_map(|span| span.attributes.get("challenge.id"));
         let of = challenge.map(|challenge| format!(" of {challenge}")).unwrap_or_default();
         let why = trace.spans.iter().find_map(|span| span.error.as_deref()).unwrap_or_default();
+        // What a program said last may have many lines.
+        let why = why.split_whitespace().collect::<Vec<_>>().join(" ");
         let _ = writeln!(
             text,
-            "{title:<7}{:>7} ago {:>7}  {}{of}  {}  {}",
+            "{title:<7}{:>7} ago {:>7}  {}{of}  {}",
             since(now.saturating_sub(trace.started / 1000)),
             duration(trace.duration),
             fit(&trace.name, 32),
-            trace.trace_id,
-            // What a program said last may have many lines.
-            why.split_whitespace().collect::<Vec<_>>().join(" "),
+            if why.is_empty() { &trace.trace_id } else { &why },
         );
     }
 }
