@@ -13,25 +13,52 @@ pub(crate) struct ObservedProvisioner {
     instruments: Instruments,
 }
 
+/// The span of a call that carries an order.
+macro_rules! order_span {
+    ($name:literal, $provisioner:expr, $order:expr) => {
+        info_span!(
+            $name,
+            provisioner = $provisioner,
+            challenge.id = %$order.challenge,
+            instance.identity = %$order.identity,
+            scenario.digest = $order.digest,
+            lock.token = $order.generation,
+            outcome = Empty,
+            error.type = Empty,
+        )
+    };
+}
+
 impl ObservedProvisioner {
     pub(crate) fn new(inner: Arc<dyn Provisioner>, instruments: Instruments) -> Self {
         Self { inner, instruments }
     }
 
-    async fn step<T>(&self, step: &'static str, span: Span, work: impl Future<Output = Result<T>>) -> Result<T> {
-        let active = self.instruments.provision.begin(self.inner.name(), step);
-        let started = Instant::now();
-        let result = work.instrument(span.clone()).await;
-        drop(active);
-        let outcome = result.as_ref().err().map_or("ok", |error| error.code());
-        self.instruments.provision.finished(self.inner.name(), step, outcome, started.elapsed());
-        span.record("outcome", outcome);
-        if let Err(error) = &result {
-            span.record("error.type", outcome);
-            span.in_scope(|| context::fail_span(error.to_string()));
-        }
-        result
+    async fn step<T>(&self, name: &'static str, span: Span, work: impl Future<Output = Result<T>>) -> Result<T> {
+        step(&self.instruments, self.inner.name(), name, span, work).await
     }
+}
+
+/// Does a step of provisioning in its span; how it ends and how long it takes is recorded.
+pub(super) async fn step<T>(
+    instruments: &Instruments,
+    provisioner: &'static str,
+    name: &'static str,
+    span: Span,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let active = instruments.provision.begin(provisioner, name);
+    let started = Instant::now();
+    let result = work.instrument(span.clone()).await;
+    drop(active);
+    let outcome = result.as_ref().err().map_or("ok", |error| error.code());
+    instruments.provision.finished(provisioner, name, outcome, started.elapsed());
+    span.record("outcome", outcome);
+    if let Err(error) = &result {
+        span.record("error.type", outcome);
+        span.in_scope(|| context::fail_span(error.to_string()));
+    }
+    result
 }
 
 #[async_trait]
@@ -41,30 +68,12 @@ impl Provisioner for ObservedProvisioner {
     }
 
     async fn up(&self, order: &Order) -> Result<Outputs> {
-        let span = info_span!(
-            "provision.up",
-            provisioner = self.inner.name(),
-            challenge.id = %order.challenge,
-            instance.identity = %order.identity,
-            scenario.digest = order.digest,
-            lock.token = order.generation,
-            outcome = Empty,
-            error.type = Empty,
-        );
+        let span = order_span!("provision.up", self.inner.name(), order);
         self.step("up", span, self.inner.up(order)).await
     }
 
     async fn update(&self, order: &Order) -> Result<Outputs> {
-        let span = info_span!(
-            "provision.update",
-            provisioner = self.inner.name(),
-            challenge.id = %order.challenge,
-            instance.identity = %order.identity,
-            scenario.digest = order.digest,
-            lock.token = order.generation,
-            outcome = Empty,
-            error.type = Empty,
-        );
+        let span = order_span!("provision.update", self.inner.name(), order);
         self.step("update", span, self.inner.update(order)).await
     }
 

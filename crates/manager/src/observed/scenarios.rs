@@ -1,11 +1,13 @@
 //! Scenarios, observed: `provision.prepare`, between the decision to bring an instance up and the provisioner.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use gauntlet_domain::{Additional, Identity, Pinned, Plan, Result, Scenarios};
-use gauntlet_telemetry::{context, instruments::Instruments};
-use tracing::{Instrument as _, field::Empty, info_span};
+use gauntlet_telemetry::instruments::Instruments;
+use tracing::{field::Empty, info_span};
+
+use super::provisioner::step;
 
 /// Measures each preparation by the scenarios behind it.
 pub(crate) struct ObservedScenarios {
@@ -34,15 +36,7 @@ impl Scenarios for ObservedScenarios {
             outcome = Empty,
             error.type = Empty,
         );
-        let started = Instant::now();
-        let result = self.inner.plan(scenario, identity, additional).instrument(span.clone()).await;
-        let outcome = result.as_ref().err().map_or("ok", |error| error.code());
-        self.instruments.provision.finished(self.provisioner, "prepare", outcome, started.elapsed());
-        span.record("outcome", outcome);
-        if let Err(error) = &result {
-            span.record("error.type", outcome);
-            span.in_scope(|| context::fail_span(error.to_string()));
-        }
-        result
+        let work = self.inner.plan(scenario, identity, additional);
+        step(&self.instruments, self.provisioner, "prepare", span, work).await
     }
 }
