@@ -15,7 +15,10 @@ use gauntlet_coordination::{
     Coordination,
     kv::{Event, Events, Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResult},
 };
-use proptest::{prelude::ProptestConfig, test_runner::RngSeed};
+use proptest::{
+    prelude::ProptestConfig,
+    test_runner::{RngAlgorithm, RngSeed},
+};
 use tokio::{runtime::Runtime, sync::mpsc, task::yield_now, time::Instant};
 
 use crate::etcd::{Server, Snapshot};
@@ -24,7 +27,8 @@ const LEASE: Duration = Duration::from_secs(10);
 
 /// Ten thousand, the same each time; `PROPTEST_CASES` and `PROPTEST_RNG_SEED` ask for others.
 fn histories() -> ProptestConfig {
-    let mut config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
+    let rng_algorithm = RngAlgorithm::XorShift;
+    let mut config = ProptestConfig { failure_persistence: None, rng_algorithm, ..ProptestConfig::default() };
     if env::var_os("PROPTEST_CASES").is_none() {
         config.cases = 10_000;
     }

@@ -1,267 +1,504 @@
-//! The store is a map from seats to instances, beside a challenge; its indexes follow.
+//! The store is a map from seats to instances beside a challenge, whichever replica is asked; its indexes follow, and what somebody owns
+//! nobody else changes.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc};
 
 use futures::TryStreamExt as _;
+use gauntlet_coordination::Coordination;
 use gauntlet_domain::{
-    Additional, Begin, Bounds, By, Challenge, ChallengeId, Commit, Error, Identity, Instance, LockKind, Phase, Pinned,
-    Seat, Slot, SourceId, Store as _, Stranded,
+    Additional, Begin, Bounds, By, Challenge, ChallengeId, Commit, Error, Failure, Held, Identity, Instance, LockKind,
+    Operation, Phase, PhaseName, Pinned, Result, Seat, Slot, SourceId, Store as _, Stored, Stranded, Target,
 };
 use jiff::Timestamp;
-use proptest::prelude::*;
+use proptest::{prelude::*, sample::Index, strategy::Strategy};
 
-use super::{Direct, histories, run, settle};
+use super::{Direct, Unanswered, histories, run, settle};
+
+const REPLICAS: usize = 2;
+/// The first seats are of sources, the others of the pool.
+const SEATS: usize = 4;
+const SOURCES: usize = 2;
+/// When the store is looked at, in seconds.
+const NOW: i64 = 150;
 
 #[derive(Debug, Clone)]
 enum Command {
-    /// Begun and committed, or begun and dropped.
+    /// By the challenge as it is, or as the replica remembers it.
     Create {
         seat: usize,
-        finished: bool,
+        remembered: bool,
+        then: Then,
     },
     Delete {
         seat: usize,
-        finished: bool,
+        then: Then,
+    },
+    Update {
+        seat: usize,
+        then: Then,
+    },
+    Recover {
+        seat: usize,
+        then: Then,
     },
     Renew {
         seat: usize,
         second: i64,
     },
+    /// With values of its own it has to be updated.
     Claim {
         pool: usize,
         seat: usize,
+        values: bool,
+        then: Then,
     },
-    Recover {
-        seat: usize,
+    /// Ends what was kept, perhaps with an answer that is lost.
+    End {
+        kept: Index,
+        then: Then,
+        unanswered: Option<bool>,
     },
     Change,
+    /// Removes the challenge if it can be, and inserts it anew.
+    Remove,
+    LoseLease,
 }
 
-/// Seats 0 to 2 are of sources, 3 and 4 of the pool.
-fn command() -> impl Strategy<Value = Command> {
+/// What becomes of an ownership.
+#[derive(Debug, Clone, Copy)]
+enum Then {
+    Ready,
+    Fail {
+        retry: i64,
+    },
+    Gone,
+    /// Nothing: it is dropped.
+    Drop,
+    Keep,
+}
+
+fn then() -> impl Strategy<Value = Then> {
     prop_oneof![
-        4 => (0..5usize, any::<bool>()).prop_map(|(seat, finished)| Command::Create { seat, finished }),
-        2 => (0..5usize, any::<bool>()).prop_map(|(seat, finished)| Command::Delete { seat, finished }),
-        2 => (0..3usize, 100..200i64).prop_map(|(seat, second)| Command::Renew { seat, second }),
-        2 => (3..5usize, 0..3usize).prop_map(|(pool, seat)| Command::Claim { pool, seat }),
-        1 => (0..5usize).prop_map(|seat| Command::Recover { seat }),
+        4 => Just(Then::Ready),
+        1 => (100..200i64).prop_map(|retry| Then::Fail { retry }),
+        2 => Just(Then::Gone),
+        2 => Just(Then::Drop),
+        2 => Just(Then::Keep),
+    ]
+}
+
+fn command() -> impl Strategy<Value = Command> {
+    let seat = 0..SEATS;
+    prop_oneof![
+        8 => (seat.clone(), any::<bool>(), then())
+            .prop_map(|(seat, remembered, then)| Command::Create { seat, remembered, then }),
+        3 => (seat.clone(), then()).prop_map(|(seat, then)| Command::Delete { seat, then }),
+        3 => (seat.clone(), then()).prop_map(|(seat, then)| Command::Update { seat, then }),
+        2 => (seat, then()).prop_map(|(seat, then)| Command::Recover { seat, then }),
+        2 => (0..SOURCES, 100..200i64).prop_map(|(seat, second)| Command::Renew { seat, second }),
+        3 => (SOURCES..SEATS, 0..SOURCES, any::<bool>(), then())
+            .prop_map(|(pool, seat, values, then)| Command::Claim { pool, seat, values, then }),
+        3 => (any::<Index>(), then(), any::<Option<bool>>())
+            .prop_map(|(kept, then, unanswered)| Command::End { kept, then, unanswered }),
         1 => Just(Command::Change),
+        1 => Just(Command::Remove),
+        1 => Just(Command::LoseLease),
     ]
 }
 
 /// An instance, as the model knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Known {
-    phase: &'static str,
+    phase: PhaseName,
+    identity: Identity,
+    target: Option<Identity>,
     until: Option<i64>,
+    retry: Option<i64>,
 }
 
-fn slot(id: &ChallengeId, seat: usize) -> Slot {
-    let seat = match seat {
-        0..3 => Seat::Source(SourceId::new(format!("s{seat}")).unwrap()),
-        _ => Seat::Pool(Identity::from_bits(seat as u64)),
-    };
-    Slot { challenge: id.clone(), seat }
+impl Known {
+    fn of(instance: &Instance) -> Self {
+        let retry =
+            if let Phase::Failed(failure) = &instance.phase { Some(failure.retry_at.as_second()) } else { None };
+        Self {
+            phase: PhaseName::from(&instance.phase),
+            identity: instance.identity.clone(),
+            target: instance.target.as_ref().map(|target| target.identity.clone()),
+            until: instance.until.map(Timestamp::as_second),
+            retry,
+        }
+    }
+}
+
+/// An ownership that was kept.
+struct Kept {
+    replica: usize,
+    held: Held,
+    instance: Instance,
+    /// Its lease is gone.
+    lost: bool,
+}
+
+type Replica = (Direct, Arc<Coordination<Direct>>);
+
+struct History {
+    replicas: Vec<Replica>,
+    id: ChallengeId,
+    revision: u64,
+    model: BTreeMap<Slot, Known>,
+    kept: Vec<Kept>,
 }
 
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).unwrap()
 }
 
-fn instance(slot: Slot, phase: Phase, number: usize) -> Instance {
-    let identity = match &slot.seat {
-        Seat::Pool(identity) => identity.clone(),
-        Seat::Source(_) => Identity::from_bits(100 + number as u64),
-    };
-    let until = (!slot.seat.is_pool()).then(|| at(50));
-    Instance {
-        slot,
-        identity,
-        phase,
-        since: at(1),
-        last_renew: at(1),
-        until,
-        scenario: Pinned { reference: "r".to_owned(), digest: "d".to_owned() },
-        applied: 1,
-        additional: Additional::new(),
-        connection_info: String::new(),
-        flags: Vec::new(),
-        target: None,
-        origin: None,
-    }
+/// Nobody waits: who owns is told at once.
+fn by() -> By {
+    By::default()
 }
 
-fn name(phase: &Phase) -> &'static str {
-    match phase {
-        Phase::Provisioning => "provisioning",
-        Phase::Ready => "ready",
-        Phase::Updating => "updating",
-        Phase::Deleting => "deleting",
-        Phase::Failed(_) => "failed",
-    }
+fn pinned() -> Pinned {
+    Pinned { reference: "r".to_owned(), digest: "d".to_owned() }
 }
 
-async fn history(commands: Vec<Command>) {
-    let (etcd, by) = (Direct::new(), By { origin: None, patience: Duration::from_secs(5) });
-    let (_, store) = etcd.replica("r");
-    let id = ChallengeId::new("c").unwrap();
-    store
-        .insert_challenge(&Challenge {
-            id: id.clone(),
-            scenario: Pinned { reference: "r".to_owned(), digest: "d".to_owned() },
+impl History {
+    async fn run(commands: Vec<(usize, Command)>) {
+        let etcd = Direct::new();
+        let replicas = (0..REPLICAS).map(|n| etcd.replica(&format!("r{n}"))).collect();
+        let id = ChallengeId::new("c").unwrap();
+        let mut history = Self { replicas, id, revision: 1, model: BTreeMap::new(), kept: Vec::new() };
+        history.insert(0).await.unwrap();
+        let length = commands.len();
+        for (number, (replica, command)) in commands.into_iter().enumerate() {
+            history.step(number, replica, command).await;
+            // What was dropped is given up by now.
+            settle().await;
+        }
+        history.compare(length % REPLICAS).await;
+    }
+
+    async fn insert(&self, replica: usize) -> Result<()> {
+        let challenge = Challenge {
+            id: self.id.clone(),
+            scenario: pinned(),
             timeout: None,
             until: None,
             additional: Additional::new(),
             bounds: Bounds::default(),
-            revision: 1,
+            revision: self.revision,
             content: 1,
             rollout: None,
             closing: false,
             origin: None,
-        })
-        .await
-        .unwrap();
-    let mut model: BTreeMap<Slot, Known> = BTreeMap::new();
-    let mut revision = 1;
-    for (number, command) in commands.into_iter().enumerate() {
-        let stored = store.challenge(&id).await.unwrap().unwrap();
+        };
+        self.replicas[replica].1.insert_challenge(&challenge).await
+    }
+
+    fn slot(&self, seat: usize) -> Slot {
+        let seat = match seat {
+            0..SOURCES => Seat::Source(SourceId::new(format!("s{seat}")).unwrap()),
+            _ => Seat::Pool(Identity::from_bits(seat as u64)),
+        };
+        Slot { challenge: self.id.clone(), seat }
+    }
+
+    fn fresh(&self, seat: usize, number: usize) -> Instance {
+        let slot = self.slot(seat);
+        let identity = match &slot.seat {
+            Seat::Pool(identity) => identity.clone(),
+            Seat::Source(_) => Identity::from_bits(100 + number as u64),
+        };
+        let until = (!slot.seat.is_pool()).then(|| at(120));
+        Instance {
+            slot,
+            identity,
+            phase: Phase::Provisioning,
+            since: at(1),
+            last_renew: at(1),
+            until,
+            scenario: pinned(),
+            applied: 1,
+            additional: Additional::new(),
+            connection_info: String::new(),
+            flags: Vec::new(),
+            target: None,
+            origin: None,
+        }
+    }
+
+    fn owned(&self, slot: &Slot) -> bool {
+        self.kept.iter().any(|kept| kept.instance.slot == *slot && !kept.lost)
+    }
+
+    async fn step(&mut self, number: usize, replica: usize, command: Command) {
+        let store = self.replicas[replica].1.clone();
+        let now = store.challenge(&self.id).await.unwrap().unwrap();
         match command {
-            Command::Create { seat, finished } => {
-                let slot = slot(&id, seat);
-                let intent = instance(slot.clone(), Phase::Provisioning, number);
-                let until = intent.until.map(Timestamp::as_second);
-                match store.begin_create(&stored, &intent, None, &by).await {
-                    Err(Error::Conflict) => assert!(model.contains_key(&slot)),
+            Command::Create { seat, remembered, then } => {
+                let intent = self.fresh(seat, number);
+                let remembered = intent.slot.seat.source().filter(|_| remembered);
+                // From before what this replica has just read.
+                let other = &self.replicas[(replica + 1) % REPLICAS].1;
+                let (store, survey) = match remembered {
+                    Some(source) => (other.clone(), other.recall(&self.id, source)),
+                    None => (store, None),
+                };
+                let challenge = survey.and_then(|survey| survey.challenge).unwrap_or(now.clone());
+                let free = challenge.version == now.version && !self.model.contains_key(&intent.slot);
+                let replica = if remembered.is_some() { (replica + 1) % REPLICAS } else { replica };
+                match store.begin_create(&challenge, &intent, None, &by()).await {
+                    Err(Error::Conflict) => assert!(!free),
                     Err(error) => panic!("{error}"),
                     Ok(held) => {
-                        assert!(!model.contains_key(&slot));
-                        let phase = if finished { "ready" } else { "provisioning" };
-                        if finished {
-                            let ready = Instance { phase: Phase::Ready, ..intent };
-                            store.commit(held, &slot, Commit::Put(Box::new(ready))).await.unwrap();
-                        }
-                        model.insert(slot, Known { phase, until });
+                        assert!(free);
+                        self.owns(replica, held, intent, then).await;
                     }
                 }
             }
-            Command::Delete { seat, finished } => {
-                let slot = slot(&id, seat);
-                match store.begin(&slot, Begin::Delete, &by).await {
-                    Err(Error::Conflict) => assert!(!model.contains_key(&slot)),
-                    Err(error) => panic!("{error}"),
-                    Ok((held, begun)) => {
-                        assert_eq!(begun.phase, Phase::Deleting);
-                        model.get_mut(&slot).unwrap().phase = "deleting";
-                        if finished {
-                            store.commit(held, &slot, Commit::Remove).await.unwrap();
-                            model.remove(&slot);
-                        }
-                    }
-                }
+            Command::Delete { seat, then } => self.begin(replica, seat, Begin::Delete, then).await,
+            Command::Update { seat, then } => {
+                let target = Target {
+                    identity: Identity::from_bits(1000 + number as u64),
+                    scenario: pinned(),
+                    applied: 1,
+                    strategy: gauntlet_domain::Strategy::BlueGreen,
+                };
+                self.begin(replica, seat, Begin::Update(target), then).await;
             }
+            Command::Recover { seat, then } => self.begin(replica, seat, Begin::Recover, then).await,
             Command::Renew { seat, second } => {
-                let slot = slot(&id, seat);
+                let slot = self.slot(seat);
                 let Some(read) = store.instance(&slot).await.unwrap() else {
-                    assert!(!model.contains_key(&slot));
-                    continue;
+                    assert!(!self.model.contains_key(&slot));
+                    return;
                 };
                 let renewed = Instance { until: Some(at(second)), ..read.value.clone() };
-                store.rewrite(&read, &renewed, &by).await.unwrap();
-                // What was read first is of yesterday now.
-                assert_eq!(store.rewrite(&read, &renewed, &by).await, Err(Error::Conflict));
-                model.get_mut(&slot).unwrap().until = Some(second);
+                match store.rewrite(&read, &renewed, &by()).await {
+                    Err(Error::Busy { .. }) => assert!(self.owned(&slot)),
+                    renewal => {
+                        assert_eq!((renewal, self.owned(&slot)), (Ok(()), false));
+                        // What was read first is of yesterday now.
+                        assert_eq!(store.rewrite(&read, &renewed, &by()).await, Err(Error::Conflict));
+                        self.model.get_mut(&slot).unwrap().until = Some(second);
+                    }
+                }
             }
-            Command::Claim { pool, seat } => {
-                let (from, to) = (slot(&id, pool), slot(&id, seat));
-                let Some(pooled) = store.instance(&from).await.unwrap().filter(|read| read.value.phase == Phase::Ready)
-                else {
-                    assert!(model.get(&from).is_none_or(|known| known.phase != "ready"));
-                    continue;
+            Command::Claim { pool, seat, values, then } => {
+                let (from, to) = (self.slot(pool), self.fresh(seat, number));
+                let pooled = store.instance(&from).await.unwrap();
+                let Some(pooled) = pooled.filter(|read| read.value.phase == Phase::Ready) else {
+                    assert!(self.model.get(&from).is_none_or(|known| known.phase != PhaseName::Ready));
+                    return;
                 };
-                let claimed =
-                    Instance { identity: pooled.value.identity.clone(), ..instance(to.clone(), Phase::Ready, number) };
-                match store.claim(&stored, &pooled, &claimed, &by).await {
-                    Err(Error::Conflict) => assert!(model.contains_key(&to)),
-                    Err(error) => panic!("{error}"),
-                    Ok(held) => {
-                        assert!(held.is_none());
-                        model.remove(&from).unwrap();
-                        assert!(model.insert(to, Known { phase: "ready", until: Some(50) }).is_none());
-                    }
-                }
+                self.claim(replica, &now, &pooled, to, values, then).await;
             }
-            Command::Recover { seat } => {
-                let slot = slot(&id, seat);
-                match store.begin(&slot, Begin::Recover, &By::default()).await {
-                    Err(Error::Conflict) => assert!(model.get(&slot).is_none_or(|known| known.phase == "ready")),
-                    Err(error) => panic!("{error}"),
-                    Ok((held, begun)) => {
-                        let known = model.get_mut(&slot).unwrap();
-                        assert_eq!(name(&begun.phase), known.phase);
-                        let ready = Instance { phase: Phase::Ready, ..begun };
-                        store.commit(held, &slot, Commit::Put(Box::new(ready))).await.unwrap();
-                        known.phase = "ready";
-                    }
+            Command::End { kept, then, unanswered } => {
+                if self.kept.is_empty() {
+                    return;
                 }
+                let kept = self.kept.swap_remove(kept.index(self.kept.len()));
+                if let Some(done) = unanswered {
+                    let fault = if done { Unanswered::Done } else { Unanswered::NotDone };
+                    self.replicas[kept.replica].0.own().faults.push_back(fault);
+                }
+                self.end(kept, then).await;
+                self.replicas.iter().for_each(|(client, _)| client.own().faults.clear());
             }
             Command::Change => {
-                let held = store.lock(LockKind::Challenge, &id, &by).await.unwrap();
-                revision += 1;
-                store.update_challenge(held, &Challenge { revision, ..stored.value.clone() }).await.unwrap();
+                assert_eq!(self.insert(replica).await, Err(Error::ChallengeExists(self.id.clone())));
+                let held = store.lock(LockKind::Challenge, &self.id, &by()).await.unwrap();
+                self.revision += 1;
+                let changed = Challenge { revision: self.revision, ..now.value.clone() };
+                store.update_challenge(held, &changed).await.unwrap();
                 // What goes by the old settings is told so.
-                let intent = instance(slot(&id, 0), Phase::Provisioning, number);
-                assert_eq!(store.begin_create(&stored, &intent, None, &by).await.err(), Some(Error::Conflict));
+                let refused = store.begin_create(&now, &self.fresh(0, number), None, &by()).await;
+                assert_eq!(refused.err(), Some(Error::Conflict));
+            }
+            Command::Remove => {
+                let held = store.lock(LockKind::Challenge, &self.id, &by()).await.unwrap();
+                let removed = store.remove_challenge(held, &self.id).await;
+                assert_eq!(removed, if self.model.is_empty() { Ok(()) } else { Err(Error::Conflict) });
+                if removed.is_ok() {
+                    assert_eq!(store.challenge(&self.id).await.unwrap(), None);
+                    self.revision = 1;
+                    self.insert(replica).await.unwrap();
+                }
+            }
+            Command::LoseLease => {
+                self.replicas[replica].0.lose_lease();
+                self.kept.iter_mut().filter(|kept| kept.replica == replica).for_each(|kept| kept.lost = true);
             }
         }
-        // What was dropped is given up by now.
-        settle().await;
     }
-    compare(&store, &id, &model, revision).await;
-}
 
-async fn compare(
-    store: &gauntlet_coordination::Coordination<Direct>,
-    id: &ChallengeId,
-    model: &BTreeMap<Slot, Known>,
-    revision: u64,
-) {
-    let known =
-        |instance: &Instance| Known { phase: name(&instance.phase), until: instance.until.map(Timestamp::as_second) };
-    let all: Vec<_> = store.instances_of(id).try_collect().await.unwrap();
-    let all: BTreeMap<Slot, Known> =
-        all.iter().map(|stored| (stored.value.slot.clone(), known(&stored.value))).collect();
-    assert_eq!(all, *model);
-    assert_eq!(store.challenge(id).await.unwrap().unwrap().value.revision, revision);
-    for seat in 0..3 {
-        let slot = slot(id, seat);
-        let source = slot.seat.source().unwrap();
-        let own: Vec<Instance> = store.instances_by_source(Some(source)).try_collect().await.unwrap();
-        assert_eq!(
-            own.iter().map(known).collect::<Vec<_>>(),
-            model.get(&slot).cloned().into_iter().collect::<Vec<_>>()
-        );
+    async fn begin(&mut self, replica: usize, seat: usize, begin: Begin, then: Then) {
+        let slot = self.slot(seat);
+        let known = self.model.get(&slot).cloned();
+        let owned = self.owned(&slot);
+        let phase = known.as_ref().map(|known| known.phase);
+        let allowed = match &begin {
+            Begin::Recover => phase.is_some_and(|phase| phase != PhaseName::Ready),
+            Begin::Update(_) => phase.is_some_and(|phase| phase != PhaseName::Deleting),
+            Begin::Delete => phase.is_some(),
+        };
+        match self.replicas[replica].1.begin(&slot, begin.clone(), &by()).await {
+            Err(Error::Busy { .. }) => assert!(owned),
+            Err(Error::Conflict) => assert!(!allowed || (owned && begin == Begin::Recover), "{begin:?} {known:?}"),
+            Err(error) => panic!("{error}"),
+            Ok((held, begun)) => {
+                assert!(allowed && !owned);
+                let known = known.unwrap();
+                let expected = match &begin {
+                    Begin::Recover => known,
+                    Begin::Delete => Known { phase: PhaseName::Deleting, retry: None, ..known },
+                    Begin::Update(target) => Known {
+                        phase: PhaseName::Updating,
+                        target: Some(target.identity.clone()),
+                        retry: None,
+                        ..known
+                    },
+                };
+                assert_eq!(Known::of(&begun), expected);
+                self.owns(replica, held, begun, then).await;
+            }
+        }
     }
-    let stranded = store.stranded(at(0)).await.unwrap();
-    let working: Vec<Stranded> = model
-        .iter()
-        .filter(|(_, known)| known.phase != "ready")
-        .map(|(slot, _)| Stranded::Instance(slot.clone()))
-        .collect();
-    assert_eq!(stranded.len(), working.len());
-    assert!(working.iter().all(|one| stranded.contains(one)), "{stranded:?} {working:?}");
-    let pooled = model.keys().any(|slot| slot.seat.is_pool());
-    assert_eq!(store.pools().await.unwrap().is_empty(), !pooled);
-    let census = store.census(at(100)).await.unwrap();
-    assert_eq!(census.instances.values().sum::<u64>(), model.len() as u64);
-    let overdue = model.values().filter(|known| known.until.is_some_and(|until| until <= 100)).count();
-    assert_eq!(census.overdue, overdue as u64);
+
+    async fn claim(
+        &mut self,
+        replica: usize,
+        challenge: &Stored<Challenge>,
+        pooled: &Stored<Instance>,
+        to: Instance,
+        values: bool,
+        then: Then,
+    ) {
+        let (from, identity) = (&pooled.value.slot, pooled.value.identity.clone());
+        let target = Target {
+            identity: identity.clone(),
+            scenario: pinned(),
+            applied: 1,
+            strategy: gauntlet_domain::Strategy::UpdateInPlace,
+        };
+        let phase = if values { Phase::Updating } else { Phase::Ready };
+        let claimed = Instance { identity, phase, target: values.then_some(target), ..to };
+        match self.replicas[replica].1.claim(challenge, pooled, &claimed, &by()).await {
+            Err(Error::Conflict) => assert!(self.model.contains_key(&claimed.slot)),
+            Err(error) => panic!("{error}"),
+            Ok(held) => {
+                assert!(self.model.remove(from).is_some() && !self.model.contains_key(&claimed.slot));
+                self.model.insert(claimed.slot.clone(), Known::of(&claimed));
+                assert_eq!(held.is_some(), values);
+                if let Some(held) = held {
+                    self.owns(replica, held, claimed, then).await;
+                }
+            }
+        }
+    }
+
+    /// An ownership was taken.
+    async fn owns(&mut self, replica: usize, held: Held, instance: Instance, then: Then) {
+        self.model.insert(instance.slot.clone(), Known::of(&instance));
+        let kept = Kept { replica, held, instance, lost: false };
+        match then {
+            Then::Keep => self.kept.push(kept),
+            then => self.end(kept, then).await,
+        }
+    }
+
+    /// Ends an ownership.
+    async fn end(&mut self, kept: Kept, then: Then) {
+        let Kept { replica, held, mut instance, lost } = kept;
+        let slot = instance.slot.clone();
+        let store = self.replicas[replica].1.clone();
+        let commit = match then {
+            // The second time it is not kept.
+            Then::Drop | Then::Keep => return drop(held),
+            Then::Gone => Commit::Remove,
+            Then::Ready => {
+                instance.phase = Phase::Ready;
+                if let Some(target) = instance.target.take() {
+                    instance.identity = target.identity;
+                }
+                Commit::Put(Box::new(instance.clone()))
+            }
+            Then::Fail { retry } => {
+                let (during, reason) = (Operation::Update, String::new());
+                let (since, attempts, retry_at) = (at(1), 1, at(retry));
+                instance.phase = Phase::Failed(Failure { during, reason, since, attempts, retry_at });
+                Commit::Put(Box::new(instance.clone()))
+            }
+        };
+        match store.commit(held, &slot, commit).await {
+            Err(Error::Fenced(_)) => assert!(lost),
+            committed => {
+                assert_eq!((committed, lost), (Ok(()), false));
+                match then {
+                    Then::Gone => self.model.remove(&slot),
+                    _ => self.model.insert(slot, Known::of(&instance)),
+                };
+            }
+        }
+    }
+
+    /// All that a replica answers follows from the model.
+    async fn compare(&self, replica: usize) {
+        let (store, id, model) = (&self.replicas[replica].1, &self.id, &self.model);
+        let known = |all: Vec<Instance>| -> BTreeMap<Slot, Known> {
+            all.into_iter().map(|instance| (instance.slot.clone(), Known::of(&instance))).collect()
+        };
+        let only = |wanted: &dyn Fn(&Slot, &Known) -> bool| -> BTreeMap<Slot, Known> {
+            model.iter().filter(|(slot, known)| wanted(slot, known)).map(|(s, k)| (s.clone(), k.clone())).collect()
+        };
+        let all: Vec<Stored<Instance>> = store.instances_of(id).try_collect().await.unwrap();
+        assert_eq!(known(all.into_iter().map(|stored| stored.value).collect()), *model);
+        let mut challenges: Vec<_> = store.challenges().try_collect().await.unwrap();
+        let (challenge, own) = challenges.pop().unwrap();
+        assert_eq!((challenge.revision, known(own), challenges.len()), (self.revision, model.clone(), 0));
+
+        let claimed = store.instances_by_source(None).try_collect().await.unwrap();
+        assert_eq!(known(claimed), only(&|slot, _| !slot.seat.is_pool()));
+        for seat in 0..SOURCES {
+            let slot = self.slot(seat);
+            let source = slot.seat.source().unwrap();
+            let own = store.instances_by_source(Some(source)).try_collect().await.unwrap();
+            assert_eq!(known(own), only(&|of, _| *of == slot));
+            let survey = store.survey(id, source).await.unwrap();
+            assert_eq!(survey.challenge.unwrap().value.revision, self.revision);
+            assert_eq!(survey.instance.map(|stored| Known::of(&stored.value)), model.get(&slot).cloned());
+            let pooled = survey.pooled.into_iter().map(|stored| stored.value).collect();
+            assert_eq!(known(pooled), only(&|slot, known| slot.seat.is_pool() && known.phase == PhaseName::Ready));
+        }
+        let overdue = only(&|slot, known| !slot.seat.is_pool() && known.until.is_some_and(|until| until <= NOW));
+        let expired: Vec<Instance> = store.expired(at(NOW)).try_collect().await.unwrap();
+        assert!(expired.is_sorted_by_key(|instance| instance.until));
+        assert_eq!(known(expired), overdue);
+
+        let stranded = store.stranded(at(NOW)).await.unwrap();
+        let left = only(&|slot, known| {
+            known.phase != PhaseName::Ready && known.retry.is_none_or(|retry| retry <= NOW) && !self.owned(slot)
+        });
+        assert_eq!(stranded.len(), left.len());
+        assert!(left.keys().all(|slot| stranded.contains(&Stranded::Instance(slot.clone()))), "{stranded:?} {left:?}");
+        let pooled = model.keys().any(|slot| slot.seat.is_pool());
+        assert_eq!(store.pools().await.unwrap(), if pooled { vec![id.clone()] } else { Vec::new() });
+
+        let census = store.census(at(NOW)).await.unwrap();
+        let mut counted = BTreeMap::new();
+        for (slot, known) in model {
+            *counted.entry((id.clone(), known.phase, slot.seat.is_pool())).or_insert(0) += 1;
+        }
+        assert_eq!((census.challenges, census.instances), (1, counted));
+        assert_eq!(census.overdue, overdue.len() as u64);
+    }
 }
 
 proptest! {
     #![proptest_config(histories())]
 
     #[test]
-    fn the_store_is_a_map(commands in proptest::collection::vec(command(), 1..9)) {
-        run(history(commands));
+    fn the_store_is_a_map(commands in proptest::collection::vec((0..REPLICAS, command()), 1..14)) {
+        run(History::run(commands));
     }
 }

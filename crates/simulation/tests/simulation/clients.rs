@@ -239,6 +239,12 @@ pub async fn client(cluster: Arc<Cluster>, mix: Arc<Mix>) {
         let manager = cluster.any();
         let which = mix.challenges[world.between(0, mix.challenges.len() as u64) as usize];
         let (c, s) = (CHALLENGES[which].0, SOURCES[world.between(0, mix.sources as u64) as usize]);
+        // What is not there is asked for in vain, now and then.
+        let there = world.lock().checks.challenges.contains_key(c);
+        if !there && world.chance(3) {
+            create_challenge(manager, which).await;
+            continue;
+        }
         let mut drawn = world.between(0, mix.weights.iter().sum());
         let call = mix.weights.iter().position(|weight| match drawn.checked_sub(*weight) {
             Some(rest) => {

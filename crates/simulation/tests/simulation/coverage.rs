@@ -175,11 +175,12 @@ impl Step {
     pub fn rarity(self) -> u32 {
         match self {
             Self::Read | Self::Lease => 240,
-            Self::Remove => 3,
-            Self::Insert | Self::Watch | Self::Begin => 12,
-            Self::Change | Self::Claim | Self::Rewrite | Self::Allocate | Self::Start => 25,
-            Self::Order | Self::Stop | Self::TakeDown => 40,
             Self::Lock | Self::Release | Self::Create | Self::Commit => 60,
+            Self::Order | Self::Stop => 40,
+            Self::Change | Self::Allocate | Self::Start => 25,
+            Self::Claim | Self::Rewrite | Self::TakeDown => 15,
+            Self::Insert | Self::Watch | Self::Begin => 12,
+            Self::Remove => 3,
         }
     }
 }
