@@ -29,7 +29,10 @@ fn id(text: &str) -> ChallengeId {
 
 async fn etcd(server: &Server) -> Coordination<Etcd> {
     let database = Database::etcd(&Instruments::noop());
-    Coordination::etcd(EtcdConfig::new([server.url()]), "a".to_owned(), database).await.unwrap()
+    // However slow the machine is, no lease runs out and no call is given up.
+    let long = Duration::from_secs(60);
+    let config = EtcdConfig { lease_ttl: long, deadline: long, ..EtcdConfig::new([server.url()]) };
+    Coordination::etcd(config, "a".to_owned(), database).await.unwrap()
 }
 
 /// The bytes that each of so many waiters takes.

@@ -59,7 +59,7 @@ pub(crate) async fn beside(
     Row { name, clients, ours_per_s, raw_per_s, ratio: ours_per_s / raw_per_s, target }
 }
 
-/// Has so many clients do it over and over, each a task of its own; answers how often it was done, in what time.
+/// Has so many clients do it over and over, each a task of its own and at least once; answers how often it was done, in what time.
 pub(crate) async fn run(clients: usize, time: Duration, work: &Work) -> (u64, Duration) {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let stop = Arc::new(AtomicBool::new(false));
@@ -68,11 +68,13 @@ pub(crate) async fn run(clients: usize, time: Duration, work: &Work) -> (u64, Du
         let (work, stop) = (work.clone(), stop.clone());
         tokio::spawn(async move {
             let mut done = 0;
-            while !stop.load(Ordering::Relaxed) {
+            loop {
                 work(client, NUMBER.fetch_add(1, Ordering::Relaxed)).await;
                 done += 1;
+                if stop.load(Ordering::Relaxed) {
+                    return done;
+                }
             }
-            done
         })
     });
     let clients: Vec<_> = clients.collect();

@@ -1,6 +1,6 @@
 //! The stores measured: coordination on each, and the raw transaction of each.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use etcd_client::{Client, Compare, CompareOp, Txn, TxnOp};
 use futures::FutureExt as _;
@@ -37,7 +37,9 @@ pub(crate) struct Measured<K: Kv> {
 pub(crate) async fn etcd() -> Measured<Etcd> {
     let dir = tempfile::tempdir().expect("a directory");
     let server = Server::start(dir.path()).expect("an etcd");
-    let config = EtcdConfig::new([server.url()]);
+    // However slow the machine is, no lease runs out and no call is given up.
+    let long = Duration::from_secs(60);
+    let config = EtcdConfig { lease_ttl: long, deadline: long, ..EtcdConfig::new([server.url()]) };
     let database = Database::etcd(&Instruments::noop());
     let store = Coordination::etcd(config, "bench".to_owned(), database).await.expect("coordination");
     let client = Client::connect([server.url()], None).await.expect("a client");
