@@ -1,26 +1,34 @@
 //! A data directory and the store that it belongs to.
 
+use std::path::Path;
+
 use gauntlet_stack::{Etcd, Process, Ready, Spec, ports::Reserved};
 use serde_json::json;
 
-use crate::harness::{Backend, World, address, binary, fetch, local};
+use crate::harness::{Backend, World, address, binary, eventually, fetch, local, rest};
 
-/// What a manager says that is started on the world's directory and another store, and does not get ready.
-fn refused(world: &World, etcd: &Etcd) -> String {
-    let port = Reserved::any().unwrap();
-    let (log, ready) = (world.path("refused.log"), Ready::Tcp(port.number()));
+/// A manager on a directory and an etcd, which is not waited for longer than until it listens.
+fn on_etcd(
+    world: &World,
+    dir: &Path,
+    etcd: &str,
+    port: &Reserved,
+    log: &Path,
+) -> Result<Process, gauntlet_stack::Error> {
     let spec = [
         ("OTEL_SDK_DISABLED", "true".to_owned()),
         ("BIND", "127.0.0.1".to_owned()),
         ("PORT", port.number().to_string()),
         ("DEBUG_ADDRESS", "off".to_owned()),
-        ("ETCD_ENDPOINTS", etcd.url()),
-        ("DIR", world.path("data").display().to_string()),
+        ("ETCD_ENDPOINTS", etcd.to_owned()),
+        ("DIR", dir.display().to_string()),
+        ("SCENARIO_ROOT", world.path("scenarios").display().to_string()),
     ]
     .into_iter()
-    .fold(Spec::new("refused", binary("gauntlet-manager"), &log, ready), |spec, (name, value)| spec.env(name, value));
-    assert!(Process::run(spec).is_err(), "it started");
-    std::fs::read_to_string(log).unwrap()
+    .fold(Spec::new("manager", binary("gauntlet-manager"), log, Ready::Tcp(port.number())), |spec, (name, value)| {
+        spec.env(name, value)
+    });
+    Process::run(spec)
 }
 
 #[test]
@@ -33,7 +41,10 @@ fn a_directory_of_another_store_is_refused() {
     let url = address(instance["connectionInfo"].as_str().unwrap()).to_owned();
     drop(manager);
 
-    let said = refused(&world, &etcd);
+    let log = world.path("refused.log");
+    let refused = on_etcd(&world, &world.path("data"), &etcd.url(), &Reserved::any().unwrap(), &log);
+    assert!(refused.is_err(), "it started");
+    let said = std::fs::read_to_string(log).unwrap();
     let directory = world.path("data/process").canonicalize().unwrap().display().to_string();
     for part in ["holds the instances of store", "and this is store", &directory, "give another directory"] {
         assert!(said.contains(part), "{part:?} is not in:\n{said}");
@@ -43,4 +54,32 @@ fn a_directory_of_another_store_is_refused() {
     let manager = world.manager("embedded");
     assert_eq!(manager.get("/api/v1/instance/web/me").ok(), instance);
     manager.delete("/api/v1/instance/web/me").ok();
+}
+
+#[test]
+fn a_manager_that_is_there_before_its_etcd_serves_from_when_it_is_there() {
+    let world = World::bare(Backend::Embedded);
+    // Another store's, which cannot be known before the store is there.
+    drop(world.manager("embedded"));
+    let (client, peer) = (Reserved::any().unwrap(), Reserved::any().unwrap());
+    let url = format!("http://127.0.0.1:{}", client.number());
+    let managers = ["new", "data"].map(|dir| {
+        let port = Reserved::any().unwrap();
+        let process = on_etcd(&world, &world.path(dir), &url, &port, &world.path(&format!("{dir}.log"))).unwrap();
+        (format!("http://127.0.0.1:{}", port.number()), process, port)
+    });
+    let [new, others] = managers.each_ref().map(|(url, ..)| url.as_str());
+    let health = |url: &str| rest(url, "GET", "/healthcheck", None).unwrap();
+    for url in [new, others] {
+        assert!(health(url).text.contains("etcd does not answer"), "{}", health(url).text);
+    }
+    let _etcd = Etcd::start_on(world.path("etcd"), client.number(), peer.number()).unwrap();
+    eventually("it serves", || if health(new).status == 200 { Ok(()) } else { Err(health(new).text) });
+    let challenge = json!({ "id": "web", "scenario": local("web") }).to_string();
+    let created = rest(new, "POST", "/api/v1/challenge", Some(challenge.as_bytes())).unwrap();
+    assert_eq!(created.status, 200, "{}", created.text);
+    eventually("the other says why it does not", || {
+        let health = health(others);
+        if health.status == 503 && health.text.contains("its data directory") { Ok(()) } else { Err(health.text) }
+    });
 }

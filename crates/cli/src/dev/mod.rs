@@ -242,6 +242,12 @@ impl Dev {
             }
         }
         hints.push(format!("challenges      {}", challenges.join(", ")));
+        if challenges.iter().any(|challenge| challenge == "flaky") {
+            hints.push(
+                "                flaky fails about every third time on purpose, so that there is a failure to look at"
+                    .into(),
+            );
+        }
         tasks.spawn(players::play(url, challenges, stop.clone()));
         Ok(())
     }
