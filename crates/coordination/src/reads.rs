@@ -21,6 +21,9 @@ const POOLED_KEYS: usize = 48;
 /// Instances that an index names read at once: etcd allows 128 operations in a transaction.
 const INDEXED: usize = 64;
 
+/// Pages of a walk over all instances before it is cut, and pages between two cuts.
+const UNCUT: usize = 4;
+
 /// A walk through a range, page by page.
 pub(crate) struct Scan<K: Kv> {
     core: Arc<Core<K>>,
@@ -28,17 +31,39 @@ pub(crate) struct Scan<K: Kv> {
     rest: Option<Get>,
     at: Option<K::Snapshot>,
     page: VecDeque<KeyValue>,
+    cut: Cut<K>,
+}
+
+/// Whether a range is read in parts. For each page etcd walks over the range to its end, however few keys the page may hold: what is left of
+/// a long range is to be no longer than a few pages.
+enum Cut<K: Kv> {
+    /// Not at all, or not any more.
+    No,
+    /// It is the range of all instances, of which so many keys and pages were read: cut where a challenge begins if there are many.
+    Later { read: usize, pages: usize },
+    /// Up to `upto`. The part has `passed` challenges, and `read` keys of them were read.
+    Now { challenges: Box<Scan<K>>, upto: String, passed: usize, read: usize },
 }
 
 impl<K: Kv> Scan<K> {
     pub(crate) fn values(core: &Arc<Core<K>>, keys: Keys, at: Option<K::Snapshot>) -> Self {
         let rest = Some(Get { keys, limit: PAGE, keys_only: false });
-        Self { core: core.clone(), rest, at, page: VecDeque::new() }
+        Self { core: core.clone(), rest, at, page: VecDeque::new(), cut: Cut::No }
     }
 
     pub(crate) fn keys(core: &Arc<Core<K>>, keys: Keys, at: Option<K::Snapshot>) -> Self {
         let rest = Some(Get { keys, limit: PAGE_OF_KEYS, keys_only: true });
-        Self { core: core.clone(), rest, at, page: VecDeque::new() }
+        Self { core: core.clone(), rest, at, page: VecDeque::new(), cut: Cut::No }
+    }
+
+    /// All instances.
+    pub(crate) fn instances(core: &Arc<Core<K>>, at: Option<K::Snapshot>) -> Self {
+        Self { cut: Cut::Later { read: 0, pages: 0 }, ..Self::values(core, core.layout.instances(), at) }
+    }
+
+    /// The keys of all instances.
+    pub(crate) fn instance_keys(core: &Arc<Core<K>>, at: Option<K::Snapshot>) -> Self {
+        Self { cut: Cut::Later { read: 0, pages: 0 }, ..Self::keys(core, core.layout.instances(), at) }
     }
 
     /// The snapshot it reads from; reads the first page if it has not yet.
@@ -50,7 +75,7 @@ impl<K: Kv> Scan<K> {
     }
 
     pub(crate) async fn next(&mut self) -> Result<Option<KeyValue>> {
-        if self.page.is_empty() {
+        while self.page.is_empty() && self.rest.is_some() {
             self.fill().await?;
         }
         Ok(self.page.pop_front())
@@ -71,18 +96,54 @@ impl<K: Kv> Scan<K> {
 
     async fn fill(&mut self) -> Result<()> {
         let Some(get) = self.rest.take() else { return Ok(()) };
-        let page = self.core.kv.page(get.clone(), self.at.clone()).await;
+        let upto = self.upto(&get).await?;
+        let keys = Keys { from: get.keys.from.clone(), to: upto.clone().or_else(|| get.keys.to.clone()) };
+        let page = self.core.kv.page(Get { keys, ..get }, self.at.clone()).await;
         let page = page.map_err(|error| self.core.error(error))?;
         self.at = Some(page.at);
-        if page.more
-            && let Some(last) = page.kvs.last()
-        {
-            // The least key after the last one read.
-            let keys = Keys { from: format!("{}\0", last.key), ..get.keys };
-            self.rest = Some(Get { keys, ..get });
+        if let Cut::Later { read, .. } | Cut::Now { read, .. } = &mut self.cut {
+            *read += page.kvs.len();
         }
+        // The least key after the last one read, or after the part.
+        let next = page.kvs.last().filter(|_| page.more).map(|last| format!("{}\0", last.key)).or(upto);
+        self.rest = next.map(|from| Get { keys: Keys { from, to: get.keys.to }, ..get });
         self.page.extend(page.kvs);
         Ok(())
+    }
+
+    /// Where the part of the range ends that is read now.
+    async fn upto(&mut self, get: &Get) -> Result<Option<String>> {
+        let from = &get.keys.from;
+        let (mut challenges, wanted, before) = match std::mem::replace(&mut self.cut, Cut::No) {
+            Cut::No => return Ok(None),
+            Cut::Later { read, pages } if pages < UNCUT => {
+                self.cut = Cut::Later { read, pages: pages + 1 };
+                return Ok(None);
+            }
+            // To where the next challenge begins.
+            Cut::Later { read, .. } => {
+                let keys = self.core.layout.challenges();
+                (Box::new(Self::keys(&self.core, keys, self.at.clone())), 1, read)
+            }
+            Cut::Now { challenges, upto, passed, read } if *from < upto => {
+                self.cut = Cut::Now { challenges, upto: upto.clone(), passed, read };
+                return Ok(Some(upto));
+            }
+            // To as many challenges as have some pages together, by those before.
+            Cut::Now { challenges, passed, read, .. } => (challenges, passed * UNCUT * get.limit / read.max(1), 0),
+        };
+        let (mut passed, mut ahead) = (0, 0);
+        while let Some(kv) = Box::pin(challenges.next()).await? {
+            let Some(id) = self.core.layout.read_challenge(&kv.key) else { continue };
+            let begins = self.core.layout.instances_of(&id).from;
+            passed += 1;
+            ahead += usize::from(begins > *from);
+            if ahead >= wanted.max(1) {
+                self.cut = Cut::Now { challenges, upto: begins.clone(), passed, read: before };
+                return Ok(Some(begins));
+            }
+        }
+        Ok(None)
     }
 }
 

@@ -84,7 +84,7 @@ impl<K: Kv> Store for Coordination<K> {
         Box::pin(stream::try_unfold((challenges, None), move |(mut challenges, mut instances)| async move {
             if instances.is_none() {
                 let at = challenges.at().await?;
-                instances = Some((Instances::new(Scan::values(&self.core, self.core.layout.instances(), at)), None));
+                instances = Some((Instances::new(Scan::instances(&self.core, at)), None));
             }
             while let Some(kv) = challenges.next().await? {
                 let Some(challenge) = self.core.readable_challenge(&kv) else { continue };
@@ -131,7 +131,7 @@ impl<K: Kv> Store for Coordination<K> {
     fn instances_by_source(&self, source: Option<&SourceId>) -> Stream<'_, Instance> {
         match source {
             None => {
-                let instances = Instances::new(Scan::values(&self.core, self.core.layout.instances(), None));
+                let instances = Instances::new(Scan::instances(&self.core, None));
                 Box::pin(stream::try_unfold(instances, |mut instances| async move {
                     while let Some(stored) = instances.next().await? {
                         if !stored.value.slot.seat.is_pool() {
@@ -546,7 +546,7 @@ impl<K: Kv> Store for Coordination<K> {
     async fn census(&self, now: Timestamp) -> Result<Census> {
         let (core, layout) = (&self.core, &self.core.layout);
         // By the indexes alone: no record is read.
-        let mut instances = Scan::keys(core, layout.instances(), None);
+        let mut instances = Scan::instance_keys(core, None);
         let at = instances.at().await?;
         let mut working = Scan::values(core, layout.all_working(), at.clone());
         let mut census = Census {

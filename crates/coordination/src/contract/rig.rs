@@ -32,6 +32,8 @@ pub(super) enum Fault {
 pub(super) struct Counted<K> {
     inner: Arc<K>,
     pub(super) calls: Mutex<BTreeMap<&'static str, usize>>,
+    /// What each page was asked to be the beginning of.
+    pub(super) asked: Mutex<Vec<Keys>>,
     pub(super) faults: Mutex<VecDeque<Fault>>,
 }
 
@@ -40,6 +42,7 @@ pub(super) trait Tested: Kv {
     fn fail_next(&self, fault: Fault);
     fn reset(&self);
     fn calls(&self) -> BTreeMap<&'static str, usize>;
+    fn asked(&self) -> Vec<Keys>;
 }
 
 impl<K: Kv> Tested for Counted<K> {
@@ -49,6 +52,11 @@ impl<K: Kv> Tested for Counted<K> {
 
     fn reset(&self) {
         self.calls.lock().unwrap().clear();
+        self.asked.lock().unwrap().clear();
+    }
+
+    fn asked(&self) -> Vec<Keys> {
+        self.asked.lock().unwrap().clone()
     }
 
     fn calls(&self) -> BTreeMap<&'static str, usize> {
@@ -58,7 +66,7 @@ impl<K: Kv> Tested for Counted<K> {
 
 impl<K: Kv> Counted<K> {
     fn over(inner: &Arc<K>) -> Self {
-        Self { inner: inner.clone(), calls: Mutex::default(), faults: Mutex::default() }
+        Self { inner: inner.clone(), calls: Mutex::default(), asked: Mutex::default(), faults: Mutex::default() }
     }
 
     fn count(&self, call: &'static str) {
@@ -92,6 +100,7 @@ impl<K: Kv> Kv for Counted<K> {
 
     async fn page(&self, get: Get, at: Option<K::Snapshot>) -> KvResult<Page<K::Snapshot>> {
         self.count("page");
+        self.asked.lock().unwrap().push(get.keys.clone());
         self.inner.page(get, at).await
     }
 
