@@ -31,7 +31,7 @@ pub async fn chaos(cluster: Arc<Cluster>) {
         sleep(Duration::from_millis(world.between(300, 6000))).await;
         let manager = cluster.any();
         let length = Duration::from_millis(world.between(300, 20_000));
-        match world.between(0, 12) {
+        match world.between(0, 13) {
             0 | 1 => {
                 manager.process.cut(true);
                 let process = manager.process.clone();
@@ -84,6 +84,15 @@ pub async fn chaos(cluster: Arc<Cluster>) {
                     world.note("etcd", "answers again");
                 });
                 cluster.world.lock().count(Event::Outage);
+            }
+            10 => {
+                let manager = manager.clone();
+                world.note(&manager.process.name, "shuts down");
+                world.lock().count(Event::Restart);
+                tokio::spawn(async move {
+                    manager.store.shutdown().await;
+                    manager.process.kill("shut down");
+                });
             }
             _ => {
                 let now = world.now();

@@ -1,11 +1,12 @@
 //! Those who use managers: players, an administrator, the janitor; and what they were told.
 
-use std::{sync::Arc, time::Duration};
+use std::{future::pending, sync::Arc, time::Duration};
 
 use futures::TryStreamExt as _;
 use gauntlet_domain::{
     Additional, ChallengeId, ChallengeUpdate, Error, Instance, NewChallenge, Result, SourceId, Strategy,
 };
+use rand::RngExt as _;
 use tokio::time::{sleep, timeout};
 
 use super::{Cluster, coverage::Event, manager::Manager, world::World};
@@ -49,11 +50,28 @@ where
     world.lock().count(Event::Operation);
     world.note("client", format_args!("asks {name}: {what}"));
     let (answer, answered) = tokio::sync::oneshot::channel();
+    // The connection goes, and the call with it, wherever it has come to.
+    let dropped = {
+        let mut state = world.lock();
+        let drops = state.faulty && state.rng.random_ratio(1, 15);
+        drops.then(|| Duration::from_millis(state.rng.random_range(0..2000)))
+    };
     tokio::spawn(async move {
         let process = manager.process.clone();
+        let gone = async {
+            match dropped {
+                Some(after) => sleep(after).await,
+                None => pending().await,
+            }
+        };
         let result = tokio::select! {
             biased;
             () = process.ended() => None,
+            () = gone => {
+                process.world.note(&process.name, "a call is dropped");
+                process.world.lock().count(Event::Dropped);
+                None
+            }
             result = async {
                 process.gate().await;
                 let result = work(manager).await;
@@ -141,7 +159,7 @@ async fn create_challenge(manager: Arc<Manager>, which: usize) {
 }
 
 async fn update_challenge(manager: Arc<Manager>, which: usize) {
-    let (c, _, min, _) = CHALLENGES[which];
+    let (c, _, min, max) = CHALLENGES[which];
     let world = manager.process.world.clone();
     let strategies = [Strategy::UpdateInPlace, Strategy::BlueGreen, Strategy::Recreate];
     let strategy = strategies[world.between(0, 3) as usize];
@@ -149,6 +167,8 @@ async fn update_challenge(manager: Arc<Manager>, which: usize) {
         scenario: (!world.chance(3)).then(|| format!("v{}", world.between(1, 9))),
         timeout: world.chance(4).then(|| Some(Duration::from_secs(world.between(20, 60)))),
         min: (min > 0 && world.chance(3)).then(|| world.between(1, 3) as i64),
+        max: (max > 0 && world.chance(3)).then(|| world.between(2, 6) as i64),
+        additional: world.chance(5).then(|| [("all".to_owned(), world.between(0, 9).to_string())].into()),
         strategy,
         ..ChallengeUpdate::default()
     };
@@ -237,6 +257,9 @@ pub async fn client(cluster: Arc<Cluster>, mix: Arc<Mix>) {
     while world.lock().faulty {
         sleep(Duration::from_millis(world.between(20, mix.pause))).await;
         let manager = cluster.any();
+        if manager.process.is_dead() {
+            continue;
+        }
         let which = mix.challenges[world.between(0, mix.challenges.len() as u64) as usize];
         let (c, s) = (CHALLENGES[which].0, SOURCES[world.between(0, mix.sources as u64) as usize]);
         // What is not there is asked for in vain, now and then.

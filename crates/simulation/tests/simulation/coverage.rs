@@ -78,6 +78,7 @@ named! {
         PauseBeyondLease = "... for longer than a lease",
         PauseBeyondLeaseAtWork = "... which owned an instance or a lock",
         Kill = "managers killed",
+        Restart = "managers shut down, and started again",
         Outage = "etcd answers nobody",
         LeaderChange = "etcd's leader changes",
         Compaction = "etcd is compacted",
@@ -102,6 +103,7 @@ named! {
         Acknowledged = "... acknowledged",
         Refused = "... refused or failed",
         Unanswered = "... never answered",
+        Dropped = "... dropped half way",
         Checked = "steps at which every invariant was checked",
     }
 }

@@ -29,6 +29,7 @@ const RECONCILE: Duration = Duration::from_secs(4);
 pub struct Manager {
     pub process: Arc<Process>,
     pub gauntlet: Gauntlet,
+    pub store: Arc<Coordination<Client>>,
     chance: Arc<Chance>,
     reconcile: Notify,
     pools: mpsc::UnboundedSender<ChallengeId>,
@@ -59,12 +60,14 @@ impl Manager {
             retry_longest: Duration::from_secs(10),
         };
         let machine = Arc::new(Machine(process.clone()));
-        let gauntlet = Gauntlet::new(Arc::new(store), machine, Arc::new(Catalogue), Arc::new(Unnoted), settings);
+        let store = Arc::new(store);
+        let gauntlet = Gauntlet::new(store.clone(), machine, Arc::new(Catalogue), Arc::new(Unnoted), settings);
         let seed = world.lock().rng.random();
         let (pools, mut asked) = mpsc::unbounded_channel();
         let manager = Arc::new(Self {
             process,
             gauntlet,
+            store,
             chance: Arc::new(Chance(Mutex::new(SmallRng::seed_from_u64(seed)))),
             reconcile: Notify::new(),
             pools,

@@ -37,10 +37,12 @@ use self::{
 
 /// What every key begins with.
 const PREFIX: &str = "gauntlet/";
-const MANAGERS: usize = 3;
+const MANAGERS: u64 = 5;
 /// How long things go wrong, and how long after that everything must be at rest.
 const FAULTY: Duration = Duration::from_secs(30);
 const REST: Duration = Duration::from_secs(240);
+/// How long it takes at most until a manager that is ended, or shuts down, is there again.
+const UP: Duration = Duration::from_secs(12);
 /// So many seeds are run unless told otherwise, and meet every fault at every step.
 const ENOUGH: u64 = 500;
 
@@ -57,7 +59,8 @@ impl Cluster {
     fn new(world: Arc<World>) -> Arc<Self> {
         let cluster =
             Arc::new(Self { world, lives: Mutex::default(), ended: Mutex::default(), next: AtomicU64::new(0) });
-        for at in 0..MANAGERS {
+        let managers = cluster.world.between(1, MANAGERS + 1);
+        for at in 0..usize::try_from(managers).unwrap() {
             let manager = cluster.begin(at);
             cluster.lives().push(manager);
             tokio::spawn(cluster.clone().revive(at));
@@ -172,6 +175,8 @@ async fn scenario(world: &Arc<World>) {
         let _ = task.await;
     }
     world.note("world", "no more faults");
+    // Until all managers are up that were ended, or are being ended.
+    sleep(UP).await;
     rest(&cluster).await;
     end(&cluster).await;
     etcd.abort();
