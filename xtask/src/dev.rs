@@ -187,7 +187,7 @@ fn exit_code(status: ExitStatus, stop: &Stop) -> ExitCode {
     }
 }
 
-/// What goes on beside the main job: appended to a file that `gauntlet dev` shows, and on the screen while that does not own it.
+/// What goes on beside the main job: on the screen, or appended to a file that `gauntlet dev` shows while it owns the screen.
 #[derive(Clone)]
 struct Notices {
     path: PathBuf,
@@ -205,12 +205,11 @@ impl Notices {
 
 impl Progress for Notices {
     fn report(&mut self, line: &str) {
-        if let Ok(mut file) = self.file.lock() {
-            // One line a write; a full disk must not end the stack.
-            let _ = file.write_all(format!("{line}\n").as_bytes());
-        }
         if self.on_screen.load(Ordering::Relaxed) {
             say(line);
+        } else if let Ok(mut file) = self.file.lock() {
+            // One line a write; a full disk must not end the stack.
+            let _ = file.write_all(format!("{line}\n").as_bytes());
         }
     }
 
