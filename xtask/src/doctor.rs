@@ -16,7 +16,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         ("git", "--version", "install Debian's package git"),
     ] {
         match first_line(name, argument) {
-            Some(version) => row(true, name, &version, ""),
+            Some(version) => row(true, name, number(&version), ""),
             None => {
                 row(false, name, "missing", "");
                 missing.push(format!("{name}: {hint}"));
@@ -28,7 +28,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         match tools.find(tool) {
             Some(path) => {
                 let version = tool.version(&path).unwrap_or_else(|| "does not say its version".to_owned());
-                row(true, tool.binary(), &version, &path.display().to_string());
+                row(true, tool.binary(), number(&version), &path.display().to_string());
             }
             None => {
                 row(false, tool.binary(), "missing", "");
@@ -58,11 +58,35 @@ pub(crate) fn run() -> Result<ExitCode> {
 
 fn row(there: bool, name: &str, version: &str, place: &str) {
     let mark = if there { "ok" } else { "--" };
-    println!("  {mark} {name:<24} {version:<56} {place}");
+    println!("  {mark} {name:<24} {version:<18} {place}");
+}
+
+/// The first thing in a text that looks like a version; the text if nothing does.
+fn number(text: &str) -> &str {
+    let mut numbers = text.split(|c: char| !(c.is_ascii_digit() || c == '.')).map(|number| number.trim_matches('.'));
+    numbers.find(|number| number.contains('.')).unwrap_or(text)
 }
 
 fn first_line(program: impl AsRef<Path>, argument: &str) -> Option<String> {
     let output = Command::new(program.as_ref()).arg(argument).stdin(Stdio::null()).output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     output.status.success().then(|| text.lines().next().unwrap_or_default().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::number;
+
+    #[test]
+    fn versions_are_found_in_what_programs_say() {
+        for (said, version) in [
+            ("cargo 1.95.0 (f2d3ce0bd 2026-03-21)", "1.95.0"),
+            ("/usr/bin/docker-registry github.com/docker/distribution 2.8.2+ds1", "2.8.2"),
+            (r#"{"gitCommit":"","gitVersion":"v2.13.0","buildDate":""}"#, "2.13.0"),
+            ("ip utility, iproute2-6.1.0, libbpf 1.1.2", "6.1.0"),
+            ("does not say its version", "does not say its version"),
+        ] {
+            assert_eq!(number(said), version);
+        }
+    }
 }
