@@ -122,6 +122,7 @@ contract! {
         an_unknown_commit_is_resolved,
         a_commit_that_stays_unknown_is_left_to_recovery,
         an_unknown_acquisition_is_given_up,
+        an_acquisition_that_comes_to_be_late_is_given_up,
         a_commit_of_another_store_is_refused,
         shutdown_gives_up_what_is_owned,
         a_dropped_store_gives_up_what_it_owned,

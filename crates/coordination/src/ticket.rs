@@ -2,6 +2,7 @@
 
 use std::{
     any::Any,
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -25,6 +26,10 @@ use crate::{
 
 /// Keys that may wait for their removal. Beyond that the whole lease is given up, which removes them too.
 const QUEUE: usize = 4096;
+/// The longest pause between two looks for what may yet come to be.
+const LOOK_LONGEST: Duration = Duration::from_secs(30);
+/// What was sent before a network was cut is delivered when it is whole again. After so long the kernel has given up sending.
+const LATEST: Duration = Duration::from_secs(1200);
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LONGEST: Duration = Duration::from_secs(2);
 
@@ -162,31 +167,50 @@ impl Reaper {
     }
 }
 
+/// A key that may yet come to be.
+struct Suspect {
+    live: LiveKey,
+    /// Since it was handed in.
+    since: Instant,
+    /// From one look to the next.
+    pause: Duration,
+}
+
 async fn reap<K: Kv>(kv: Arc<K>, mut given: mpsc::Receiver<Given>) {
-    // In order of time: each is due the same while after it was handed in.
-    let mut again: std::collections::VecDeque<(Instant, LiveKey)> = std::collections::VecDeque::new();
+    // By the time of the next look; the number tells those of one time apart.
+    let mut suspects: BTreeMap<(Instant, u64), Suspect> = BTreeMap::new();
+    let mut number = 0;
     loop {
-        let due = again.front().map(|(due, _)| *due);
-        let live = tokio::select! {
+        let due = suspects.first_key_value().map(|((due, _), _)| *due);
+        let suspect = tokio::select! {
             biased;
             () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
-                again.pop_front().map(|(_, live)| (live, true))
+                suspects.pop_first().map(|(_, suspect)| suspect)
             }
             next = given.recv() => match next {
                 None => return,
-                Some(Given { live, unsure }) => {
-                    if unsure {
-                        again.push_back((Instant::now() + kv.deadline() * 2, live.clone()));
+                Some(Given { live, unsure: false }) => {
+                    if remove(kv.as_ref(), &live).await {
+                        live.absent();
                     }
-                    Some((live, unsure))
+                    None
+                }
+                Some(Given { live, unsure: true }) => {
+                    Some(Suspect { live, since: Instant::now(), pause: kv.deadline() })
                 }
             },
         };
-        if let Some((live, unsure)) = live
-            && remove(kv.as_ref(), &live).await
-            && !unsure
-        {
-            live.absent();
+        let Some(mut suspect) = suspect else { continue };
+        remove(kv.as_ref(), &suspect.live).await;
+        suspect.pause = (suspect.pause * 2).min(LOOK_LONGEST);
+        let due = Instant::now() + suspect.pause;
+        if suspects.len() >= QUEUE {
+            tracing::error!(QUEUE, "too many acquisitions may yet come to be: the lease is given up");
+            suspect.live.lease.lose();
+        }
+        if !suspect.live.lease.is_lost() && due < suspect.since + LATEST {
+            number += 1;
+            suspects.insert((due, number), suspect);
         }
     }
 }

@@ -266,3 +266,23 @@ pub(super) async fn a_dropped_store_gives_up_what_it_owned(rig: &impl Rig) {
     drop(held);
     other.check().await;
 }
+
+pub(super) async fn an_acquisition_that_comes_to_be_late_is_given_up(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let (web, slot) = (store.with("web").await, seat("web", "alice"));
+    store.ready(&web, slot.clone()).await;
+    store.core.kv.hurry(Duration::from_millis(50));
+    store.core.kv.reset();
+    store.core.kv.fail_next(Fault::LateRequest);
+    let result = store.begin(&slot, Begin::Delete, &patient()).await;
+    assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
+    // A network that was cut delivers what it held back, long after it was given up.
+    let looked = || store.core.kv.calls().get("txn").is_some_and(|calls| *calls > 2);
+    eventually("it was looked for again", || async { looked() }).await;
+    store.core.kv.deliver().await;
+    assert_eq!(other.at(&slot).await.value.phase, Phase::Deleting, "it has come to be");
+    eventually("nobody owns it", || async { other.live_keys().await.is_empty() }).await;
+    let (held, _) = other.begin(&slot, Begin::Recover, &at_once()).await.unwrap();
+    other.commit(held, &slot, Commit::Remove).await.unwrap();
+    other.check().await;
+}

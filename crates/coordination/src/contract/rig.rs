@@ -26,6 +26,8 @@ pub(super) enum Fault {
     LostAnswer,
     /// It is lost, and nobody knows.
     LostRequest,
+    /// It is on its way until it is delivered, and nobody knows.
+    LateRequest,
 }
 
 /// A backend that counts and fails; clones share one store.
@@ -35,6 +37,8 @@ pub(super) struct Counted<K> {
     /// What each page was asked to be the beginning of.
     pub(super) asked: Mutex<Vec<Keys>>,
     pub(super) faults: Mutex<VecDeque<Fault>>,
+    late: Mutex<Vec<Txn>>,
+    deadline: Mutex<Duration>,
 }
 
 /// What tests know of their backend.
@@ -42,6 +46,10 @@ pub(super) trait Tested: Kv {
     fn fail_next(&self, fault: Fault);
     fn reset(&self);
     fn calls(&self) -> BTreeMap<&'static str, usize>;
+    /// From now on calls are said to take no longer than that.
+    fn hurry(&self, deadline: Duration);
+    /// What was late arrives.
+    fn deliver(&self) -> impl Future<Output = ()> + Send;
     fn asked(&self) -> Vec<Keys>;
 }
 
@@ -62,11 +70,29 @@ impl<K: Kv> Tested for Counted<K> {
     fn calls(&self) -> BTreeMap<&'static str, usize> {
         self.calls.lock().unwrap().clone()
     }
+
+    fn hurry(&self, deadline: Duration) {
+        *self.deadline.lock().unwrap() = deadline;
+    }
+
+    async fn deliver(&self) {
+        let late = std::mem::take(&mut *self.late.lock().unwrap());
+        for txn in late {
+            self.inner.txn(txn).await.unwrap();
+        }
+    }
 }
 
 impl<K: Kv> Counted<K> {
     fn over(inner: &Arc<K>) -> Self {
-        Self { inner: inner.clone(), calls: Mutex::default(), asked: Mutex::default(), faults: Mutex::default() }
+        Self {
+            deadline: Mutex::new(inner.deadline()),
+            inner: inner.clone(),
+            calls: Mutex::default(),
+            asked: Mutex::default(),
+            faults: Mutex::default(),
+            late: Mutex::default(),
+        }
     }
 
     fn count(&self, call: &'static str) {
@@ -82,7 +108,7 @@ impl<K: Kv> Kv for Counted<K> {
     }
 
     fn deadline(&self) -> Duration {
-        self.inner.deadline()
+        *self.deadline.lock().unwrap()
     }
 
     async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
@@ -95,6 +121,10 @@ impl<K: Kv> Kv for Counted<K> {
                 Err(KvError::Ambiguous("injected".to_owned()))
             }
             Some(Fault::LostRequest) => Err(KvError::Ambiguous("injected".to_owned())),
+            Some(Fault::LateRequest) => {
+                self.late.lock().unwrap().push(txn);
+                Err(KvError::Ambiguous("injected".to_owned()))
+            }
         }
     }
 
