@@ -85,6 +85,11 @@ impl Drop for Instances {
     }
 }
 
+/// Whether something of that identity runs, or is being started, besides its supervisor.
+pub(super) fn runs(dir: &Path, identity: &str) -> bool {
+    running(dir).iter().any(|process| process.identity == identity && !process.shim)
+}
+
 /// The identity in the name of an instance's directory.
 fn identity(name: &str) -> Option<String> {
     name.split_once('-').map(|(_, identity)| identity.to_owned())

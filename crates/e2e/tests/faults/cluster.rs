@@ -128,6 +128,19 @@ impl Cluster {
         }))
     }
 
+    /// Whether an instance is being brought up by that replica, which knows that it owns it: something runs already.
+    pub(super) fn at_work(&self, replica: &str, challenge: &str, source: &str) -> Result<bool, String> {
+        if self.owner(challenge, source)?.as_deref() != Some(replica) {
+            return Ok(false);
+        }
+        let stored = self.stored(&format!("instances {challenge} s"))?;
+        let record = stored.into_iter().find(|(key, _)| key.ends_with(&format!(" {source}")));
+        let identity = record.and_then(|(_, value)| {
+            serde_json::from_slice::<Value>(&value).ok()?["identity"].as_str().map(str::to_owned)
+        });
+        Ok(identity.is_some_and(|identity| census::runs(&self.world.path("data/process/instances"), &identity)))
+    }
+
     /// Whether every manager says that it is well.
     pub(super) fn all_well(&self) -> Result<(), String> {
         match self.managers.iter().find(|manager| !http::answers(&format!("{}/healthcheck", manager.url))) {
@@ -164,7 +177,22 @@ impl Cluster {
         })
     }
 
-    /// The same, for what must come to rest.
+    /// Prints what does not come to rest, and the last that each manager has said.
+    pub(super) fn explain(&self) {
+        for words in ["working", "live", "rollouts"] {
+            for (key, value) in self.stored(words).unwrap_or_default() {
+                eprintln!("{key}: {}", String::from_utf8_lossy(&value));
+            }
+        }
+        for manager in &self.managers {
+            let said = said_since(manager, 0);
+            let said: Vec<&str> = said.lines().rev().take(60).collect();
+            eprintln!("{}:", manager.url);
+            said.iter().rev().for_each(|line| eprintln!("    {line}"));
+        }
+    }
+
+    /// As [`Cluster::settle`], for what must come to rest.
     pub(super) fn at_rest(&self) -> census::Census {
         self.settle().unwrap_or_else(|why| panic!("not at rest: {why:?}"))
     }

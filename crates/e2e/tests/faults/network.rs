@@ -111,7 +111,12 @@ fn namespace(name: &str, dir: &Path) -> Result<Process, String> {
         .arg("sleep")
         .arg("infinity");
     spec.stop_within = Duration::from_millis(200);
-    let mut process = Process::run(spec).map_err(|error| error.to_string())?;
+    let log = spec.log.clone();
+    let mut process = Process::run(spec).map_err(|error| {
+        // What it says itself says it best.
+        let said = std::fs::read_to_string(log).unwrap_or_default();
+        said.lines().next_back().map_or_else(|| error.to_string(), str::to_owned)
+    })?;
     let link = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
     let (ours, pid) = (link("self"), pid(&process)?.to_string());
     while process.is_running() {

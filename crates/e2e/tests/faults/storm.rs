@@ -195,7 +195,10 @@ impl Storm {
         });
         let census = match self.cluster.settle() {
             Ok(census) => census,
-            Err(Broken(kind, what)) => return self.ledger.broken(kind, what),
+            Err(Broken(kind, what)) => {
+                self.cluster.explain();
+                return self.ledger.broken(kind, what);
+            }
         };
         for driver in &self.drivers {
             driver.hold(&self.ledger, &self.urls);
@@ -350,7 +353,7 @@ fn pause(cluster: &Cluster, victim: usize, round: usize) -> Result<(), String> {
                 let source = source.clone();
                 move || new(manager).patient(2 * SOON).create("gated", &source)
             });
-            while cluster.owner("gated", &source).ok().flatten().as_ref() != Some(&name) {
+            while !cluster.at_work(&name, "gated", &source).unwrap_or(false) {
                 if caller.is_finished() {
                     return Err("no instance is being brought up".to_owned());
                 }
