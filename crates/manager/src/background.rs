@@ -14,8 +14,8 @@ use crate::{operations::call_now, tasks::Tasks};
 const POOL_QUEUE: usize = 1024;
 /// Pools tended at once.
 const POOLS_AT_ONCE: usize = 4;
-/// Between two tries of the first pass, as long as it can read nothing.
-const FIRST_AGAIN: Duration = Duration::from_secs(2);
+/// After a pass that could read nothing: how long signals wait, and how long the first pass waits for its next try.
+const AGAIN: Duration = Duration::from_secs(2);
 
 /// How the rest of the manager asks for background work. Never blocks; asking twice is asking once.
 #[derive(Clone)]
@@ -67,8 +67,16 @@ impl Background {
             loop {
                 if run_reconcile(&reconciler).await {
                     settled.send_replace(true);
+                } else {
+                    // While the store is away every call that fails asks for a pass, which would fail too.
+                    tokio::select! {
+                        () = stop.cancelled() => return,
+                        () = tokio::time::sleep(AGAIN) => {}
+                    }
+                    if !*settled.borrow() {
+                        continue;
+                    }
                 }
-                let every = if *settled.borrow() { every } else { every.min(FIRST_AGAIN) };
                 // Between three quarters and five quarters of the period, so that replicas do not march in step.
                 let pause = every.mul_f64(0.75 + 0.5 * rand::random::<f64>());
                 tokio::select! {
