@@ -301,7 +301,7 @@ impl History {
         self.asking.clear();
         self.held.clear();
         self.replicas.iter().for_each(|(client, _)| client.own().faults.clear());
-        // What was not answered is looked for again after twice the deadline.
+        // What was not answered is looked for at once, and nothing comes late here.
         tokio::time::sleep(Duration::from_secs(20)).await;
         let none = By::default();
         for (_, store) in &self.replicas {
