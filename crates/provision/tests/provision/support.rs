@@ -204,11 +204,10 @@ impl Rig {
         entries.map(|e| e.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect()
     }
 
-    /// The process ids of supervisor and first process.
+    /// The process ids of supervisor and first process. The supervisor may record them after the program answers: waits until it has.
     pub(crate) fn pids(&self, home: &Path) -> Option<(i32, i32)> {
-        let state: serde_json::Value = serde_json::from_slice(&std::fs::read(home.join("state.json")).ok()?).ok()?;
-        let pid = |who: &str| state[who]["pid"].as_i64().map(|pid| pid as i32);
-        Some((pid("shim")?, pid("child")?))
+        until("its supervisor has recorded what runs", || recorded(home).is_some());
+        recorded(home)
     }
 
     /// What a script wrote to a file of its own.
@@ -220,7 +219,7 @@ impl Rig {
 impl Drop for Rig {
     fn drop(&mut self) {
         for home in self.homes() {
-            if let Some((shim, _)) = self.pids(&home).filter(|(shim, _)| runs(*shim)) {
+            if let Some((shim, _)) = recorded(&home).filter(|(shim, _)| runs(*shim)) {
                 let _ = rustix::process::kill_process(Pid::from_raw(shim).unwrap(), Signal::TERM);
                 let deadline = Instant::now() + Duration::from_secs(5);
                 while runs(shim) && Instant::now() < deadline {
@@ -229,4 +228,11 @@ impl Drop for Rig {
             }
         }
     }
+}
+
+/// The process ids of supervisor and first process, once they are recorded.
+fn recorded(home: &Path) -> Option<(i32, i32)> {
+    let state: serde_json::Value = serde_json::from_slice(&std::fs::read(home.join("state.json")).ok()?).ok()?;
+    let pid = |who: &str| state[who]["pid"].as_i64().map(|pid| pid as i32);
+    Some((pid("shim")?, pid("child")?))
 }
