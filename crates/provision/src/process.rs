@@ -355,7 +355,11 @@ impl Process {
         let how = match (read::<State>(home, STATE).await?, left) {
             (Some(State { end: Some(end), .. }), _) => format!("the program {}", end.how),
             (Some(state), _) if procfs::lives(state.shim) => return Ok(()),
-            (Some(_), _) => "its supervisor was killed".to_owned(),
+            // It may have written its last, and ended, since its state was read.
+            (Some(_), _) => match read::<State>(home, STATE).await? {
+                Some(State { end: Some(end), .. }) => format!("the program {}", end.how),
+                _ => "its supervisor was killed".to_owned(),
+            },
             (None, Some(status)) => format!("its supervisor {} ended with {status}", self.shim.display()),
             (None, None) if since < START_PATIENCE => return Ok(()),
             (None, None) => format!("its supervisor {} says nothing", self.shim.display()),

@@ -299,10 +299,19 @@ async fn each_probe_waits_for_its_answer() {
     manager.up(&order(1, 1, &plan.clone().arc())).await.unwrap();
     plan = plan.probe(Probe::Output { contains: "istenin".to_owned() });
     manager.up(&order(2, 1, &plan.clone().arc())).await.unwrap();
-    plan.timeout = Duration::from_millis(100);
-    let error = manager.up(&order(3, 1, &plan.clone().probe(http("/", 204)).arc())).await.unwrap_err();
-    let text = detail(error);
-    for part in ["ready: GET / with status 204 on port \"main\" (127.0.0.1:", "100ms", "status 200", "listening"] {
+    // However long the program takes to answer what is not asked for.
+    let mut text = String::new();
+    for (generation, timeout) in (1..).zip([100, 1000, 10_000, 30_000]).map(|(at, ms)| (at, Duration::from_millis(ms)))
+    {
+        plan.timeout = timeout;
+        let plan = plan.clone().probe(http("/", 204)).arc();
+        text = detail(manager.up(&order(3, generation, &plan)).await.unwrap_err());
+        assert!(text.contains(&format!("{timeout:?}")), "{text}");
+        if text.contains("status 200") {
+            break;
+        }
+    }
+    for part in ["ready: GET / with status 204 on port \"main\" (127.0.0.1:", "status 200", "listening"] {
         assert!(text.contains(part), "{part:?} in {text}");
     }
     let error = manager.up(&order(4, 1, &plan.clone().probe(http("/ HTTP/1.1\r\nX: y", 200)).arc())).await.unwrap_err();
@@ -316,9 +325,15 @@ async fn what_is_not_ready_in_time_does_not_stay() {
     let rig = Rig::new();
     let manager = rig.manager();
     let mut plan = rig.script("echo $$ > pid; exec sleep 1000");
-    plan.timeout = Duration::from_millis(200);
-    let text = detail(manager.up(&order(1, 1, &plan.arc())).await.unwrap_err());
-    assert!(text.contains("a TCP connection to port \"main\"") && text.contains("it wrote nothing"), "{text}");
+    // However long it takes to begin.
+    for (generation, timeout) in (1..).zip([200, 2000, 30_000]) {
+        plan.timeout = Duration::from_millis(timeout);
+        let text = detail(manager.up(&order(1, generation, &plan.clone().arc())).await.unwrap_err());
+        assert!(text.contains("a TCP connection to port \"main\"") && text.contains("it wrote nothing"), "{text}");
+        if !rig.wrote(&rig.home(), "pid").is_empty() {
+            break;
+        }
+    }
     assert!(!runs(rig.wrote(&rig.home(), "pid").parse().unwrap()));
 }
 
