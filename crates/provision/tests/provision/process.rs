@@ -46,7 +46,7 @@ async fn an_instance_outlives_its_manager_and_is_found_again() {
     assert_eq!(two.up(&order(1, 2, &plan)).await.unwrap(), outputs);
     assert_eq!(rig.pids(&rig.home()).unwrap(), pids, "neither ended nor doubled");
     down(&two, 1).await;
-    assert!(!runs(pids.0) && !runs(pids.1));
+    until("it has ended, and its supervisor", || !runs(pids.0) && !runs(pids.1));
 }
 
 #[tokio::test]
@@ -92,7 +92,7 @@ async fn every_descendant_ends_with_it() {
     let pids = names.map(|name| rig.wrote(&home, name).parse().unwrap());
     assert!(pids.iter().all(|pid| runs(*pid)));
     down(&manager, 1).await;
-    assert!([shim, child].iter().chain(&pids).all(|pid| !runs(*pid)));
+    until("it has ended, and its supervisor", || [shim, child].iter().chain(&pids).all(|pid| !runs(*pid)));
 }
 
 #[tokio::test]
@@ -112,7 +112,7 @@ async fn what_a_killed_supervisor_leaves_is_ended() {
     assert!(left.iter().all(|pid| runs(*pid)));
     // Brought up again, in the same place.
     assert_eq!(manager.up(&order(1, 1, &plan)).await.unwrap(), outputs);
-    assert!(left.iter().all(|pid| !runs(*pid)));
+    until("it has ended, and its supervisor", || left.iter().all(|pid| !runs(*pid)));
 
     let (shim, _) = rig.pids(&home).unwrap();
     let again = ["far", "near"].map(|name| {
@@ -125,7 +125,7 @@ async fn what_a_killed_supervisor_leaves_is_ended() {
     kill(shim, Signal::KILL);
     down(&manager, 1).await;
     assert_eq!(said(&elsewhere.connection_info).as_deref(), Some("hello"));
-    assert!(again.iter().all(|pid| !runs(*pid)));
+    until("it has ended, and its supervisor", || again.iter().all(|pid| !runs(*pid)));
 }
 
 #[tokio::test]
@@ -136,7 +136,7 @@ async fn a_supervisor_that_hangs_is_killed() {
     let (shim, child) = rig.pids(&rig.home()).unwrap();
     kill(shim, Signal::STOP);
     down(&manager, 1).await;
-    assert!(!runs(shim) && !runs(child));
+    until("it has ended, and its supervisor", || !runs(shim) && !runs(child));
 }
 
 #[tokio::test]
