@@ -1,6 +1,8 @@
 //! The machine refuses: what becomes of what was there.
 
-use gauntlet_domain::{Call, ChallengeUpdate, Error, Operation, Phase, Strategy};
+use std::{sync::Arc, time::Duration};
+
+use gauntlet_domain::{Call, ChallengeUpdate, Entropy, Error, Operation, Phase, Settings, Strategy};
 
 use crate::world::{ALICE, World, digest, reference};
 
@@ -25,6 +27,41 @@ async fn what_cannot_be_taken_down_is_kept_and_tried_again() {
     let due = Call { now: again.retry_at, ..due };
     assert_eq!(world.gauntlet.reconcile(&due).await.unwrap().recovered, 1);
     assert_eq!((world.stored(ALICE).await, world.machine.running()), (None, Vec::new()));
+}
+
+/// The same each time.
+struct Bits(u64);
+
+impl Entropy for Bits {
+    fn bits(&self) -> u64 {
+        self.0
+    }
+}
+
+#[tokio::test]
+async fn tries_come_at_longer_and_longer_delays_up_to_a_bound_and_not_all_at_once() {
+    let Settings { retry_first, retry_longest, .. } = Settings::default();
+    for (bits, share) in [(0, 0.5), (1 << 63, 0.75), (u64::MAX, 1.0)] {
+        let world = World::with_an_instance().await;
+        world.machine.refuse(["down"]);
+        assert!(world.delete(ALICE).await.is_err());
+        let mut delay = retry_first;
+        for attempt in 1..=20 {
+            let Some(Phase::Failed(failed)) = world.stored(ALICE).await.map(|kept| kept.phase) else {
+                panic!("it is kept")
+            };
+            assert_eq!(failed.attempts, attempt);
+            let due = Call { now: failed.retry_at, entropy: Arc::new(Bits(bits)), ..world.call.clone() };
+            assert_eq!(world.gauntlet.reconcile(&due).await.unwrap().failures.len(), 1);
+            let Some(Phase::Failed(next)) = world.stored(ALICE).await.map(|kept| kept.phase) else {
+                panic!("it is kept")
+            };
+            delay = (delay * 2).min(retry_longest);
+            let expected = failed.retry_at + delay.mul_f64(share);
+            assert!(next.retry_at.duration_since(expected).abs() < Duration::from_millis(1).try_into().unwrap());
+        }
+        assert_eq!(delay, retry_longest);
+    }
 }
 
 #[tokio::test]
