@@ -124,6 +124,12 @@ impl<K: Kv> Core<K> {
         .await
     }
 
+    /// Its key is gone: nothing is left to remove, and who waits for it here goes on.
+    pub(crate) fn gone(&self, ticket: &Ticket) {
+        ticket.spend();
+        self.mirror.removed(&ticket.live.key, ticket.fence);
+    }
+
     /// Reports a record that cannot be read, once for each time it was written.
     pub(crate) fn report(&self, key: &str, modified: u64, unreadable: &Unreadable) {
         let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);

@@ -37,9 +37,7 @@ impl<K: Kv> Core<K> {
             // Otherwise the reaper gets the key, and the work is found stranded.
             let result = result.map_err(|error| core.error(error))?;
             if result.succeeded {
-                let ticket = ticket(&held)?;
-                ticket.spend();
-                core.mirror.removed(&ticket.live.key, ticket.fence);
+                core.gone(ticket(&held)?);
             }
             Ok(result)
         })

@@ -75,8 +75,7 @@ impl<K: Kv> Core<K> {
             let core = self.clone();
             self.detached(async move {
                 if core.kv.txn(ticket.removal()).await.is_ok() {
-                    ticket.spend();
-                    core.mirror.removed(&ticket.live.key, ticket.fence);
+                    core.gone(&ticket);
                 }
                 Ok(())
             })
