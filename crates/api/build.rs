@@ -1,21 +1,23 @@
-//! Generates types, clients and servers from `proto/`.
+//! Generates types, clients and servers from `proto/`, with no protoc: cargo is all that compiling this crate needs.
 
-use std::{env, io, path::PathBuf};
+use std::{env, error::Error, fs, path::PathBuf};
 
-fn main() -> io::Result<()> {
-    let out = env::var_os("OUT_DIR")
-        .map(PathBuf::from)
-        .ok_or_else(|| io::Error::other("OUT_DIR is not set: this runs under cargo only"))?;
-    let generate = |set: &str, files: &[&str]| {
+use prost::Message as _;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let out = env::var_os("OUT_DIR").map(PathBuf::from).ok_or("OUT_DIR is not set: run this through cargo")?;
+    println!("cargo:rerun-if-changed=proto");
+    let generate = |set: &str, files: &[&str]| -> Result<(), Box<dyn Error>> {
+        let descriptors = protox::compile(files, ["proto"])?;
+        fs::write(out.join(set), descriptors.encode_to_vec())?;
         let mut prost = tonic_prost_build::Config::new();
         prost
             // The JSON mapping finds a message's descriptor by its name.
             .enable_type_names()
             // Maps in key order: the same message is the same bytes and the same JSON.
-            .btree_map(["."])
-            .file_descriptor_set_path(out.join(set));
-        tonic_prost_build::configure().compile_with_config(prost, files, &["proto"])
+            .btree_map(["."]);
+        Ok(tonic_prost_build::configure().compile_fds_with_config(descriptors, prost)?)
     };
-    generate("api.v1.binpb", &["proto/api/v1/challenge/challenge.proto", "proto/api/v1/instance/instance.proto"])?;
-    generate("gauntlet.v1.binpb", &["proto/gauntlet/v1/sweeper.proto"])
+    generate("api.v1.binpb", &["api/v1/challenge/challenge.proto", "api/v1/instance/instance.proto"])?;
+    generate("gauntlet.v1.binpb", &["gauntlet/v1/sweeper.proto"])
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
-use gauntlet_stack::{Etcd, Port, Ports, Progress, Tool, Tools, process::spawn_bound, tools, workspace_root};
+use gauntlet_stack::{Etcd, Port, Ports, Progress, Tool, Tools, process::spawn_bound, workspace_root};
 use rustix::process::{Pid, Signal};
 
 use crate::console::{Screen, Stop, say};
@@ -52,7 +52,6 @@ impl Dev {
         let tools = Tools::from_env();
         let notices = Notices::create(data.join("notices.log"), stop.clone())?;
 
-        tools.ensure_packages(tools::BUILD, &mut Screen(&stop))?;
         let beside = (!self.no_stack).then(|| {
             let (ports, mut notices) = (self.choice.ports(), notices.clone());
             thread::spawn(move || beside(ports, &mut notices))

@@ -10,6 +10,7 @@ mod faults;
 #[cfg(test)]
 mod guarantees;
 mod mutants;
+mod protoc;
 mod stack;
 mod test;
 
@@ -46,10 +47,13 @@ enum Command {
     Stack(stack::Command),
     /// Say what is there, what is missing, and what to do
     Doctor,
+    /// Prepare this checkout for plain `cargo build` and for editors; every other command does it too
+    Setup,
 }
 
 fn main() -> ExitCode {
-    let outcome = match Arguments::parse().command {
+    let command = Arguments::parse().command;
+    let outcome = protoc::install().and_then(|()| match command {
         Command::Dev(dev) => dev.run(),
         Command::Test(test) => test.run(),
         Command::Chaos(chaos) => chaos.run(),
@@ -58,7 +62,8 @@ fn main() -> ExitCode {
         Command::Bench(bench) => bench.run(),
         Command::Stack(command) => command.run(),
         Command::Doctor => doctor::run(),
-    };
+        Command::Setup => Ok(ExitCode::SUCCESS),
+    });
     outcome.unwrap_or_else(|error| {
         eprintln!("cargo xtask: {error:#}");
         ExitCode::FAILURE

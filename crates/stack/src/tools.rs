@@ -17,8 +17,6 @@ use crate::{Doing as _, Error, Progress, Result, create_dir, workspace_root};
 /// A binary that the project runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tool {
-    /// Compiles .proto files; building etcd's client needs it.
-    Protoc,
     /// State and locks.
     Etcd,
     /// etcd's command line.
@@ -41,8 +39,6 @@ pub enum Tool {
     Ip,
 }
 
-/// What compiling the workspace needs.
-pub const BUILD: &[Tool] = &[Tool::Protoc];
 /// What [`crate::Stack`] runs.
 pub const OBSERVABILITY: &[Tool] = &[Tool::Prometheus, Tool::Alertmanager, Tool::Collector, Tool::Jaeger];
 
@@ -56,8 +52,7 @@ enum Source {
 
 impl Tool {
     /// Every tool.
-    pub const ALL: [Tool; 11] = [
-        Tool::Protoc,
+    pub const ALL: [Tool; 10] = [
         Tool::Etcd,
         Tool::Etcdctl,
         Tool::Registry,
@@ -73,7 +68,6 @@ impl Tool {
     /// The name of its binary.
     pub const fn binary(self) -> &'static str {
         match self {
-            Tool::Protoc => "protoc",
             Tool::Etcd => "etcd",
             Tool::Etcdctl => "etcdctl",
             Tool::Registry => "docker-registry",
@@ -98,7 +92,6 @@ impl Tool {
 
     const fn source(self) -> Source {
         match self {
-            Tool::Protoc => Source::Debian("protobuf-compiler"),
             Tool::Etcd => Source::Debian("etcd-server"),
             Tool::Etcdctl => Source::Debian("etcd-client"),
             Tool::Registry => Source::Debian("docker-registry"),
