@@ -17,13 +17,26 @@ pub(crate) enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Operations beside 0, 1,000 and 4,000 running instances, in one run; also written to target/bench/scale.json
+    #[command(disable_help_flag = true)]
+    Scale {
+        /// Handed to the benchmark: `--help` says what there is
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 impl Bench {
     pub(crate) fn run(self) -> Result<ExitCode> {
-        let Self::Coordination { arguments } = self;
-        let bench = ["bench", "--package", "gauntlet-coordination", "--bench", "coordination", "--"];
-        run(cargo().args(bench).args(arguments))?;
+        let (package, bench, arguments) = match self {
+            Self::Coordination { arguments } => ("gauntlet-coordination", "coordination", arguments),
+            Self::Scale { arguments } => {
+                // The programs that it runs.
+                run(cargo().args(["build", "--release", "--bins"]))?;
+                ("gauntlet-e2e", "scale", arguments)
+            }
+        };
+        run(cargo().args(["bench", "--package", package, "--bench", bench, "--"]).args(arguments))?;
         Ok(ExitCode::SUCCESS)
     }
 }
