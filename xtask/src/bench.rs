@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Subcommand;
+use gauntlet_stack::{Tool, Tools};
 
+use crate::console::say;
 use crate::test::{cargo, run};
 
 /// What to measure
@@ -22,6 +24,7 @@ pub(crate) enum Bench {
 impl Bench {
     pub(crate) fn run(self) -> Result<ExitCode> {
         let Self::Coordination { arguments } = self;
+        Tools::from_env().ensure(&[Tool::Etcd], &mut say)?;
         let bench = ["bench", "--package", "gauntlet-coordination", "--bench", "coordination", "--"];
         run(cargo().args(bench).args(arguments))?;
         Ok(ExitCode::SUCCESS)

@@ -11,6 +11,7 @@ mod faults;
 mod guarantees;
 mod mutants;
 mod protoc;
+mod setup;
 mod stack;
 mod test;
 
@@ -48,7 +49,7 @@ enum Command {
     /// Say what is there, what is missing, and what to do
     Doctor,
     /// Prepare this checkout for plain `cargo build` and for editors; every other command does it too
-    Setup,
+    Setup(setup::Setup),
 }
 
 fn main() -> ExitCode {
@@ -62,7 +63,7 @@ fn main() -> ExitCode {
         Command::Bench(bench) => bench.run(),
         Command::Stack(command) => command.run(),
         Command::Doctor => doctor::run(),
-        Command::Setup => Ok(ExitCode::SUCCESS),
+        Command::Setup(setup) => setup.run(),
     });
     outcome.unwrap_or_else(|error| {
         eprintln!("cargo xtask: {error:#}");
