@@ -163,8 +163,9 @@ impl Dev {
 fn agreed() -> Result<bool> {
     eprint!("> Go on? [Y/n] ");
     let mut answer = String::new();
-    stdin().read_line(&mut answer).context("read the answer")?;
-    Ok(is_yes(&answer))
+    // A terminal that went away answers nothing at all.
+    let length = stdin().read_line(&mut answer).context("read the answer")?;
+    Ok(length > 0 && is_yes(&answer))
 }
 
 fn is_yes(answer: &str) -> bool {
