@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Subcommand;
+use gauntlet_stack::{Tool, Tools};
 
+use crate::console::say;
 use crate::test::{cargo, run};
 
 /// What to measure
@@ -28,6 +30,7 @@ pub(crate) enum Bench {
 
 impl Bench {
     pub(crate) fn run(self) -> Result<ExitCode> {
+        Tools::from_env().ensure(&[Tool::Etcd], &mut say)?;
         let (package, bench, arguments) = match self {
             Self::Coordination { arguments } => ("gauntlet-coordination", "coordination", arguments),
             Self::Scale { arguments } => {

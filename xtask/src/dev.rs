@@ -1,7 +1,7 @@
 //! `cargo xtask dev`
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::Write as _;
+use std::io::{ErrorKind, IsTerminal as _, Write as _, stderr, stdin};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
-use gauntlet_stack::{Etcd, Port, Ports, Progress, Tool, Tools, process::spawn_bound, workspace_root};
+use gauntlet_stack::{Etcd, Port, Ports, Progress, Tool, Tools, process::spawn_bound, tools, workspace_root};
 use rustix::process::{Pid, Signal};
 
 use crate::console::{Screen, Stop, say};
@@ -24,6 +24,9 @@ pub(crate) struct Dev {
     /// Leave out collector, Jaeger, Prometheus and Alertmanager
     #[arg(long)]
     no_stack: bool,
+    /// Install and build what the stack needs without asking
+    #[arg(long, short)]
+    yes: bool,
     /// Where state is kept
     #[arg(long, value_enum, default_value_t = Backend::Embedded)]
     backend: Backend,
@@ -48,15 +51,25 @@ impl Dev {
         let data = root.join(".data");
         fs::create_dir_all(&data).with_context(|| format!("create {}", data.display()))?;
         let _held = hold(&data)?;
-        let stop = Stop::listen()?;
         let tools = Tools::from_env();
+        // Before anything starts: the question is the only thing that waits for a person.
+        let has_stack = !self.no_stack && self.may_add_stack(&tools)?;
+        let stop = Stop::listen()?;
         let notices = Notices::create(data.join("notices.log"), stop.clone())?;
+        let collector_ready = data.join("collector-ready");
+        match fs::remove_file(&collector_ready) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("remove {}", collector_ready.display()));
+            }
+            _ => {}
+        }
 
-        let beside = (!self.no_stack).then(|| {
-            let (ports, mut notices) = (self.choice.ports(), notices.clone());
-            thread::spawn(move || beside(ports, &mut notices))
+        let beside = has_stack.then(|| {
+            let (ports, mut notices, ready) = (self.choice.ports(), notices.clone(), collector_ready.clone());
+            thread::spawn(move || beside(ports, &mut notices, &ready))
         });
-        let outcome = self.foreground(&tools, &notices, &stop, &data);
+        let export_after = has_stack.then_some(collector_ready.as_path());
+        let outcome = self.foreground(&tools, &notices, &stop, &data, export_after);
         // A build that is still going on is given up; a stack that is up is ended by who waits for this.
         stop.ask();
         if let Some(beside) = beside {
@@ -68,8 +81,40 @@ impl Dev {
         outcome
     }
 
+    /// Says what the stack needs that is not there, and asks once on a terminal. Whether the stack is to come up.
+    fn may_add_stack(&self, tools: &Tools) -> Result<bool> {
+        if running()?.is_some() {
+            return Ok(true);
+        }
+        let plan = tools.plan(tools::OBSERVABILITY);
+        if plan.is_empty() {
+            return Ok(true);
+        }
+        if !plan.obstacles.is_empty() {
+            let missing = plan.obstacles.join("; ");
+            say(&format!(
+                "without collector, Jaeger, Prometheus and Alertmanager, since something is missing: {missing}"
+            ));
+            return Ok(false);
+        }
+        say(
+            "the stack beside it (collector, Jaeger, Prometheus, Alertmanager; --no-stack leaves it out) needs this first:",
+        );
+        for line in plan.lines() {
+            say(&format!("  {line}"));
+        }
+        Ok(self.yes || !stdin().is_terminal() || !stderr().is_terminal() || agreed()?)
+    }
+
     /// Builds and runs the main job; the stack comes up meanwhile.
-    fn foreground(&self, tools: &Tools, notices: &Notices, stop: &Stop, data: &Path) -> Result<ExitCode> {
+    fn foreground(
+        &self,
+        tools: &Tools,
+        notices: &Notices,
+        stop: &Stop,
+        data: &Path,
+        export_after: Option<&Path>,
+    ) -> Result<ExitCode> {
         run(cargo().args(["build", "--bins"]))?;
         let root = workspace_root();
         let binaries =
@@ -98,19 +143,9 @@ impl Dev {
         };
         gauntlet.args(&self.rest);
         gauntlet.env("GAUNTLET_DEV_NOTICES", &notices.path);
-        if !self.no_stack {
-            // Where the collector will be: what is sent before is tried again or dropped, and counted.
+        if let Some(ready) = export_after {
             let ports = running()?.unwrap_or_else(|| self.choice.ports());
-            let collector = format!("http://127.0.0.1:{}", ports.get(Port::OtlpGrpc));
-            for (name, value) in [
-                ("OTEL_EXPORTER_OTLP_ENDPOINT", collector.as_str()),
-                ("OTEL_METRIC_EXPORT_INTERVAL", "5000"),
-                ("OTEL_BSP_SCHEDULE_DELAY", "1000"),
-            ] {
-                if std::env::var_os(name).is_none() {
-                    gauntlet.env(name, value);
-                }
-            }
+            export_to(&mut gauntlet, ports.get(Port::OtlpGrpc), ready);
         }
         if stop.asked() {
             return Ok(ExitCode::SUCCESS);
@@ -121,6 +156,33 @@ impl Dev {
         let status = wait(child, stop)?;
         notices.on_screen.store(true, Ordering::Relaxed);
         Ok(exit_code(status, stop))
+    }
+}
+
+/// Asks whether to go on; Enter is yes.
+fn agreed() -> Result<bool> {
+    eprint!("> Go on? [Y/n] ");
+    let mut answer = String::new();
+    // A terminal that went away answers nothing at all.
+    let length = stdin().read_line(&mut answer).context("read the answer")?;
+    Ok(length > 0 && is_yes(&answer))
+}
+
+fn is_yes(answer: &str) -> bool {
+    matches!(answer.trim().to_lowercase().as_str(), "" | "y" | "yes")
+}
+
+/// Sends telemetry to our collector once the file is there. A collector of the user's own, named by the environment, is sent to at once.
+fn export_to(gauntlet: &mut Command, port: u16, ready: &Path) {
+    let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    if !is_set("OTEL_EXPORTER_OTLP_ENDPOINT") {
+        gauntlet.env("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://127.0.0.1:{port}"));
+        gauntlet.env("GAUNTLET_DEV_EXPORT_AFTER", ready);
+    }
+    for (name, value) in [("OTEL_METRIC_EXPORT_INTERVAL", "5000"), ("OTEL_BSP_SCHEDULE_DELAY", "1000")] {
+        if !is_set(name) {
+            gauntlet.env(name, value);
+        }
     }
 }
 
@@ -138,15 +200,34 @@ fn hold(data: &Path) -> Result<File> {
     }
 }
 
-/// Brings the stack up beside the main job and keeps it until the end.
-fn beside(ports: Ports, notices: &mut Notices) {
+/// Brings the stack up beside the main job and keeps it until the end. `ready` exists once the collector can be sent to.
+fn beside(ports: Ports, notices: &mut Notices, ready: &Path) {
     let stop = notices.stop.clone();
-    match bring_up(ports, notices) {
-        Ok(Some(held)) => held.keep(&stop, notices),
-        Ok(None) => notices.report("the stack runs already (cargo xtask stack status): using that"),
-        Err(_) if notices.stop.asked() => {}
-        Err(error) => notices.report(&format!("the stack is not up: {error:#}")),
+    let outcome = match bring_up(ports, notices) {
+        Ok(Some(held)) => mark(ready).map(|()| held.keep(&stop, notices)),
+        Ok(None) => use_running(&stop, notices, ready),
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Err(error) if !stop.asked() => notices.report(&format!("the stack is not up: {error:#}")),
+        _ => {}
     }
+}
+
+/// Waits until the stack that another command runs is up.
+fn use_running(stop: &Stop, notices: &mut Notices, ready: &Path) -> Result<()> {
+    notices.report("the stack runs already (cargo xtask stack status): using that");
+    while !stop.asked() {
+        if running()?.is_some() {
+            return mark(ready);
+        }
+        thread::sleep(Duration::from_millis(200));
+    }
+    Ok(())
+}
+
+fn mark(ready: &Path) -> Result<()> {
+    fs::write(ready, "").with_context(|| format!("write {}", ready.display()))
 }
 
 /// Waits for the main job. Ctrl-C in a terminal has reached it too; what it can't know of, or does not follow, it is told.
@@ -214,5 +295,29 @@ impl Progress for Notices {
 
     fn cancelled(&self) -> bool {
         self.stop.asked()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    #[test]
+    fn enter_agrees_and_other_words_do_not() {
+        assert!(["\n", "y\n", "Yes\n"].into_iter().all(is_yes));
+        assert!(!["n\n", "no\n", "what\n"].into_iter().any(is_yes));
+    }
+
+    #[test]
+    fn our_collector_is_not_sent_to_before_it_is_ready() {
+        let mut gauntlet = Command::new("gauntlet");
+        export_to(&mut gauntlet, 4317, Path::new("/data/collector-ready"));
+        let set = |wanted: &str| gauntlet.get_envs().find(|(name, _)| *name == wanted).and_then(|(_, value)| value);
+        // The environment of the tests may name a collector.
+        if std::env::var_os("OTEL_EXPORTER_OTLP_ENDPOINT").is_none() {
+            assert_eq!(set("OTEL_EXPORTER_OTLP_ENDPOINT").unwrap(), "http://127.0.0.1:4317");
+            assert_eq!(set("GAUNTLET_DEV_EXPORT_AFTER").unwrap(), "/data/collector-ready");
+        }
     }
 }

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Result;
-use gauntlet_stack::{Tool, Tools};
+use gauntlet_stack::{Tool, Tools, pages};
+
+use crate::stack;
 
 pub(crate) fn run() -> Result<ExitCode> {
     let tools = Tools::from_env();
@@ -12,7 +14,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     println!("Toolchains");
     for (name, argument, hint) in [
         ("cargo", "--version", "install Rust with rustup"),
-        ("go", "version", "install Go 1.26 or newer: the collector and Jaeger are built with it"),
+        ("go", "version", "install Go 1.26 or newer: etcd, the collector and Jaeger are built with it"),
         ("git", "--version", "install Debian's package git"),
     ] {
         match first_line(name, argument) {
@@ -24,16 +26,32 @@ pub(crate) fn run() -> Result<ExitCode> {
         }
     }
     println!("Components");
+    let mut pages = Vec::new();
     for tool in Tool::ALL {
         match tools.find(tool) {
             Some(path) => {
                 let version = tool.version(&path).unwrap_or_else(|| "does not say its version".to_owned());
                 row(true, tool.binary(), number(&version), &path.display().to_string());
+                if let Some(why) = pages::missing_from(&tools, tool, &path) {
+                    pages.push((tool.binary(), why.to_owned()));
+                }
             }
             None => {
                 row(false, tool.binary(), "missing", "");
-                missing.push(format!("{}: {}", tool.binary(), tool.hint()));
+                if let Err(error) = tools.require(tool) {
+                    missing.push(error.to_string());
+                }
             }
+        }
+    }
+    let running = stack::running()?;
+    if let Some(ports) = &running {
+        pages = pages::lines(ports).to_vec();
+    }
+    if !pages.is_empty() {
+        println!("Pages");
+        for (name, line) in pages {
+            println!("     {name:<24} {line}");
         }
     }
     println!("Optional");
@@ -50,9 +68,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     for line in missing {
         println!("  {line}");
     }
-    println!(
-        "`cargo xtask test`, `dev` and `stack up` install and build components by themselves: as root or with a passwordless sudo, on Debian."
-    );
+    println!("`cargo xtask dev --no-stack` needs cargo alone.");
     Ok(ExitCode::FAILURE)
 }
 

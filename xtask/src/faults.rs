@@ -47,7 +47,7 @@ pub(crate) struct Faults {
 
 impl Faults {
     pub(crate) fn run(self) -> Result<ExitCode> {
-        Tools::from_env().ensure_packages(&[Tool::Etcd, Tool::Etcdctl, Tool::Ip], &mut say)?;
+        Tools::from_env().ensure(&[Tool::Etcd, Tool::Etcdctl, Tool::Ip], &mut say)?;
         run(cargo().args(["build", "--workspace", "--bins"]))?;
         let mut here = cargo();
         here.current_dir(workspace_root());

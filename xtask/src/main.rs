@@ -3,6 +3,7 @@
 mod bench;
 mod binary;
 mod chaos;
+mod clean_room;
 mod console;
 mod dev;
 mod doctor;
@@ -11,6 +12,7 @@ mod faults;
 mod guarantees;
 mod mutants;
 mod protoc;
+mod setup;
 mod stack;
 mod test;
 
@@ -45,10 +47,12 @@ enum Command {
     /// The observability stack: collector, Jaeger, Prometheus, Alertmanager
     #[command(subcommand)]
     Stack(stack::Command),
+    /// Run the README's commands on a bare Debian, as somebody who comes to it new
+    CleanRoom(clean_room::CleanRoom),
     /// Say what is there, what is missing, and what to do
     Doctor,
     /// Prepare this checkout for plain `cargo build` and for editors; every other command does it too
-    Setup,
+    Setup(setup::Setup),
 }
 
 fn main() -> ExitCode {
@@ -61,8 +65,9 @@ fn main() -> ExitCode {
         Command::Mutants(mutants) => mutants.run(),
         Command::Bench(bench) => bench.run(),
         Command::Stack(command) => command.run(),
+        Command::CleanRoom(clean_room) => clean_room.run(),
         Command::Doctor => doctor::run(),
-        Command::Setup => Ok(ExitCode::SUCCESS),
+        Command::Setup(setup) => setup.run(),
     });
     outcome.unwrap_or_else(|error| {
         eprintln!("cargo xtask: {error:#}");

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use gauntlet_stack::{process::spawn_bound, workspace_root};
+use gauntlet_stack::{Tool, Tools, process::spawn_bound, workspace_root};
 
 use crate::binary;
 use crate::console::say;
@@ -133,6 +133,7 @@ fn header(text: &str) -> Option<(String, Killer)> {
 
 /// Applies each to the copy, one after the other, and runs its test.
 fn hunt(mutants: &[Mutant]) -> Result<ExitCode> {
+    Tools::from_env().ensure(&[Tool::Etcd], &mut say)?;
     let copy = Copy::make()?;
     say("the tests as they are");
     let mut killers: BTreeMap<(&str, &[String]), Vec<&str>> = BTreeMap::new();

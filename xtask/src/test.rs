@@ -1,17 +1,21 @@
 //! `cargo xtask test`: everything that CI runs.
 
 use std::fs;
-use std::path::PathBuf;
+use std::iter;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use gauntlet_stack::{Tool, Tools, workspace_root};
+use gauntlet_stack::{Tool, Tools, tools, workspace_root};
 
 use crate::console::say;
 use crate::mutants;
+
+/// What the tests need that are not end to end.
+const FAST: &[Tool] = &[Tool::Etcd, Tool::Registry];
 
 #[derive(Debug, Args)]
 pub(crate) struct Test {
@@ -36,27 +40,26 @@ impl Test {
     fn steps(&self, steps: &mut Steps) -> Result<()> {
         let tools = Tools::from_env();
         let every = self.filter.is_none();
-        steps.run("packages", || Ok(tools.ensure_packages(&Tool::ALL, &mut say)?))?;
+        steps.run("packages", || Ok(tools.ensure_packages(tools::TESTS, &mut say)?))?;
         if every {
             steps.cargo("fmt", &["fmt", "--all", "--check"])?;
             steps.run("mutants apply", mutants::check)?;
         }
-        // The collector and Jaeger are built at low priority while the workspace compiles.
-        let builds = (!self.fast).then(|| {
+        // At low priority, while the workspace compiles.
+        let needed = if self.fast { FAST } else { tools::TESTS };
+        let builds = {
             let tools = tools.clone();
-            thread::spawn(move || tools.ensure(&[Tool::Collector, Tool::Jaeger], &mut say))
-        });
+            thread::spawn(move || tools.ensure(needed, &mut say))
+        };
         if every {
             steps.cargo("clippy", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
         }
         // Binaries and tests in one go: apart they would resolve features differently, and compile most things twice.
         steps.cargo("build", &["build", "--workspace", "--all-targets"])?;
-        if let Some(builds) = builds {
-            steps.run("collector and Jaeger", || match builds.join() {
-                Ok(built) => Ok(built?),
-                Err(_) => bail!("the thread that builds them has panicked"),
-            })?;
-        }
+        steps.run("components", || match builds.join() {
+            Ok(built) => Ok(built?),
+            Err(_) => bail!("the thread that builds them has panicked"),
+        })?;
         if every {
             steps.run("configuration", || check_configuration(&tools, self.fast))?;
         }
@@ -131,13 +134,35 @@ pub(crate) fn cargo() -> Command {
 
 /// Runs a command in the checkout, its output on the screen.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
-    let status = command.current_dir(workspace_root()).status().with_context(|| format!("run {command:?}"))?;
+    let line = line(command);
+    let status = command.current_dir(workspace_root()).status().with_context(|| format!("run {line}"))?;
     if !status.success() {
-        bail!("{command:?} failed ({status})");
+        bail!("{line} failed ({status})");
     }
     Ok(())
 }
 
+/// A command as a person would type it: its environment is left out.
+pub(crate) fn line(command: &Command) -> String {
+    let program = Path::new(command.get_program());
+    let name = program.file_name().unwrap_or(program.as_os_str());
+    let words = iter::once(name).chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
+
 fn seconds(time: Duration) -> String {
     format!("{:.0} s", time.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    #[test]
+    fn a_failed_command_is_named_without_its_environment() {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "exit 3"]).env_remove("CARGO_PKG_NAME").env("SOME", "setting");
+        assert_eq!(run(&mut command).unwrap_err().to_string(), "sh -c exit 3 failed (exit status: 3)");
+    }
 }

@@ -22,6 +22,10 @@ struct Dev {
 }
 
 fn dev(data: &Path, output: PathBuf, ports: &[Reserved; 2]) -> Dev {
+    dev_with(data, output, ports, &[])
+}
+
+fn dev_with(data: &Path, output: PathBuf, ports: &[Reserved; 2], environment: &[(&str, &str)]) -> Dev {
     let [api, debug] = ports.each_ref().map(Reserved::number);
     let said = File::create(&output).unwrap();
     let mut command = Command::new(binary("gauntlet"));
@@ -31,6 +35,7 @@ fn dev(data: &Path, output: PathBuf, ports: &[Reserved; 2]) -> Dev {
         .arg(data)
         .args(["--port", &api.to_string(), "--debug-port", &debug.to_string()])
         .env_remove("OTEL_EXPORTER_OTLP_ENDPOINT")
+        .envs(environment.iter().copied())
         .stdin(Stdio::null())
         .stderr(said.try_clone().unwrap())
         .stdout(said);
@@ -148,4 +153,43 @@ fn shows_a_whole_life_and_leaves_nothing_but_data() {
     // Twice, as those do who are in a hurry.
     assert_eq!(second.end(2).code(), Some(0), "{}", second.said());
     assert_eq!(processes_below(&data), Vec::<i32>::new(), "{}", second.said());
+}
+
+/// As while `cargo xtask dev` builds the collector.
+#[test]
+fn a_collector_that_is_not_there_yet_is_no_problem() {
+    let world = World::bare(Backend::Embedded);
+    let (ports, collector) = ([Reserved::any().unwrap(), Reserved::any().unwrap()], Reserved::any().unwrap());
+    let (ready, endpoint) = (world.path("collector-ready"), format!("http://127.0.0.1:{}", collector.number()));
+    let environment = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
+        ("GAUNTLET_DEV_EXPORT_AFTER", ready.to_str().unwrap()),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "200"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "200"),
+    ];
+    let mut dev = dev_with(&world.path("dev"), world.path("dev.log"), &ports, &environment);
+    let state = eventually("players are served and metrics were due several times", || {
+        let state = dev.state()?;
+        let (created, _) = count(&state, "api.v1.instance.InstanceManager/CreateInstance");
+        let served = created > 0 && state["uptime"].as_u64().unwrap() >= 2;
+        if served { Ok(state) } else { Err(state.to_string()) }
+    });
+    let exporters = state["exporters"].as_array().unwrap();
+    assert_eq!(exporters.len(), 3, "{state}");
+    for exporter in exporters {
+        assert_eq!((&exporter["held"], &exporter["error"]), (&json!(true), &Value::Null), "{exporter}");
+        for lost in ["queued", "processed", "dropped", "failed"] {
+            assert_eq!(exporter[lost], 0, "{exporter}");
+        }
+    }
+    assert!(!dev.said().contains("telemetry is not exported"), "{}", dev.said());
+
+    // From now on it is expected to be there.
+    std::fs::write(&ready, "").unwrap();
+    eventually("export is tried", || {
+        let state = dev.state()?;
+        let tried = state["exporters"].as_array().unwrap().iter().any(|exporter| exporter["error"] != Value::Null);
+        if tried { Ok(()) } else { Err(state["exporters"].to_string()) }
+    });
+    assert_eq!(dev.end(1).code(), Some(0), "{}", dev.said());
 }

@@ -27,6 +27,16 @@ pub fn get_json(url: &str) -> Result<Value> {
     serde_json::from_str(&body).map_err(|e| error(format!("not JSON: {e}")))
 }
 
+/// GET of a page, within 2 s, after redirects.
+///
+/// # Errors
+/// [`Error::Http`] when nobody answers, on a status outside 2xx, and when the body is not text.
+pub fn get_text(url: &str) -> Result<String> {
+    let error = |e: ureq::Error| Error::Http { url: url.to_owned(), reason: e.to_string() };
+    let mut answer = agent(Duration::from_secs(2)).get(url).call().map_err(error)?;
+    answer.body_mut().read_to_string().map_err(error)
+}
+
 /// POST of a JSON document, within 10 s. The answer's body is left unread.
 ///
 /// # Errors

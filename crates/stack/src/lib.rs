@@ -20,6 +20,7 @@
 pub mod etcd;
 pub mod http;
 pub mod observability;
+pub mod pages;
 pub mod ports;
 pub mod process;
 pub mod registry;

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::render::render;
 use crate::{
-    Doing as _, Error, Port, Ports, Process, Progress, Ready, Result, Spec, Tool, Tools, create_dir, http,
+    Doing as _, Error, Port, Ports, Process, Progress, Ready, Result, Spec, Tool, Tools, create_dir, http, pages,
     workspace_root,
 };
 
@@ -82,25 +82,15 @@ impl Stack {
             ports: options.ports,
             pace: options.pace,
         };
-        let mut ready = |process: &mut Process, what: String| -> Result<()> {
-            process.wait_ready()?;
-            progress.report(&what);
-            Ok(())
-        };
         let (grpc, http) = (stack.collector.otlp_grpc(), stack.collector.otlp_http());
-        ready(&mut stack.collector.process, format!("collector ready: OTLP/gRPC at {grpc}, OTLP/HTTP at {http}"))?;
-        let url = stack.alertmanager.url();
-        ready(&mut stack.alertmanager.process, format!("Alertmanager ready: {url} shows alerts and silences"))?;
-        let url = stack.prometheus.url();
-        ready(
-            &mut stack.prometheus.process,
-            format!("Prometheus ready: {url}/alerts shows the rules, {url}/graph takes queries"),
-        )?;
-        let url = stack.jaeger.url();
-        ready(
-            &mut stack.jaeger.process,
-            format!("Jaeger ready: {url} shows traces, {url}/api/services lists who sends them"),
-        )?;
+        stack.collector.process.wait_ready()?;
+        progress.report(&format!("collector ready: OTLP/gRPC at {grpc}, OTLP/HTTP at {http}"));
+        for process in [&mut stack.alertmanager.process, &mut stack.prometheus.process, &mut stack.jaeger.process] {
+            process.wait_ready()?;
+        }
+        for (name, line) in pages::lines(&stack.ports) {
+            progress.report(&format!("{name} ready: {line}"));
+        }
         Ok(stack)
     }
 

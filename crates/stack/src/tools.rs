@@ -1,8 +1,9 @@
-//! The binaries of the components: where they are looked for, and how they are had when they are nowhere.
+//! The binaries of the components: where they are looked for, and how a missing one is installed or built.
 
 mod apt;
 mod command;
 mod go;
+mod plan;
 
 use std::env;
 use std::fs::{File, TryLockError};
@@ -11,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
+
+pub use plan::Plan;
 
 use crate::{Doing as _, Error, Progress, Result, create_dir, workspace_root};
 
@@ -37,10 +40,26 @@ pub enum Tool {
     Jaeger,
     /// Makes the networks in which tests cut members of a cluster off.
     Ip,
+    /// Makes the bare system of `cargo xtask clean-room`.
+    Mmdebstrap,
 }
 
 /// What [`crate::Stack`] runs.
 pub const OBSERVABILITY: &[Tool] = &[Tool::Prometheus, Tool::Alertmanager, Tool::Collector, Tool::Jaeger];
+
+/// What the tests run.
+pub const TESTS: &[Tool] = &[
+    Tool::Etcd,
+    Tool::Etcdctl,
+    Tool::Registry,
+    Tool::Prometheus,
+    Tool::Promtool,
+    Tool::Alertmanager,
+    Tool::Amtool,
+    Tool::Collector,
+    Tool::Jaeger,
+    Tool::Ip,
+];
 
 /// Where a tool comes from when it is not there.
 enum Source {
@@ -52,7 +71,7 @@ enum Source {
 
 impl Tool {
     /// Every tool.
-    pub const ALL: [Tool; 10] = [
+    pub const ALL: [Tool; 11] = [
         Tool::Etcd,
         Tool::Etcdctl,
         Tool::Registry,
@@ -63,6 +82,7 @@ impl Tool {
         Tool::Collector,
         Tool::Jaeger,
         Tool::Ip,
+        Tool::Mmdebstrap,
     ];
 
     /// The name of its binary.
@@ -78,7 +98,30 @@ impl Tool {
             Tool::Collector => "gauntlet-collector",
             Tool::Jaeger => "jaeger",
             Tool::Ip => "ip",
+            Tool::Mmdebstrap => "mmdebstrap",
         }
+    }
+
+    /// The environment variable that names a binary to use instead of any other.
+    pub const fn variable(self) -> &'static str {
+        match self {
+            Tool::Etcd => "GAUNTLET_ETCD",
+            Tool::Etcdctl => "GAUNTLET_ETCDCTL",
+            Tool::Registry => "GAUNTLET_REGISTRY",
+            Tool::Prometheus => "GAUNTLET_PROMETHEUS",
+            Tool::Promtool => "GAUNTLET_PROMTOOL",
+            Tool::Alertmanager => "GAUNTLET_ALERTMANAGER",
+            Tool::Amtool => "GAUNTLET_AMTOOL",
+            Tool::Collector => "GAUNTLET_COLLECTOR",
+            Tool::Jaeger => "GAUNTLET_JAEGER",
+            Tool::Ip => "GAUNTLET_IP",
+            Tool::Mmdebstrap => "GAUNTLET_MMDEBSTRAP",
+        }
+    }
+
+    /// Whether a binary on `PATH` is used. Distributions ship older etcd releases, which behave differently: what is tested is what is deployed.
+    const fn is_taken_from_path(self) -> bool {
+        !matches!(self, Tool::Etcd | Tool::Etcdctl)
     }
 
     /// Names under which others than Debian install the same binary.
@@ -92,31 +135,27 @@ impl Tool {
 
     const fn source(self) -> Source {
         match self {
-            Tool::Etcd => Source::Debian("etcd-server"),
-            Tool::Etcdctl => Source::Debian("etcd-client"),
+            Tool::Etcd => Source::Go(go::ETCD),
+            Tool::Etcdctl => Source::Go(go::ETCDCTL),
             Tool::Registry => Source::Debian("docker-registry"),
             Tool::Prometheus | Tool::Promtool => Source::Debian("prometheus"),
             Tool::Alertmanager | Tool::Amtool => Source::Debian("prometheus-alertmanager"),
             Tool::Collector => Source::Go(go::COLLECTOR),
             Tool::Jaeger => Source::Go(go::JAEGER),
             Tool::Ip => Source::Debian("iproute2"),
+            Tool::Mmdebstrap => Source::Debian("mmdebstrap"),
         }
     }
 
-    /// What a person does to have it.
+    /// What a person does when it is missing.
     pub fn hint(self) -> String {
-        match self.source() {
+        let how = match self.source() {
             Source::Debian(package) => {
-                format!("install Debian's package {package}, or put a binary named {} on PATH", self.binary())
+                format!("installs Debian's package {package}, as root or with a passwordless sudo")
             }
-            Source::Go(_) => {
-                format!(
-                    "`cargo xtask stack up` builds it (Go {} or newer), or put a binary named {} on PATH",
-                    go::OLDEST,
-                    self.binary()
-                )
-            }
-        }
+            Source::Go(_) => format!("builds it with Go {} or newer", go::OLDEST),
+        };
+        format!("`cargo xtask setup --tools` {how}; or name a binary in {}", self.variable())
     }
 
     /// The first line that a binary of it says about its version; `None` when it does not run.
@@ -141,9 +180,11 @@ impl Tool {
 /// Where tools are looked for and kept.
 #[derive(Debug, Clone)]
 pub struct Tools {
-    /// Looked at first: `GAUNTLET_TOOLS`.
+    /// Binaries that are used instead of any other: see [`Tool::variable`].
+    pub named: Vec<(Tool, PathBuf)>,
+    /// Searched first: `GAUNTLET_TOOLS`.
     pub dir: Option<PathBuf>,
-    /// Looked at next: `PATH`, then the places where Debian's packages put binaries.
+    /// Searched next, except for etcd and etcdctl: `PATH`, then the directories where Debian's packages put binaries.
     pub path: Vec<PathBuf>,
     /// Where builds are kept: `GAUNTLET_CACHE`, else `XDG_CACHE_HOME/gauntlet/tools`, else `~/.cache/gauntlet/tools`.
     pub cache: PathBuf,
@@ -161,13 +202,18 @@ impl Tools {
             .or_else(|| set("XDG_CACHE_HOME").map(|dir| dir.join("gauntlet/tools")))
             .or_else(|| set("HOME").map(|home| home.join(".cache/gauntlet/tools")))
             .unwrap_or_else(|| workspace_root().join(".cache/tools"));
-        Tools { dir: set("GAUNTLET_TOOLS"), path, cache, source: workspace_root() }
+        let named = Tool::ALL.into_iter().filter_map(|tool| Some((tool, set(tool.variable())?))).collect();
+        Tools { named, dir: set("GAUNTLET_TOOLS"), path, cache, source: workspace_root() }
     }
 
-    /// The binary of a tool, when it is there.
+    /// The binary of a tool: the one that its variable names and no other, else the first in `dir`, `path` and `cache`.
     pub fn find(&self, tool: Tool) -> Option<PathBuf> {
+        if let Some(path) = self.named(tool) {
+            return is_executable(path).then(|| path.to_path_buf());
+        }
         let names = || std::iter::once(tool.binary()).chain(tool.aliases().iter().copied());
-        let dirs = self.dir.iter().chain(&self.path);
+        let path = if tool.is_taken_from_path() { self.path.as_slice() } else { &[] };
+        let dirs = self.dir.iter().chain(path);
         let found = dirs.flat_map(|dir| names().map(move |name| dir.join(name))).find(|path| is_executable(path));
         found.or_else(|| match tool.source() {
             Source::Go(recipe) => recipe.kept(self).ok().filter(|path| is_executable(path)),
@@ -175,12 +221,40 @@ impl Tools {
         })
     }
 
+    fn named(&self, tool: Tool) -> Option<&Path> {
+        self.named.iter().find(|(of, _)| *of == tool).map(|(_, path)| path.as_path())
+    }
+
     /// The binary of a tool.
     ///
     /// # Errors
-    /// [`Error::Missing`] when it is not there.
+    /// [`Error::Missing`] when there is none; the text names the command that adds it.
     pub fn require(&self, tool: Tool) -> Result<PathBuf> {
-        self.find(tool).ok_or_else(|| Error::Missing { tool: tool.binary(), hint: tool.hint() })
+        self.find(tool).ok_or_else(|| self.missing(tool))
+    }
+
+    fn missing(&self, tool: Tool) -> Error {
+        let hint = match self.named(tool) {
+            Some(path) => {
+                format!(
+                    "{} names {}, which is no executable file: correct or unset it",
+                    tool.variable(),
+                    path.display()
+                )
+            }
+            None => tool.hint(),
+        };
+        Error::Missing { tool: tool.binary(), hint }
+    }
+
+    /// Whether the binary of a tool is a build of ours.
+    pub fn is_our_build(&self, tool: Tool, binary: &Path) -> bool {
+        matches!(tool.source(), Source::Go(recipe) if recipe.kept(self).is_ok_and(|kept| kept == binary))
+    }
+
+    /// What [`Tools::ensure`] would have to do.
+    pub fn plan(&self, tools: &[Tool]) -> Plan {
+        Plan::new(self, tools)
     }
 
     /// Installs and builds what is missing of these, and reports while it takes time. When several processes want the same, one does it and the
@@ -195,6 +269,9 @@ impl Tools {
             if let Source::Go(recipe) = tool.source()
                 && self.find(*tool).is_none()
             {
+                if self.named(*tool).is_some() {
+                    return Err(self.missing(*tool));
+                }
                 let _lock = self.lock(tool.binary(), progress)?;
                 // Whoever held the lock may have built it.
                 if self.find(*tool).is_none() {
@@ -210,26 +287,33 @@ impl Tools {
     /// # Errors
     /// As [`Tools::ensure`].
     pub fn ensure_packages(&self, tools: &[Tool], progress: &mut dyn Progress) -> Result<()> {
-        let missing = || tools.iter().copied().filter(|tool| self.find(*tool).is_none());
-        let packages = |list: &mut dyn Iterator<Item = Tool>| -> Vec<(Tool, &'static str)> {
-            list.filter_map(|tool| match tool.source() {
-                Source::Debian(package) => Some((tool, package)),
-                Source::Go(_) => None,
-            })
-            .collect()
-        };
-        if packages(&mut missing()).is_empty() {
+        if let Some((tool, _)) = self.missing_packages(tools).iter().find(|(tool, _)| self.named(*tool).is_some()) {
+            return Err(self.missing(*tool));
+        }
+        if self.missing_packages(tools).is_empty() {
             return Ok(());
         }
         let _lock = self.lock("apt", progress)?;
-        let wanted = packages(&mut missing());
+        // The process that held the lock may have installed them.
+        let wanted = self.missing_packages(tools);
         if !wanted.is_empty() {
             apt::install(self, &wanted, progress)?;
         }
-        match packages(&mut missing()).first() {
-            Some((tool, _)) => Err(Error::Missing { tool: tool.binary(), hint: tool.hint() }),
+        match self.missing_packages(tools).first() {
+            Some((tool, _)) => Err(self.missing(*tool)),
             None => Ok(()),
         }
+    }
+
+    /// Those of the tools that are missing and come from a Debian package, each with its package.
+    fn missing_packages(&self, tools: &[Tool]) -> Vec<(Tool, &'static str)> {
+        let missing = tools.iter().filter(|tool| self.find(**tool).is_none());
+        missing
+            .filter_map(|tool| match tool.source() {
+                Source::Debian(package) => Some((*tool, package)),
+                Source::Go(_) => None,
+            })
+            .collect()
     }
 
     /// Waits for the lock of that name; it is held until the file is dropped or this process ends.
@@ -266,7 +350,7 @@ mod tests {
     use super::*;
 
     fn tools(dir: &Path) -> Tools {
-        Tools { dir: None, path: Vec::new(), cache: dir.join("cache"), source: workspace_root() }
+        Tools { named: Vec::new(), dir: None, path: Vec::new(), cache: dir.join("cache"), source: workspace_root() }
     }
 
     fn executable(path: &Path) {
@@ -293,13 +377,42 @@ mod tests {
     }
 
     #[test]
+    fn a_named_binary_is_used_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tools = tools(dir.path());
+        let named = dir.path().join("elsewhere/my-jaeger");
+        tools.named.push((Tool::Jaeger, named.clone()));
+        tools.path.push(dir.path().join("path"));
+        executable(&dir.path().join("path/jaeger"));
+        assert_eq!(tools.find(Tool::Jaeger), None);
+        let error = tools.ensure(&[Tool::Jaeger], &mut |_: &str| {}).unwrap_err().to_string();
+        let why = format!("jaeger is missing: GAUNTLET_JAEGER names {}, which is no", named.display());
+        assert!(error.starts_with(&why), "{error}");
+        executable(&named);
+        assert_eq!(tools.find(Tool::Jaeger), Some(named));
+    }
+
+    #[test]
+    fn etcd_of_the_distribution_is_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tools = tools(dir.path());
+        tools.path.push(dir.path().join("path"));
+        executable(&dir.path().join("path/etcd"));
+        executable(&dir.path().join("path/etcdctl"));
+        assert_eq!((tools.find(Tool::Etcd), tools.find(Tool::Etcdctl)), (None, None));
+        let kept = go::ETCD.kept(&tools).unwrap();
+        executable(&kept);
+        assert_eq!(tools.find(Tool::Etcd), Some(kept));
+    }
+
+    #[test]
     fn a_file_that_is_not_executable_and_a_directory_are_no_tools() {
         let dir = tempfile::tempdir().unwrap();
         let mut tools = tools(dir.path());
         tools.path.push(dir.path().to_path_buf());
-        std::fs::write(dir.path().join("etcd"), "").unwrap();
+        std::fs::write(dir.path().join("prometheus"), "").unwrap();
         std::fs::create_dir(dir.path().join("jaeger")).unwrap();
-        assert_eq!((tools.find(Tool::Etcd), tools.find(Tool::Jaeger)), (None, None));
+        assert_eq!((tools.find(Tool::Prometheus), tools.find(Tool::Jaeger)), (None, None));
     }
 
     #[test]
@@ -348,7 +461,15 @@ mod tests {
     #[test]
     fn what_is_missing_says_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
-        let error = tools(dir.path()).require(Tool::Etcd).unwrap_err().to_string();
-        assert_eq!(error, "etcd is missing: install Debian's package etcd-server, or put a binary named etcd on PATH");
+        let error = |tool| tools(dir.path()).require(tool).unwrap_err().to_string();
+        assert_eq!(
+            error(Tool::Etcd),
+            "etcd is missing: `cargo xtask setup --tools` builds it with Go 1.26 or newer; or name a binary in GAUNTLET_ETCD"
+        );
+        assert_eq!(
+            error(Tool::Promtool),
+            "promtool is missing: `cargo xtask setup --tools` installs Debian's package prometheus, as root or with a passwordless \
+             sudo; or name a binary in GAUNTLET_PROMTOOL"
+        );
     }
 }

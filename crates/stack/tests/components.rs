@@ -1,11 +1,7 @@
 //! The real etcd and registry, started, stopped and started again.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
-use gauntlet_stack::{Etcd, Registry, RegistryOptions, Tool, Tools, http};
-
-fn ensure(tools: &[Tool]) {
-    Tools::from_env().ensure(tools, &mut |line: &str| eprintln!("{line}")).unwrap();
-}
+use gauntlet_stack::{Etcd, Registry, RegistryOptions, http};
 
 fn healthy(etcd: &Etcd) -> bool {
     http::get_json(&format!("{}/health", etcd.url())).is_ok_and(|answer| answer["health"] == "true")
@@ -13,7 +9,6 @@ fn healthy(etcd: &Etcd) -> bool {
 
 #[test]
 fn etcd_comes_back_on_the_same_port_after_a_kill() {
-    ensure(&[Tool::Etcd]);
     let dir = tempfile::tempdir().unwrap();
     let mut etcd = Etcd::start(dir.path()).unwrap();
     assert!(healthy(&etcd));
@@ -25,7 +20,6 @@ fn etcd_comes_back_on_the_same_port_after_a_kill() {
 
 #[test]
 fn three_etcd_members_are_one_cluster_and_survive_the_loss_of_one() {
-    ensure(&[Tool::Etcd]);
     let dir = tempfile::tempdir().unwrap();
     let mut members = Etcd::cluster(dir.path(), 3).unwrap();
     assert!(members.iter().all(healthy));
@@ -37,7 +31,6 @@ fn three_etcd_members_are_one_cluster_and_survive_the_loss_of_one() {
 
 #[test]
 fn the_registry_answers_and_asks_for_a_user_when_it_has_one() {
-    ensure(&[Tool::Registry]);
     let (open, closed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let open = Registry::start(open.path(), &RegistryOptions::default()).unwrap();
     let closed = Registry::start(closed.path(), &RegistryOptions::with_user()).unwrap();
@@ -52,7 +45,6 @@ fn the_registry_answers_and_asks_for_a_user_when_it_has_one() {
 
 #[test]
 fn a_component_that_can_not_start_shows_its_log() {
-    ensure(&[Tool::Etcd]);
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("data"), "not a directory").unwrap();
     let error = Etcd::start(dir.path()).unwrap_err().to_string();

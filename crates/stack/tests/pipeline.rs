@@ -7,14 +7,13 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use gauntlet_stack::{Options, Stack, Tools, http, tools};
+use gauntlet_stack::{Options, Stack, http};
 use serde_json::{Value, json};
 
 /// The whole path in one test: the stack takes seconds to start and most of a small machine's memory bandwidth.
 #[test]
 fn what_is_pushed_is_shown() {
     let mut say = |line: &str| eprintln!("{line}");
-    Tools::from_env().ensure(tools::OBSERVABILITY, &mut say).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let (webhook, notifications) = webhook();
     let mut options = Options::for_tests(dir.path()).unwrap();

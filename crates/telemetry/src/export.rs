@@ -6,7 +6,7 @@
 //! reports trouble at most once a minute.
 
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant, SystemTime};
@@ -44,6 +44,32 @@ pub(crate) struct Health {
     failed: AtomicU64,
     trouble: Mutex<Trouble>,
     reports: Reports,
+    hold: Hold,
+}
+
+/// Whether export has yet to start. Until then spans, records and metrics are neither queued nor sent, nor counted as lost.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Hold(Arc<AtomicBool>);
+
+impl Hold {
+    pub(crate) fn new(is_held: bool) -> Self {
+        Self(Arc::new(AtomicBool::new(is_held)))
+    }
+
+    fn is_held(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Starts the export of a process that was told to hold it. See [`crate::Settings::with_export_held`].
+#[derive(Clone, Debug)]
+pub struct ExportStart(pub(crate) Hold);
+
+impl ExportStart {
+    /// What ends, is logged and is measured from now on is exported. Nothing happens when export has started before.
+    pub fn start(&self) {
+        self.0.0.store(false, Ordering::Relaxed);
+    }
 }
 
 /// When trouble was last reported, by any exporter of this process: a collector that is down is one trouble.
@@ -74,6 +100,8 @@ struct Trouble {
 /// What became of the telemetry given to one exporter, at one moment.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct ExportState {
+    /// Whether it has yet to start.
+    pub held: bool,
     /// `traces`, `metrics` or `logs`.
     pub signal: &'static str,
     /// The kind of exporter, as `otel.component.type` has it.
@@ -104,7 +132,7 @@ impl Health {
         exporter: &'static str,
         target: String,
         capacity: usize,
-        reports: &Reports,
+        (reports, hold): (&Reports, &Hold),
     ) -> Arc<Self> {
         Arc::new(Self {
             signal,
@@ -118,6 +146,7 @@ impl Health {
             failed: AtomicU64::new(0),
             trouble: Mutex::default(),
             reports: reports.clone(),
+            hold: hold.clone(),
         })
     }
 
@@ -125,6 +154,7 @@ impl Health {
         let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
         let since_epoch = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         ExportState {
+            held: self.hold.is_held(),
             signal: self.signal.lower(),
             exporter: self.exporter,
             target: self.target.clone(),
@@ -139,9 +169,12 @@ impl Health {
         }
     }
 
-    /// Takes a place in the queue, or counts a drop. The SDK's own queue is as long and is emptied before
-    /// [`Health::taken`], so it never drops by itself.
+    /// Takes a place in the queue, or counts a drop; refuses without a count while export is held. The SDK's own queue is as long and is
+    /// emptied before [`Health::taken`], so it never drops by itself.
     fn admit(&self) -> bool {
+        if self.hold.is_held() {
+            return false;
+        }
         let place = |queued| (queued < self.capacity).then_some(queued + 1);
         let admitted = self.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, place).is_ok();
         if !admitted {
@@ -266,6 +299,10 @@ impl<E: LogExporter> LogExporter for Guarded<E> {
 
 impl<E: PushMetricExporter> PushMetricExporter for Guarded<E> {
     async fn export(&self, metrics: &ResourceMetrics) -> OTelSdkResult {
+        // Sums are cumulative: the first export has what was counted until then.
+        if self.health.hold.is_held() {
+            return Ok(());
+        }
         let count = data_points(metrics);
         self.health.taken(count);
         self.run(count, self.inner.export(metrics)).await;
@@ -382,7 +419,7 @@ mod tests {
             (warned.load(Ordering::Relaxed), informed.load(Ordering::Relaxed))
         };
         let reports = Reports::default();
-        let new = |signal| Health::new(signal, "exporter", "http://nowhere".into(), 8, &reports);
+        let new = |signal| Health::new(signal, "exporter", "http://nowhere".into(), 8, (&reports, &Hold::default()));
         let (traces, logs) = (new(Signal::Traces), new(Signal::Logs));
         let failure = || Err(OTelSdkError::InternalFailure("refused".into()));
         tracing::subscriber::with_default(tracing_subscriber::registry().with(lines.clone()), || {
@@ -403,7 +440,13 @@ mod tests {
 
     #[test]
     fn the_queue_holds_what_it_holds() {
-        let health = Health::new(Signal::Traces, "exporter", "http://nowhere".into(), 2, &Reports::default());
+        let health = Health::new(
+            Signal::Traces,
+            "exporter",
+            "http://nowhere".into(),
+            2,
+            (&Reports::default(), &Hold::default()),
+        );
         assert_eq!([health.admit(), health.admit(), health.admit()], [true, true, false]);
         health.taken(2);
         assert!(health.admit());

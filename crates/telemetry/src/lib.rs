@@ -25,7 +25,7 @@ mod start;
 mod subscriber;
 
 pub use self::env::{Env, EnvError};
-pub use self::export::ExportState;
+pub use self::export::{ExportStart, ExportState};
 pub use self::gauges::{Gauges, Sample};
 pub use self::instruments::Instruments;
 pub use self::start::{Error, SHUTDOWN_WITHIN, Settings, Telemetry, Unflushed};

@@ -17,7 +17,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use crate::config::{Batch, Config, Exporter, Propagator, Sampler, Signal};
-use crate::export::{Bounded, Guarded, Health, Reports};
+use crate::export::{Bounded, Guarded, Health, Hold, Reports};
 use crate::exporters;
 use crate::start::Error;
 
@@ -64,6 +64,7 @@ pub(crate) struct Pipeline<'a> {
     pub(crate) closing: watch::Receiver<bool>,
     pub(crate) exporters: Vec<Arc<Health>>,
     pub(crate) reports: Reports,
+    pub(crate) hold: Hold,
 }
 
 impl Pipeline<'_> {
@@ -97,8 +98,13 @@ impl Pipeline<'_> {
             provider = match exporter {
                 Exporter::Otlp(otlp) => {
                     let kind = exporters::component(Signal::Traces, otlp.protocol);
-                    let health =
-                        Health::new(Signal::Traces, kind, otlp.endpoint.clone(), config.spans.queue, &self.reports);
+                    let health = Health::new(
+                        Signal::Traces,
+                        kind,
+                        otlp.endpoint.clone(),
+                        config.spans.queue,
+                        (&self.reports, &self.hold),
+                    );
                     provider.with_span_processor(self.span_processor(exporters::spans(otlp)?, health))
                 }
                 Exporter::Console | Exporter::Prometheus => {
@@ -107,7 +113,7 @@ impl Pipeline<'_> {
                         "console_span_exporter",
                         "console".into(),
                         config.spans.queue,
-                        &self.reports,
+                        (&self.reports, &self.hold),
                     );
                     provider
                         .with_span_processor(self.span_processor(opentelemetry_stdout::SpanExporter::default(), health))
@@ -138,8 +144,13 @@ impl Pipeline<'_> {
             provider = match exporter {
                 Exporter::Otlp(otlp) => {
                     let kind = exporters::component(Signal::Logs, otlp.protocol);
-                    let health =
-                        Health::new(Signal::Logs, kind, otlp.endpoint.clone(), config.records.queue, &self.reports);
+                    let health = Health::new(
+                        Signal::Logs,
+                        kind,
+                        otlp.endpoint.clone(),
+                        config.records.queue,
+                        (&self.reports, &self.hold),
+                    );
                     provider.with_log_processor(self.log_processor(exporters::logs(otlp)?, health))
                 }
                 Exporter::Console | Exporter::Prometheus => {
@@ -148,7 +159,7 @@ impl Pipeline<'_> {
                         "console_log_exporter",
                         "console".into(),
                         config.records.queue,
-                        &self.reports,
+                        (&self.reports, &self.hold),
                     );
                     provider
                         .with_log_processor(self.log_processor(opentelemetry_stdout::LogExporter::default(), health))
@@ -184,13 +195,19 @@ impl Pipeline<'_> {
             provider = match exporter {
                 Exporter::Otlp(otlp) => {
                     let kind = exporters::component(Signal::Metrics, otlp.protocol);
-                    let health = Health::new(Signal::Metrics, kind, otlp.endpoint.clone(), 0, &self.reports);
+                    let health =
+                        Health::new(Signal::Metrics, kind, otlp.endpoint.clone(), 0, (&self.reports, &self.hold));
                     let exporter = self.guard(exporters::metrics(otlp, config.temporality)?, limit, health);
                     provider.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
                 }
                 Exporter::Console => {
-                    let health =
-                        Health::new(Signal::Metrics, "console_metric_exporter", "console".into(), 0, &self.reports);
+                    let health = Health::new(
+                        Signal::Metrics,
+                        "console_metric_exporter",
+                        "console".into(),
+                        0,
+                        (&self.reports, &self.hold),
+                    );
                     let exporter = self.guard(opentelemetry_stdout::MetricExporter::default(), limit, health);
                     provider.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
                 }

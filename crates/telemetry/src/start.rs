@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use crate::config::{Config, Otlp};
 use crate::debug::Debug;
 use crate::env::{Env, EnvError};
-use crate::export::Reports;
+use crate::export::{ExportStart, Hold, Reports};
 use crate::gauges::Gauges;
 use crate::instruments::{Instruments, SCOPE};
 use crate::pipeline::{Pipeline, propagator};
@@ -37,6 +37,8 @@ pub struct Settings {
     pub log_filter: String,
     /// Whether spans are also kept for [`Telemetry::debug`]. Then unsampled spans are recorded too, but not exported.
     pub debug: bool,
+    /// Whether nothing is exported before [`ExportStart::start`].
+    pub hold_export: bool,
 }
 
 impl Settings {
@@ -47,6 +49,7 @@ impl Settings {
             service_version: service_version.into(),
             log_filter: "info".into(),
             debug: false,
+            hold_export: false,
         }
     }
 
@@ -54,6 +57,13 @@ impl Settings {
     #[must_use]
     pub fn with_debug(self) -> Self {
         Self { debug: true, ..self }
+    }
+
+    /// The same with nothing exported until [`ExportStart::start`], for a receiver that is not there yet: what ends or is logged before
+    /// is not exported and not counted as lost. Nothing is kept for later.
+    #[must_use]
+    pub fn with_export_held(self) -> Self {
+        Self { hold_export: true, ..self }
     }
 }
 
@@ -135,6 +145,7 @@ pub struct Telemetry {
     instruments: Instruments,
     gauges: Gauges,
     debug: Debug,
+    export_start: ExportStart,
     providers: Providers,
     running: Mutex<Option<Sending>>,
     closing: watch::Sender<bool>,
@@ -175,7 +186,9 @@ impl Telemetry {
             closing: watching,
             exporters: Vec::new(),
             reports: Reports::default(),
+            hold: Hold::new(settings.hold_export),
         };
+        let export_start = ExportStart(pipeline.hold.clone());
         let debug = Debug::new(config.disabled);
         let resource = resource::resource(settings, &config);
 
@@ -212,7 +225,8 @@ impl Telemetry {
 
         global::set_text_map_propagator(propagator(&config.propagators));
         let dispatch = subscriber(filters, &config, &providers);
-        let telemetry = Self { instruments, gauges, debug, providers, running: Mutex::new(Some(sending)), closing };
+        let running = Mutex::new(Some(sending));
+        let telemetry = Self { instruments, gauges, debug, export_start, providers, running, closing };
         Ok((telemetry, dispatch))
     }
 
@@ -229,6 +243,11 @@ impl Telemetry {
     /// The live view of this process.
     pub fn debug(&self) -> &Debug {
         &self.debug
+    }
+
+    /// What starts the export of a process whose settings hold it.
+    pub fn export_start(&self) -> &ExportStart {
+        &self.export_start
     }
 
     /// Exports what is queued, now, and reads the gauges. Takes at most [`SHUTDOWN_WITHIN`]. Blocks its thread, so

@@ -47,6 +47,41 @@ fn all_three_signals_arrive_with_resource_and_trace_ids() {
 }
 
 #[test]
+fn nothing_is_exported_or_lost_before_export_starts() {
+    let collector = Collector::start();
+    let (telemetry, dispatch) = collector.held_telemetry();
+    let emit = |kind: &'static str| {
+        tracing::dispatcher::with_default(&dispatch, || {
+            tracing::info_span!(names::LOCK_ACQUIRE.name, lock.kind = kind).in_scope(|| tracing::warn!(kind, "said"));
+        });
+        telemetry.instruments().pool.claimed("web", true);
+        telemetry.flush().unwrap();
+    };
+    // More than any queue holds.
+    for _ in 0..3_000 {
+        tracing::dispatcher::with_default(&dispatch, || drop(tracing::info_span!(names::LOCK_ACQUIRE.name)));
+    }
+    emit("challenge");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let states = || runtime.block_on(telemetry.debug().snapshot()).exporters;
+    assert_eq!(states().len(), 3);
+    for state in states() {
+        assert!(state.held && state.error.is_none(), "{state:?}");
+        assert_eq!((state.queued, state.processed, state.dropped, state.failed), (0, 0, 0, 0), "{state:?}");
+    }
+    assert!(collector.is_empty());
+
+    telemetry.export_start().start();
+    emit("instance");
+    assert_eq!(attributes(&collector.span("lock.acquire").attributes), ["lock.kind=instance"]);
+    assert_eq!(collector.logs().len(), 1);
+    assert!(collector.metric("gauntlet.pool.claims").is_some());
+    for state in states() {
+        assert!(!state.held && state.last_success.is_some() && state.dropped + state.failed == 0, "{state:?}");
+    }
+}
+
+#[test]
 fn every_metric_that_is_exported_is_in_the_table() {
     let collector = Collector::start();
     let (telemetry, _) = collector.telemetry(&[]);

@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use gauntlet_manager::Manager;
-use gauntlet_telemetry::{Env, Settings, Telemetry};
+use gauntlet_telemetry::{Env, ExportStart, Settings, Telemetry};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -29,6 +29,8 @@ const END_WITHIN: Duration = Duration::from_secs(10);
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long to wait for instances of the run before.
 const SERVES_WITHIN: Duration = Duration::from_secs(15);
+/// How often to look for the file that starts export.
+const EXPORT_POLL: Duration = Duration::from_millis(500);
 /// How often the janitor sweeps.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
@@ -72,6 +74,9 @@ pub(crate) struct Dev {
     /// A file whose lines are shown as they are added.
     #[arg(long, env = "GAUNTLET_DEV_NOTICES", hide = true)]
     notices: Option<PathBuf>,
+    /// Nothing is exported before this file exists.
+    #[arg(long, env = "GAUNTLET_DEV_EXPORT_AFTER", hide = true, value_name = "FILE")]
+    export_after: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -127,7 +132,10 @@ impl Dev {
         let telemetry = {
             // Within the runtime, so that telemetry measures it.
             let _entered = runtime.enter();
-            let settings = Settings::new("gauntlet-manager", env!("CARGO_PKG_VERSION")).with_debug();
+            let mut settings = Settings::new("gauntlet-manager", env!("CARGO_PKG_VERSION")).with_debug();
+            if self.export_after.is_some() {
+                settings = settings.with_export_held();
+            }
             Telemetry::start(&settings, &environment(std::env::vars_os().filter_map(text)))?
         };
         let result = runtime.block_on(self.serve(config, &telemetry, live, hints, scenarios));
@@ -167,6 +175,9 @@ impl Dev {
         let url = url(&manager);
 
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+        if let Some(file) = self.export_after.clone() {
+            tasks.spawn(start_export(telemetry.export_start().clone(), file, stop.clone()));
+        }
         let began = tokio::select! {
             began = self.begin(&manager, telemetry, scenarios.as_deref(), &mut hints, &stop, &tasks) => began.map(|()| true),
             () = asked.wait() => Ok(false),
@@ -264,6 +275,17 @@ impl Dev {
         config.drain = DRAIN;
         Ok(config)
     }
+}
+
+/// Starts export once the file exists.
+async fn start_export(export: ExportStart, file: PathBuf, stop: CancellationToken) {
+    while !file.exists() {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(EXPORT_POLL) => {}
+        }
+    }
+    export.start();
 }
 
 /// Where the API is.

@@ -22,9 +22,40 @@ pub(super) fn succeeds(command: &mut Command) -> bool {
         .is_ok_and(|status| status.success())
 }
 
-/// Runs a command to its end. It reports after two seconds, then every fifteen, and at the end when it had reported.
+/// What a cancelled command does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cancel {
+    /// It is killed with all that it started, also when this process ends.
+    Kill,
+    /// It goes on to its end, also when this process ends.
+    Wait,
+}
+
+/// Runs a command. It reports after two seconds, then every fifteen, and at the end when it had reported. A cancelled command is killed.
 pub(super) fn run_logged(
+    command: Command,
+    what: &str,
+    usual: &str,
+    log: &Path,
+    progress: &mut dyn Progress,
+) -> Result<()> {
+    run(command, Cancel::Kill, what, usual, log, progress)
+}
+
+/// As [`run_logged`], for what must not be interrupted: it is waited for when cancelled, and goes on when this process is killed.
+pub(super) fn run_to_end(
+    command: Command,
+    what: &str,
+    usual: &str,
+    log: &Path,
+    progress: &mut dyn Progress,
+) -> Result<()> {
+    run(command, Cancel::Wait, what, usual, log, progress)
+}
+
+fn run(
     mut command: Command,
+    cancel: Cancel,
     what: &str,
     usual: &str,
     log: &Path,
@@ -32,22 +63,31 @@ pub(super) fn run_logged(
 ) -> Result<()> {
     let out = File::create(log).doing(|| format!("create {}", log.display()))?;
     let errors = out.try_clone().doing(|| format!("create {}", log.display()))?;
-    // A group of its own, to end it whole.
+    // A group of its own: Ctrl-C does not reach it, and it is killed whole.
     command.stdout(out).stderr(errors).process_group(0);
     let started = Instant::now();
-    let mut child = spawn_bound(command).doing(|| format!("{what}: start the command"))?;
+    let mut child = match cancel {
+        Cancel::Kill => spawn_bound(command),
+        Cancel::Wait => command.spawn(),
+    }
+    .doing(|| format!("{what}: start the command"))?;
     let mut next_report = Duration::from_secs(2);
+    let mut is_cancelled = false;
     let status = loop {
         if let Some(status) = child.try_wait().doing(|| format!("{what}: wait for the command"))? {
             break status;
         }
-        if progress.cancelled() {
-            // The whole group: compilers that the command started must not go on.
-            if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-                let _ = rustix::process::kill_process_group(pid, Signal::KILL);
+        if progress.cancelled() && !is_cancelled {
+            is_cancelled = true;
+            match cancel {
+                Cancel::Kill => {
+                    // Compilers that the command started must not go on.
+                    if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+                        let _ = rustix::process::kill_process_group(pid, Signal::KILL);
+                    }
+                }
+                Cancel::Wait => progress.report(&format!("{what}: waiting for its end, since it is never interrupted")),
             }
-            child.wait().doing(|| format!("{what}: wait for the command"))?;
-            return Err(Error::Cancelled);
         }
         let elapsed = started.elapsed();
         if elapsed >= next_report {
@@ -59,6 +99,9 @@ pub(super) fn run_logged(
         }
         thread::sleep(Duration::from_millis(100));
     };
+    if is_cancelled {
+        return Err(Error::Cancelled);
+    }
     if !status.success() {
         return Err(Error::Build {
             what: what.to_owned(),

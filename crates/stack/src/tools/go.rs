@@ -1,4 +1,4 @@
-//! Builds from Go modules: the collector from its builder manifest, Jaeger from a module of ours that pins it.
+//! Builds from Go modules: the collector from its builder manifest, etcd and Jaeger from modules of ours that pin them.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,13 @@ use super::command::{run_logged, succeeds};
 use super::{Tool, Tools};
 use crate::{Doing as _, Error, Progress, Result, create_dir, read};
 
-/// The oldest Go that builds both.
+/// The oldest Go that builds all of them.
 pub(super) const OLDEST: &str = "1.26";
 
 const BUILDER: &str = "go.opentelemetry.io/collector/cmd/builder@v0.159.0";
+const ETCD_PACKAGE: &str = "go.etcd.io/etcd/server/v3";
+const ETCDCTL_PACKAGE: &str = "go.etcd.io/etcd/etcdctl/v3";
+const STRIPPED: &str = "-s -w";
 const JAEGER_PACKAGE: &str = "github.com/jaegertracing/jaeger/cmd/jaeger";
 /// Module v1.76.0 is the release that Jaeger calls 2.13.0.
 const JAEGER_LDFLAGS: &str = "-s -w -X github.com/jaegertracing/jaeger/internal/version.latestVersion=v2.13.0";
@@ -21,13 +24,13 @@ const JAEGER_LDFLAGS: &str = "-s -w -X github.com/jaegertracing/jaeger/internal/
 /// A build of ours.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Recipe {
-    name: &'static str,
+    pub(super) name: &'static str,
     binary: &'static str,
     /// The files, relative to the checkout, whose content decides whether a kept build is still the right one.
     inputs: &'static [&'static str],
     /// What of the steps decides it too.
     settings: &'static str,
-    usual: &'static str,
+    pub(super) usual: &'static str,
     steps: fn(&Tools, &Path) -> Vec<(&'static str, Command)>,
     /// Where the steps leave the binary, relative to their directory.
     product: &'static str,
@@ -56,14 +59,29 @@ pub(super) const JAEGER: Recipe = Recipe {
     settings: JAEGER_LDFLAGS,
     usual: "about 6 min the first time",
     steps: |tools, work| {
-        let mut build = go(&tools.source.join("jaeger/build"));
-        build
-            .args(["build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", JAEGER_LDFLAGS, "-o"])
-            .arg(work.join("jaeger"))
-            .arg(JAEGER_PACKAGE);
-        vec![("jaeger", build)]
+        vec![("jaeger", module_build(tools, "jaeger/build", JAEGER_LDFLAGS, &work.join("jaeger"), JAEGER_PACKAGE))]
     },
     product: "jaeger",
+};
+
+pub(super) const ETCD: Recipe = Recipe {
+    name: "etcd",
+    binary: "etcd",
+    inputs: &["etcd/build/go.mod", "etcd/build/go.sum"],
+    settings: STRIPPED,
+    usual: "about a minute the first time",
+    steps: |tools, work| vec![("etcd", module_build(tools, "etcd/build", STRIPPED, &work.join("etcd"), ETCD_PACKAGE))],
+    product: "etcd",
+};
+
+pub(super) const ETCDCTL: Recipe = Recipe {
+    name: "etcdctl",
+    binary: "etcdctl",
+    steps: |tools, work| {
+        vec![("etcdctl", module_build(tools, "etcd/build", STRIPPED, &work.join("etcdctl"), ETCDCTL_PACKAGE))]
+    },
+    product: "etcdctl",
+    ..ETCD
 };
 
 impl Recipe {
@@ -83,11 +101,8 @@ impl Recipe {
 
     /// Builds it and keeps it. The caller holds the lock of the tool.
     pub(super) fn build(&self, tools: &Tools, tool: Tool, progress: &mut dyn Progress) -> Result<()> {
-        if !succeeds(Command::new("go").arg("version")) {
-            let hint = format!(
-                "it is built with Go {OLDEST} or newer: install Go and put `go` on PATH, or put a binary named {} there",
-                self.binary
-            );
+        if let Some(missing) = missing() {
+            let hint = format!("{missing}; or name a binary in {}", tool.variable());
             return Err(Error::Missing { tool: tool.binary(), hint });
         }
         let kept = self.kept(tools)?;
@@ -107,6 +122,32 @@ impl Recipe {
         std::fs::rename(work.join(self.product), &kept).doing(|| format!("keep {}", kept.display()))?;
         std::fs::remove_dir_all(&work).doing(|| format!("remove {}", work.display()))
     }
+}
+
+/// Why nothing can be built here and the command that changes it; `None` when there is a `go`.
+pub(super) fn missing() -> Option<String> {
+    if succeeds(Command::new("go").arg("version")) {
+        return None;
+    }
+    let architecture = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    Some(format!(
+        "Go {OLDEST} or newer is not on PATH: mkdir -p ~/.local && curl -fsSL https://go.dev/dl/go{OLDEST}.0.linux-{architecture}.tar.gz \
+         | tar -C ~/.local -xz && export PATH=~/.local/go/bin:$PATH"
+    ))
+}
+
+/// A build of a package of one of our modules, of exactly the versions that it pins.
+fn module_build(tools: &Tools, module: &str, ldflags: &str, product: &Path, package: &str) -> Command {
+    let mut build = go(&tools.source.join(module));
+    build
+        .args(["build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", ldflags, "-o"])
+        .arg(product)
+        .arg(package);
+    build
 }
 
 /// `go`, at low priority.

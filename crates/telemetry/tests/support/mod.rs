@@ -117,6 +117,12 @@ impl Collector {
         telemetry(self.env().into_iter().chain(more.iter().map(|(name, value)| (*name, (*value).to_owned()))))
     }
 
+    /// The same whose export is held.
+    pub fn held_telemetry(&self) -> (Telemetry, tracing::Dispatch) {
+        let env = self.env().into_iter().collect();
+        Telemetry::prepare(&Settings::new("test", "1.2.3").with_debug().with_export_held(), &env).unwrap()
+    }
+
     pub fn spans(&self) -> Vec<Span> {
         let requests = self.received.traces.lock().unwrap();
         let scopes = requests.iter().flat_map(|request| &request.resource_spans).flat_map(|spans| &spans.scope_spans);
@@ -152,6 +158,12 @@ impl Collector {
 
     pub fn metric(&self, name: &str) -> Option<Metric> {
         self.metrics().into_iter().find(|metric| metric.name == name)
+    }
+
+    /// Whether nothing was received at all.
+    pub fn is_empty(&self) -> bool {
+        let Received { traces, metrics, logs, .. } = &self.received;
+        traces.lock().unwrap().is_empty() && metrics.lock().unwrap().is_empty() && logs.lock().unwrap().is_empty()
     }
 
     /// A metric of the last export, if there was one.

@@ -1,0 +1,92 @@
+//! What is missing, said before anything is installed or built.
+
+use std::path::PathBuf;
+
+use super::{Source, Tool, Tools, apt, go};
+
+/// What [`Tools::ensure`] would install and build, and what keeps it from doing so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// Debian packages to install.
+    pub packages: Vec<&'static str>,
+    /// What is to be built, each with how long that usually takes.
+    pub builds: Vec<(&'static str, &'static str)>,
+    /// Where builds are kept.
+    pub cache: PathBuf,
+    /// Why that is not possible here, each with the command that changes it.
+    pub obstacles: Vec<String>,
+}
+
+impl Plan {
+    pub(super) fn new(tools: &Tools, wanted: &[Tool]) -> Plan {
+        let mut packages: Vec<_> = tools.missing_packages(wanted).into_iter().map(|(_, package)| package).collect();
+        packages.sort_unstable();
+        packages.dedup();
+        let missing = wanted.iter().filter(|tool| tools.find(**tool).is_none());
+        let builds: Vec<_> = missing
+            .clone()
+            .filter_map(|tool| match tool.source() {
+                Source::Go(recipe) => Some((recipe.name, recipe.usual)),
+                Source::Debian(_) => None,
+            })
+            .collect();
+        let mut obstacles: Vec<String> =
+            missing.filter(|tool| tools.named(**tool).is_some()).map(|tool| tools.missing(*tool).to_string()).collect();
+        if !packages.is_empty() {
+            obstacles.extend(apt::obstacle(&packages));
+        }
+        if !builds.is_empty() {
+            obstacles.extend(go::missing());
+        }
+        Plan { packages, builds, cache: tools.cache.clone(), obstacles }
+    }
+
+    /// Whether everything is there.
+    pub fn is_empty(&self) -> bool {
+        self.packages.is_empty() && self.builds.is_empty()
+    }
+
+    /// What would be done, a line each.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        if !self.packages.is_empty() {
+            let packages = self.packages.join(", ");
+            lines.push(format!(
+                "install Debian's {packages}: under a minute; none of their services is started or enabled"
+            ));
+        }
+        for (what, usual) in &self.builds {
+            lines.push(format!("build {what} with Go: {usual}, in the background; kept in {}", self.cache.display()));
+        }
+        lines
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use crate::workspace_root;
+
+    #[test]
+    fn names_what_is_missing_and_where_it_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tools = Tools {
+            named: Vec::new(),
+            dir: None,
+            path: Vec::new(),
+            cache: dir.path().into(),
+            source: workspace_root(),
+        };
+        let plan = tools.plan(&[Tool::Prometheus, Tool::Promtool, Tool::Jaeger]);
+        assert_eq!(plan.packages, ["prometheus"]);
+        assert_eq!(plan.builds, [("jaeger", "about 6 min the first time")]);
+        let lines = plan.lines().join("\n");
+        assert!(lines.contains("Debian's prometheus:") && lines.contains(&dir.path().display().to_string()), "{lines}");
+        tools.named.push((Tool::Jaeger, "/bin/sh".into()));
+        assert!(tools.plan(&[Tool::Jaeger]).is_empty());
+        tools.named.push((Tool::Collector, "/nowhere".into()));
+        let plan = tools.plan(&[Tool::Collector]);
+        assert!(plan.obstacles.iter().any(|line| line.contains("GAUNTLET_COLLECTOR names /nowhere")), "{plan:?}");
+    }
+}
