@@ -14,7 +14,7 @@ use std::{
     fs::OpenOptions,
     ops::Bound,
     os::unix::fs::OpenOptionsExt as _,
-    panic::catch_unwind,
+    panic::{UnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
@@ -107,8 +107,20 @@ impl Embedded {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(unavailable(format!("cannot make it: {error}"))),
         }
+        Self::open_with(path, || Database::create(path))
+    }
+
+    /// Opens what `create` opens; `path` is what it is called.
+    fn open_with(
+        path: &Path,
+        create: impl FnOnce() -> Result<Database, DatabaseError> + UnwindSafe,
+    ) -> Result<Self, Error> {
+        let unavailable = |problem: String| Error::Unavailable {
+            what: "embedded store",
+            detail: format!("{}: {problem}", path.display()),
+        };
         // A file that was damaged or cut short can make the library panic.
-        let opened = catch_unwind(|| Database::create(path).and_then(|mut db| db.check_integrity().map(|_| db)));
+        let opened = catch_unwind(|| create().and_then(|mut db| db.check_integrity().map(|_| db)));
         let opened = opened.map_err(|panic| Error::Internal(damaged(path, &panicked(panic.as_ref()))))?;
         let db = opened.map_err(|error| match error {
             DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => unavailable(

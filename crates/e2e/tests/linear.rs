@@ -4,7 +4,7 @@
 //! A thousand short histories are recorded over three replicas and checked. A call whose outcome the caller cannot know may have happened
 //! at any time since, or never. Half of them run while requests and answers are lost, provisioning fails and leases run out.
 
-mod model;
+pub(crate) mod model;
 mod world;
 
 use std::sync::{
@@ -38,11 +38,13 @@ async fn act(gauntlet: &Gauntlet, challenge: &ChallengeId, source: &SourceId, di
         0..=29 => match gauntlet.create_instance(&call, challenge, source, Additional::new()).await {
             Ok(instance) => {
                 assert_eq!(seen(&instance), (number, number));
-                vec![Step::Take(number), Step::Show(number)]
+                vec![Step::Take(number), Step::Show(number, Some(number))]
             }
             Err(Error::InstanceExists(..)) => vec![Step::Taken],
             Err(Error::Provision { .. }) => vec![Step::Take(number), Step::GiveBack(number)],
-            Err(error) => unknown(error, &[Step::Take(number), Step::Show(number), Step::GiveBack(number)]),
+            Err(error) => {
+                unknown(error, &[Step::Take(number), Step::Show(number, Some(number)), Step::GiveBack(number)])
+            }
         },
         30..=49 => match gauntlet.delete_instance(&call, challenge, source).await {
             Ok(()) => vec![Step::Remove],
@@ -176,7 +178,7 @@ fn histories_are_linearizable_etcd() {
 /// The checker itself: what must not happen is found.
 #[test]
 fn a_history_that_cannot_be_is_refused() {
-    use Step::{Free, GiveBack, Maybe, NotShown, Remove, Renew, Saw, Show, Take, Taken};
+    use Step::{Free, GiveBack, Maybe, NotShown, Remove, Renew, Renewed, RenewedUnseen, Saw, Show, Take, Taken};
     let sequence = |calls: &[&[Step]]| {
         let mut history = History::default();
         for (number, steps) in calls.iter().enumerate() {
@@ -185,7 +187,7 @@ fn a_history_that_cannot_be_is_refused() {
         }
         history.is_linearizable()
     };
-    let created = |number| vec![Take(number), Show(number)];
+    let created = |number| vec![Take(number), Show(number, Some(number))];
     let saw = |created, renewed| Saw { created, renewed };
     assert!(sequence(&[&created(0), &[Taken], &[saw(0, 0)], &[Remove], &[Free], &created(5), &[saw(5, 5)]]));
     assert!(!sequence(&[&created(0), &created(1)]), "two creates of one seat");
@@ -202,7 +204,16 @@ fn a_history_that_cannot_be_is_refused() {
     assert!(!sequence(&[&[Take(0), GiveBack(0)], &[saw(0, 0)]]), "what failed is seen");
     let maybe = |step: Step| Maybe(Box::new(step));
     for after in [&[NotShown], &[saw(0, 0)]] {
-        assert!(sequence(&[&[maybe(Take(0)), maybe(Show(0)), maybe(GiveBack(0))], after]), "either may be");
+        assert!(sequence(&[&[maybe(Take(0)), maybe(Show(0, Some(0))), maybe(GiveBack(0))], after]), "either may be");
     }
-    assert!(!sequence(&[&[maybe(Take(0)), maybe(Show(0))], &[saw(0, 0)], &[NotShown]]), "but not both");
+    assert!(!sequence(&[&[maybe(Take(0)), maybe(Show(0, Some(0)))], &[saw(0, 0)], &[NotShown]]), "but not both");
+    // Where times are those of the managers.
+    let at = |renewed| [Renewed { created: 0, renewed }];
+    assert!(sequence(&[&created(0), &at(5), &at(7), &[saw(0, 7)]]));
+    assert!(!sequence(&[&created(0), &at(7), &at(5)]), "a late renewal takes back");
+    assert!(!sequence(&[&created(0), &at(7), &[saw(0, 5)]]), "an acknowledged renewal is lost");
+    assert!(!sequence(&[&created(0), &[Remove], &created(2), &at(7)]), "another is renewed");
+    let unseen = [maybe(RenewedUnseen)];
+    assert!(sequence(&[&created(0), &unseen, &[saw(0, 6)], &[saw(0, 6)]]));
+    assert!(!sequence(&[&created(0), &unseen, &[saw(0, 6)], &[saw(0, 7)]]), "two times are seen");
 }

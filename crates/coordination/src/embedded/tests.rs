@@ -1,6 +1,7 @@
 //! The file: restarts, other processes, damage.
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
-use std::collections::BTreeSet;
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+mod disk;
+mod power;
 
 use gauntlet_domain::{Begin, By, Commit, LockKind, Store as _, Stranded};
 
@@ -180,28 +181,6 @@ fn a_full_disk_is_told_and_loses_nothing_acknowledged() {
     let kv = Embedded::open(&path).unwrap();
     assert!(runtime.block_on(keys(&kv)).len() >= written);
     write(&kv, 9000).unwrap();
-}
-
-#[tokio::test]
-async fn many_writers_share_commits_and_none_is_lost() {
-    let dir = tempfile::tempdir().unwrap();
-    let kv = Arc::new(Embedded::open(&dir.path().join("store")).unwrap());
-    let mut followed = kv.follow(Keys::between("a", "z")).await.unwrap();
-    let puts = (0..300).map(|n| {
-        let kv = kv.clone();
-        tokio::spawn(async move { kv.txn(put(&format!("key-{n:03}"), None)).await.unwrap().revision })
-    });
-    let puts: Vec<_> = puts.collect();
-    let mut revisions = BTreeSet::new();
-    for put in puts {
-        revisions.insert(put.await.unwrap());
-    }
-    assert_eq!(revisions.len(), 300, "each has a revision of its own");
-    let mut seen = Vec::new();
-    while seen.len() < 300 {
-        seen.extend(followed.events.next().await.unwrap().into_iter().map(|event| event.revision));
-    }
-    assert!(seen.is_sorted() && seen.into_iter().eq(revisions), "and is followed in that order");
 }
 
 #[tokio::test]

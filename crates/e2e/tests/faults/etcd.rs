@@ -124,6 +124,25 @@ fn leaders_change_under_load() {
     println!("4 changes of leader, {ledger}");
 }
 
+/// Each manager talks to another member: one of them to the one that is lost.
+#[test]
+fn a_member_lost_out_of_three_under_load() {
+    let cluster = with_challenges(Cluster::start(3, &Between::Loopback, &[]).with_managers(3));
+    let ledger = Ledger::default();
+    let (calm, acknowledged) = (Duration::from_secs(1), std::cell::Cell::new(0));
+    under_load(&cluster, &ledger, || {
+        std::thread::sleep(calm);
+        cluster.members[cluster.follower()].process.signal(Signal::KILL);
+        std::thread::sleep(2 * calm);
+        acknowledged.set(ledger.acknowledged());
+        eventually("calls are answered without it", || {
+            if ledger.acknowledged() > acknowledged.get() + 50 { Ok(()) } else { Err(ledger.to_string()) }
+        });
+    });
+    println!("1 member of 3 lost, {ledger}");
+    assert_eq!(ledger.outcomes_unknown(), 0, "nobody notices");
+}
+
 #[test]
 fn compaction_disturbs_nobody() {
     // No lease runs out here, and no patience: what fails would fail by the compaction.

@@ -6,6 +6,7 @@ mod census;
 mod cluster;
 mod embedded;
 mod etcd;
+mod histories;
 mod load;
 mod network;
 mod scenario;
