@@ -1,4 +1,5 @@
-//! What the v1 API lacks, generated from `proto/gauntlet/v1`: `gauntlet.v1.Sweeper`, which lists what has expired.
+//! What the v1 API lacks, generated from `proto/gauntlet/v1`: `gauntlet.v1.Sweeper`, which lists what has expired and
+//! deletes it if it still has.
 //!
 //! A server of the v1 API alone answers its calls with `UNIMPLEMENTED`.
 

@@ -1,6 +1,7 @@
 //! Use cases on instances: create (or claim), retrieve, query, renew, delete, and the work that they and recovery share.
 
 use futures::TryStreamExt as _;
+use jiff::Timestamp;
 
 use crate::{
     Additional, Begin, Call, Challenge, ChallengeId, Commit, Error, Fact, Failure, Gauntlet, Held, Identity, Instance,
@@ -125,7 +126,7 @@ impl Gauntlet {
 
     /// Claimed instances whose end has passed at `now`, the longest overdue first, without those still being created. Takes no lock, writes
     /// nothing, and costs what it answers. A challenge's end needs no looking at: no instance of it ends later.
-    pub fn expired_instances(&self, now: jiff::Timestamp) -> Stream<'_, Instance> {
+    pub fn expired_instances(&self, now: Timestamp) -> Stream<'_, Instance> {
         Box::pin(self.store.expired(now).try_filter(|instance| std::future::ready(instance.is_visible())))
     }
 
@@ -152,16 +153,77 @@ impl Gauntlet {
 
     /// Takes the source's instance down; it is gone when this answers. If it cannot be taken down it is kept, failed, and tried again.
     pub async fn delete_instance(&self, call: &Call, challenge: &ChallengeId, source: &SourceId) -> Result<()> {
+        let result = self.delete(call, challenge, source).await;
+        self.counted(challenge, Operation::Delete, result)
+    }
+
+    async fn delete(&self, call: &Call, challenge: &ChallengeId, source: &SourceId) -> Result<()> {
         let slot = Slot { challenge: challenge.clone(), seat: Seat::Source(source.clone()) };
-        let result = match self.store.begin(&slot, Begin::Delete, &self.by(call)).await {
+        match self.store.begin(&slot, Begin::Delete, &self.by(call)).await {
             Ok((held, instance)) => self.take_down(call, held, instance, Operation::Delete).await,
             Err(Error::Conflict) => Err(match self.store.challenge(challenge).await? {
                 None => Error::ChallengeNotFound(challenge.clone()),
                 Some(_) => Error::InstanceNotFound(challenge.clone(), source.clone()),
             }),
             Err(error) => Err(error),
-        };
-        self.counted(challenge, Operation::Delete, result)
+        }
+    }
+
+    /// Takes the source's instance down if it is still the one that began at `since` and has expired at the call's time. Returns whether it
+    /// was: one that was renewed, or created after that one was deleted, is left alone.
+    ///
+    /// # Errors
+    /// As [`Gauntlet::delete_instance`]; [`Error::InstanceNotFound`] also when the challenge is unknown.
+    pub async fn delete_expired_instance(
+        &self,
+        call: &Call,
+        challenge: &ChallengeId,
+        source: &SourceId,
+        since: Timestamp,
+    ) -> Result<bool> {
+        let result = self.delete_expired(call, challenge, source, since).await;
+        match result {
+            // Nothing was done to any instance.
+            Ok(false) => result,
+            _ => self.counted(challenge, Operation::Delete, result),
+        }
+    }
+
+    async fn delete_expired(
+        &self,
+        call: &Call,
+        challenge: &ChallengeId,
+        source: &SourceId,
+        since: Timestamp,
+    ) -> Result<bool> {
+        let slot = Slot { challenge: challenge.clone(), seat: Seat::Source(source.clone()) };
+        let mut marked = false;
+        for _ in 0..ATTEMPTS {
+            let Some(stored) = self.store.instance(&slot).await? else {
+                return if marked { Ok(true) } else { Err(Error::InstanceNotFound(challenge.clone(), source.clone())) };
+            };
+            // Once marked nothing revives it: an instance of another time is its successor.
+            if stored.value.since != since || (!marked && !stored.value.expired(call.now)) {
+                return Ok(marked);
+            }
+            // The version that was judged is the one that is marked, in one transaction. Whatever happens from here on, it goes.
+            let deleting = Instance { phase: Phase::Deleting, ..stored.value.clone() };
+            match self.store.rewrite(&stored, &deleting, &self.by(call)).await {
+                Err(Error::Conflict) => continue,
+                other => other?,
+            }
+            marked = true;
+            match self.store.begin(&slot, Begin::Recover, &self.by(call)).await {
+                Ok((held, instance)) if instance.since == since => {
+                    return self.take_down(call, held, instance, Operation::Delete).await.map(|()| true);
+                }
+                Ok(_) => return Ok(true),
+                // A reconciler was first: wait for it, and look again.
+                Err(Error::Conflict) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Error::Conflict)
     }
 
     /// Brings a recorded intent up and commits it; on failure takes down what came up and removes the record.

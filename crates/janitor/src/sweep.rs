@@ -8,7 +8,7 @@ use std::{
 use futures::{StreamExt as _, stream};
 use gauntlet_api::{
     error::reason,
-    extension::{ExpiredInstance, ListExpiredRequest, sweeper_client::SweeperClient},
+    extension::{DeleteExpiredRequest, ExpiredInstance, ListExpiredRequest, sweeper_client::SweeperClient},
     v1::{
         challenge::{Challenge, challenge_store_client::ChallengeStoreClient},
         instance::{DeleteInstanceRequest, RetrieveInstanceRequest, instance_manager_client::InstanceManagerClient},
@@ -25,9 +25,6 @@ use crate::server::{Channel, within};
 
 /// How long deletions under way may go on once the janitor is told to stop.
 pub const FINISH_WITHIN: Duration = Duration::from_secs(20);
-
-/// What is read longer ago than this is read again before it is deleted: somebody may have deleted it and begun anew.
-const FRESH_FOR: Duration = Duration::from_secs(5);
 
 /// A server that lacks `ListExpired` may be replaced by one that has it, without a connection lost: it is asked again this often.
 const ASK_AGAIN: Duration = Duration::from_secs(300);
@@ -129,17 +126,28 @@ impl Outcome {
 struct Expired {
     challenge: String,
     source: String,
+    /// When it was created or claimed, as the server says: tells it from one that is created later for the same source.
+    since: Option<prost_types::Timestamp>,
     /// When it should have ended.
     until: Timestamp,
     /// The end that its challenge sets, where its own does not heed that.
     challenge_until: Option<Timestamp>,
+    /// By `gauntlet.v1`, which also deletes.
+    listed: bool,
 }
 
 impl Expired {
     /// None without an end that a clock can reach: nothing that has expired is without.
     fn listed(listed: ExpiredInstance) -> Option<Self> {
-        let ExpiredInstance { challenge_id, source_id, until, since: _ } = listed;
-        Some(Self { challenge: challenge_id, source: source_id, until: time(until)?, challenge_until: None })
+        let ExpiredInstance { challenge_id, source_id, until, since } = listed;
+        Some(Self {
+            challenge: challenge_id,
+            source: source_id,
+            since,
+            until: time(until)?,
+            challenge_until: None,
+            listed: true,
+        })
     }
 }
 
@@ -175,7 +183,6 @@ pub(crate) struct Sweeper {
     instruments: instruments::Janitor,
     concurrency: usize,
     timeout: Duration,
-    fresh_for: Duration,
     ask_again: Duration,
 }
 
@@ -195,7 +202,6 @@ impl Sweeper {
             instruments,
             concurrency,
             timeout,
-            fresh_for: FRESH_FOR,
             ask_again: ASK_AGAIN,
         }
     }
@@ -244,7 +250,6 @@ impl Sweeper {
     async fn read_and_expire(&mut self, stop: &CancellationToken) -> Sweep {
         let mut sweep = Sweep::default();
         let mut found = Vec::new();
-        let read_at = Instant::now();
         tokio::select! {
             read = self.read(&mut sweep.summary.seen, &mut found) => sweep.unread = read.err(),
             () = stop.cancelled() => {}
@@ -256,7 +261,7 @@ impl Sweeper {
         let mut ends = pin!(
             stream::iter(found)
                 .take_until(stop.cancelled())
-                .map(|expired| self.expire(expired, read_at))
+                .map(|expired| self.expire(expired))
                 .buffer_unordered(self.concurrency)
         );
         let mut too_late = pin!(async {
@@ -328,7 +333,7 @@ impl Sweeper {
     }
 
     /// Brings one expired instance to its end, and says so: span, metric, log.
-    async fn expire(&self, expired: Expired, read_at: Instant) -> Result<Outcome, Status> {
+    async fn expire(&self, expired: Expired) -> Result<Outcome, Status> {
         let span = tracing::info_span!(
             names::JANITOR_EXPIRE.name,
             challenge.id = expired.challenge,
@@ -337,7 +342,7 @@ impl Sweeper {
             error.type = Empty,
         );
         async {
-            let result = self.end(&expired, read_at).await;
+            let result = self.end(&expired).await;
             let outcome = match &result {
                 Ok(outcome) => *outcome,
                 Err(status) => {
@@ -361,30 +366,49 @@ impl Sweeper {
         .await
     }
 
-    async fn end(&self, expired: &Expired, read_at: Instant) -> Result<Outcome, Status> {
+    /// Deletes it, unless it is another by now or has been given more time.
+    async fn end(&self, expired: &Expired) -> Result<Outcome, Status> {
+        let ended = match expired.since {
+            Some(since) if expired.listed => match self.end_listed(expired, since).await {
+                // A manager of before, behind the same address as the one that listed it.
+                Err(status) if status.code() == Code::Unimplemented => self.end_read(expired).await,
+                ended => ended,
+            },
+            _ => self.end_read(expired).await,
+        };
+        match ended {
+            Err(status) if status.code() == Code::NotFound => Ok(Outcome::Gone),
+            ended => ended,
+        }
+    }
+
+    /// The server decides in one transaction whether it is still the one that expired.
+    async fn end_listed(&self, expired: &Expired, since: prost_types::Timestamp) -> Result<Outcome, Status> {
+        let mut client = self.index.clone();
+        let request = DeleteExpiredRequest {
+            challenge_id: expired.challenge.clone(),
+            source_id: expired.source.clone(),
+            since: Some(since),
+        };
+        let answer = within(self.timeout, request, async |request| client.delete_expired(request).await).await?;
+        Ok(if answer.get_ref().deleted { Outcome::Deleted } else { Outcome::Renewed })
+    }
+
+    /// v1 deletes whatever is there: all that can be done is to look just before.
+    async fn end_read(&self, expired: &Expired) -> Result<Outcome, Status> {
         let (challenge_id, source_id) = (expired.challenge.clone(), expired.source.clone());
         let mut client = self.instances.clone();
-        if read_at.elapsed() > self.fresh_for {
-            let request = RetrieveInstanceRequest { challenge_id: challenge_id.clone(), source_id: source_id.clone() };
-            match within(self.timeout, request, async |request| client.retrieve_instance(request).await).await {
-                Ok(answer) => {
-                    let until = earliest(time(answer.get_ref().until), expired.challenge_until);
-                    // The server's clock, by which it was listed, may be ahead of ours.
-                    let passed = Timestamp::now().max(expired.until);
-                    if until.is_none_or(|until| until > passed) {
-                        return Ok(Outcome::Renewed);
-                    }
-                }
-                Err(status) if status.code() == Code::NotFound => return Ok(Outcome::Gone),
-                Err(status) => return Err(status),
-            }
+        let request = RetrieveInstanceRequest { challenge_id: challenge_id.clone(), source_id: source_id.clone() };
+        let answer = within(self.timeout, request, async |request| client.retrieve_instance(request).await).await?;
+        let (since, until) = (answer.get_ref().since, earliest(time(answer.get_ref().until), expired.challenge_until));
+        // The server's clock, by which it was listed, may be ahead of ours.
+        let passed = Timestamp::now().max(expired.until);
+        if since != expired.since || until.is_none_or(|until| until > passed) {
+            return Ok(Outcome::Renewed);
         }
         let request = DeleteInstanceRequest { challenge_id, source_id };
-        match within(self.timeout, request, async |request| client.delete_instance(request).await).await {
-            Ok(_) => Ok(Outcome::Deleted),
-            Err(status) if status.code() == Code::NotFound => Ok(Outcome::Gone),
-            Err(status) => Err(status),
-        }
+        within(self.timeout, request, async |request| client.delete_instance(request).await).await?;
+        Ok(Outcome::Deleted)
     }
 }
 
@@ -393,7 +417,14 @@ fn expired(challenge: Challenge, now: Timestamp) -> impl Iterator<Item = Expired
     let challenge_until = time(challenge.until);
     challenge.instances.into_iter().filter_map(move |instance| {
         let until = earliest(time(instance.until), challenge_until).filter(|until| *until <= now)?;
-        Some(Expired { challenge: instance.challenge_id, source: instance.source_id, until, challenge_until })
+        Some(Expired {
+            challenge: instance.challenge_id,
+            source: instance.source_id,
+            since: instance.since,
+            until,
+            challenge_until,
+            listed: false,
+        })
     })
 }
 

@@ -163,12 +163,7 @@ async fn one_shot_sends_its_telemetry_before_it_ends() {
     names.sort();
     assert_eq!(
         names,
-        [
-            "api.v1.instance.InstanceManager/DeleteInstance",
-            "gauntlet.v1.Sweeper/ListExpired",
-            "janitor.expire",
-            "janitor.sweep",
-        ]
+        ["gauntlet.v1.Sweeper/DeleteExpired", "gauntlet.v1.Sweeper/ListExpired", "janitor.expire", "janitor.sweep",]
     );
     collecting.abort();
 }

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tracing_subscriber::layer::SubscriberExt as _;
 
-const DELETE: &str = "api.v1.instance.InstanceManager/DeleteInstance";
+const DELETE: &str = "gauntlet.v1.Sweeper/DeleteExpired";
 const LIST: &str = "gauntlet.v1.Sweeper/ListExpired";
 
 /// The tree below `parent`, a line for each span, indented, in the order of their text.

@@ -39,7 +39,6 @@ impl Api {
         Self { router: crate::rest::router(handlers.clone()), handlers, _signals: receiver, _store: dir }
     }
 
-    #[allow(dead_code, reason = "for the tests of the sweep, which read this file too")]
     pub(crate) fn handlers(&self) -> Handlers {
         self.handlers.clone()
     }
@@ -108,9 +107,9 @@ fn redacted(body: &str) -> String {
     {
         let (before, after) = rest.split_at(at + name.len());
         let (time, after) = after.split_at(after.find('"').unwrap());
-        let _: jiff::Timestamp = time.parse().unwrap();
-        assert!(time.ends_with('Z'), "{time}");
-        let fixed = time.starts_with("2999") || time.starts_with("1999");
+        let fixed = ["1999", "2999", "9999"].iter().any(|year| time.starts_with(year));
+        // Jiff ends a day before the year 9999 does.
+        assert!(time.ends_with('Z') && (fixed || time.parse::<jiff::Timestamp>().is_ok()), "{time}");
         text.push_str(before);
         text.push_str(if fixed { time } else { "[time]" });
         rest = after;

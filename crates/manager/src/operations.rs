@@ -119,6 +119,18 @@ impl Operations {
         self.run(|gauntlet, call| async move { gauntlet.delete_instance(&call, &challenge, &source).await }).await
     }
 
+    pub(crate) async fn delete_expired_instance(
+        &self,
+        challenge: ChallengeId,
+        source: SourceId,
+        since: Timestamp,
+    ) -> Result<bool> {
+        self.run(
+            |gauntlet, call| async move { gauntlet.delete_expired_instance(&call, &challenge, &source, since).await },
+        )
+        .await
+    }
+
     fn tend(&self, challenge: &Challenge) {
         if challenge.bounds.min() > 0 {
             self.signals.pool(&challenge.id);

@@ -320,6 +320,23 @@ async fn a_rest_call_is_named_by_its_route() {
 }
 
 #[tokio::test]
+async fn an_answer_to_head_is_whole_with_its_head() {
+    let collector = Collector::start();
+    let (telemetry, dispatch) = collector.telemetry(&[]);
+    let _guard = tracing::dispatcher::set_default(&dispatch);
+    let mut app = axum::Router::new()
+        .route("/thing", get(async || "here"))
+        .layer(HttpServerLayer::new(telemetry.instruments(), &[]));
+    let request = Request::builder().method("HEAD").uri("/thing").body(axum::body::Body::empty()).unwrap();
+    // Nobody polls the body: there is none to send.
+    drop(app.call(request).await.unwrap());
+    telemetry.flush().unwrap();
+    let span = collector.span("HEAD /thing");
+    assert_eq!(attribute(&span.attributes, "http.response.status_code").unwrap(), "200");
+    assert_eq!(attribute(&span.attributes, "error.type"), None);
+}
+
+#[tokio::test]
 async fn a_call_to_etcd_is_a_client_span() {
     let collector = Collector::start();
     let (telemetry, dispatch) = collector.telemetry(&[]);

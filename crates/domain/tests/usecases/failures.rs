@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use gauntlet_domain::{Call, ChallengeUpdate, Entropy, Error, Operation, Phase, Settings, Strategy};
+use gauntlet_domain::{Call, ChallengeUpdate, Entropy, Error, Fact, Operation, Outcome, Phase, Settings, Strategy};
 
 use crate::world::{ALICE, World, digest, reference};
 
@@ -27,6 +27,22 @@ async fn what_cannot_be_taken_down_is_kept_and_tried_again() {
     let due = Call { now: again.retry_at, ..due };
     assert_eq!(world.gauntlet.reconcile(&due).await.unwrap().recovered, 1);
     assert_eq!((world.stored(ALICE).await, world.machine.running()), (None, Vec::new()));
+}
+
+#[tokio::test]
+async fn every_delete_is_counted() {
+    let world = World::with_an_instance().await;
+    let deleted =
+        |outcome| vec![Fact::InstanceOperation { challenge: world.web.clone(), operation: Operation::Delete, outcome }];
+    world.facts.take();
+    world.delete(ALICE).await.unwrap();
+    assert_eq!(world.facts.take(), deleted(Outcome::Ok));
+    world.delete(ALICE).await.unwrap_err();
+    assert_eq!(world.facts.take(), deleted(Outcome::Refused("INSTANCE_NOT_FOUND")));
+    // Nothing is there, and whether its challenge is cannot be read.
+    world.hide_challenges();
+    assert!(matches!(world.delete(ALICE).await, Err(Error::Unavailable { .. })));
+    assert_eq!(world.facts.take(), deleted(Outcome::Failed("UNAVAILABLE")));
 }
 
 /// The same each time.

@@ -1,6 +1,6 @@
 //! What was read, or asked for, some time ago: meanwhile somebody else was first.
 
-use gauntlet_domain::{ChallengeUpdate, LockKind, Phase, SourceId, Store as _};
+use gauntlet_domain::{Additional, ChallengeUpdate, Error, LockKind, Phase, SourceId, Store as _};
 use tokio::task::JoinHandle;
 
 use crate::world::{ALICE, BOB, TIMEOUT, World, digest, reference, within};
@@ -153,4 +153,47 @@ async fn an_update_does_not_bring_back_what_is_being_deleted() {
     };
     within("recovering", recovered).await;
     assert_eq!(world.machine.running(), []);
+}
+
+#[tokio::test]
+async fn expired_deletion_leaves_a_renewed_or_recreated_instance() {
+    let world = World::with_an_instance().await;
+    let alice = SourceId::new(ALICE).unwrap();
+    let since = world.stored(ALICE).await.unwrap().since;
+    let (renewed, late) = (world.at(1500), world.at(1001 + TIMEOUT));
+    world.gauntlet.renew_instance(&renewed, &world.web, &alice).await.unwrap();
+    let kept = world.stored(ALICE).await;
+    assert_eq!(world.gauntlet.delete_expired_instance(&late, &world.web, &alice, since).await, Ok(false));
+    assert_eq!(world.stored(ALICE).await, kept);
+
+    world.delete(ALICE).await.unwrap();
+    let again = world.gauntlet.create_instance(&renewed, &world.web, &alice, Additional::new()).await.unwrap();
+    let later = world.at(1501 + TIMEOUT);
+    assert_eq!(world.gauntlet.delete_expired_instance(&later, &world.web, &alice, since).await, Ok(false));
+    assert_eq!(world.stored(ALICE).await, Some(again.clone()));
+
+    assert_eq!(world.gauntlet.delete_expired_instance(&later, &world.web, &alice, again.since).await, Ok(true));
+    assert_eq!((world.stored(ALICE).await, world.machine.running()), (None, Vec::new()));
+    let gone = world.gauntlet.delete_expired_instance(&later, &world.web, &alice, again.since).await;
+    assert_eq!(gone, Err(Error::InstanceNotFound(world.web.clone(), alice)));
+}
+
+#[tokio::test]
+async fn expired_deletion_leaves_what_was_created_after_it_was_judged() {
+    let world = World::with_an_instance().await;
+    let alice = SourceId::new(ALICE).unwrap();
+    let since = world.stored(ALICE).await.unwrap().since;
+    let (late, source) = (world.at(1001 + TIMEOUT), alice.clone());
+    let mut judged = world.hold_rewrite();
+    let deleted = world.beside(move |gauntlet, _, web| async move {
+        gauntlet.delete_expired_instance(&late, &web, &source, since).await
+    });
+    judged.reached().await;
+    world.delete(ALICE).await.unwrap();
+    let now = world.at(1001 + TIMEOUT);
+    let anew = world.gauntlet.create_instance(&now, &world.web, &alice, Additional::new()).await.unwrap();
+    judged.open();
+    assert_eq!(within("deleting", deleted).await.unwrap(), Ok(false));
+    assert_eq!(world.stored(ALICE).await, Some(anew.clone()));
+    assert_eq!(world.machine.running(), [(anew.identity, digest(1))]);
 }

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use futures::TryStreamExt as _;
 use gauntlet_coordination::{
     Coordination, Embedded,
-    kv::{Followed, Get, Keys, Kv, KvResult, LeaseId, Op, Page, Txn, TxnResult},
+    kv::{Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Test, Txn, TxnResult},
 };
 use gauntlet_domain::{
     Additional, By, Call, ChallengeId, Entropy, Error, Fact, Facts, Found, Gauntlet, Held, Identity, Instance,
@@ -199,10 +199,21 @@ impl Plan for Library {
     }
 }
 
-struct Unnoted;
+/// What was noted.
+#[derive(Default)]
+pub struct Noted(Mutex<Vec<Fact>>);
 
-impl Facts for Unnoted {
-    fn note(&self, _: Fact) {}
+impl Noted {
+    /// What was noted since this was last called.
+    pub fn take(&self) -> Vec<Fact> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+impl Facts for Noted {
+    fn note(&self, fact: Fact) {
+        self.0.lock().unwrap().push(fact);
+    }
 }
 
 #[derive(Default)]
@@ -214,11 +225,13 @@ impl Entropy for Counter {
     }
 }
 
-/// An embedded store that can be made to wait before it removes a challenge.
+/// An embedded store that can be made to wait before it removes a challenge, or writes an instance that must not have changed.
 #[derive(Debug)]
 pub struct Store {
     inner: Embedded,
     gates: Arc<Gates>,
+    /// Whether reads of a challenge alone are refused.
+    hides_challenges: Arc<AtomicBool>,
 }
 
 impl Kv for Store {
@@ -236,6 +249,13 @@ impl Kv for Store {
         let removes = |op: &Op| matches!(op, Op::Delete(keys) if keys.from.contains("/challenges "));
         if txn.then.iter().any(removes) {
             self.gates.pass("remove a challenge").await;
+        }
+        if txn.when.iter().any(|compare| matches!(compare.test, Test::NotAfter(_))) {
+            self.gates.pass("rewrite an instance").await;
+        }
+        let of_challenges = |op: &Op| matches!(op, Op::Get(get) if get.keys.from.contains("/challenges "));
+        if self.hides_challenges.load(Ordering::Relaxed) && txn.then.iter().all(of_challenges) {
+            return Err(KvError::Unavailable("reading a challenge is refused".to_owned()));
         }
         self.inner.txn(txn).await
     }
@@ -275,7 +295,9 @@ pub struct World {
     pub machine: Arc<Machine>,
     pub call: Call,
     pub web: ChallengeId,
+    pub facts: Arc<Noted>,
     gates: Arc<Gates>,
+    hides_challenges: Arc<AtomicBool>,
     _dir: TempDir,
 }
 
@@ -285,16 +307,17 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let gates = Arc::new(Gates::default());
         let inner = Embedded::open(&dir.path().join("store")).unwrap();
-        let kv = Store { inner, gates: gates.clone() };
+        let hides_challenges = Arc::new(AtomicBool::new(false));
+        let kv = Store { inner, gates: gates.clone(), hides_challenges: hides_challenges.clone() };
         let store = Arc::new(Coordination::over(kv, "test/", LONG, "a".to_owned()));
         let machine = Arc::new(Machine::default());
-        let (scenarios, facts) = (Arc::new(Library), Arc::new(Unnoted));
+        let (scenarios, facts) = (Arc::new(Library), Arc::new(Noted::default()));
         let settings = Settings { concurrency: 1, patience: LONG, ..Settings::default() };
-        let gauntlet = Gauntlet::new(store.clone(), machine.clone(), scenarios, facts, settings);
+        let gauntlet = Gauntlet::new(store.clone(), machine.clone(), scenarios, facts.clone(), settings);
         let call =
             Call { now: Timestamp::from_second(1000).unwrap(), origin: None, entropy: Arc::new(Counter::default()) };
         let web = ChallengeId::new("web").unwrap();
-        let world = Self { gauntlet, store, machine, call, web, gates, _dir: dir };
+        let world = Self { gauntlet, store, machine, call, web, facts, gates, hides_challenges, _dir: dir };
         world.create_challenge(min).await;
         world
     }
@@ -376,5 +399,15 @@ impl World {
     /// Whoever removes a challenge next waits.
     pub fn hold_removal(&self) -> Hold {
         self.gates.close("remove a challenge")
+    }
+
+    /// Whoever writes next what must not have changed waits.
+    pub fn hold_rewrite(&self) -> Hold {
+        self.gates.close("rewrite an instance")
+    }
+
+    /// From now on no challenge can be read.
+    pub fn hide_challenges(&self) {
+        self.hides_challenges.store(true, Ordering::Relaxed);
     }
 }

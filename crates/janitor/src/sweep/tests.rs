@@ -3,7 +3,7 @@
 use gauntlet_telemetry::Instruments;
 use proptest::prelude::*;
 
-use self::fake::{Fake, at, challenge};
+use self::fake::{BEGAN, Fake, at, challenge};
 use super::*;
 
 #[path = "../../tests/fake/mod.rs"]
@@ -36,26 +36,29 @@ proptest! {
     }
 }
 
-/// A sweeper that takes nothing it read as fresh.
-fn doubtful(url: &str) -> Sweeper {
+fn sweeper(url: &str) -> Sweeper {
     let instruments = Instruments::noop();
     let channel = url.parse::<crate::Server>().unwrap().channel("test", &instruments).unwrap();
-    let sweeper = Sweeper::new(channel, instruments.janitor, 1, Duration::from_secs(10), false);
-    Sweeper { fresh_for: Duration::ZERO, ..sweeper }
+    Sweeper::new(channel, instruments.janitor, 1, Duration::from_secs(10), false)
 }
 
 fn stale(challenge: &str, source: &str, challenge_until: Option<Timestamp>) -> Expired {
-    Expired { challenge: challenge.into(), source: source.into(), until: Timestamp::UNIX_EPOCH, challenge_until }
+    Expired {
+        challenge: challenge.into(),
+        source: source.into(),
+        since: BEGAN,
+        until: Timestamp::UNIX_EPOCH,
+        challenge_until,
+        listed: false,
+    }
 }
 
 #[tokio::test]
-async fn what_was_read_long_ago_is_read_again() {
+async fn v1_instance_is_read_again_before_it_is_deleted() {
     let fake = Fake::new(vec![challenge("c", None, &[("renewed", at(60)), ("endless", None), ("still", at(-60))])]);
     let server = fake.serve().await;
-    let sweeper = doubtful(&server.url);
-    let end = async |source, challenge_until| {
-        sweeper.end(&stale("c", source, challenge_until), Instant::now()).await.unwrap()
-    };
+    let sweeper = sweeper(&server.url);
+    let end = async |source, challenge_until| sweeper.end(&stale("c", source, challenge_until)).await.unwrap();
     assert_eq!(end("renewed", None).await, Outcome::Renewed);
     assert_eq!(end("endless", None).await, Outcome::Renewed);
     assert_eq!(end("deleted", None).await, Outcome::Gone);
@@ -65,10 +68,28 @@ async fn what_was_read_long_ago_is_read_again() {
 }
 
 #[tokio::test]
+async fn an_instance_created_since_is_left_alone() {
+    for (extended, only_lists) in [(false, false), (true, true), (true, false)] {
+        let fake = Fake::new(vec![challenge("c", None, &[("1", at(-60)), ("2", at(-60))])]);
+        fake.with(|state| (state.extended, state.only_lists) = (extended, only_lists));
+        let server = fake.serve().await;
+        let sweeper = sweeper(&server.url);
+        // What was listed began earlier than what is there; it has expired too, by the server's clock or ours.
+        let mut listed = Expired { listed: extended, ..stale("c", "1", None) };
+        listed.since = Some(prost_types::Timestamp { seconds: 1, nanos: 1 });
+        assert_eq!(sweeper.end(&listed).await.unwrap(), Outcome::Renewed, "{extended} {only_lists}");
+        let same = Expired { listed: extended, ..stale("c", "2", None) };
+        assert_eq!(sweeper.end(&same).await.unwrap(), Outcome::Deleted, "{extended} {only_lists}");
+        assert_eq!(sweeper.end(&same).await.unwrap(), Outcome::Gone, "{extended} {only_lists}");
+        assert_eq!(fake.deleted(), ["2"]);
+    }
+}
+
+#[tokio::test]
 async fn a_server_without_the_list_is_asked_again_later() {
     let fake = Fake::new(vec![challenge("a", None, &[("1", at(3600))])]);
     let server = fake.serve().await;
-    let mut sweeper = doubtful(&server.url);
+    let mut sweeper = sweeper(&server.url);
     let stop = CancellationToken::new();
     let calls = || fake.with(|state| (state.lists, state.queries));
     sweeper.sweep(&stop).await;
@@ -93,7 +114,7 @@ async fn a_server_without_the_list_is_asked_again_later() {
 async fn a_server_that_was_away_may_be_another() {
     let fake = Fake::default();
     let server = fake.serve().await;
-    let mut sweeper = doubtful(&server.url);
+    let mut sweeper = sweeper(&server.url);
     let stop = CancellationToken::new();
     sweeper.sweep(&stop).await;
     assert!(matches!(sweeper.offered, Offered::NotAt(_)));
@@ -109,18 +130,18 @@ async fn a_server_that_was_away_may_be_another() {
 async fn the_clock_that_listed_it_may_be_ahead() {
     let fake = Fake::new(vec![challenge("c", None, &[("ahead", at(60)), ("renewed", at(90))])]);
     let server = fake.serve().await;
-    let sweeper = doubtful(&server.url);
+    let sweeper = sweeper(&server.url);
     let listed = |source| ExpiredInstance {
         challenge_id: "c".into(),
         source_id: String::from(source),
         until: at(60),
-        since: None,
+        since: BEGAN,
     };
     let end = async |source| {
         let mut expired = Expired::listed(listed(source)).unwrap();
         // As the fake rounds to seconds, a second may pass in between.
         expired.until += Duration::from_secs(10);
-        sweeper.end(&expired, Instant::now()).await.unwrap()
+        sweeper.end(&expired).await.unwrap()
     };
     assert_eq!((end("ahead").await, end("renewed").await), (Outcome::Deleted, Outcome::Renewed));
     assert_eq!(Expired::listed(ExpiredInstance { until: None, ..listed("ahead") }), None);

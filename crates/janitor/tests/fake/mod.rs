@@ -19,7 +19,7 @@ use futures::{Stream, StreamExt as _, stream};
 use gauntlet_api::{
     error,
     extension::{
-        ExpiredInstance, ListExpiredRequest,
+        DeleteExpiredRequest, DeleteExpiredResponse, ExpiredInstance, ListExpiredRequest,
         sweeper_server::{Sweeper, SweeperServer},
     },
     v1::challenge as pbc,
@@ -57,6 +57,8 @@ pub struct State {
     pub queries: u32,
     /// Whether `gauntlet.v1` is served.
     pub extended: bool,
+    /// Without `DeleteExpired`, as in the first version of it.
+    pub only_lists: bool,
     /// Calls of `ListExpired`, refused ones too.
     pub lists: u32,
     pub deleted: Vec<String>,
@@ -96,6 +98,9 @@ pub fn at(seconds: i64) -> Option<prost_types::Timestamp> {
     Some(prost_types::Timestamp { seconds: Timestamp::now().as_second() + seconds, nanos: 0 })
 }
 
+/// When instances began, unless a test says otherwise.
+pub const BEGAN: Option<prost_types::Timestamp> = Some(prost_types::Timestamp { seconds: 1, nanos: 2 });
+
 /// A challenge with an instance for each source and its end.
 pub fn challenge(
     id: &str,
@@ -105,6 +110,7 @@ pub fn challenge(
     let instances = sources.iter().map(|(source, until)| pbi::Instance {
         challenge_id: id.into(),
         source_id: (*source).into(),
+        since: BEGAN,
         until: *until,
         ..Default::default()
     });
@@ -297,6 +303,33 @@ impl Sweeper for Fake {
             None => answers.boxed(),
         }))
     }
+
+    async fn delete_expired(
+        &self,
+        request: Request<DeleteExpiredRequest>,
+    ) -> Result<Response<DeleteExpiredResponse>, Status> {
+        self.note(&request);
+        let DeleteExpiredRequest { challenge_id, source_id, since } = request.into_inner();
+        if !self.with(|state| state.extended && !state.only_lists) {
+            return Err(Status::unimplemented("as a server that lacks it"));
+        }
+        let now = Timestamp::now().as_second();
+        let found = self.instance(&source_id).ok_or_else(|| error::instance_not_found(&challenge_id, &source_id))?;
+        let deleted = found.since == since && found.until.is_some_and(|until| until.seconds <= now);
+        if deleted {
+            self.take_down(source_id).await?;
+        }
+        Ok(Response::new(DeleteExpiredResponse { deleted }))
+    }
+}
+
+impl Fake {
+    fn instance(&self, source: &str) -> Option<pbi::Instance> {
+        self.with(|state| {
+            let mut all = state.challenges.iter().flat_map(|challenge| &challenge.instances);
+            all.find(|one| one.source_id == source).cloned()
+        })
+    }
 }
 
 #[async_trait]
@@ -310,10 +343,7 @@ impl InstanceManager for Fake {
         request: Request<pbi::RetrieveInstanceRequest>,
     ) -> Result<Response<pbi::Instance>, Status> {
         let pbi::RetrieveInstanceRequest { challenge_id, source_id } = request.into_inner();
-        let found = self.with(|state| {
-            let all = state.challenges.iter().flat_map(|challenge| &challenge.instances);
-            all.clone().find(|one| one.challenge_id == challenge_id && one.source_id == source_id).cloned()
-        });
+        let found = self.instance(&source_id);
         found.map(Response::new).ok_or_else(|| error::instance_not_found(&challenge_id, &source_id))
     }
 
@@ -332,7 +362,13 @@ impl InstanceManager for Fake {
 
     async fn delete_instance(&self, request: Request<pbi::DeleteInstanceRequest>) -> Result<Response<()>, Status> {
         self.note(&request);
-        let source = request.into_inner().source_id;
+        self.take_down(request.into_inner().source_id).await?;
+        Ok(Response::new(()))
+    }
+}
+
+impl Fake {
+    async fn take_down(&self, source: String) -> Result<(), Status> {
         self.with(|state| {
             state.under_way += 1;
             state.most_under_way = state.most_under_way.max(state.under_way);
@@ -345,6 +381,6 @@ impl InstanceManager for Fake {
             }
             state.deleted.push(source);
         });
-        Ok(Response::new(()))
+        Ok(())
     }
 }

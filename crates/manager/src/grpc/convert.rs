@@ -14,6 +14,12 @@ use jiff::Timestamp;
 const ADDITIONAL_ENTRIES: usize = 1024;
 const ADDITIONAL_BYTES: usize = 256 * 1024;
 
+/// The bounds of `google.protobuf.Timestamp`, 0001-01-01T00:00:00Z and 9999-12-31T23:59:59Z, and of `google.protobuf.Duration`: what is
+/// outside has no JSON form.
+const FIRST_SECOND: i64 = -62_135_596_800;
+const LAST_SECOND: i64 = 253_402_300_799;
+const LONGEST: Duration = Duration::from_secs(315_576_000_000);
+
 /// Also an attribute of the call's span: whom it was for.
 pub(super) fn challenge_id(field: &'static str, text: String) -> Result<ChallengeId> {
     let id = ChallengeId::new(text).map_err(|problem| bad_id(field, &problem))?;
@@ -30,22 +36,43 @@ fn bad_id(field: &'static str, problem: &InvalidId) -> Error {
 }
 
 fn timeout(duration: prost_types::Duration) -> Result<Duration> {
-    Duration::try_from(duration).map_err(|_| Error::Invalid {
+    let prost_types::Duration { seconds, nanos } = duration;
+    let bad = |rule: &str| Error::Invalid {
         field: "timeout",
-        problem: format!(
-            "must not be negative, got {}s {}ns; leave it out for no timeout",
-            duration.seconds, duration.nanos
-        ),
-    })
+        problem: format!("{rule}, got {seconds}s {nanos}ns; leave it out for no timeout"),
+    };
+    if seconds < 0 || (seconds == 0 && nanos < 0) {
+        return Err(bad("must not be negative"));
+    }
+    let nanos = u32::try_from(nanos).ok().filter(|nanos| *nanos < 1_000_000_000);
+    let (Ok(seconds), Some(nanos)) = (u64::try_from(seconds), nanos) else {
+        return Err(bad("must have 0 to 999999999 nanoseconds"));
+    };
+    let timeout = Duration::new(seconds, nanos);
+    if timeout > LONGEST { Err(bad(&format!("must be at most {}s", LONGEST.as_secs()))) } else { Ok(timeout) }
 }
 
 fn until(timestamp: prost_types::Timestamp) -> Result<Timestamp> {
-    let bad = |problem: String| Error::Invalid { field: "until", problem };
-    if !(0..1_000_000_000).contains(&timestamp.nanos) {
-        return Err(bad(format!("nanos must be 0 to 999999999, got {}", timestamp.nanos)));
+    time("until", timestamp)
+}
+
+pub(super) fn since(timestamp: Option<prost_types::Timestamp>) -> Result<Timestamp> {
+    let missing = || Error::Invalid { field: "since", problem: "must be given, as it was listed".to_owned() };
+    time("since", timestamp.ok_or_else(missing)?)
+}
+
+fn time(field: &'static str, timestamp: prost_types::Timestamp) -> Result<Timestamp> {
+    let prost_types::Timestamp { seconds, nanos } = timestamp;
+    let bad = |problem: String| Error::Invalid { field, problem };
+    if !(0..1_000_000_000).contains(&nanos) {
+        return Err(bad(format!("nanos must be 0 to 999999999, got {nanos}")));
     }
-    Timestamp::new(timestamp.seconds, timestamp.nanos)
-        .map_err(|_| bad(format!("must lie in the years 1 to 9999, got {} seconds since 1970", timestamp.seconds)))
+    if !(FIRST_SECOND..=LAST_SECOND).contains(&seconds) {
+        let problem =
+            format!("must lie within 0001-01-01T00:00:00Z and 9999-12-31T23:59:59Z, got {seconds} seconds since 1970");
+        return Err(bad(problem));
+    }
+    Ok(Timestamp::new(seconds, nanos).unwrap_or(Timestamp::MAX))
 }
 
 pub(super) fn additional(map: impl IntoIterator<Item = (String, String)>) -> Result<Additional> {
@@ -121,21 +148,33 @@ pub(super) fn challenge_update(request: pbc::UpdateChallengeRequest) -> Result<(
     Ok((id, update))
 }
 
+/// A time that JSON can say: one before the year 1, which builds of before took, is the first second of it.
 pub(super) fn timestamp(at: Timestamp) -> prost_types::Timestamp {
-    // Jiff keeps seconds and nanoseconds of one sign; protobuf's nanoseconds always count forward.
-    let (seconds, nanos) = (at.as_second(), at.subsec_nanosecond());
-    if nanos < 0 {
-        prost_types::Timestamp { seconds: seconds - 1, nanos: nanos + 1_000_000_000 }
-    } else {
-        prost_types::Timestamp { seconds, nanos }
+    // Jiff ends 26 hours before the year 9999 does.
+    if at == Timestamp::MAX {
+        return prost_types::Timestamp { seconds: LAST_SECOND, nanos: 0 };
     }
+    // Jiff keeps seconds and nanoseconds of one sign; protobuf's nanoseconds always count forward.
+    let (seconds, nanos) = match (at.as_second(), at.subsec_nanosecond()) {
+        (seconds, nanos) if nanos < 0 => (seconds - 1, nanos + 1_000_000_000),
+        positive => positive,
+    };
+    if seconds < FIRST_SECOND {
+        return prost_types::Timestamp { seconds: FIRST_SECOND, nanos: 0 };
+    }
+    prost_types::Timestamp { seconds, nanos }
+}
+
+/// A duration that JSON can say: a longer one, which builds of before took, is the longest.
+fn duration(timeout: Duration) -> prost_types::Duration {
+    prost_types::Duration::try_from(timeout.min(LONGEST)).unwrap_or_default()
 }
 
 pub(super) fn challenge(challenge: Challenge, instances: Vec<Instance>) -> pbc::Challenge {
     pbc::Challenge {
         id: challenge.id.as_str().to_owned(),
         scenario: challenge.scenario.reference,
-        timeout: challenge.timeout.and_then(|timeout| prost_types::Duration::try_from(timeout).ok()),
+        timeout: challenge.timeout.map(duration),
         until: challenge.until.map(timestamp),
         instances: instances.into_iter().map(instance).collect(),
         additional: challenge.additional.into_iter().collect(),
@@ -180,6 +219,54 @@ mod tests {
         let refused = new_challenge(request(-1)).unwrap_err();
         assert_eq!(refused.to_string(), "timeout: must not be negative, got -1s 0ns; leave it out for no timeout");
         assert!(until(prost_types::Timestamp { seconds: i64::MAX, nanos: 0 }).is_err());
+    }
+
+    #[test]
+    fn what_json_cannot_say_is_refused() {
+        let create = |seconds, nanos| {
+            let timeout = Some(prost_types::Duration { seconds, nanos });
+            new_challenge(pbc::CreateChallengeRequest {
+                id: "a".into(),
+                scenario: "s".into(),
+                timeout,
+                ..Default::default()
+            })
+        };
+        assert_eq!(create(315_576_000_000, 0).unwrap().timeout, Some(Duration::from_secs(315_576_000_000)));
+        for (seconds, nanos) in [(315_576_000_000, 1), (315_576_000_001, 0), (i64::MAX, 0), (1, 1_000_000_000), (1, -1)]
+        {
+            let refused = create(seconds, nanos).unwrap_err();
+            assert!(matches!(refused, Error::Invalid { field: "timeout", .. }), "{refused}");
+            assert!(refused.to_string().contains(&format!("got {seconds}s {nanos}ns")), "{refused}");
+        }
+        assert!(until(prost_types::Timestamp { seconds: FIRST_SECOND, nanos: 0 }).is_ok());
+        for seconds in [i64::MIN, FIRST_SECOND - 1, LAST_SECOND + 1, i64::MAX] {
+            let refused = until(prost_types::Timestamp { seconds, nanos: 0 }).unwrap_err().to_string();
+            assert!(refused.starts_with("until: ") && refused.contains(&seconds.to_string()), "{refused}");
+        }
+    }
+
+    #[test]
+    fn the_end_of_the_year_9999_is_legal() {
+        let end = prost_types::Timestamp { seconds: LAST_SECOND, nanos: 0 };
+        assert_eq!(timestamp(until(end).unwrap()), end);
+        let later = prost_types::Timestamp { nanos: 999_999_999, ..end };
+        assert_eq!(timestamp(until(later).unwrap()), end);
+        // As does a timeout that ends after it.
+        let now = Timestamp::from_second(1_700_000_000).unwrap();
+        let lapses = gauntlet_domain::expiry(now, Some(Duration::from_secs(315_576_000_000)), None).unwrap();
+        assert_eq!(timestamp(lapses), end);
+    }
+
+    #[test]
+    fn what_was_stored_before_is_said_in_the_nearest_way() {
+        for stored in [Timestamp::MIN, "-000001-01-01T00:00:00Z".parse().unwrap()] {
+            assert_eq!(timestamp(stored), prost_types::Timestamp { seconds: FIRST_SECOND, nanos: 0 });
+        }
+        for stored in [Duration::from_secs(315_576_000_001), Duration::MAX] {
+            assert_eq!(duration(stored), prost_types::Duration { seconds: 315_576_000_000, nanos: 0 });
+        }
+        assert_eq!(duration(Duration::from_millis(1500)), prost_types::Duration { seconds: 1, nanos: 500_000_000 });
     }
 
     #[test]

@@ -11,7 +11,7 @@ use tonic::{Request, Response, Status, async_trait};
 use super::{Answers, Handlers, answers, convert};
 use crate::status::status;
 
-fn seat(challenge_id: String, source_id: String) -> Result<(ChallengeId, SourceId), Status> {
+pub(super) fn seat(challenge_id: String, source_id: String) -> Result<(ChallengeId, SourceId), Status> {
     let challenge = convert::challenge_id("challenge_id", challenge_id).map_err(|error| status(&error))?;
     let source = convert::source_id("source_id", source_id).map_err(|error| status(&error))?;
     Ok((challenge, source))

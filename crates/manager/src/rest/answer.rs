@@ -55,10 +55,18 @@ impl IntoResponse for Failure {
 }
 
 /// The items as lines, each sent when it is there. Waits for the first: an error before it is the whole answer, an error after it is the
-/// last line. Without an item the body is empty and has no type.
+/// last line. An item that JSON cannot say is left out: it hides no other. Without an item the body is empty and has no type.
 pub(super) async fn stream<M: Message + Name + 'static>(items: Answers<M>) -> Result<Response, Failure> {
-    let mut lines =
-        items.map(|item| item.and_then(|message| json::stream_line(&message).map_err(|error| unencodable(&error))));
+    let mut lines = items.filter_map(|item| {
+        ready(match item.map(|message| json::stream_line(&message)) {
+            Ok(Ok(line)) => Some(Ok(line)),
+            Ok(Err(error)) => {
+                unencodable(&error);
+                None
+            }
+            Err(status) => Some(Err(status)),
+        })
+    });
     let Some(first) = lines.next().await.transpose()? else {
         return Ok(StatusCode::OK.into_response());
     };

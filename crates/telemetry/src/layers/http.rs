@@ -75,7 +75,14 @@ impl Watch for HttpServerLayer {
         if let Some(route) = route {
             attributes.push(KeyValue::new("http.route", route.to_owned()));
         }
-        Some(HttpCall { span, duration: self.duration.clone(), attributes, started: Instant::now(), status: None })
+        Some(HttpCall {
+            span,
+            duration: self.duration.clone(),
+            attributes,
+            started: Instant::now(),
+            bodiless: request.method() == Method::HEAD,
+            status: None,
+        })
     }
 }
 
@@ -86,13 +93,15 @@ pub struct HttpCall {
     duration: Histogram<f64>,
     attributes: Vec<KeyValue>,
     started: Instant,
+    /// Nobody reads a body: the answer is whole with its head.
+    bodiless: bool,
     status: Option<u16>,
 }
 
 impl Exchange for HttpCall {
     fn head(&mut self, head: &response::Parts) -> bool {
         self.status = Some(head.status.as_u16());
-        false
+        self.bodiless
     }
 
     fn trailers(&mut self, _: &HeaderMap) {}

@@ -60,3 +60,40 @@ async fn lists_what_has_expired_longest_overdue_first() {
     api.done("DELETE /api/v1/instance/short/3", "").await;
     assert_eq!(list(&mut client, 0).await, found.iter().skip(1).cloned().collect::<Vec<_>>());
 }
+
+#[tokio::test]
+async fn deletes_what_was_listed_and_nothing_that_took_its_place() {
+    let api = Api::new().await;
+    api.done("POST /api/v1/challenge", r#"{"id":"short","scenario":"reg/web:v1","timeout":"0.001s"}"#).await;
+    let create = async || api.done("POST /api/v1/instance", r#"{"challengeId":"short","sourceId":"1"}"#).await;
+    create().await;
+    let mut client = served(&api).await;
+    let mut only = async || {
+        let found = async {
+            loop {
+                if let [only] = list(&mut client, 0).await.as_slice() {
+                    break only.clone();
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), found).await.unwrap()
+    };
+    let request = |listed: ExpiredInstance| DeleteExpiredRequest {
+        challenge_id: listed.challenge_id,
+        source_id: listed.source_id,
+        since: listed.since,
+    };
+    let first = request(only().await);
+    api.done("DELETE /api/v1/instance/short/1", "").await;
+    create().await;
+    let second = request(only().await);
+    let delete = async |request: &DeleteExpiredRequest| {
+        let answer = api.handlers().delete_expired(Request::new(request.clone())).await;
+        answer.map(|answer| answer.into_inner().deleted).map_err(|status| status.code())
+    };
+    assert_eq!(delete(&first).await, Ok(false));
+    assert_eq!(delete(&second).await, Ok(true));
+    assert_eq!(delete(&second).await, Err(tonic::Code::NotFound));
+    let without = DeleteExpiredRequest { since: None, ..second };
+    assert_eq!(delete(&without).await, Err(tonic::Code::InvalidArgument));
+}
