@@ -69,21 +69,26 @@ pub fn challenge_no_renewal(id: &str) -> Status {
     )
 }
 
-/// CHALLENGE_POOLER_OUT_OF_BOUNDS: a bound of the pool is negative, or `max` is set and below `min`.
+/// CHALLENGE_POOLER_OUT_OF_BOUNDS: a bound of the pool is negative or above `limit`, or `max` is set and below `min`.
 #[must_use]
-pub fn challenge_pooler_out_of_bounds(min: i64, max: i64) -> Status {
+pub fn challenge_pooler_out_of_bounds(min: i64, max: i64, limit: i64) -> Status {
     let mut violations: Vec<_> = [("min", min), ("max", max)]
         .into_iter()
-        .filter(|(_, bound)| *bound < 0)
-        .map(|(field, bound)| {
-            violation(field, "MUST_BE_POSITIVE", format!("{field} is {bound}; it must be 0 or more."))
+        .filter_map(|(field, bound)| match bound {
+            ..0 => Some(violation(field, "MUST_BE_POSITIVE", format!("{field} is {bound}; it must be 0 or more."))),
+            _ if bound > limit => Some(violation(
+                field,
+                "MUST_NOT_EXCEED_LIMIT",
+                format!("{field} is {bound}; it must be {limit} or less."),
+            )),
+            _ => None,
         })
         .collect();
     if violations.is_empty() {
         violations.push(violation(
-            "max",
-            "MUST_NOT_BE_BELOW_MIN",
-            format!("max is {max}, below min, which is {min}; raise max, or set it to 0 for no bound."),
+            "min",
+            "INVERTED_BOUNDARIES",
+            format!("min is {min}, above max, which is {max}; raise max, or set it to 0 for no bound."),
         ));
     }
     Status::with_error_details_vec(
@@ -96,10 +101,12 @@ pub fn challenge_pooler_out_of_bounds(min: i64, max: i64) -> Status {
     )
 }
 
-/// CHALLENGE_INVALID_UPDATE_MASK: a path of the mask is no field that an update can change. `mask` is the mask as it came, its
-/// paths separated by commas.
+/// CHALLENGE_INVALID_UPDATE_MASK: a path of the mask is no field that an update can change. `paths` are all those of the mask; they are
+/// reported as the Go server does, in protobuf's text format.
 #[must_use]
-pub fn challenge_invalid_update_mask(mask: &str) -> Status {
+pub fn challenge_invalid_update_mask<S: AsRef<str>>(paths: &[S]) -> Status {
+    let quoted = |path: &S| format!("paths:\"{}\"", path.as_ref().replace('\\', "\\\\").replace('"', "\\\""));
+    let mask = paths.iter().map(quoted).collect::<Vec<_>>().join(" ");
     Status::with_error_details_vec(
         Code::InvalidArgument,
         "Invalid update mask.",
@@ -107,7 +114,7 @@ pub fn challenge_invalid_update_mask(mask: &str) -> Status {
             info(
                 DOMAIN,
                 "CHALLENGE_INVALID_UPDATE_MASK",
-                [("update-mask", mask)],
+                [("update-mask", &*mask)],
             ),
             BadRequest::new(vec![violation(
                 "update-mask",

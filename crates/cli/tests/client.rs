@@ -147,7 +147,7 @@ impl ChallengeStore for Fake {
         request: Request<pbc::CreateChallengeRequest>,
     ) -> Result<Response<pbc::Challenge>, Status> {
         match self.note(request) {
-            request if request.min < 0 => Err(error::challenge_pooler_out_of_bounds(request.min, request.max)),
+            request if request.min < 0 => Err(error::challenge_pooler_out_of_bounds(request.min, request.max, 1000)),
             request => Self::challenge(&request.id),
         }
     }

@@ -20,6 +20,7 @@ use futures::TryStreamExt as _;
 use gauntlet_domain::{
     Begin, Bounds, By, Challenge, ChallengeId, Commit, Error, Failure, Held, Identity, Instance, LockKind, LockMode,
     Operation, Phase, PhaseName, Pinned, Rollout, Seat, Slot, SourceId, Store as _, Stored, Stranded, Strategy, Target,
+    Version,
 };
 use jiff::Timestamp;
 use rig::{Fault, Rig, Tested};
@@ -71,8 +72,8 @@ contract! {
         a_seat_is_taken_once,
         a_changed_challenge_conflicts,
         a_create_waits_for_the_challenge_lock,
-        a_create_under_the_lock_does_not_wait,
-        a_create_under_a_lost_lock_is_fenced,
+        an_instance_begins_only_in_the_pool_that_was_counted,
+        creates_beside_a_pool_without_an_upper_bound_do_not_hold_it_up,
         closing_and_creating_never_miss_each_other,
         a_pooled_instance_is_claimed_once,
         a_claim_with_values_is_owned,
@@ -101,6 +102,7 @@ contract! {
         a_list_is_of_one_revision,
         a_census_counts,
         pools_are_found,
+        a_pool_is_counted_by_its_keys,
         the_unreadable_hides_no_other,
         a_hundred_pages_are_listed_one_at_a_time,
         any_text_is_an_id,

@@ -13,7 +13,8 @@
 //! by-expiry <until> <c> s <source>   index: claimed instances that end
 //! working <c> s <source>             index: instances not ready; the value is their phase, or the time of the next try if one failed
 //! rollouts <c>                       index: challenges with an update or deletion under way
-//! pools <c> [<identity>]             index: challenges that keep a pool, and pooled instances
+//! pools <c> [<identity>]             index: challenges that keep a pool, and pooled instances; the former is put again whenever the
+//!                                    challenge is given another instance that the pool's bounds count
 //! store                              which store this is: a text made at random when it was first used
 //! live owners <c> s <source>         who works on the instance; under its replica's lease
 //! live locks <kind> <c> w <unique>   who holds or awaits a lock, by revision of creation; under its replica's lease
@@ -108,6 +109,11 @@ impl Layout {
         self.under(&["instances", id.as_str(), "p"])
     }
 
+    /// The claimed instances of a challenge, and their intents.
+    pub(crate) fn claimed_of(&self, id: &ChallengeId) -> Keys {
+        self.under(&["instances", id.as_str(), "s"])
+    }
+
     /// The slot of an instance's key, and whether it is that of its intent.
     pub(crate) fn read_instance(&self, key: &str) -> Option<(Slot, bool)> {
         match self.words(key)?.as_slice() {
@@ -143,6 +149,11 @@ impl Layout {
         self.key(&["working", slot.challenge.as_str(), kind, name])
     }
 
+    /// The pooled instances of a challenge that are not ready.
+    pub(crate) fn pool_working(&self, id: &ChallengeId) -> Keys {
+        self.under(&["working", id.as_str(), "p"])
+    }
+
     /// The phase that a value of `working` tells.
     pub(crate) fn read_working(value: &[u8]) -> PhaseName {
         let working = [PhaseName::Provisioning, PhaseName::Updating, PhaseName::Deleting];
@@ -174,6 +185,24 @@ impl Layout {
 
     pub(crate) fn pools(&self) -> Keys {
         self.under(&["pools"])
+    }
+
+    /// The key that a challenge which keeps a pool has; its version is that of the pool.
+    pub(crate) fn pool(&self, id: &ChallengeId) -> String {
+        self.key(&["pools", id.as_str()])
+    }
+
+    /// The pooled instances of a challenge, in its index.
+    pub(crate) fn pool_index(&self, id: &ChallengeId) -> Keys {
+        self.under(&["pools", id.as_str()])
+    }
+
+    /// The slot of a key of that index.
+    pub(crate) fn read_pooled(&self, key: &str) -> Option<Slot> {
+        match self.words(key)?.as_slice() {
+            [_, c, identity] => read_slot(c, "p", identity),
+            _ => None,
+        }
     }
 
     /// The challenge of a key of `rollouts` or `pools`.

@@ -1,10 +1,12 @@
 //! The domain's store, as transactions on the key-value port.
 
+use std::collections::BTreeMap;
+
 use async_trait::async_trait;
 use futures::{TryStreamExt as _, stream};
 use gauntlet_domain::{
     Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, LockMode, Phase, PhaseName,
-    Result, Seat, Slot, SourceId, Store, Stored, Stranded, Stream, Survey, Version,
+    Pool, Result, Seat, Slot, SourceId, Store, Stored, Stranded, Stream, Survey, Version,
 };
 use jiff::Timestamp;
 
@@ -17,7 +19,7 @@ use crate::{
     memory::{POOLED, written},
     reads::{Indexed, Instances, Scan},
     records,
-    ticket::{Of, Ticket},
+    ticket::Of,
 };
 
 #[async_trait]
@@ -155,6 +157,34 @@ impl<K: Kv> Store for Coordination<K> {
         Box::pin(expired.try_filter(move |instance| std::future::ready(instance.expired(now))))
     }
 
+    async fn pool(&self, id: &ChallengeId, claimed: usize, pooled: usize) -> Result<Pool> {
+        let layout = &self.core.layout;
+        let some = |keys, limit: usize, keys_only| Op::Get(Get { keys, limit: limit.max(1), keys_only });
+        let mut read = self
+            .core
+            .read(vec![
+                Op::keys(Keys::one(layout.pool(id))),
+                // Each may have an intent.
+                some(layout.claimed_of(id), claimed.saturating_mul(2), true),
+                some(layout.pool_index(id), pooled, true),
+                some(layout.pool_working(id), pooled, false),
+            ])
+            .await?;
+        let version = version(&read.next_read()).unwrap_or(Version(0));
+        let records = read.next_read();
+        let records = records.iter().filter(|kv| layout.read_instance(&kv.key).is_none_or(|(_, intent)| !intent));
+        let claimed = records.count().min(claimed);
+        let pooled = read.next_read();
+        let working: BTreeMap<Slot, PhaseName> = read
+            .next_read()
+            .into_iter()
+            .filter_map(|kv| Some((layout.read_slot(&kv.key)?, Layout::read_working(&kv.value))))
+            .collect();
+        let phase = |slot: &Slot| working.get(slot).copied().unwrap_or(PhaseName::Ready);
+        let pooled = pooled.iter().filter_map(|kv| layout.read_pooled(&kv.key)).map(|slot| (phase(&slot), slot));
+        Ok(Pool { version, claimed, pooled: pooled.map(|(phase, slot)| (slot, phase)).collect() })
+    }
+
     async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {
         self.core.acquire(kind, id, LockMode::Write, by).await
     }
@@ -228,12 +258,12 @@ impl<K: Kv> Store for Coordination<K> {
         &self,
         challenge: &Stored<Challenge>,
         intent: &Instance,
-        under: Option<&Held>,
+        pool: Option<Version>,
         by: &By,
     ) -> Result<Held> {
         let (core, layout, id) = (&self.core, &self.core.layout, &challenge.value.id);
-        let slot = &intent.slot;
-        let lock = under.map(|held| core.lock_on(held, id)).transpose()?;
+        let (slot, bounds) = (&intent.slot, challenge.value.bounds);
+        let counts = bounds.min() > 0 && (slot.seat.is_pool() || bounds.max() > 0);
         let mut patience = Patience::new(by, LockKind::Challenge, id, || format!("the challenge lock of {id:?}"));
         loop {
             let lease = core.lease().await?;
@@ -241,38 +271,33 @@ impl<K: Kv> Store for Coordination<K> {
             let writers = layout.queue_of(LockKind::Challenge, id, LockMode::Write);
             let mut then = vec![live.put(), Op::put(layout.instance(slot), records::write_instance(intent))];
             then.extend(layout.instance_index(intent).into_iter().map(|(key, value)| Op::put(key, value)));
-            let txn = Txn {
-                when: vec![
-                    Compare::modified(layout.challenge(id), challenge.version.0),
-                    Compare::absent(layout.whole(slot)),
-                    Compare::absent(Keys::one(layout.owner(slot))),
-                    lock.map_or_else(|| Compare::absent(writers.clone()), Ticket::stands),
-                ],
-                then,
-                or: [Op::get(Keys::one(layout.owner(slot))), Op::get(writers)]
-                    .into_iter()
-                    .chain(core.survey_ops(slot))
-                    .collect(),
-            };
+            then.extend(counts.then(|| Op::put(layout.pool(id), "")));
+            let mut when = vec![
+                Compare::modified(layout.challenge(id), challenge.version.0),
+                Compare::absent(layout.whole(slot)),
+                Compare::absent(Keys::one(layout.owner(slot))),
+                Compare::absent(writers.clone()),
+            ];
+            if let Some(version) = pool {
+                when.extend([Compare::exists(layout.pool(id)), Compare::modified(layout.pool(id), version.0)]);
+            }
+            let or = [Op::get(Keys::one(layout.owner(slot))), Op::get(writers), Op::keys(Keys::one(layout.pool(id)))];
+            let txn = Txn { when, then, or: or.into_iter().chain(core.survey_ops(slot)).collect() };
             let of = Of::Instance(Box::new(intent.clone()));
             let (taken, mut result) = core.take(live, of, txn, false).await?;
             if let Some(ticket) = taken {
                 return Ok(held(LockKind::Instance, ticket, patience));
             }
-            let (mut ahead, writers) = (result.next_read(), result.next_read());
+            let mut ahead = result.next_read();
+            ahead.extend(result.next_read());
+            let counted = version(&result.next_read());
             let (survey, _) = core.read_survey(slot, &mut result)?;
             if survey.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version)
                 || survey.instance.is_some()
+                || pool.is_some_and(|pool| counted != Some(pool))
             {
                 core.met(slot, &survey);
                 return Err(Error::Conflict);
-            }
-            match lock {
-                Some(lock) if writers.iter().all(|kv| kv.created != lock.fence) => {
-                    return Err(fenced(LockKind::Challenge, lock.fence));
-                }
-                Some(_) => {}
-                None => ahead.extend(writers),
             }
             patience.wait(core, ahead).await?;
         }

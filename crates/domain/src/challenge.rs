@@ -99,11 +99,14 @@ impl Challenge {
         merged
     }
 
-    /// Applies what an update changes, the scenario already resolved, and counts it; refuses bounds that cannot be met.
-    pub(crate) fn apply(&mut self, update: &ChallengeUpdate, scenario: Option<Pinned>) -> Result<()> {
+    /// Applies what an update changes, the scenario already resolved, and counts it; refuses bounds that cannot be met, and new ones above
+    /// `pool_max`.
+    pub(crate) fn apply(&mut self, update: &ChallengeUpdate, scenario: Option<Pinned>, pool_max: u32) -> Result<()> {
+        let limit = i64::from(pool_max);
         let min = update.min.unwrap_or(self.bounds.min());
         let max = update.max.unwrap_or(self.bounds.max());
-        self.bounds = Bounds::new(min, max).ok_or(Error::PoolOutOfBounds { min, max })?;
+        let above = [update.min, update.max].into_iter().flatten().any(|bound| bound > limit);
+        self.bounds = Bounds::new(min, max).filter(|_| !above).ok_or(Error::PoolOutOfBounds { min, max, limit })?;
         self.revision += 1;
         let digest_changes = scenario.as_ref().is_some_and(|scenario| scenario.digest != self.scenario.digest);
         let values_change = update.additional.as_ref().is_some_and(|additional| *additional != self.additional);
@@ -237,12 +240,13 @@ mod tests {
                 let pinned = (scenario > 0).then(|| Pinned { reference: "r".to_owned(), digest: digest.clone() });
                 let changes = (scenario > 0 && before.scenario.digest != digest)
                     || additional.is_some_and(|additional| before.additional != additional);
-                if challenge.apply(&update, pinned).is_ok() {
+                if challenge.apply(&update, pinned, 2).is_ok() {
                     revision += 1;
                     if changes {
                         content = revision;
                     }
                     prop_assert!(challenge.bounds.max() == 0 || challenge.bounds.min() <= challenge.bounds.max());
+                    prop_assert!(challenge.bounds.min() <= 2 && challenge.bounds.max() <= 2);
                 } else {
                     prop_assert_eq!(&challenge, &before, "what is refused changes nothing");
                 }

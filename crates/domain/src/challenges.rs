@@ -5,7 +5,7 @@ use jiff::Timestamp;
 
 use crate::{
     Additional, Begin, Bounds, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Held, Instance,
-    LockKind, Operation, Phase, Result, Rollout, Stored, Strategy, Stream, Target, instances::Fallback,
+    LockKind, Operation, Phase, Result, Rollout, Slot, Stored, Strategy, Stream, Target, instances::Fallback,
 };
 
 /// A challenge to register.
@@ -41,7 +41,10 @@ pub struct Updated {
 impl Gauntlet {
     /// Registers a challenge. Its pool is filled later, by [`Gauntlet::tend_pool`].
     pub async fn create_challenge(&self, call: &Call, new: NewChallenge) -> Result<Challenge> {
-        let bounds = Bounds::new(new.min, new.max).ok_or(Error::PoolOutOfBounds { min: new.min, max: new.max })?;
+        let limit = i64::from(self.settings.pool_max);
+        let bounds = Bounds::new(new.min, new.max)
+            .filter(|_| new.min <= limit && new.max <= limit)
+            .ok_or(Error::PoolOutOfBounds { min: new.min, max: new.max, limit })?;
         // Before the scenario is fetched: asking for a known id is cheap.
         if self.store.challenge(&new.id).await?.is_some() {
             return Err(Error::ChallengeExists(new.id));
@@ -96,7 +99,7 @@ impl Gauntlet {
         let rollout = self.store.lock(LockKind::Rollout, id, &self.by(call)).await?;
         let changed = self
             .change(call, id, |challenge| {
-                challenge.apply(&update, scenario)?;
+                challenge.apply(&update, scenario, self.settings.pool_max)?;
                 challenge.rollout = Some(Rollout { strategy: update.strategy, origin: call.origin.clone() });
                 Ok(())
             })
@@ -251,7 +254,7 @@ impl Gauntlet {
     /// Takes every instance of a closing challenge down, then the challenge.
     pub(crate) async fn close(&self, call: &Call, rollout: Held, id: &ChallengeId) -> Result<()> {
         let instances: Vec<_> = self.store.instances_of(id).try_collect().await?;
-        let jobs = self.each(instances, |stored| self.remove(call, stored.value));
+        let jobs = self.each(instances, |stored| self.remove(call, stored.value.slot));
         let results = rollout.guard(async { Ok(jobs.await) }).await?;
         let removed = async {
             results.into_iter().collect::<Result<()>>()?;
@@ -270,13 +273,12 @@ impl Gauntlet {
     }
 
     /// Takes one stored instance down, whoever has it; one that is gone meanwhile is success.
-    pub(crate) async fn remove(&self, call: &Call, instance: Instance) -> Result<()> {
-        let challenge = instance.slot.challenge.clone();
-        let result = match self.store.begin(&instance.slot, Begin::Delete, &self.by(call)).await {
+    pub(crate) async fn remove(&self, call: &Call, slot: Slot) -> Result<()> {
+        let result = match self.store.begin(&slot, Begin::Delete, &self.by(call)).await {
             Err(Error::Conflict) => return Ok(()),
             Err(error) => Err(error),
             Ok((held, instance)) => self.take_down(call, held, instance, Operation::Delete).await,
         };
-        self.counted(&challenge, Operation::Delete, result)
+        self.counted(&slot.challenge, Operation::Delete, result)
     }
 }

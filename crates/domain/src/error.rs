@@ -23,17 +23,19 @@ pub enum Error {
     /// The challenge has no timeout, so there is nothing to renew by.
     #[error("challenge {0:?} has no timeout to renew by")]
     ChallengeNoRenewal(ChallengeId),
-    /// Pool bounds that cannot be met.
-    #[error("pool bounds out of range: min {min}, max {max}")]
+    /// Pool bounds that cannot be met, or above what is allowed here.
+    #[error("pool bounds out of range: min {min}, max {max}; at most {limit}")]
     PoolOutOfBounds {
         /// The lower bound asked for.
         min: i64,
         /// The upper bound asked for; 0 is none.
         max: i64,
+        /// What neither may exceed.
+        limit: i64,
     },
-    /// An update mask that names what cannot be updated.
-    #[error("update mask names unknown paths: {0}")]
-    InvalidUpdateMask(String),
+    /// An update mask that names what cannot be updated; all its paths.
+    #[error("update mask names unknown paths: {}", .0.join(","))]
+    InvalidUpdateMask(Vec<String>),
     /// The source has an instance of this challenge already.
     #[error("instance {0:?}/{1:?} already exists")]
     InstanceExists(ChallengeId, SourceId),

@@ -19,6 +19,7 @@ mod plan;
 mod pool;
 mod provisioner;
 mod reconcile;
+mod replenish;
 mod scenarios;
 mod store;
 mod usecases;
@@ -33,9 +34,10 @@ pub use plan::{Limits, Place, Plan, PortSpec, Probe, Protocol, Readiness, Worklo
 pub use pool::{Bounds, shortfall};
 pub use provisioner::{Found, Order, Outputs, Provisioner};
 pub use reconcile::Reconciled;
+pub use replenish::{PoolJob, PoolPlan};
 pub use scenarios::{Pinned, Scenarios};
 pub use store::{
-    Begin, By, Census, Commit, Grant, Held, LockKind, LockMode, Store, Stored, Stranded, Stream, Survey, Version,
+    Begin, By, Census, Commit, Grant, Held, LockKind, LockMode, Pool, Store, Stored, Stranded, Stream, Survey, Version,
     Waited,
 };
 pub use usecases::{Call, Entropy, Gauntlet, Settings};

@@ -22,6 +22,12 @@ impl Bounds {
     pub fn max(self) -> i64 {
         self.max
     }
+
+    /// The same with neither bound above `limit`.
+    #[must_use]
+    pub fn capped(self, limit: i64) -> Self {
+        Self { min: self.min.min(limit), max: self.max.min(limit) }
+    }
 }
 
 /// How many pooled instances are missing (positive) or too many (negative), `claimed` and `pooled` counted whatever their phase. An
@@ -68,6 +74,19 @@ mod tests {
             }
             prop_assert_eq!(pooled as i64 + shortfall(bounds, claimed, pooled, true), wanted);
             prop_assert_eq!(shortfall(bounds, claimed, pooled, false), -(pooled as i64));
+        }
+
+        #[test]
+        fn capped_bounds_can_be_met_and_stay_bounded(min in 0i64.., room in 0i64.., bounded: bool, limit in 0i64..) {
+            let max = if bounded { min.saturating_add(room) } else { 0 };
+            let bounds = Bounds::new(min, max).unwrap();
+            let capped = bounds.capped(limit);
+            prop_assert!(Bounds::new(capped.min(), capped.max()).is_some());
+            prop_assert!(capped.min() <= limit && capped.max() <= limit);
+            prop_assert_eq!(capped.capped(limit), capped);
+            if min <= limit && max <= limit {
+                prop_assert_eq!(capped, bounds);
+            }
         }
 
         #[test]

@@ -1,13 +1,12 @@
-//! Finishing what nobody owns: work that a crash left, failures due for another try, pools off their bounds, resources without a record.
+//! Finishing what nobody owns: work that a crash left, failures due for another try, resources without a record.
 
 use std::collections::BTreeMap;
 
 use futures::TryStreamExt as _;
 
 use crate::{
-    Action, Begin, By, Call, Challenge, ChallengeId, Error, Fact, Found, Gauntlet, Held, Identity, Instance, LockKind,
-    Operation, Phase, PhaseName, Result, Seat, Slot, Stored, Stranded, Strategy, Target, instances::Fallback,
-    shortfall,
+    Action, Begin, By, Call, ChallengeId, Error, Fact, Found, Gauntlet, Held, Identity, Instance, LockKind, Operation,
+    Phase, PhaseName, Result, Stored, Stranded, Strategy, Target, instances::Fallback,
 };
 
 /// What one pass did.
@@ -21,6 +20,8 @@ pub struct Reconciled {
     pub revived: usize,
     /// Resources without a record that were taken down.
     pub orphans: usize,
+    /// Challenges whose pools are to be looked at ([`Gauntlet::plan_pool`]): those that keep a pool or have pooled instances.
+    pub pools: Vec<ChallengeId>,
     /// What did not work; each is tried again in a later pass.
     pub failures: Vec<Error>,
 }
@@ -42,10 +43,7 @@ impl Gauntlet {
                 Err(error) => done.failures.push(error),
             }
         }
-        let pools = self.store.pools().await?;
-        let tended = self.each(pools, |id| async move { self.tend_pool(call, &id).await }).await;
-        done.failures.extend(tended.into_iter().filter_map(Result::err));
-
+        done.pools = self.store.pools().await?;
         self.examine(call, found, &mut done).await?;
         Ok(done)
     }
@@ -106,48 +104,6 @@ impl Gauntlet {
             }
             _ => self.store.release(rollout).await,
         }
-    }
-
-    /// Brings one challenge's pool to its bounds: records what is missing under the challenge's lock, and brings it up (or takes down what
-    /// is too much) without it.
-    pub async fn tend_pool(&self, call: &Call, id: &ChallengeId) -> Result<()> {
-        let lock = self.store.lock(LockKind::Challenge, id, &self.by(call)).await?;
-        let planned = self.plan_pool(call, &lock, id).await;
-        self.store.release(lock).await?;
-        let (challenge, begun, excess) = planned?;
-        let Some(challenge) = challenge else { return Ok(()) };
-        let filled = self.each(begun, |(held, intent)| async {
-            let result = self.bring_up(call, held, &challenge, intent).await.map(|_| ());
-            self.counted(id, Operation::Create, result)
-        });
-        let drained = self.each(excess, |instance| self.remove(call, instance));
-        let (filled, drained) = futures::join!(filled, drained);
-        filled.into_iter().chain(drained).collect()
-    }
-
-    /// What is missing, begun; and what is too much.
-    async fn plan_pool(&self, call: &Call, lock: &Held, id: &ChallengeId) -> Result<PoolPlan> {
-        let Some(challenge) = self.store.challenge(id).await? else {
-            return Ok((None, Vec::new(), Vec::new()));
-        };
-        // What cannot be read counts too, for whoever can read it.
-        self.store.all_readable(id).await?;
-        let instances: Vec<Instance> = self.store.instances_of(id).map_ok(|stored| stored.value).try_collect().await?;
-        let (mut pooled, claimed): (Vec<_>, Vec<_>) =
-            instances.into_iter().partition(|instance| instance.slot.seat.is_pool());
-        pooled.retain(|instance| instance.phase != Phase::Deleting);
-        let open = !challenge.value.closing && !challenge.value.expired(call.now);
-        let missing = shortfall(challenge.value.bounds, claimed.len(), pooled.len(), open);
-        let mut begun = Vec::new();
-        for _ in 0..missing {
-            let intent = pooled_intent(call, &challenge);
-            let held = self.store.begin_create(&challenge, &intent, Some(lock), &self.by(call)).await?;
-            begun.push((held, intent));
-        }
-        // What does not run goes first.
-        pooled.sort_by_key(|instance| instance.phase == Phase::Ready);
-        pooled.truncate(usize::try_from(-missing).unwrap_or(0));
-        Ok((Some(challenge.value), begun, pooled))
     }
 
     /// Takes down what has no record, and brings back what should run and does not.
@@ -230,25 +186,4 @@ impl Gauntlet {
 /// Without waiting for whoever owns it.
 fn at_once(call: &Call) -> By {
     By { origin: call.origin.clone(), ..By::default() }
-}
-
-type PoolPlan = (Option<Challenge>, Vec<(Held, Instance)>, Vec<Instance>);
-
-fn pooled_intent(call: &Call, challenge: &Stored<Challenge>) -> Instance {
-    let identity = call.identity();
-    Instance {
-        slot: Slot { challenge: challenge.value.id.clone(), seat: Seat::Pool(identity.clone()) },
-        identity,
-        phase: Phase::Provisioning,
-        since: call.now,
-        last_renew: call.now,
-        until: None,
-        scenario: challenge.value.scenario.clone(),
-        applied: challenge.value.revision,
-        additional: crate::Additional::new(),
-        connection_info: String::new(),
-        flags: Vec::new(),
-        target: None,
-        origin: call.origin.clone(),
-    }
 }

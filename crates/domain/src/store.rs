@@ -162,6 +162,17 @@ impl Survey {
     }
 }
 
+/// What the bounds of a challenge's pool are about, at one revision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pool {
+    /// Changes whenever the challenge is given another instance that its bounds count: pooled, or claimed where there is an upper bound.
+    pub version: Version,
+    /// Claimed instances, in whatever phase, counted no further than was asked for.
+    pub claimed: usize,
+    /// Pooled instances and their phases, read no further than was asked for.
+    pub pooled: Vec<(Slot, PhaseName)>,
+}
+
 /// What is about to be done with a stored instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Begin {
@@ -250,6 +261,10 @@ pub trait Store: Send + Sync {
     /// or goes while this is read may be left out.
     fn expired(&self, now: Timestamp) -> Stream<'_, Instance>;
 
+    /// Reads what the bounds of a pool are about, by keys alone: an instance that cannot be read counts. One transaction, which reads no more
+    /// than `claimed` claimed and `pooled` pooled instances, however many there are.
+    async fn pool(&self, id: &ChallengeId, claimed: usize, pooled: usize) -> Result<Pool>;
+
     /// Takes a challenge's lock exclusively, first come first served. The challenge need not exist. [`Error::Busy`] when patience ends.
     async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held>;
 
@@ -264,13 +279,14 @@ pub trait Store: Send + Sync {
     /// [`Error::Conflict`] if instances are left.
     async fn remove_challenge(&self, held: Held, id: &ChallengeId) -> Result<()>;
 
-    /// Records the intent of a new instance and takes its ownership. Waits while the challenge's lock is held, unless `under` is that
-    /// lock. [`Error::Conflict`] if the challenge changed since it was read or the seat is taken.
+    /// Records the intent of a new instance and takes its ownership. Waits while the challenge's lock is held. [`Error::Conflict`] if the
+    /// challenge changed since it was read, the seat is taken, or `pool` is not the pool's version any more. Where the pool's version
+    /// changes by this ([`Pool::version`]) it becomes the fencing token of the answer.
     async fn begin_create(
         &self,
         challenge: &Stored<Challenge>,
         intent: &Instance,
-        under: Option<&Held>,
+        pool: Option<Version>,
         by: &By,
     ) -> Result<Held>;
 

@@ -47,6 +47,8 @@ pub struct Settings {
     pub retry_first: Duration,
     /// The longest delay between two tries.
     pub retry_longest: Duration,
+    /// The most that a challenge's `min` or `max` may be. One that was stored with more is treated as if it had this.
+    pub pool_max: u32,
 }
 
 impl Default for Settings {
@@ -56,6 +58,7 @@ impl Default for Settings {
             concurrency: 8,
             retry_first: Duration::from_secs(5),
             retry_longest: Duration::from_secs(300),
+            pool_max: 1000,
         }
     }
 }

@@ -1,19 +1,14 @@
-//! Background work: the reconciler, periodic and signalled, and the refill of pools. One code path each, idempotent, in every replica.
+//! Background work: the reconciler, periodic and signalled, and what looks after pools. One code path each, idempotent, in every replica.
 
 use std::{sync::Arc, time::Duration};
 
-use futures::StreamExt as _;
 use gauntlet_domain::{ChallengeId, Error, Gauntlet};
 use gauntlet_telemetry::context;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, watch};
 use tracing::{Instrument as _, field::Empty, info_span};
 
-use crate::{operations::call_now, tasks::Tasks};
+use crate::{operations::call_now, pools::Pools, tasks::Tasks};
 
-/// Pools waiting to be tended; past this many the periodic pass picks them up.
-const POOL_QUEUE: usize = 1024;
-/// Pools tended at once.
-const POOLS_AT_ONCE: usize = 4;
 /// After a pass that could read nothing: how long signals wait, and how long the first pass waits for its next try.
 const AGAIN: Duration = Duration::from_secs(2);
 
@@ -21,7 +16,7 @@ const AGAIN: Duration = Duration::from_secs(2);
 #[derive(Clone)]
 pub(crate) struct Signals {
     reconcile: Arc<Notify>,
-    pools: mpsc::Sender<(ChallengeId, Option<String>)>,
+    pools: Arc<Pools>,
 }
 
 impl Signals {
@@ -32,25 +27,24 @@ impl Signals {
 
     /// Asks for a challenge's pool to be looked at, on behalf of the current trace.
     pub(crate) fn pool(&self, challenge: &ChallengeId) {
-        if self.pools.try_send((challenge.clone(), context::current_traceparent())).is_err() {
-            self.reconcile();
-        }
+        self.pools.ask(challenge, context::current_traceparent());
     }
 }
 
 /// The receiving side, until [`Background::start`].
 pub(crate) struct Background {
     reconcile: Arc<Notify>,
-    pools: mpsc::Receiver<(ChallengeId, Option<String>)>,
+    pools: Arc<Pools>,
     settled: watch::Sender<bool>,
 }
 
 /// Both sides of the signals.
 pub(crate) fn signals() -> (Signals, Background) {
     let reconcile = Arc::new(Notify::new());
-    let (sender, receiver) = mpsc::channel(POOL_QUEUE);
-    let background = Background { reconcile: reconcile.clone(), pools: receiver, settled: watch::Sender::new(false) };
-    (Signals { reconcile, pools: sender }, background)
+    let pools = Arc::new(Pools::default());
+    let background =
+        Background { reconcile: reconcile.clone(), pools: pools.clone(), settled: watch::Sender::new(false) };
+    (Signals { reconcile, pools }, background)
 }
 
 impl Background {
@@ -59,13 +53,19 @@ impl Background {
         self.settled.subscribe()
     }
 
+    #[cfg(test)]
+    pub(crate) fn pools(&self) -> &Arc<Pools> {
+        &self.pools
+    }
+
     /// Starts both loops. The first reconcile pass runs at once: a restart finds what a crash left.
     pub(crate) fn start(self, tasks: &Tasks, gauntlet: &Gauntlet, every: Duration) {
-        let Self { reconcile, mut pools, settled } = self;
+        let Self { reconcile, pools, settled } = self;
         let reconciler = gauntlet.clone();
+        pools.start(tasks, gauntlet);
         tasks.background("reconcile", |stop| async move {
             loop {
-                if run_reconcile(&reconciler).await {
+                if run_reconcile(&reconciler, &pools).await {
                     settled.send_replace(true);
                 } else {
                     // While the store is away every call that fails asks for a pass, which would fail too.
@@ -86,24 +86,11 @@ impl Background {
                 }
             }
         });
-        let tender = gauntlet.clone();
-        tasks.background("pools", |stop| async move {
-            let queue = async_stream(&mut pools);
-            let work = queue.for_each_concurrent(POOLS_AT_ONCE, |(challenge, origin)| tend(&tender, challenge, origin));
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = work => {}
-            }
-        });
     }
 }
 
-fn async_stream<T>(receiver: &mut mpsc::Receiver<T>) -> impl futures::Stream<Item = T> {
-    futures::stream::poll_fn(move |cx| receiver.poll_recv(cx))
-}
-
 /// Answers whether it has been over everything, whatever came of each.
-async fn run_reconcile(gauntlet: &Gauntlet) -> bool {
+async fn run_reconcile(gauntlet: &Gauntlet, pools: &Pools) -> bool {
     let span = info_span!(
         parent: None,
         "reconcile",
@@ -132,6 +119,9 @@ async fn run_reconcile(gauntlet: &Gauntlet) -> bool {
                         "reconciled"
                     );
                 }
+                for challenge in &done.pools {
+                    pools.ask(challenge, context::current_traceparent());
+                }
                 for error in &done.failures {
                     tracing::warn!(error.type = error.code(), %error, "not reconciled, will be tried again");
                 }
@@ -149,21 +139,6 @@ async fn run_reconcile(gauntlet: &Gauntlet) -> bool {
     }
     .instrument(span)
     .await
-}
-
-async fn tend(gauntlet: &Gauntlet, challenge: ChallengeId, origin: Option<String>) {
-    let span = info_span!(parent: None, "pool.refill", challenge.id = %challenge, error.type = Empty);
-    if let Some(origin) = &origin {
-        context::link(&span, origin);
-    }
-    async {
-        if let Err(error) = gauntlet.tend_pool(&call_now(), &challenge).await {
-            tracing::warn!(error.type = error.code(), %error, %challenge, "pool not tended, will be tried again");
-            failed(&error);
-        }
-    }
-    .instrument(span)
-    .await;
 }
 
 fn failed(error: &Error) {

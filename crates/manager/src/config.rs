@@ -118,6 +118,9 @@ pub struct Config {
     /// More directories to look for the programs of scenarios in, before PATH.
     #[arg(long, env = "INSTANCE_PATH", value_delimiter = ':', value_name = "DIR:...", help_heading = "Instances")]
     pub instance_path: Vec<PathBuf>,
+    /// The most that `min` or `max` of a challenge's pool may be. One stored with more is treated as if it had this.
+    #[arg(long, env = "POOL_MAX", default_value_t = 1000, value_name = "COUNT", help_heading = "Instances")]
+    pub pool_max: u32,
 
     /// How long a call waits for whoever works on the same challenge or instance.
     #[arg(long, env = "PATIENCE", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]

@@ -12,6 +12,7 @@ mod grpc;
 mod health;
 mod observed;
 mod operations;
+mod pools;
 mod rest;
 mod server;
 mod status;
@@ -25,7 +26,7 @@ pub use config::{Config, DebugAddress, Secret};
 use gauntlet_domain::{Error, Gauntlet, Provisioner as _, Settings, Store};
 pub use gauntlet_provision::process::shim::run_if_requested as supervise_if_requested;
 use gauntlet_telemetry::Telemetry;
-use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, ObservedStore};
+use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, ObservedStore, SignallingFacts};
 use operations::Operations;
 use tasks::Tasks;
 use tokio::sync::watch;
@@ -64,8 +65,10 @@ impl Manager {
         let scenarios = ObservedScenarios::new(Arc::new(library.clone()), instances.name(), instruments.clone());
         let store: Arc<dyn Store> = Arc::new(ObservedStore::new(backend.store(), instruments.clone()));
 
-        let settings = Settings { patience: config.patience, ..Settings::default() };
-        let facts = Arc::new(CountedFacts(instruments.clone()));
+        let settings = Settings { patience: config.patience, pool_max: config.pool_max, ..Settings::default() };
+        let (signals, background) = background::signals();
+        let facts = SignallingFacts { inner: Arc::new(CountedFacts(instruments.clone())), signals: signals.clone() };
+        let facts = Arc::new(facts);
         let gauntlet = Gauntlet::new(store.clone(), Arc::new(provisioner), Arc::new(scenarios), facts, settings);
 
         gauges::register(telemetry.gauges(), backend.store());
@@ -73,7 +76,6 @@ impl Manager {
         let who =
             serde_json::json!({ "replica": replica, "store": store.backend(), "version": env!("CARGO_PKG_VERSION") });
         telemetry.debug().panel("manager", move || who.clone());
-        let (signals, background) = background::signals();
         let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals));
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let asked =

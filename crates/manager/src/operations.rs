@@ -91,12 +91,8 @@ impl Operations {
         source: SourceId,
         additional: Additional,
     ) -> Result<Instance> {
-        let id = challenge.clone();
-        let created = self
-            .run(|gauntlet, call| async move { gauntlet.create_instance(&call, &challenge, &source, additional).await })
-            .await?;
-        self.signals.pool(&id);
-        Ok(created)
+        self.run(|gauntlet, call| async move { gauntlet.create_instance(&call, &challenge, &source, additional).await })
+            .await
     }
 
     pub(crate) async fn retrieve_instance(&self, challenge: &ChallengeId, source: &SourceId) -> Result<Instance> {

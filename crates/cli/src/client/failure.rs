@@ -184,8 +184,8 @@ mod tests {
         let all = [
             error::challenge_not_found("web-1"),
             error::challenge_no_renewal("web-1"),
-            error::challenge_pooler_out_of_bounds(-1, -2),
-            error::challenge_invalid_update_mask("id"),
+            error::challenge_pooler_out_of_bounds(-1, -2, 1000),
+            error::challenge_invalid_update_mask(&["id"]),
             error::instance_already_exists("web-1", "42"),
             error::oci_reference_malformed("a b", "It has a space."),
             error::invalid_field("id", "must not be empty"),

@@ -56,6 +56,9 @@ pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
     store.claim(&web, &pooled, &instance(slot.clone(), Phase::Ready), &patient()).await.unwrap();
     spent("a claim", &[("txn", 1)]);
 
+    store.pool(&id("web"), 1000, 1000).await.unwrap();
+    spent("what a refill needs to know", &[("txn", 1)]);
+
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.update_challenge(held, &web.value).await.unwrap();
     spent("a change of a challenge", &[("txn", 2)]);
@@ -115,6 +118,8 @@ pub(super) async fn each_use_case_keeps_its_budget(rig: &impl Rig) {
         create("pooled", who).await;
         spent("a claim", &[("txn", 1)]);
     }
+    gauntlet.plan_pool(&call(), &id("web"), 8).await.unwrap();
+    spent("a look at a pool", &[("txn", 2)]);
     create("pooled", "dave").await;
     spent("a create beside an empty pool: is it still? then begun and committed", &[("txn", 3)]);
 

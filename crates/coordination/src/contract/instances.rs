@@ -74,34 +74,66 @@ pub(super) async fn a_create_waits_for_the_challenge_lock(rig: &impl Rig) {
     store.check().await;
 }
 
-pub(super) async fn a_create_under_the_lock_does_not_wait(rig: &impl Rig) {
-    let store = rig.replica("a");
-    let web = store.with("web").await;
+/// A challenge with bounds, stored.
+async fn bounded<T: Tested>(store: &Coordination<T>, name: &str, min: i64, max: i64) -> Stored<Challenge> {
+    let bounds = Bounds::new(min, max).unwrap();
+    store.insert_challenge(&Challenge { bounds, ..challenge(name) }).await.unwrap();
+    store.stored(name).await
+}
+
+pub(super) async fn an_instance_begins_only_in_the_pool_that_was_counted(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let web = bounded(&store, "web", 2, 3).await;
+    let pooled = |bits| Instance { until: None, ..instance(pool_seat("web", bits), Phase::Provisioning) };
+    let counted = store.pool(&id("web"), 3, 9).await.unwrap();
+    let first = store.begin_create(&web, &pooled(1), Some(counted.version), &at_once()).await.unwrap();
+    // Whoever counted before has not counted that one.
+    let again = other.begin_create(&web, &pooled(2), Some(counted.version), &at_once()).await;
+    assert_eq!(again.unwrap_err(), Error::Conflict);
+    let next = other.pool(&id("web"), 3, 9).await.unwrap();
+    assert_eq!(next.version, Version(first.fence));
+    assert_eq!(next.pooled, [(pool_seat("web", 1), PhaseName::Provisioning)]);
+    // Nor one that a source takes beside the pool.
+    let alice = seat("web", "alice");
+    let taken =
+        store.begin_create(&web, &instance(alice.clone(), Phase::Provisioning), None, &at_once()).await.unwrap();
+    let beside = other.begin_create(&web, &pooled(2), Some(next.version), &at_once()).await;
+    assert_eq!(beside.unwrap_err(), Error::Conflict);
+    // What is finished, and what is taken from the pool, adds nothing.
+    let counted = other.pool(&id("web"), 3, 9).await.unwrap();
+    assert_eq!((counted.claimed, counted.pooled.len()), (1, 1));
+    let ready = Instance { phase: Phase::Ready, ..pooled(1) };
+    store.commit(first, &ready.slot, Commit::Put(Box::new(ready.clone()))).await.unwrap();
+    store.commit(taken, &alice, Commit::Put(Box::new(instance(alice.clone(), Phase::Ready)))).await.unwrap();
+    let stored = store.at(&ready.slot).await;
+    store.claim(&web, &stored, &instance(seat("web", "bob"), Phase::Ready), &at_once()).await.unwrap();
+    let second = other.begin_create(&web, &pooled(2), Some(counted.version), &at_once()).await.unwrap();
+    other.commit(second, &pooled(2).slot, Commit::Remove).await.unwrap();
+    // A change of the challenge is told by the challenge.
     let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    let slot = pool_seat("web", 1);
-    let intent = Instance { until: None, ..instance(slot.clone(), Phase::Provisioning) };
-    let held = store.begin_create(&web, &intent, Some(&lock), &at_once()).await.unwrap();
-    store.release(lock).await.unwrap();
-    let ready = Instance { phase: Phase::Ready, ..intent };
-    store.commit(held, &slot, Commit::Put(Box::new(ready.clone()))).await.unwrap();
-    assert_eq!(store.at(&slot).await.value, ready);
-    let lock = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
-    let wrong = store.begin_create(&web, &ready, Some(&lock), &at_once()).await;
-    assert!(matches!(wrong, Err(Error::Internal(_))), "another lock does not stand for it");
-    drop(lock);
+    store.update_challenge(lock, &Challenge { revision: 2, ..web.value.clone() }).await.unwrap();
+    let version = other.pool(&id("web"), 3, 9).await.unwrap().version;
+    let late = other.begin_create(&web, &pooled(3), Some(version), &at_once()).await;
+    assert_eq!(late.unwrap_err(), Error::Conflict);
     store.check().await;
 }
 
-pub(super) async fn a_create_under_a_lost_lock_is_fenced(rig: &impl Rig) {
+pub(super) async fn creates_beside_a_pool_without_an_upper_bound_do_not_hold_it_up(rig: &impl Rig) {
     let store = rig.replica("a");
-    let web = store.with("web").await;
-    let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    let mine = store.live_keys().await.remove(0);
-    store.core.kv.txn(Txn { then: vec![Op::delete(mine)], ..Txn::default() }).await.unwrap();
-    let intent = instance(pool_seat("web", 1), Phase::Provisioning);
-    let result = store.begin_create(&web, &intent, Some(&lock), &patient()).await;
-    assert!(matches!(result, Err(Error::Fenced(_))), "{result:?}");
-    assert_eq!(store.instance(&intent.slot).await.unwrap(), None);
+    let web = bounded(&store, "web", 2, 0).await;
+    let counted = store.pool(&id("web"), 0, 9).await.unwrap();
+    store.ready(&web, seat("web", "alice")).await;
+    let pooled = Instance { until: None, ..instance(pool_seat("web", 1), Phase::Provisioning) };
+    let held = store.begin_create(&web, &pooled, Some(counted.version), &at_once()).await.unwrap();
+    store.commit(held, &pooled.slot, Commit::Remove).await.unwrap();
+    // One that keeps no pool has no version to begin by.
+    let none = store.with("none").await;
+    store.ready(&none, seat("none", "alice")).await;
+    let counted = store.pool(&id("none"), 0, 9).await.unwrap();
+    let pooled = Instance { until: None, ..instance(pool_seat("none", 1), Phase::Provisioning) };
+    let refused = store.begin_create(&none, &pooled, Some(counted.version), &at_once()).await;
+    assert_eq!(refused.unwrap_err(), Error::Conflict);
+    store.check().await;
 }
 
 pub(super) async fn closing_and_creating_never_miss_each_other(rig: &impl Rig) {

@@ -266,6 +266,31 @@ pub(super) async fn pools_are_found(rig: &impl Rig) {
     store.check().await;
 }
 
+pub(super) async fn a_pool_is_counted_by_its_keys(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let web = Challenge { bounds: Bounds::new(2, 5).unwrap(), ..challenge("web") };
+    store.insert_challenge(&web).await.unwrap();
+    let sources = ["alice", "bob", "carol"].map(|who| instance(seat("web", who), Phase::Ready));
+    store.put(&sources).await;
+    let phases = [Phase::Ready, Phase::Provisioning, Phase::Deleting, Phase::Ready, Phase::Updating];
+    let pooled: Vec<_> = (1..).zip(phases).map(|(bits, phase)| instance(pool_seat("web", bits), phase)).collect();
+    store.put(&pooled).await;
+    // What an owner is at, and what cannot be read, counts as it stands in the keys.
+    let _owned = store.begin(&seat("web", "bob"), Begin::Delete, &patient()).await.unwrap();
+    let _drained = store.begin(&pool_seat("web", 1), Begin::Delete, &patient()).await.unwrap();
+    store.garble(store.core.layout.instance(&pool_seat("web", 4)), "not json").await;
+    store.garble(store.core.layout.instance(&seat("web", "carol")), "not json").await;
+    // Neighbours of the same letters do not.
+    store.put(&[instance(seat("web-1", "x"), Phase::Ready), instance(pool_seat("web-1", 9), Phase::Ready)]).await;
+    let pool = store.pool(&id("web"), 5, 9).await.unwrap();
+    let names =
+        [PhaseName::Deleting, PhaseName::Provisioning, PhaseName::Deleting, PhaseName::Ready, PhaseName::Updating];
+    let expected: Vec<_> = (1..).zip(names).map(|(bits, phase)| (pool_seat("web", bits), phase)).collect();
+    assert_eq!((pool.claimed, pool.pooled), (3, expected.clone()));
+    let part = store.pool(&id("web"), 2, 3).await.unwrap();
+    assert_eq!((part.claimed, part.pooled, part.version), (2, expected[..3].to_vec(), pool.version));
+}
+
 pub(super) async fn the_unreadable_hides_no_other(rig: &impl Rig) {
     let store = rig.replica("a");
     for name in ["a", "b", "c"] {

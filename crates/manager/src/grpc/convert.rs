@@ -143,7 +143,7 @@ pub(super) fn challenge_update(request: pbc::UpdateChallengeRequest) -> Result<(
         }
     }
     if unknown {
-        return Err(Error::InvalidUpdateMask(paths.join(",")));
+        return Err(Error::InvalidUpdateMask(paths));
     }
     Ok((id, update))
 }
@@ -283,6 +283,9 @@ mod tests {
         let update = challenge_update(request.clone()).unwrap().1;
         assert_eq!((update.min, update.until, update.max), (Some(3), Some(None), None));
         request.update_mask = Some(prost_types::FieldMask { paths: vec!["min".into(), "instances".into()] });
-        assert_eq!(challenge_update(request).unwrap_err(), Error::InvalidUpdateMask("min,instances".into()));
+        assert_eq!(
+            challenge_update(request).unwrap_err(),
+            Error::InvalidUpdateMask(vec!["min".into(), "instances".into()])
+        );
     }
 }

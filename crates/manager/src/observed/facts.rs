@@ -1,7 +1,26 @@
-//! Domain facts become metrics here, in one exhaustive match.
+//! Domain facts become metrics here, in one exhaustive match; and a create that looked into a pool has it looked after.
+
+use std::sync::Arc;
 
 use gauntlet_domain::{Fact, Facts};
 use gauntlet_telemetry::instruments::Instruments;
+
+use crate::background::Signals;
+
+/// Asks for a pool to be looked at once a create has taken from it, or found it empty; passes every fact on.
+pub(crate) struct SignallingFacts {
+    pub(crate) inner: Arc<dyn Facts>,
+    pub(crate) signals: Signals,
+}
+
+impl Facts for SignallingFacts {
+    fn note(&self, fact: Fact) {
+        if let Fact::PoolClaim { challenge, .. } = &fact {
+            self.signals.pool(challenge);
+        }
+        self.inner.note(fact);
+    }
+}
 
 /// Counts facts.
 pub(crate) struct CountedFacts(pub(crate) Instruments);

@@ -5,7 +5,7 @@ mod provisioner;
 mod scenarios;
 mod store;
 
-pub(crate) use facts::CountedFacts;
+pub(crate) use facts::{CountedFacts, SignallingFacts};
 pub(crate) use provisioner::ObservedProvisioner;
 pub(crate) use scenarios::ObservedScenarios;
 pub(crate) use store::ObservedStore;

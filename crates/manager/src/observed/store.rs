@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Instant};
 use async_trait::async_trait;
 use futures::FutureExt as _;
 use gauntlet_domain::{
-    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, LockMode, Result, Slot,
-    SourceId, Store, Stored, Stranded, Stream, Survey,
+    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, LockMode, Pool, Result, Slot,
+    SourceId, Store, Stored, Stranded, Stream, Survey, Version,
 };
 use gauntlet_telemetry::{context, instruments::Instruments};
 use jiff::Timestamp;
@@ -162,6 +162,10 @@ impl Store for ObservedStore {
         self.inner.expired(now)
     }
 
+    async fn pool(&self, id: &ChallengeId, claimed: usize, pooled: usize) -> Result<Pool> {
+        self.inner.pool(id, claimed, pooled).await
+    }
+
     async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {
         self.acquire(kind, id, self.inner.lock(kind, id, by), |held, wrap| wrap(held)).await
     }
@@ -182,10 +186,10 @@ impl Store for ObservedStore {
         &self,
         challenge: &Stored<Challenge>,
         intent: &Instance,
-        under: Option<&Held>,
+        pool: Option<Version>,
         by: &By,
     ) -> Result<Held> {
-        let begin = self.inner.begin_create(challenge, intent, under, by);
+        let begin = self.inner.begin_create(challenge, intent, pool, by);
         self.acquire(LockKind::Instance, &intent.slot.challenge, begin, |held, wrap| wrap(held)).await
     }
 

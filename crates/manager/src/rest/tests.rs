@@ -210,7 +210,9 @@ async fn pool_bounds() {
         &[
             ("POST /api/v1/challenge", r#"{"id":"b","scenario":"reg/web:v1","min":-1,"max":-2}"#),
             ("POST /api/v1/challenge", r#"{"id":"b","scenario":"reg/web:v1","min":"3","max":"2"}"#),
+            ("POST /api/v1/challenge", r#"{"id":"b","scenario":"reg/web:v1","min":"9000000000000000000"}"#),
             ("PATCH /api/v1/challenge/web", r#"{"updateMask":"min,max","min":3,"max":2}"#),
+            ("PATCH /api/v1/challenge/web", r#"{"updateMask":"max","max":1001}"#),
         ],
     )
     .await;

@@ -58,6 +58,7 @@ impl Manager {
             concurrency: 4,
             retry_first: Duration::from_secs(1),
             retry_longest: Duration::from_secs(10),
+            ..Settings::default()
         };
         let machine = Arc::new(Machine(process.clone()));
         let store = Arc::new(store);
@@ -79,6 +80,9 @@ impl Manager {
                 reconciler.process.gate().await;
                 let call = reconciler.call();
                 let done = reconciler.gauntlet.reconcile(&call).await;
+                for id in done.iter().flat_map(|done| &done.pools) {
+                    let _ = reconciler.pools.send(id.clone());
+                }
                 if let Ok(done) = done
                     && done.recovered + done.resumed + done.revived + done.orphans + done.failures.len() > 0
                 {
