@@ -5,6 +5,7 @@
 //! [`KvError::Ambiguous`] and not sent again.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
     sync::atomic::{AtomicUsize, Ordering},
@@ -322,6 +323,7 @@ impl Failure {
                     status.message()
                 )))
             }
+            Code::OutOfRange if status.message().contains("compacted") => Meaning::Refused(KvError::Compacted),
             Code::OutOfRange | Code::ResourceExhausted => {
                 Meaning::Refused(KvError::Unavailable(format!("etcd: {}", status.message())))
             }
@@ -408,11 +410,17 @@ impl Kv for Etcd {
     }
 
     async fn follow(&self, keys: Keys) -> KvResult<Followed> {
-        let mut listed = std::collections::BTreeMap::new();
-        let (mut at, mut rest) = (None, Some(keys.clone()));
-        while let Some(keys) = rest.take() {
-            let get = Get { keys, limit: LISTED, keys_only: true };
-            let page = self.page(get.clone(), at).await?;
+        let (mut listed, mut at, mut rest) = (BTreeMap::new(), None, Some(keys.clone()));
+        while let Some(left) = rest.take() {
+            let get = Get { keys: left, limit: LISTED, keys_only: true };
+            let page = match self.page(get.clone(), at).await {
+                // What is followed is of one revision: from the beginning, at a new one.
+                Err(KvError::Compacted) => {
+                    (listed, at, rest) = (BTreeMap::new(), None, Some(keys.clone()));
+                    continue;
+                }
+                page => page?,
+            };
             at = Some(page.at);
             if page.more
                 && let Some(last) = page.kvs.last()

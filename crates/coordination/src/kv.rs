@@ -19,6 +19,8 @@ pub enum KvError {
     Ambiguous(String),
     /// A key was to be put under a lease that is gone. Nothing happened.
     LeaseGone,
+    /// The snapshot to read from is no longer kept. Nothing happened; what is there now can be read.
+    Compacted,
     /// Nothing happened, and trying again will not help: wrong credentials, a damaged file, a fault of ours.
     Broken(String),
 }
@@ -29,6 +31,7 @@ impl fmt::Display for KvError {
             Self::Unavailable(detail) | Self::Broken(detail) => f.write_str(detail),
             Self::Ambiguous(detail) => write!(f, "{detail} (the outcome is unknown)"),
             Self::LeaseGone => f.write_str("the lease is gone"),
+            Self::Compacted => f.write_str("the revision to read from has been compacted"),
         }
     }
 }
@@ -262,7 +265,7 @@ pub struct Followed {
 
 /// A transactional key-value store.
 pub trait Kv: Send + Sync + 'static {
-    /// A point in the store's history that reads can go back to for some time (a minute at least).
+    /// A point in the store's history that reads can go back to until it is compacted ([`KvError::Compacted`] from then on).
     type Snapshot: Clone + Send + Sync + 'static;
 
     /// `etcd` or `embedded`.

@@ -15,12 +15,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    backoff::{Backoff, Jitter},
     kv::{Event, Events, Keys, Kv, KvError},
     waits::Behind,
 };
 
-const RETRY_FIRST: Duration = Duration::from_millis(50);
-const RETRY_LONGEST: Duration = Duration::from_secs(2);
 /// How long the watch is kept after the last one who waited, at least; at most it is twice that.
 const IDLE: Duration = Duration::from_secs(30);
 
@@ -143,8 +142,14 @@ impl Mirror {
     }
 
     /// Follows the keys until `stop`, while anybody waits; lists again whenever the watch breaks.
-    pub(crate) async fn follow<K: Kv>(self: Arc<Self>, kv: Arc<K>, keys: Keys, stop: CancellationToken) {
-        let mut delay = RETRY_FIRST;
+    pub(crate) async fn follow<K: Kv>(
+        self: Arc<Self>,
+        kv: Arc<K>,
+        keys: Keys,
+        jitter: Arc<Jitter>,
+        stop: CancellationToken,
+    ) {
+        let mut backoff = Backoff::new(&jitter);
         let run = async {
             loop {
                 while !self.lock().wanted() {
@@ -153,7 +158,7 @@ impl Mirror {
                 let error = match kv.follow(keys.clone()).await {
                     Err(error) => error,
                     Ok(mut followed) => {
-                        delay = RETRY_FIRST;
+                        backoff.reset();
                         self.lock().list(followed.revision, followed.keys);
                         match self.keep_up(followed.events.as_mut(), IDLE).await {
                             Err(error) => error,
@@ -162,8 +167,7 @@ impl Mirror {
                     }
                 };
                 tracing::warn!(%error, "the watch on owned keys broke, listing them again");
-                sleep(delay).await;
-                delay = (delay * 2).min(RETRY_LONGEST);
+                sleep(backoff.pause()).await;
             }
         };
         tokio::select! { biased; () = stop.cancelled() => {}, () = run => {} }

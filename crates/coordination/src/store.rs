@@ -170,7 +170,8 @@ impl<K: Kv> Store for Coordination<K> {
             self.core.mirror.leaving(&ticket.live.key, ticket.fence);
         }
         let txn = ticket.removal();
-        self.core.finish(held, txn, |_| true).await.map(|_| ())
+        // Whoever removed the key, it is gone.
+        self.core.finish(held, txn, |_| Some(0)).await.map(|_| ())
     }
 
     async fn update_challenge(&self, held: Held, challenge: &Challenge) -> Result<()> {
@@ -191,7 +192,7 @@ impl<K: Kv> Store for Coordination<K> {
             or: vec![Op::get(Keys::one(&key)), Op::keys(Keys::one(&ticket.live.key))],
         };
         let (fence, id) = (held.fence, challenge.id.clone());
-        let applied = move |read: &[Vec<KeyValue>]| matches!(read, [c, _] if is(c, &record));
+        let applied = move |read: &[Vec<KeyValue>]| written_at(read.first()?, &record);
         let mut result = self.core.finish(held, txn, applied).await?;
         if result.succeeded {
             self.core.memory.challenge(&written(challenge.clone(), result.revision));
@@ -214,7 +215,8 @@ impl<K: Kv> Store for Coordination<K> {
             or: vec![Op::keys(Keys::one(&key)), Op::keys(Keys::one(&ticket.live.key))],
         };
         let fence = held.fence;
-        let mut result = self.core.finish(held, txn, |read| matches!(read, [c, _] if c.is_empty())).await?;
+        let removed = |read: &[Vec<KeyValue>]| read.first()?.is_empty().then_some(0);
+        let mut result = self.core.finish(held, txn, removed).await?;
         if result.succeeded {
             self.core.memory.forget_challenge(id);
             return Ok(());
@@ -451,10 +453,9 @@ impl<K: Kv> Store for Coordination<K> {
         };
         let fence = held.fence;
         let txn = Txn { when: vec![ticket.stands()], then, or: vec![Op::get(layout.whole(slot))] };
-        let applied = move |read: &[Vec<KeyValue>]| match (&record, read) {
-            (None, [whole]) => whole.is_empty(),
-            (Some(record), [whole]) => is(whole, record),
-            _ => false,
+        let applied = move |read: &[Vec<KeyValue>]| match &record {
+            None => read.first()?.is_empty().then_some(0),
+            Some(record) => written_at(read.first()?, record),
         };
         let result = self.core.finish(held, txn, applied).await?;
         if !result.succeeded {
@@ -550,8 +551,8 @@ impl<K: Kv> Store for Coordination<K> {
         let at = instances.at().await?;
         let mut working = Scan::values(core, layout.all_working(), at.clone());
         let mut census = Census {
-            challenges: core.kv.count(layout.challenges(), at.clone()).await.map_err(|error| core.error(error))?,
-            overdue: core.kv.count(layout.ended(now), at).await.map_err(|error| core.error(error))?,
+            challenges: core.count(layout.challenges(), at.clone()).await?,
+            overdue: core.count(layout.ended(now), at).await?,
             ..Census::default()
         };
         while let Some(kv) = instances.next().await? {
@@ -590,7 +591,7 @@ impl<K: Kv> Coordination<K> {
             None => Op::delete(layout.working(slot)),
         });
         let txn = Txn { when: vec![ticket.stands()], then, or: Vec::new() };
-        self.core.finish(held, txn, |_| false).await.map(|_| ())
+        self.core.finish(held, txn, |_| None).await.map(|_| ())
     }
 }
 
@@ -602,9 +603,12 @@ fn version(whole: &[KeyValue]) -> Option<Version> {
     whole.iter().map(|kv| kv.modified).max().map(Version)
 }
 
-/// Whether a record is stored, and with no intent.
-fn is(whole: &[KeyValue], record: &[u8]) -> bool {
-    matches!(whole, [kv] if kv.value == record)
+/// At which revision a record was written, if it is stored, and with no intent.
+fn written_at(whole: &[KeyValue], record: &[u8]) -> Option<u64> {
+    match whole {
+        [kv] if kv.value == record => Some(kv.modified),
+        _ => None,
+    }
 }
 
 fn working_on(begin: &Begin) -> PhaseName {

@@ -188,7 +188,7 @@ impl Server {
         match at {
             None => Ok(Snapshot { map: self.map.clone(), revision: self.revision }),
             Some(at) if at.revision < self.compacted => {
-                Err(KvError::Unavailable("the required revision has been compacted".to_owned()))
+                Err(KvError::Compacted)
             }
             Some(at) => Ok(at.clone()),
         }
