@@ -71,6 +71,7 @@ contract! {
         a_seat_is_taken_once,
         a_changed_challenge_conflicts,
         a_create_waits_for_the_challenge_lock,
+        a_create_that_waits_reads_some_of_those_ahead,
         a_create_under_the_lock_does_not_wait,
         a_create_under_a_lost_lock_is_fenced,
         closing_and_creating_never_miss_each_other,

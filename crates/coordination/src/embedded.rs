@@ -210,18 +210,24 @@ impl Kv for Embedded {
     }
 
     async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
-        if txn.then.iter().chain(&txn.or).any(|op| !matches!(op, Op::Get(_))) {
+        if !txn.then.iter().chain(&txn.or).all(Op::is_read) {
             return self.ask(|answer| Job::Txn(txn, answer)).await;
         }
         let read = move |at: &Snapshot| {
             let succeeded = all_hold(&txn.when, at.table.as_ref(), &at.live)?;
-            let mut reads = Vec::new();
+            let (mut reads, mut counts) = (Vec::new(), Vec::new());
             for op in if succeeded { &txn.then } else { &txn.or } {
-                if let Op::Get(get) = op {
-                    reads.push(get_all(get, at.table.as_ref(), &at.live)?.0);
+                match op {
+                    Op::Get(get) => reads.push(get_all(get, at.table.as_ref(), &at.live)?.0),
+                    Op::Oldest { keys, limit } => {
+                        let (read, count) = oldest(keys, *limit, at.table.as_ref(), &at.live)?;
+                        reads.push(read);
+                        counts.push(count);
+                    }
+                    Op::Put { .. } | Op::Delete(_) => {}
                 }
             }
-            Ok(TxnResult { succeeded, revision: at.revision, reads })
+            Ok(TxnResult { succeeded, revision: at.revision, reads, counts })
         };
         Ok(self.read(None, read).await?.0)
     }
@@ -422,6 +428,27 @@ fn get_all(
         !more
     })?;
     Ok((kvs, more))
+}
+
+/// Those of a range that came to be first, and how many there are in all.
+fn oldest(
+    keys: &Keys,
+    limit: usize,
+    table: &impl ReadableTable<&'static str, Entry>,
+    live: &Live,
+) -> Result<(Vec<KeyValue>, usize), redb::Error> {
+    let (mut first, mut count) = (BTreeMap::new(), 0);
+    visit(keys, table, live, |met| {
+        count += 1;
+        let Met { key, created, modified, value } = met;
+        let (key, value) = (key.to_owned(), value.to_vec());
+        first.insert((created, key.clone()), KeyValue { key, value, created, modified });
+        if first.len() > limit {
+            first.pop_last();
+        }
+        true
+    })?;
+    Ok((first.into_values().collect(), count))
 }
 
 fn all_hold(

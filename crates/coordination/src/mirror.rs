@@ -101,10 +101,9 @@ impl Mirror {
     /// How many are ahead, as far as the watch has come.
     pub(crate) fn ahead(&self, behind: &Behind) -> usize {
         let state = self.lock();
-        match behind {
-            Behind::Queue(blocking, created) => state.before(blocking, *created).count(),
-            Behind::Keys(keys) => keys.iter().filter(|(key, created)| state.keys.get(key) == Some(created)).count(),
-        }
+        let queue = behind.queue.as_ref().map_or(0, |(range, created)| state.before(range, *created).count());
+        let owned = behind.owner.as_ref().is_some_and(|(key, created)| state.keys.get(key) == Some(created));
+        queue + usize::from(owned)
     }
 
     /// Whether the key that came to be at that revision is there, as far as the watch has come.
@@ -377,7 +376,7 @@ mod tests {
         assert!(readers.iter_mut().all(|reader| reader.as_mut().now_or_never().is_none()));
         assert!(last.as_mut().now_or_never().is_none());
         mirror.lock().apply(vec![put("q w 2", 11), put("q r 3", 12), put("q r 4", 13), put("q w 5", 14)]);
-        assert_eq!(mirror.ahead(&Behind::Queue(all.clone(), 14)), 4);
+        assert_eq!(mirror.ahead(&Behind { queue: Some((all.clone(), 14)), owner: None }), 4);
         assert!(writer.as_mut().now_or_never().is_none());
         mirror.lock().apply(vec![delete("q w 1", 15)]);
         assert!(writer.as_mut().now_or_never().is_some());

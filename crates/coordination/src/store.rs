@@ -13,7 +13,7 @@ use crate::{
     ending::{fenced, ticket},
     keys::Layout,
     kv::{Compare, Get, KeyValue, Keys, Kv, Op, Test, Txn},
-    locks::{Patience, held},
+    locks::{Ahead, Patience, held, in_queue},
     memory::{POOLED, written},
     reads::{Indexed, Instances, Scan},
     records,
@@ -251,8 +251,9 @@ impl<K: Kv> Store for Coordination<K> {
                     lock.map_or_else(|| Compare::absent(writers.clone()), Ticket::stands),
                 ],
                 then,
-                or: [Op::get(Keys::one(layout.owner(slot))), Op::get(writers)]
+                or: [Op::get(Keys::one(layout.owner(slot))), in_queue(&writers)]
                     .into_iter()
+                    .chain(lock.map(|lock| Op::keys(Keys::one(&lock.live.key))))
                     .chain(core.survey_ops(slot))
                     .collect(),
             };
@@ -261,7 +262,8 @@ impl<K: Kv> Store for Coordination<K> {
             if let Some(ticket) = taken {
                 return Ok(held(LockKind::Instance, ticket, patience));
             }
-            let (mut ahead, writers) = (result.next_read(), result.next_read());
+            let (owner, queued) = (result.next_read(), result.next_counted());
+            let own = lock.map(|_| result.next_read());
             let (survey, _) = core.read_survey(slot, &mut result)?;
             if survey.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version)
                 || survey.instance.is_some()
@@ -269,12 +271,13 @@ impl<K: Kv> Store for Coordination<K> {
                 core.met(slot, &survey);
                 return Err(Error::Conflict);
             }
-            match lock {
-                Some(lock) if writers.iter().all(|kv| kv.created != lock.fence) => {
+            let mut ahead = Ahead::owner(owner);
+            match lock.zip(own) {
+                Some((lock, own)) if own.iter().all(|kv| kv.created != lock.fence) => {
                     return Err(fenced(LockKind::Challenge, lock.fence));
                 }
                 Some(_) => {}
-                None => ahead.extend(writers),
+                None => ahead = ahead.and_queue(writers, queued, result.revision),
             }
             patience.wait(core, ahead).await?;
         }
@@ -317,7 +320,7 @@ impl<K: Kv> Store for Coordination<K> {
                     Op::keys(layout.whole(from)),
                     Op::keys(Keys::one(layout.owner(from))),
                     Op::get(Keys::one(layout.owner(to))),
-                    Op::get(writers),
+                    in_queue(&writers),
                 ]
                 .into_iter()
                 .chain(core.survey_ops(to))
@@ -338,15 +341,14 @@ impl<K: Kv> Store for Coordination<K> {
             }
             let pooled_changed = version(&result.next_read()) != Some(pooled.version);
             let pooled_owned = !result.next_read().is_empty();
-            let mut ahead = result.next_read();
-            ahead.extend(result.next_read());
+            let (owner, queued) = (result.next_read(), result.next_counted());
             let (survey, _) = core.read_survey(to, &mut result)?;
             let changed = survey.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version);
             if changed || pooled_changed || pooled_owned || survey.instance.is_some() {
                 core.met(to, &survey);
                 return Err(Error::Conflict);
             }
-            patience.wait(core, ahead).await?;
+            patience.wait(core, Ahead::owner(owner).and_queue(writers, queued, result.revision)).await?;
         }
     }
 
@@ -421,7 +423,7 @@ impl<K: Kv> Store for Coordination<K> {
                     return Err(Error::Conflict);
                 }
             }
-            patience.wait(core, owner).await?;
+            patience.wait(core, Ahead::owner(owner)).await?;
         }
     }
 
@@ -500,7 +502,7 @@ impl<K: Kv> Store for Coordination<K> {
                 core.met(slot, &core.read_survey(slot, &mut result)?.0);
                 return Err(Error::Conflict);
             }
-            patience.wait(core, owner).await?;
+            patience.wait(core, Ahead::owner(owner)).await?;
         }
     }
 

@@ -44,6 +44,8 @@ pub(super) struct Dated<S> {
 pub(super) struct Counted<K> {
     inner: Arc<K>,
     pub(super) calls: Mutex<BTreeMap<&'static str, usize>>,
+    /// The most keys that one transaction read.
+    largest: AtomicUsize,
     /// What each page was asked to be the beginning of.
     pub(super) asked: Mutex<Vec<Keys>>,
     pub(super) faults: Mutex<VecDeque<Fault>>,
@@ -68,6 +70,8 @@ pub(super) trait Tested: Kv {
     /// What was late arrives.
     fn deliver(&self) -> impl Future<Output = ()> + Send;
     fn asked(&self) -> Vec<Keys>;
+    /// The most keys that one transaction read since the last reset.
+    fn largest(&self) -> usize;
     /// What was read before can be read no more.
     fn compact(&self);
     /// One that is held goes on.
@@ -90,6 +94,7 @@ impl<K: Kv> Tested for Counted<K> {
     fn reset(&self) {
         self.calls.lock().unwrap().clear();
         self.asked.lock().unwrap().clear();
+        self.largest.store(0, Ordering::SeqCst);
     }
 
     fn asked(&self) -> Vec<Keys> {
@@ -109,6 +114,10 @@ impl<K: Kv> Tested for Counted<K> {
         for txn in late {
             self.inner.txn(txn).await.unwrap();
         }
+    }
+
+    fn largest(&self) -> usize {
+        self.largest.load(Ordering::SeqCst)
     }
 
     fn compact(&self) {
@@ -142,6 +151,7 @@ impl<K: Kv> Counted<K> {
             deadline: Mutex::new(inner.deadline()),
             inner: inner.clone(),
             calls: Mutex::default(),
+            largest: AtomicUsize::new(0),
             asked: Mutex::default(),
             faults: Mutex::default(),
             late: Mutex::default(),
@@ -182,7 +192,11 @@ impl<K: Kv> Kv for Counted<K> {
         self.count("txn");
         let fault = self.faults.lock().unwrap().pop_front();
         match fault {
-            None => self.inner.txn(txn).await,
+            None => {
+                let result = self.inner.txn(txn).await?;
+                self.largest.fetch_max(result.reads.iter().map(Vec::len).sum(), Ordering::SeqCst);
+                Ok(result)
+            }
             Some(Fault::LostAnswer) => {
                 self.inner.txn(txn).await?;
                 Err(KvError::Ambiguous("injected".to_owned()))

@@ -12,7 +12,7 @@ use std::{
 use redb::{Database, ReadableDatabase as _, ReadableTable as _, Table};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use super::{Clock, ENTRIES, Entry, Leased, Live, Shared, Snapshot, all_hold, describe, get_all};
+use super::{Clock, ENTRIES, Entry, Leased, Live, Shared, Snapshot, all_hold, describe, get_all, oldest};
 use crate::kv::{Event, Get, Keys, KvError, KvResult, LeaseId, Op, Txn, TxnResult};
 
 /// Writes that share a commit at most.
@@ -244,15 +244,20 @@ impl Change {
             return Ok(Err(KvError::LeaseGone));
         }
         let revision = self.revision + 1;
-        let mut reads = Vec::new();
+        let (mut reads, mut counts) = (Vec::new(), Vec::new());
         for op in ops {
             match op {
                 Op::Get(get) => reads.push(get_all(&get, table, &self.live)?.0),
+                Op::Oldest { keys, limit } => {
+                    let (read, count) = oldest(&keys, limit, table, &self.live)?;
+                    reads.push(read);
+                    counts.push(count);
+                }
                 Op::Put { key, value, lease } => self.put(key, &value, lease, revision, table)?,
                 Op::Delete(keys) => self.delete(&keys, revision, table)?,
             }
         }
-        Ok(Ok(TxnResult { succeeded, revision: self.revision, reads }))
+        Ok(Ok(TxnResult { succeeded, revision: self.revision, reads, counts }))
     }
 
     fn put(
