@@ -74,6 +74,7 @@ contract! {
         a_create_waits_for_the_challenge_lock,
         an_instance_begins_only_in_the_pool_that_was_counted,
         creates_beside_a_pool_without_an_upper_bound_do_not_hold_it_up,
+        a_create_that_waits_reads_some_of_those_ahead,
         closing_and_creating_never_miss_each_other,
         a_pooled_instance_is_claimed_once,
         a_claim_with_values_is_owned,
@@ -100,6 +101,7 @@ contract! {
         a_source_finds_its_own,
         the_expired_are_found,
         a_list_is_of_one_revision,
+        a_list_goes_on_where_its_revision_is_compacted,
         a_census_counts,
         pools_are_found,
         a_pool_is_counted_by_its_keys,
@@ -128,10 +130,16 @@ contract! {
         a_commit_of_another_store_is_refused,
         shutdown_gives_up_what_is_owned,
         a_dropped_store_gives_up_what_it_owned,
+        a_lease_that_is_not_kept_alive_runs_out,
+        what_a_lost_lease_holds_goes_though_no_revoke_succeeds,
+        a_lost_lease_is_replaced_while_it_is_revoked,
+        shutdown_does_not_wait_for_a_hung_keep_alive,
+        shutdown_waits_for_writes_under_way,
     }
     budget {
         each_operation_keeps_its_budget,
         each_use_case_keeps_its_budget,
+        a_commit_that_was_resolved_costs_nothing_later,
         what_is_remembered_is_never_trusted,
         a_thousand_waiters_share_one_watch,
     }

@@ -43,7 +43,8 @@ pub(crate) struct Core<K> {
     pub(crate) waits: Arc<Waits>,
     pub(crate) reaper: Reaper,
     pub(crate) replica: String,
-    pub(crate) tasks: TaskTracker,
+    /// Writes under way.
+    pub(crate) writes: TaskTracker,
     pub(crate) next: AtomicU64,
     pub(crate) reported: Mutex<HashMap<String, u64>>,
 }
@@ -62,7 +63,7 @@ impl<K: Kv> Core<K> {
         &self,
         write: impl Future<Output = Result<T>> + Send + 'static,
     ) -> Result<T> {
-        Finishing { write: Some(Box::pin(write)), tasks: self.tasks.clone(), _counted: self.tasks.token() }.await
+        Finishing { write: Some(Box::pin(write)), writes: self.writes.clone(), _counted: self.writes.token() }.await
     }
 
     /// A write that takes no ownership.
@@ -115,7 +116,7 @@ impl<K: Kv> Core<K> {
                     match &error {
                         KvError::Ambiguous(_) => core.reaper.give(live, true),
                         KvError::LeaseGone => live.lease.lose(),
-                        KvError::Unavailable(_) | KvError::Broken(_) => live.absent(),
+                        KvError::Unavailable(_) | KvError::Compacted | KvError::Broken(_) => live.absent(),
                     }
                     Err(core.error(error))
                 }
@@ -147,7 +148,7 @@ impl<K: Kv> Core<K> {
 /// A write that its caller runs, and that becomes a task of its own when the caller stops waiting.
 struct Finishing<T: Send + 'static> {
     write: Option<BoxFuture<'static, Result<T>>>,
-    tasks: TaskTracker,
+    writes: TaskTracker,
     /// Shutting down waits for it either way.
     _counted: TaskTrackerToken,
 }
@@ -173,7 +174,7 @@ impl<T: Send + 'static> Drop for Finishing<T> {
         if let Some(write) = self.write.take()
             && let Ok(runtime) = Handle::try_current()
         {
-            self.tasks.spawn_on(write.in_current_span(), &runtime);
+            self.writes.spawn_on(write.in_current_span(), &runtime);
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Keys without a lease are in the file. Keys under a lease are in memory only: they go with the process, which is what a crash looks like to
 //! whoever recovers from it. One thread writes; what is queued meanwhile shares the next commit and its one fsync. Readers see the last
-//! commit and never wait for the next.
+//! commit and never wait for the next. The same thread ends the leases whose time is over, by a clock that it is given.
 //!
 //! A revision is the number of the start of the process (kept in the file) times 2^40, plus a counter: it grows across restarts although the
 //! counter is never written.
@@ -16,20 +16,20 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     panic::{UnwindSafe, catch_unwind},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, mpsc},
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_domain::Error;
 use redb::{Database, DatabaseError, ReadOnlyTable, ReadableDatabase as _, ReadableTable, TableDefinition};
 use tokio::{
-    sync::{broadcast, mpsc, oneshot},
-    time::timeout,
+    sync::{Semaphore, broadcast, oneshot},
+    time::{timeout, timeout_at},
 };
 
-use self::writer::{Job, Writer};
+use self::writer::{Job, Queued, Writer};
 use crate::kv::{
     Compare, Event, Events, Followed, Get, KeyValue, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Test, Txn,
     TxnResult,
@@ -48,13 +48,19 @@ const QUEUE: usize = 1024;
 const BEHIND: usize = 4096;
 const DEADLINE: Duration = Duration::from_secs(10);
 
+/// Tells the time by which leases run out; never goes back.
+type Clock = Box<dyn Fn() -> Instant + Send>;
+
 /// A store in one file.
 #[derive(Debug)]
 pub struct Embedded {
     /// `None` once closed.
-    jobs: Mutex<Option<mpsc::Sender<Job>>>,
+    jobs: Mutex<Option<mpsc::Sender<Queued>>>,
+    /// Places in the queue of the writer.
+    places: Arc<Semaphore>,
     writer: Mutex<Option<JoinHandle<()>>>,
     shared: Arc<Shared>,
+    deadline: Duration,
 }
 
 /// What the writer and the readers have in common.
@@ -94,6 +100,10 @@ impl Embedded {
     /// # Errors
     /// [`Error::Unavailable`] if another process has it open or it cannot be opened; [`Error::Internal`] if it is damaged.
     pub fn open(path: &Path) -> Result<Self, Error> {
+        Self::open_with(path, Box::new(Instant::now), DEADLINE)
+    }
+
+    fn open_with(path: &Path, clock: Clock, deadline: Duration) -> Result<Self, Error> {
         let unavailable = |problem: String| Error::Unavailable {
             what: "embedded store",
             detail: format!("{}: {problem}", path.display()),
@@ -107,12 +117,14 @@ impl Embedded {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(unavailable(format!("cannot make it: {error}"))),
         }
-        Self::open_with(path, || Database::create(path))
+        Self::open_database(path, clock, deadline, || Database::create(path))
     }
 
     /// Opens what `create` opens; `path` is what it is called.
-    fn open_with(
+    fn open_database(
         path: &Path,
+        clock: Clock,
+        deadline: Duration,
         create: impl FnOnce() -> Result<Database, DatabaseError> + UnwindSafe,
     ) -> Result<Self, Error> {
         let unavailable = |problem: String| Error::Unavailable {
@@ -142,29 +154,36 @@ impl Embedded {
         let (events, _) = broadcast::channel(BEHIND);
         let snapshot = Snapshot { table: Arc::new(table), live: Arc::default(), revision };
         let shared = Arc::new(Shared { path: path.to_owned(), published: Mutex::new(Arc::new(snapshot)), events });
-        let (jobs, queue) = mpsc::channel(QUEUE);
-        let writer = Writer::new(db, shared.clone(), revision);
+        let (jobs, queue) = mpsc::channel();
+        let writer = Writer::new(db, shared.clone(), revision, clock);
         let writer = std::thread::Builder::new()
             .name("store-writer".to_owned())
             .spawn(move || writer.run(queue))
             .map_err(|error| unavailable(format!("cannot start its writer: {error}")))?;
-        Ok(Self { jobs: Mutex::new(Some(jobs)), writer: Mutex::new(Some(writer)), shared })
+        Ok(Self {
+            jobs: Mutex::new(Some(jobs)),
+            places: Arc::new(Semaphore::new(QUEUE)),
+            writer: Mutex::new(Some(writer)),
+            shared,
+            deadline,
+        })
     }
 
     async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<KvResult<T>>) -> Job) -> KvResult<T> {
-        let jobs = self.jobs()?;
-        let (answer, answered) = oneshot::channel();
-        match timeout(DEADLINE, jobs.reserve()).await {
-            Ok(place) => place.map_err(|_| closed())?.send(job(answer)),
+        let ends = tokio::time::Instant::now() + self.deadline;
+        let place = match timeout_at(ends, self.places.clone().acquire_owned()).await {
+            Ok(place) => place.map_err(|_| closed())?,
             Err(_) => return Err(KvError::Unavailable(format!("{QUEUE} writes wait for the disk"))),
-        }
-        match timeout(DEADLINE, answered).await {
+        };
+        let (answer, answered) = oneshot::channel();
+        self.jobs()?.send(Queued { job: job(answer), _place: place }).map_err(|_| closed())?;
+        match timeout_at(ends, answered).await {
             Ok(answer) => answer.map_err(|_| KvError::Ambiguous("the writer ended".to_owned()))?,
-            Err(_) => Err(KvError::Ambiguous(format!("the disk did not answer within {DEADLINE:?}"))),
+            Err(_) => Err(KvError::Ambiguous(format!("the disk did not answer within {:?}", self.deadline))),
         }
     }
 
-    fn jobs(&self) -> KvResult<mpsc::Sender<Job>> {
+    fn jobs(&self) -> KvResult<mpsc::Sender<Queued>> {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(closed)
     }
 
@@ -184,7 +203,12 @@ impl Embedded {
             Ok(answer) => Ok((answer, at)),
             Err(error) => Err(describe(&shared.path, &error)),
         });
-        read.await.unwrap_or_else(|error| Err(KvError::Broken(damaged(&self.shared.path, &error.to_string()))))
+        match timeout(self.deadline, read).await {
+            Ok(read) => {
+                read.unwrap_or_else(|error| Err(KvError::Broken(damaged(&self.shared.path, &error.to_string()))))
+            }
+            Err(_) => Err(KvError::Unavailable(format!("the disk was not read within {:?}", self.deadline))),
+        }
     }
 }
 
@@ -196,22 +220,28 @@ impl Kv for Embedded {
     }
 
     fn deadline(&self) -> Duration {
-        DEADLINE
+        self.deadline
     }
 
     async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
-        if txn.then.iter().chain(&txn.or).any(|op| !matches!(op, Op::Get(_))) {
+        if !txn.then.iter().chain(&txn.or).all(Op::is_read) {
             return self.ask(|answer| Job::Txn(txn, answer)).await;
         }
         let read = move |at: &Snapshot| {
             let succeeded = all_hold(&txn.when, at.table.as_ref(), &at.live)?;
-            let mut reads = Vec::new();
+            let (mut reads, mut counts) = (Vec::new(), Vec::new());
             for op in if succeeded { &txn.then } else { &txn.or } {
-                if let Op::Get(get) = op {
-                    reads.push(get_all(get, at.table.as_ref(), &at.live)?.0);
+                match op {
+                    Op::Get(get) => reads.push(get_all(get, at.table.as_ref(), &at.live)?.0),
+                    Op::Oldest { keys, limit } => {
+                        let (read, count) = oldest(keys, *limit, at.table.as_ref(), &at.live)?;
+                        reads.push(read);
+                        counts.push(count);
+                    }
+                    Op::Put { .. } | Op::Delete(_) => {}
                 }
             }
-            Ok(TxnResult { succeeded, revision: at.revision, reads })
+            Ok(TxnResult { succeeded, revision: at.revision, reads, counts })
         };
         Ok(self.read(None, read).await?.0)
     }
@@ -248,7 +278,7 @@ impl Kv for Embedded {
     }
 
     async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
-        Ok((self.ask(Job::Grant).await?, ttl))
+        Ok((self.ask(|answer| Job::Grant(ttl, answer)).await?, ttl))
     }
 
     async fn keep_alive(&self, lease: LeaseId) -> KvResult<()> {
@@ -261,6 +291,7 @@ impl Kv for Embedded {
 
     async fn close(&self) {
         drop(self.jobs.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.places.close();
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(writer) = writer
             && let Ok(Err(_)) = tokio::task::spawn_blocking(|| writer.join()).await
@@ -411,6 +442,27 @@ fn get_all(
         !more
     })?;
     Ok((kvs, more))
+}
+
+/// Those of a range that came to be first, and how many there are in all.
+fn oldest(
+    keys: &Keys,
+    limit: usize,
+    table: &impl ReadableTable<&'static str, Entry>,
+    live: &Live,
+) -> Result<(Vec<KeyValue>, usize), redb::Error> {
+    let (mut first, mut count) = (BTreeMap::new(), 0);
+    visit(keys, table, live, |met| {
+        count += 1;
+        let Met { key, created, modified, value } = met;
+        let (key, value) = (key.to_owned(), value.to_vec());
+        first.insert((created, key.clone()), KeyValue { key, value, created, modified });
+        if first.len() > limit {
+            first.pop_last();
+        }
+        true
+    })?;
+    Ok((first.into_values().collect(), count))
 }
 
 fn all_hold(

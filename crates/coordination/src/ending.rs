@@ -12,12 +12,12 @@ use crate::{
 
 impl<K: Kv> Core<K> {
     /// Runs the transaction that ends an ownership. If its outcome is unknown it is run once more, which is safe since it can succeed only
-    /// once: if it is refused then, `applied` tells from what it read whether the first one had succeeded.
+    /// once: if it is refused then, `applied` tells from what it read at which revision the first one had succeeded, if it had.
     pub(crate) async fn finish(
         self: &Arc<Self>,
         held: Held,
         txn: Txn,
-        applied: impl Fn(&[Vec<KeyValue>]) -> bool + Send + 'static,
+        applied: impl Fn(&[Vec<KeyValue>]) -> Option<u64> + Send + 'static,
     ) -> Result<TxnResult> {
         if ticket(&held)?.live.lease.is_lost() {
             return Err(fenced(held.kind, held.fence));
@@ -27,9 +27,9 @@ impl<K: Kv> Core<K> {
             let result = match core.kv.txn(txn.clone()).await {
                 Err(KvError::Ambiguous(detail)) => {
                     tracing::warn!(detail, "the outcome of a commit is unknown, asking again");
-                    core.kv.txn(txn).await.map(|result| {
-                        let succeeded = result.succeeded || applied(&result.reads);
-                        TxnResult { succeeded, ..result }
+                    core.kv.txn(txn).await.map(|result| match applied(&result.reads) {
+                        Some(revision) if !result.succeeded => TxnResult { succeeded: true, revision, ..result },
+                        _ => result,
                     })
                 }
                 result => result,

@@ -5,6 +5,7 @@
 //! [`KvError::Ambiguous`] and not sent again.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
     sync::atomic::{AtomicUsize, Ordering},
@@ -13,7 +14,7 @@ use std::{
 
 use etcd_client::{
     Certificate, Client, CompareOp, ConnectOptions, DeleteOptions, EventType, GetOptions, Identity, PutOptions,
-    TlsOptions, TxnOp, TxnOpResponse, WatchOptions, WatchStream,
+    SortOrder, SortTarget, TlsOptions, TxnOp, TxnOpResponse, WatchOptions, WatchStream,
 };
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_domain::Error;
@@ -322,6 +323,7 @@ impl Failure {
                     status.message()
                 )))
             }
+            Code::OutOfRange if status.message().contains("compacted") => Meaning::Refused(KvError::Compacted),
             Code::OutOfRange | Code::ResourceExhausted => {
                 Meaning::Refused(KvError::Unavailable(format!("etcd: {}", status.message())))
             }
@@ -360,7 +362,10 @@ impl Kv for Etcd {
     }
 
     async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
-        let repeatable = txn.then.iter().chain(&txn.or).all(|op| matches!(op, Op::Get(_)));
+        let repeatable = txn.then.iter().chain(&txn.or).all(Op::is_read);
+        let counted =
+            |ops: &[Op]| ops.iter().filter(|op| op.is_read()).map(|op| matches!(op, Op::Oldest { .. })).collect();
+        let (then, or): (Vec<bool>, Vec<bool>) = (counted(&txn.then), counted(&txn.or));
         let txn = etcd_client::Txn::new()
             .when(txn.when.into_iter().map(compare).collect::<Vec<_>>())
             .and_then(txn.then.into_iter().map(op).collect::<Vec<_>>())
@@ -370,14 +375,22 @@ impl Kv for Etcd {
             async move { kv.txn(txn).await }
         });
         let answer = answer.await?;
-        let reads = answer.op_responses().into_iter().filter_map(|response| match response {
-            TxnOpResponse::Get(mut get) => Some(get.take_kvs().into_iter().filter_map(key_value).collect()),
+        let read = answer.op_responses().into_iter().filter_map(|response| match response {
+            TxnOpResponse::Get(get) => Some(get),
             TxnOpResponse::Put(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
         });
+        let (mut reads, mut counts) = (Vec::new(), Vec::new());
+        for (mut get, counted) in read.zip(if answer.succeeded() { then } else { or }) {
+            reads.push(get.take_kvs().into_iter().filter_map(key_value).collect());
+            if counted {
+                counts.push(usize::try_from(get.count()).unwrap_or(0));
+            }
+        }
         Ok(TxnResult {
             succeeded: answer.succeeded(),
             revision: revision(answer.header().map(|header| header.revision())),
-            reads: reads.collect(),
+            reads,
+            counts,
         })
     }
 
@@ -408,11 +421,17 @@ impl Kv for Etcd {
     }
 
     async fn follow(&self, keys: Keys) -> KvResult<Followed> {
-        let mut listed = std::collections::BTreeMap::new();
-        let (mut at, mut rest) = (None, Some(keys.clone()));
-        while let Some(keys) = rest.take() {
-            let get = Get { keys, limit: LISTED, keys_only: true };
-            let page = self.page(get.clone(), at).await?;
+        let (mut listed, mut at, mut rest) = (BTreeMap::new(), None, Some(keys.clone()));
+        while let Some(left) = rest.take() {
+            let get = Get { keys: left, limit: LISTED, keys_only: true };
+            let page = match self.page(get.clone(), at).await {
+                // What is followed is of one revision: from the beginning, at a new one.
+                Err(KvError::Compacted) => {
+                    (listed, at, rest) = (BTreeMap::new(), None, Some(keys.clone()));
+                    continue;
+                }
+                page => page?,
+            };
             at = Some(page.at);
             if page.more
                 && let Some(last) = page.kvs.last()
@@ -543,6 +562,10 @@ fn op(op: Op) -> TxnOp {
         Op::Get(get) => {
             let options = options(&get);
             TxnOp::get(get.keys.from, Some(options))
+        }
+        Op::Oldest { keys, limit } => {
+            let options = options(&Get { keys: keys.clone(), limit, keys_only: false });
+            TxnOp::get(keys.from, Some(options.with_sort(SortTarget::Create, SortOrder::Ascend)))
         }
     }
 }

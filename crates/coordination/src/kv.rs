@@ -19,6 +19,8 @@ pub enum KvError {
     Ambiguous(String),
     /// A key was to be put under a lease that is gone. Nothing happened.
     LeaseGone,
+    /// The snapshot to read from is no longer kept. Nothing happened; what is there now can be read.
+    Compacted,
     /// Nothing happened, and trying again will not help: wrong credentials, a damaged file, a fault of ours.
     Broken(String),
 }
@@ -29,6 +31,7 @@ impl fmt::Display for KvError {
             Self::Unavailable(detail) | Self::Broken(detail) => f.write_str(detail),
             Self::Ambiguous(detail) => write!(f, "{detail} (the outcome is unknown)"),
             Self::LeaseGone => f.write_str("the lease is gone"),
+            Self::Compacted => f.write_str("the revision to read from has been compacted"),
         }
     }
 }
@@ -143,6 +146,13 @@ pub enum Op {
     Delete(Keys),
     /// Reads.
     Get(Get),
+    /// Reads those that came to be first, in order of creation, and counts all ([`TxnResult::counts`]).
+    Oldest {
+        /// What to read.
+        keys: Keys,
+        /// How many at most.
+        limit: usize,
+    },
 }
 
 impl Op {
@@ -159,6 +169,11 @@ impl Op {
     /// Reads all that is there.
     pub fn get(keys: Keys) -> Self {
         Self::Get(Get { keys, limit: 0, keys_only: false })
+    }
+
+    /// Whether it changes nothing.
+    pub fn is_read(&self) -> bool {
+        matches!(self, Self::Get(_) | Self::Oldest { .. })
     }
 
     /// Reads what is there, without the values.
@@ -211,11 +226,19 @@ pub struct TxnResult {
     pub succeeded: bool,
     /// The store's revision afterwards: of this transaction, if it changed something.
     pub revision: u64,
-    /// What each [`Op::Get`] of the branch read, in order.
+    /// What each [`Op::Get`] and [`Op::Oldest`] of the branch read, in order.
     pub reads: Vec<Vec<KeyValue>>,
+    /// How many keys there are in the range of each [`Op::Oldest`] of the branch, in order.
+    pub counts: Vec<usize>,
 }
 
 impl TxnResult {
+    /// What the next read, in order, answered, and how many there are in all; for one that counts.
+    pub fn next_counted(&mut self) -> (Vec<KeyValue>, usize) {
+        let count = if self.counts.is_empty() { 0 } else { self.counts.remove(0) };
+        (self.next_read(), count)
+    }
+
     /// What the next read, in order, answered.
     pub fn next_read(&mut self) -> Vec<KeyValue> {
         if self.reads.is_empty() { Vec::new() } else { self.reads.remove(0) }
@@ -262,7 +285,7 @@ pub struct Followed {
 
 /// A transactional key-value store.
 pub trait Kv: Send + Sync + 'static {
-    /// A point in the store's history that reads can go back to for some time (a minute at least).
+    /// A point in the store's history that reads can go back to until it is compacted ([`KvError::Compacted`] from then on).
     type Snapshot: Clone + Send + Sync + 'static;
 
     /// `etcd` or `embedded`.

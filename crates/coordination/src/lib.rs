@@ -3,6 +3,7 @@
 //! [`Coordination`] implements the domain's [`Store`](gauntlet_domain::Store) once, over the narrow port [`kv::Kv`]: every promise of the
 //! store is a transaction there, so that backends differ in how they keep keys and in nothing else.
 
+mod backoff;
 #[cfg(test)]
 mod contract;
 mod core;
@@ -35,6 +36,7 @@ use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    backoff::Jitter,
     core::Core,
     keys::Layout,
     kv::{Compare, Keys, Kv, Op, Txn},
@@ -55,14 +57,17 @@ pub const PREFIX: &str = "gauntlet/";
 /// How long a lease of the embedded store lives without being kept alive. Only a process that stood still that long loses one.
 const EMBEDDED_TTL: Duration = Duration::from_secs(60);
 
-/// How long [`Coordination::shutdown`] takes at most.
+/// How long [`Coordination::shutdown`] takes at most, and how much of that it waits for writes.
 const SHUTDOWN: Duration = Duration::from_secs(5);
+const SHUTDOWN_WRITES: Duration = Duration::from_secs(4);
 
 /// One replica's view of the coordinated store: records, ownership and locks. [`Coordination::shutdown`] gives up all it owns; dropping it
 /// without that gives it up in the background, or when its lease runs out.
 #[derive(Debug)]
 pub struct Coordination<K: Kv> {
     core: Arc<Core<K>>,
+    /// What runs in the background until `stop`.
+    tasks: TaskTracker,
     stop: CancellationToken,
 }
 
@@ -102,12 +107,13 @@ impl<K: Kv> Coordination<K> {
     pub fn over(kv: K, prefix: &str, ttl: Duration, replica: String) -> Self {
         let (kv, layout) = (Arc::new(kv), Layout::new(prefix));
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
-        let (session, keep) = Session::start(kv.clone(), ttl, stop.clone());
-        let (reaper, reap) = Reaper::start(kv.clone(), stop.clone());
+        let jitter = Arc::new(Jitter::new(&replica));
+        let (session, keep) = Session::start(kv.clone(), ttl, jitter.clone(), stop.clone());
+        let (reaper, reap) = Reaper::start(kv.clone(), jitter.clone(), stop.clone());
         let mirror = Arc::new(Mirror::default());
         tasks.spawn(keep);
         tasks.spawn(reap);
-        tasks.spawn(mirror.clone().follow(kv.clone(), layout.live(), stop.clone()));
+        tasks.spawn(mirror.clone().follow(kv.clone(), layout.live(), jitter, stop.clone()));
         let core = Core {
             kv,
             layout,
@@ -118,11 +124,11 @@ impl<K: Kv> Coordination<K> {
             waits: Arc::default(),
             reaper,
             replica,
-            tasks,
+            writes: TaskTracker::new(),
             next: AtomicU64::new(0),
             reported: Mutex::new(HashMap::new()),
         };
-        Self { core: Arc::new(core), stop }
+        Self { core: Arc::new(core), tasks, stop }
     }
 
     /// Which store this is: a text that every replica reads and that stays for as long as the store does. `fresh` becomes it where there is
@@ -168,12 +174,17 @@ impl<K: Kv> Coordination<K> {
         self.core.waits.list(&self.core.mirror, most)
     }
 
-    /// Waits for writes under way, gives up everything owned, and closes the store; at most five seconds. Nothing can be owned after it.
+    /// Waits for writes under way, then gives up everything owned, and closes the store; at most five seconds, of which the writes have four.
+    /// Nothing can be owned after it.
     pub async fn shutdown(&self) {
-        self.core.tasks.close();
-        self.stop.cancel();
+        self.core.writes.close();
+        self.tasks.close();
         let ended = async {
-            self.core.tasks.wait().await;
+            if timeout(SHUTDOWN_WRITES, self.core.writes.wait()).await.is_err() {
+                tracing::warn!("writes did not end in time; their outcome is unknown");
+            }
+            self.stop.cancel();
+            self.tasks.wait().await;
             self.core.kv.close().await;
         };
         if timeout(SHUTDOWN, ended).await.is_err() {

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     core::Core,
-    kv::{Compare, Get, KeyValue, Kv, Op, Txn},
+    kv::{Compare, Get, KeyValue, Keys, Kv, Op, Txn},
     records::Owner,
     session::Lease,
     ticket::{Of, Ticket},
@@ -55,14 +55,15 @@ impl<K: Kv> Core<K> {
         let cut = ahead.len() == SEEN;
         ahead.retain(|kv| kv.key != own);
         let Some(ticket) = ticket else {
-            let depth = ahead.len().max(if cut { self.mirror.ahead(&Behind::Queue(blocking, u64::MAX)) } else { 0 });
+            let behind = Behind { queue: Some((blocking, u64::MAX)), owner: None };
+            let depth = ahead.len().max(if cut { self.mirror.ahead(&behind) } else { 0 });
             let holder = owners(self, ahead).first().map(|seen| (&seen.owner).into());
             return Err(patience.over(depth, holder.as_ref()));
         };
         if result.succeeded {
             return Ok(held(kind, ticket, patience));
         }
-        let behind = Behind::Queue(blocking.clone(), ticket.fence);
+        let behind = Behind { queue: Some((blocking.clone(), ticket.fence)), owner: None };
         let depth = ahead.len().max(if cut { self.mirror.ahead(&behind) } else { 0 });
         let entered = patience.enter(self, depth, ahead, behind.clone());
         let turn = self.mirror.turn(&queue, blocking, ticket.fence);
@@ -106,6 +107,36 @@ pub(crate) fn owners<K: Kv>(core: &Core<K>, mut keys: Vec<KeyValue>) -> Vec<Seen
     keys.into_iter().filter_map(read).collect()
 }
 
+/// Who must be done before a call can go on.
+#[derive(Debug, Default)]
+pub(crate) struct Ahead {
+    /// Who owns the instance; one at most.
+    owner: Vec<KeyValue>,
+    /// The first of a queue, in order.
+    first: Vec<KeyValue>,
+    /// How many are in the queue.
+    count: usize,
+    /// The queue, as it was before that revision.
+    queue: Option<(Keys, u64)>,
+}
+
+impl Ahead {
+    /// Whoever owns an instance.
+    pub(crate) fn owner(owner: Vec<KeyValue>) -> Self {
+        Self { owner, ..Self::default() }
+    }
+
+    /// And a queue that was read by [`in_queue`] at that revision.
+    pub(crate) fn and_queue(self, queue: Keys, (first, count): (Vec<KeyValue>, usize), revision: u64) -> Self {
+        Self { first, count, queue: Some((queue, revision + 1)), ..self }
+    }
+}
+
+/// Reads who is in a queue: the first of them, however many there are.
+pub(crate) fn in_queue(queue: &Keys) -> Op {
+    Op::Oldest { keys: queue.clone(), limit: SEEN }
+}
+
 /// How long to wait for others, and what came of it.
 pub(crate) struct Patience {
     started: Instant,
@@ -124,22 +155,30 @@ impl Patience {
         Self { started, ends, kind, challenge: challenge.clone(), what: what(), waited: Waited::default() }
     }
 
-    /// Waits until all these keys are gone. [`Error::Busy`] when patience ends first.
-    pub(crate) async fn wait<K: Kv>(&mut self, core: &Core<K>, mut ahead: Vec<KeyValue>) -> Result<()> {
-        if ahead.is_empty() {
+    /// Waits until whoever is ahead, of those that were read, is gone. [`Error::Busy`] when patience ends first.
+    pub(crate) async fn wait<K: Kv>(&mut self, core: &Core<K>, ahead: Ahead) -> Result<()> {
+        let Ahead { owner, first, count, queue } = ahead;
+        let depth = count + owner.len();
+        let mut keys = owner;
+        let behind = Behind {
+            owner: keys.first().map(|kv| (kv.key.clone(), kv.created)),
+            queue: queue.filter(|_| !first.is_empty()),
+        };
+        keys.extend(first);
+        if keys.is_empty() {
             return Ok(());
         }
         let mut lease = core.lease().await?;
-        ahead.sort_by_key(|kv| kv.created);
-        let keys: Vec<_> = ahead.iter().map(|kv| (kv.key.clone(), kv.created)).collect();
-        let entered = self.enter(core, ahead.len(), ahead, Behind::Keys(keys.clone()));
-        for (gone, (key, created)) in keys.iter().enumerate() {
+        keys.sort_by_key(|kv| kv.created);
+        let waits: Vec<_> = keys.iter().map(|kv| (kv.key.clone(), kv.created)).collect();
+        let entered = self.enter(core, depth, keys, behind);
+        for (gone, (key, created)) in waits.iter().enumerate() {
             loop {
                 match self.until(core, &lease, core.mirror.gone(key, *created)).await {
                     Some(Ok(())) => break,
                     // Nothing is owned under it yet: the wait goes on under the next, if one is granted.
                     Some(Err(_)) => lease = core.lease().await?,
-                    None => return Err(self.over(keys.len() - gone, entered.holder(&core.mirror).as_ref())),
+                    None => return Err(self.over(depth.saturating_sub(gone), entered.holder(&core.mirror).as_ref())),
                 }
             }
         }

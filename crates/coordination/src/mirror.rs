@@ -15,12 +15,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    backoff::{Backoff, Jitter},
     kv::{Event, Events, Keys, Kv, KvError},
     waits::Behind,
 };
 
-const RETRY_FIRST: Duration = Duration::from_millis(50);
-const RETRY_LONGEST: Duration = Duration::from_secs(2);
 /// How long the watch is kept after the last one who waited, at least; at most it is twice that.
 const IDLE: Duration = Duration::from_secs(30);
 
@@ -102,10 +101,9 @@ impl Mirror {
     /// How many are ahead, as far as the watch has come.
     pub(crate) fn ahead(&self, behind: &Behind) -> usize {
         let state = self.lock();
-        match behind {
-            Behind::Queue(blocking, created) => state.before(blocking, *created).count(),
-            Behind::Keys(keys) => keys.iter().filter(|(key, created)| state.keys.get(key) == Some(created)).count(),
-        }
+        let queue = behind.queue.as_ref().map_or(0, |(range, created)| state.before(range, *created).count());
+        let owned = behind.owner.as_ref().is_some_and(|(key, created)| state.keys.get(key) == Some(created));
+        queue + usize::from(owned)
     }
 
     /// Whether the key that came to be at that revision is there, as far as the watch has come.
@@ -143,8 +141,14 @@ impl Mirror {
     }
 
     /// Follows the keys until `stop`, while anybody waits; lists again whenever the watch breaks.
-    pub(crate) async fn follow<K: Kv>(self: Arc<Self>, kv: Arc<K>, keys: Keys, stop: CancellationToken) {
-        let mut delay = RETRY_FIRST;
+    pub(crate) async fn follow<K: Kv>(
+        self: Arc<Self>,
+        kv: Arc<K>,
+        keys: Keys,
+        jitter: Arc<Jitter>,
+        stop: CancellationToken,
+    ) {
+        let mut backoff = Backoff::new(&jitter);
         let run = async {
             loop {
                 while !self.lock().wanted() {
@@ -153,7 +157,7 @@ impl Mirror {
                 let error = match kv.follow(keys.clone()).await {
                     Err(error) => error,
                     Ok(mut followed) => {
-                        delay = RETRY_FIRST;
+                        backoff.reset();
                         self.lock().list(followed.revision, followed.keys);
                         match self.keep_up(followed.events.as_mut(), IDLE).await {
                             Err(error) => error,
@@ -162,8 +166,7 @@ impl Mirror {
                     }
                 };
                 tracing::warn!(%error, "the watch on owned keys broke, listing them again");
-                sleep(delay).await;
-                delay = (delay * 2).min(RETRY_LONGEST);
+                sleep(backoff.pause()).await;
             }
         };
         tokio::select! { biased; () = stop.cancelled() => {}, () = run => {} }
@@ -373,7 +376,7 @@ mod tests {
         assert!(readers.iter_mut().all(|reader| reader.as_mut().now_or_never().is_none()));
         assert!(last.as_mut().now_or_never().is_none());
         mirror.lock().apply(vec![put("q w 2", 11), put("q r 3", 12), put("q r 4", 13), put("q w 5", 14)]);
-        assert_eq!(mirror.ahead(&Behind::Queue(all.clone(), 14)), 4);
+        assert_eq!(mirror.ahead(&Behind { queue: Some((all.clone(), 14)), owner: None }), 4);
         assert!(writer.as_mut().now_or_never().is_none());
         mirror.lock().apply(vec![delete("q w 1", 15)]);
         assert!(writer.as_mut().now_or_never().is_some());

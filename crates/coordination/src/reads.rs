@@ -1,4 +1,8 @@
 //! Reading ranges in pages at one revision, and records out of them.
+//!
+//! Where that revision is compacted meanwhile, what is left of the range is read at a later one: keys come in order, so none is told twice,
+//! and one that was there all the time is not left out. An instance's record and its intent are always of one revision. (A claim moves an
+//! instance from the pool's keys to a source's, which come later: such a list may name its identity in both places.)
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -8,7 +12,7 @@ use gauntlet_domain::{Challenge, ChallengeId, Instance, Phase, Result, Slot, Sto
 use crate::{
     core::{Core, unreadable},
     keys::Layout,
-    kv::{Get, KeyValue, Keys, Kv, Op, Txn, TxnResult},
+    kv::{Get, KeyValue, Keys, Kv, KvError, Op, Page, Txn, TxnResult},
     memory::POOLED,
     records::{self, Unreadable},
 };
@@ -98,14 +102,23 @@ impl<K: Kv> Scan<K> {
         let Some(get) = self.rest.take() else { return Ok(()) };
         let upto = self.upto(&get).await?;
         let keys = Keys { from: get.keys.from.clone(), to: upto.clone().or_else(|| get.keys.to.clone()) };
-        let page = self.core.kv.page(Get { keys, ..get }, self.at.clone()).await;
-        let page = page.map_err(|error| self.core.error(error))?;
+        let mut page = self.core.page(Get { keys, ..get }, self.at.clone()).await?;
         self.at = Some(page.at);
+        // What belongs to the last one may be on the next page, and of another revision by then: both are read with that.
+        let parted = |kv: &KeyValue| self.core.layout.read_instance(&kv.key).is_some_and(|(_, intent)| !intent);
+        let again = match page.kvs.last() {
+            Some(last) if page.more && !get.keys_only && page.kvs.len() > 1 && parted(last) => page.kvs.pop(),
+            _ => None,
+        };
         if let Cut::Later { read, .. } | Cut::Now { read, .. } = &mut self.cut {
             *read += page.kvs.len();
         }
         // The least key after the last one read, or after the part.
-        let next = page.kvs.last().filter(|_| page.more).map(|last| format!("{}\0", last.key)).or(upto);
+        let next = match (again, page.kvs.last()) {
+            (Some(again), _) => Some(again.key),
+            (None, Some(last)) if page.more => Some(format!("{}\0", last.key)),
+            (None, _) => upto,
+        };
         self.rest = next.map(|from| Get { keys: Keys { from, to: get.keys.to }, ..get });
         self.page.extend(page.kvs);
         Ok(())
@@ -246,6 +259,24 @@ impl<K: Kv> Core<K> {
     pub(crate) async fn read(&self, then: Vec<Op>) -> Result<TxnResult> {
         let txn = Txn { then, ..Txn::default() };
         self.kv.txn(txn).await.map_err(|error| self.error(error))
+    }
+
+    /// Reads part of a range at a snapshot, or as it is now where that is compacted.
+    pub(crate) async fn page(&self, get: Get, at: Option<K::Snapshot>) -> Result<Page<K::Snapshot>> {
+        let page = match self.kv.page(get.clone(), at).await {
+            Err(KvError::Compacted) => self.kv.page(get, None).await,
+            page => page,
+        };
+        page.map_err(|error| self.error(error))
+    }
+
+    /// Counts a range at a snapshot, or as it is now where that is compacted.
+    pub(crate) async fn count(&self, keys: Keys, at: Option<K::Snapshot>) -> Result<u64> {
+        let count = match self.kv.count(keys.clone(), at).await {
+            Err(KvError::Compacted) => self.kv.count(keys, None).await,
+            count => count,
+        };
+        count.map_err(|error| self.error(error))
     }
 
     /// What a survey for a source's seat reads.

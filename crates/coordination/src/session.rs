@@ -5,21 +5,20 @@ use std::{
     time::Duration,
 };
 
+use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
     sync::Notify,
-    time::{Instant, sleep},
+    time::{Instant, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::kv::{Kv, KvError, KvResult, LeaseId};
+use crate::{
+    backoff::{Backoff, Jitter},
+    kv::{Kv, KvError, KvResult, LeaseId},
+};
 
 /// How much of its time to live a lease is given less than the store gives it: clocks of two machines do not run at one speed.
 const MARGIN: u32 = 10;
-
-/// The delay before the first try again after a failed call.
-const RETRY_FIRST: Duration = Duration::from_millis(50);
-/// The longest delay between two tries.
-const RETRY_LONGEST: Duration = Duration::from_secs(2);
 
 /// A lease that lived when it was asked for.
 #[derive(Debug, Clone)]
@@ -93,10 +92,11 @@ impl Session {
     pub(crate) fn start<K: Kv>(
         kv: Arc<K>,
         ttl: Duration,
+        jitter: Arc<Jitter>,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send) {
         let published = Arc::new(Published { state: Mutex::new(State::Asked), changed: Notify::new() });
-        (Self { published: published.clone() }, keep(kv, ttl, published, stop))
+        (Self { published: published.clone() }, keep(kv, ttl, published, jitter, stop))
     }
 
     /// The current lease. Waits while one is being granted, and fails as soon as that has failed.
@@ -115,24 +115,29 @@ impl Session {
     }
 }
 
-async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: Arc<Published>, stop: CancellationToken) {
-    let mut delay = RETRY_FIRST;
+async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: Arc<Published>, jitter: Arc<Jitter>, stop: CancellationToken) {
+    let mut backoff = Backoff::new(&jitter);
+    // The leases before this one: nobody waits for them to be revoked.
+    let mut revoking = FuturesUnordered::new();
     while !stop.is_cancelled() {
         // From the time of sending: the store may have counted from then.
         let sent = Instant::now();
-        match kv.grant(ttl).await {
+        let granted = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            granted = beside(&mut revoking, kv.grant(ttl)) => granted,
+        };
+        match granted {
             Ok((id, ttl)) => {
-                delay = RETRY_FIRST;
-                let ttl = ttl - ttl / MARGIN;
-                let lease = Lease::new(id, sent + ttl);
+                backoff.reset();
+                let good = ttl - ttl / MARGIN;
+                let lease = Lease::new(id, sent + good);
                 publish.replace(State::Granted(lease.clone()));
-                keep_one(kv.as_ref(), &lease, ttl, &stop).await;
+                beside(&mut revoking, keep_one(kv.as_ref(), &lease, good, &jitter, &stop)).await;
                 lease.lose();
                 publish.replace(State::Asked);
                 // So that others need not wait for it to run out.
-                if let Err(error) = kv.revoke(lease.id).await {
-                    tracing::warn!(%error, "the lease could not be revoked, it runs out by itself");
-                }
+                revoking.push(revoke(kv.clone(), id, ttl, Backoff::new(&jitter)).boxed());
             }
             Err(error) => {
                 tracing::warn!(%error, "no lease was granted, trying again");
@@ -144,50 +149,89 @@ async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: Arc<Published>, stop: C
                 tokio::select! {
                     biased;
                     () = stop.cancelled() => {}
-                    () = sleep(delay) => delay = (delay * 2).min(RETRY_LONGEST),
+                    () = beside(&mut revoking, sleep(backoff.pause())) => {}
                 }
             }
         }
     }
     publish.replace(State::Stopped);
+    while revoking.next().await.is_some() {}
 }
 
-/// Returns when the lease is lost or is not wanted any more.
-async fn keep_one<K: Kv>(kv: &K, lease: &Lease, ttl: Duration, stop: &CancellationToken) {
-    let mut next = ttl / 3;
-    let mut delay = RETRY_FIRST;
+/// Runs one future to its end, and others with it meanwhile.
+async fn beside<T>(others: &mut FuturesUnordered<BoxFuture<'static, ()>>, one: impl Future<Output = T>) -> T {
+    let mut one = std::pin::pin!(one);
     loop {
         tokio::select! {
             biased;
-            () = stop.cancelled() => return,
-            () = lease.lost() => return,
-            () = tokio::time::sleep_until(lease.good_until()) => {
-                tracing::error!(lease = lease.id, "the lease may have run out: all work under it is given up");
-                return;
-            }
-            () = sleep(next) => {}
+            done = &mut one => return done,
+            Some(()) = others.next() => {}
         }
-        let sent = Instant::now();
-        let answer = tokio::select! {
+    }
+}
+
+/// Revokes a lease; gives up when it has run out by itself.
+async fn revoke<K: Kv>(kv: Arc<K>, lease: LeaseId, ttl: Duration, mut backoff: Backoff) {
+    let ends = Instant::now() + ttl;
+    while let Err(error) = kv.revoke(lease).await {
+        let again = Instant::now() + backoff.pause();
+        if again >= ends {
+            tracing::warn!(%error, lease, "the lease could not be revoked, it has run out by itself");
+            return;
+        }
+        tracing::debug!(%error, lease, "the lease could not be revoked, trying again");
+        sleep_until(again).await;
+    }
+}
+
+/// Returns when the lease is lost or is not wanted any more.
+async fn keep_one<K: Kv>(kv: &K, lease: &Lease, good: Duration, jitter: &Arc<Jitter>, stop: &CancellationToken) {
+    let mut next = good / 3;
+    let mut backoff = Backoff::new(jitter);
+    let given_up = async {
+        tokio::select! {
             biased;
-            answer = kv.keep_alive(lease.id) => answer,
-            () = tokio::time::sleep_until(lease.good_until()) => continue,
-        };
-        match answer {
-            // An answer that comes too late finds the lease given up.
-            Ok(()) if !lease.is_lost() => {
-                lease.extend(sent + ttl);
-                (next, delay) = (ttl / 3, RETRY_FIRST);
-            }
-            Ok(()) => {}
-            Err(KvError::LeaseGone) => {
-                tracing::error!(lease = lease.id, "the lease has run out: all work under it is given up");
-                return;
-            }
-            Err(error) => {
-                tracing::warn!(%error, "the lease was not kept alive, trying again");
-                (next, delay) = (delay, (delay * 2).min(RETRY_LONGEST));
+            () = stop.cancelled() => {}
+            () = lease.lost() => {}
+            () = until_run_out(lease) => {
+                tracing::error!(lease = lease.id, "the lease may have run out: all work under it is given up");
             }
         }
+    };
+    let kept_alive = async {
+        loop {
+            sleep(next).await;
+            let sent = Instant::now();
+            match kv.keep_alive(lease.id).await {
+                // An answer that comes too late finds the lease given up.
+                Ok(()) if !lease.is_lost() => {
+                    lease.extend(sent + good);
+                    next = good / 3;
+                    backoff.reset();
+                }
+                Ok(()) => {}
+                Err(KvError::LeaseGone) => {
+                    tracing::error!(lease = lease.id, "the lease has run out: all work under it is given up");
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the lease was not kept alive, trying again");
+                    next = backoff.pause();
+                }
+            }
+        }
+    };
+    // Whatever a call takes, it does not hold up that the lease is given up.
+    tokio::select! { biased; () = given_up => {}, () = kept_alive => {} }
+}
+
+/// Returns when a lease may have run out, which is put off whenever it is kept alive.
+async fn until_run_out(lease: &Lease) {
+    loop {
+        let until = lease.good_until();
+        if Instant::now() >= until {
+            return;
+        }
+        sleep_until(until).await;
     }
 }

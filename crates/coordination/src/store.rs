@@ -15,7 +15,7 @@ use crate::{
     ending::{fenced, ticket},
     keys::Layout,
     kv::{Compare, Get, KeyValue, Keys, Kv, Op, Test, Txn},
-    locks::{Patience, held},
+    locks::{Ahead, Patience, held, in_queue},
     memory::{POOLED, written},
     reads::{Indexed, Instances, Scan},
     records,
@@ -200,7 +200,8 @@ impl<K: Kv> Store for Coordination<K> {
             self.core.mirror.leaving(&ticket.live.key, ticket.fence);
         }
         let txn = ticket.removal();
-        self.core.finish(held, txn, |_| true).await.map(|_| ())
+        // Whoever removed the key, it is gone.
+        self.core.finish(held, txn, |_| Some(0)).await.map(|_| ())
     }
 
     async fn update_challenge(&self, held: Held, challenge: &Challenge) -> Result<()> {
@@ -221,7 +222,7 @@ impl<K: Kv> Store for Coordination<K> {
             or: vec![Op::get(Keys::one(&key)), Op::keys(Keys::one(&ticket.live.key))],
         };
         let (fence, id) = (held.fence, challenge.id.clone());
-        let applied = move |read: &[Vec<KeyValue>]| matches!(read, [c, _] if is(c, &record));
+        let applied = move |read: &[Vec<KeyValue>]| written_at(read.first()?, &record);
         let mut result = self.core.finish(held, txn, applied).await?;
         if result.succeeded {
             self.core.memory.challenge(&written(challenge.clone(), result.revision));
@@ -244,7 +245,8 @@ impl<K: Kv> Store for Coordination<K> {
             or: vec![Op::keys(Keys::one(&key)), Op::keys(Keys::one(&ticket.live.key))],
         };
         let fence = held.fence;
-        let mut result = self.core.finish(held, txn, |read| matches!(read, [c, _] if c.is_empty())).await?;
+        let removed = |read: &[Vec<KeyValue>]| read.first()?.is_empty().then_some(0);
+        let mut result = self.core.finish(held, txn, removed).await?;
         if result.succeeded {
             self.core.memory.forget_challenge(id);
             return Ok(());
@@ -281,15 +283,14 @@ impl<K: Kv> Store for Coordination<K> {
             if let Some(version) = pool {
                 when.extend([Compare::exists(layout.pool(id)), Compare::modified(layout.pool(id), version.0)]);
             }
-            let or = [Op::get(Keys::one(layout.owner(slot))), Op::get(writers), Op::keys(Keys::one(layout.pool(id)))];
+            let or = [Op::get(Keys::one(layout.owner(slot))), in_queue(&writers), Op::keys(Keys::one(layout.pool(id)))];
             let txn = Txn { when, then, or: or.into_iter().chain(core.survey_ops(slot)).collect() };
             let of = Of::Instance(Box::new(intent.clone()));
             let (taken, mut result) = core.take(live, of, txn, false).await?;
             if let Some(ticket) = taken {
                 return Ok(held(LockKind::Instance, ticket, patience));
             }
-            let mut ahead = result.next_read();
-            ahead.extend(result.next_read());
+            let (owner, queued) = (result.next_read(), result.next_counted());
             let counted = version(&result.next_read());
             let (survey, _) = core.read_survey(slot, &mut result)?;
             if survey.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version)
@@ -299,6 +300,7 @@ impl<K: Kv> Store for Coordination<K> {
                 core.met(slot, &survey);
                 return Err(Error::Conflict);
             }
+            let ahead = Ahead::owner(owner).and_queue(writers, queued, result.revision);
             patience.wait(core, ahead).await?;
         }
     }
@@ -340,7 +342,7 @@ impl<K: Kv> Store for Coordination<K> {
                     Op::keys(layout.whole(from)),
                     Op::keys(Keys::one(layout.owner(from))),
                     Op::get(Keys::one(layout.owner(to))),
-                    Op::get(writers),
+                    in_queue(&writers),
                 ]
                 .into_iter()
                 .chain(core.survey_ops(to))
@@ -361,15 +363,14 @@ impl<K: Kv> Store for Coordination<K> {
             }
             let pooled_changed = version(&result.next_read()) != Some(pooled.version);
             let pooled_owned = !result.next_read().is_empty();
-            let mut ahead = result.next_read();
-            ahead.extend(result.next_read());
+            let (owner, queued) = (result.next_read(), result.next_counted());
             let (survey, _) = core.read_survey(to, &mut result)?;
             let changed = survey.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version);
             if changed || pooled_changed || pooled_owned || survey.instance.is_some() {
                 core.met(to, &survey);
                 return Err(Error::Conflict);
             }
-            patience.wait(core, ahead).await?;
+            patience.wait(core, Ahead::owner(owner).and_queue(writers, queued, result.revision)).await?;
         }
     }
 
@@ -444,7 +445,7 @@ impl<K: Kv> Store for Coordination<K> {
                     return Err(Error::Conflict);
                 }
             }
-            patience.wait(core, owner).await?;
+            patience.wait(core, Ahead::owner(owner)).await?;
         }
     }
 
@@ -476,10 +477,9 @@ impl<K: Kv> Store for Coordination<K> {
         };
         let fence = held.fence;
         let txn = Txn { when: vec![ticket.stands()], then, or: vec![Op::get(layout.whole(slot))] };
-        let applied = move |read: &[Vec<KeyValue>]| match (&record, read) {
-            (None, [whole]) => whole.is_empty(),
-            (Some(record), [whole]) => is(whole, record),
-            _ => false,
+        let applied = move |read: &[Vec<KeyValue>]| match &record {
+            None => read.first()?.is_empty().then_some(0),
+            Some(record) => written_at(read.first()?, record),
         };
         let result = self.core.finish(held, txn, applied).await?;
         if !result.succeeded {
@@ -524,7 +524,7 @@ impl<K: Kv> Store for Coordination<K> {
                 core.met(slot, &core.read_survey(slot, &mut result)?.0);
                 return Err(Error::Conflict);
             }
-            patience.wait(core, owner).await?;
+            patience.wait(core, Ahead::owner(owner)).await?;
         }
     }
 
@@ -575,8 +575,8 @@ impl<K: Kv> Store for Coordination<K> {
         let at = instances.at().await?;
         let mut working = Scan::values(core, layout.all_working(), at.clone());
         let mut census = Census {
-            challenges: core.kv.count(layout.challenges(), at.clone()).await.map_err(|error| core.error(error))?,
-            overdue: core.kv.count(layout.ended(now), at).await.map_err(|error| core.error(error))?,
+            challenges: core.count(layout.challenges(), at.clone()).await?,
+            overdue: core.count(layout.ended(now), at).await?,
             ..Census::default()
         };
         while let Some(kv) = instances.next().await? {
@@ -615,7 +615,7 @@ impl<K: Kv> Coordination<K> {
             None => Op::delete(layout.working(slot)),
         });
         let txn = Txn { when: vec![ticket.stands()], then, or: Vec::new() };
-        self.core.finish(held, txn, |_| false).await.map(|_| ())
+        self.core.finish(held, txn, |_| None).await.map(|_| ())
     }
 }
 
@@ -627,9 +627,12 @@ fn version(whole: &[KeyValue]) -> Option<Version> {
     whole.iter().map(|kv| kv.modified).max().map(Version)
 }
 
-/// Whether a record is stored, and with no intent.
-fn is(whole: &[KeyValue], record: &[u8]) -> bool {
-    matches!(whole, [kv] if kv.value == record)
+/// At which revision a record was written, if it is stored, and with no intent.
+fn written_at(whole: &[KeyValue], record: &[u8]) -> Option<u64> {
+    match whole {
+        [kv] if kv.value == record => Some(kv.modified),
+        _ => None,
+    }
 }
 
 fn working_on(begin: &Begin) -> PhaseName {

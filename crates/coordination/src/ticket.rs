@@ -19,6 +19,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    backoff::{Backoff, Jitter},
     kv::{Compare, Kv, LeaseId, Op, Txn},
     names::Name,
     session::Lease,
@@ -30,8 +31,6 @@ const QUEUE: usize = 4096;
 const LOOK_LONGEST: Duration = Duration::from_secs(30);
 /// What was sent before a network was cut is delivered when it is whole again. After so long the kernel has given up sending.
 const LATEST: Duration = Duration::from_secs(1200);
-const RETRY_FIRST: Duration = Duration::from_millis(50);
-const RETRY_LONGEST: Duration = Duration::from_secs(2);
 
 /// A key of ours under a lease; its value is told apart from every other acquisition's.
 #[derive(Debug, Clone)]
@@ -151,10 +150,14 @@ struct Given {
 
 impl Reaper {
     /// The reaper, and the task that works for it until `stop`.
-    pub(crate) fn start<K: Kv>(kv: Arc<K>, stop: CancellationToken) -> (Self, impl Future<Output = ()> + Send) {
+    pub(crate) fn start<K: Kv>(
+        kv: Arc<K>,
+        jitter: Arc<Jitter>,
+        stop: CancellationToken,
+    ) -> (Self, impl Future<Output = ()> + Send) {
         let (queue, given) = mpsc::channel(QUEUE);
         (Self { queue }, async move {
-            tokio::select! { biased; () = stop.cancelled() => {}, () = reap(kv, given) => {} }
+            tokio::select! { biased; () = stop.cancelled() => {}, () = reap(kv, jitter, given) => {} }
         })
     }
 
@@ -176,7 +179,7 @@ struct Suspect {
     pause: Duration,
 }
 
-async fn reap<K: Kv>(kv: Arc<K>, mut given: mpsc::Receiver<Given>) {
+async fn reap<K: Kv>(kv: Arc<K>, jitter: Arc<Jitter>, mut given: mpsc::Receiver<Given>) {
     // By the time of the next look; the number tells those of one time apart.
     let mut suspects: BTreeMap<(Instant, u64), Suspect> = BTreeMap::new();
     let mut number = 0;
@@ -190,7 +193,7 @@ async fn reap<K: Kv>(kv: Arc<K>, mut given: mpsc::Receiver<Given>) {
             next = given.recv() => match next {
                 None => return,
                 Some(Given { live, unsure: false }) => {
-                    if remove(kv.as_ref(), &live).await {
+                    if remove(kv.as_ref(), &live, Backoff::new(&jitter)).await {
                         live.absent();
                     }
                     None
@@ -201,7 +204,7 @@ async fn reap<K: Kv>(kv: Arc<K>, mut given: mpsc::Receiver<Given>) {
             },
         };
         let Some(mut suspect) = suspect else { continue };
-        remove(kv.as_ref(), &suspect.live).await;
+        remove(kv.as_ref(), &suspect.live, Backoff::new(&jitter)).await;
         suspect.pause = (suspect.pause * 2).min(LOOK_LONGEST);
         let due = Instant::now() + suspect.pause;
         if suspects.len() >= QUEUE {
@@ -216,15 +219,13 @@ async fn reap<K: Kv>(kv: Arc<K>, mut given: mpsc::Receiver<Given>) {
 }
 
 /// Answers whether it is gone, and not only its lease.
-async fn remove<K: Kv>(kv: &K, live: &LiveKey) -> bool {
-    let mut delay = RETRY_FIRST;
+async fn remove<K: Kv>(kv: &K, live: &LiveKey, mut backoff: Backoff) -> bool {
     while !live.lease.is_lost() {
         match kv.txn(live.removal()).await {
             Ok(_) => return true,
             Err(error) => {
                 tracing::warn!(%error, key = live.key, "an ownership that was given up could not be removed, trying again");
-                tokio::select! { biased; () = sleep(delay) => {}, () = live.lease.lost() => {} }
-                delay = (delay * 2).min(RETRY_LONGEST);
+                tokio::select! { biased; () = sleep(backoff.pause()) => {}, () = live.lease.lost() => {} }
             }
         }
     }

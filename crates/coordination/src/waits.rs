@@ -73,12 +73,12 @@ pub(crate) struct Seen {
 }
 
 /// What must go first.
-#[derive(Debug, Clone)]
-pub(crate) enum Behind {
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Behind {
     /// All in that range that came to be before this revision.
-    Queue(Keys, u64),
-    /// These keys, as they came to be at these revisions.
-    Keys(Vec<(String, u64)>),
+    pub(crate) queue: Option<(Keys, u64)>,
+    /// A key, as it came to be at that revision.
+    pub(crate) owner: Option<(String, u64)>,
 }
 
 impl Waits {

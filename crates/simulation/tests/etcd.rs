@@ -69,7 +69,7 @@ impl Server {
         if branch.iter().any(|op| matches!(op, Op::Put { lease: Some(lease), .. } if gone(lease))) {
             return Err(KvError::LeaseGone);
         }
-        let (mut reads, mut changes) = (Vec::new(), Vec::new());
+        let (mut reads, mut counts, mut changes) = (Vec::new(), Vec::new(), Vec::new());
         let next = self.revision + 1;
         for op in branch {
             match op {
@@ -79,10 +79,18 @@ impl Server {
                     changes.extend(gone.iter().map(|key| self.remove(key)));
                 }
                 Op::Get(get) => reads.push(read(&self.map, get).0),
+                Op::Oldest { keys, limit } => {
+                    let all = Get { keys: keys.clone(), limit: 0, keys_only: false };
+                    let mut all = read(&self.map, &all).0;
+                    all.sort_by_key(|kv| kv.created);
+                    counts.push(all.len());
+                    all.truncate(*limit);
+                    reads.push(all);
+                }
             }
         }
         self.publish(&changes);
-        Ok((TxnResult { succeeded, revision: self.revision, reads }, changes))
+        Ok((TxnResult { succeeded, revision: self.revision, reads, counts }, changes))
     }
 
     pub fn page(&self, get: &Get, at: Option<&Snapshot>) -> KvResult<Page<Snapshot>> {
@@ -187,9 +195,7 @@ impl Server {
     fn at(&self, at: Option<&Snapshot>) -> KvResult<Snapshot> {
         match at {
             None => Ok(Snapshot { map: self.map.clone(), revision: self.revision }),
-            Some(at) if at.revision < self.compacted => {
-                Err(KvError::Unavailable("the required revision has been compacted".to_owned()))
-            }
+            Some(at) if at.revision < self.compacted => Err(KvError::Compacted),
             Some(at) => Ok(at.clone()),
         }
     }

@@ -139,6 +139,33 @@ pub(super) async fn each_use_case_keeps_its_budget(rig: &impl Rig) {
     store.check().await;
 }
 
+pub(super) async fn a_commit_that_was_resolved_costs_nothing_later(rig: &impl Rig) {
+    let store = Arc::new(rig.replica("a"));
+    let gauntlet = gauntlet(store.clone());
+    settled(&store).await;
+    gauntlet.create_challenge(&call(), new("web", 0)).await.unwrap();
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    let web = store.stored("web").await.value;
+    store.core.kv.fail_next(Fault::LostAnswer);
+    store.update_challenge(held, &Challenge { revision: web.revision + 1, ..web }).await.unwrap();
+    for who in ["alice", "bob"] {
+        store.core.kv.reset();
+        gauntlet.create_instance(&call(), &id("web"), &source(who), BTreeMap::new()).await.unwrap();
+        assert_eq!(store.core.kv.calls(), BTreeMap::from([("txn", 2)]), "{who}");
+    }
+    let slot = seat("web", "carol");
+    let intent = instance(slot.clone(), Phase::Provisioning);
+    let held = store.begin_create(&store.stored("web").await, &intent, None, &patient()).await.unwrap();
+    store.core.kv.fail_next(Fault::LostAnswer);
+    let ready = Instance { applied: 2, until: None, ..instance(slot.clone(), Phase::Ready) };
+    store.commit(held, &slot, Commit::Put(Box::new(ready))).await.unwrap();
+    for which in ["a renewal", "another"] {
+        store.core.kv.reset();
+        gauntlet.renew_instance(&call(), &id("web"), &source("carol")).await.unwrap();
+        assert_eq!(store.core.kv.calls(), BTreeMap::from([("txn", 1)]), "{which}");
+    }
+}
+
 pub(super) async fn what_is_remembered_is_never_trusted(rig: &impl Rig) {
     let (a, b) = (Arc::new(rig.replica("a")), Arc::new(rig.replica("b")));
     let (one, two) = (gauntlet(a.clone()), gauntlet(b.clone()));

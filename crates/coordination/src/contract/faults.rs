@@ -1,6 +1,7 @@
 //! Lost leases, lost answers, crashes.
 
 use super::*;
+use crate::kv::KvError;
 
 fn failed(retry_at: Timestamp) -> Phase {
     Phase::Failed(Failure {
@@ -284,5 +285,90 @@ pub(super) async fn an_acquisition_that_comes_to_be_late_is_given_up(rig: &impl 
     eventually("nobody owns it", || async { other.live_keys().await.is_empty() }).await;
     let (held, _) = other.begin(&slot, Begin::Recover, &at_once()).await.unwrap();
     other.commit(held, &slot, Commit::Remove).await.unwrap();
+    other.check().await;
+}
+
+pub(super) async fn a_lease_that_is_not_kept_alive_runs_out(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let (kv, layout) = (&store.core.kv, &store.core.layout);
+    let [alice, bob] = ["alice", "bob"].map(|who| layout.owner(&seat("web", who)));
+    let put = |key: &str, lease| Txn {
+        then: vec![Op::Put { key: key.to_owned(), value: Vec::new(), lease: Some(lease) }],
+        ..Txn::default()
+    };
+    let mut followed = kv.follow(layout.live()).await.unwrap();
+    let (forgotten, _) = kv.grant(Duration::from_secs(1)).await.unwrap();
+    let (kept, ttl) = kv.grant(Duration::from_secs(6)).await.unwrap();
+    assert!(ttl >= Duration::from_secs(6));
+    kv.txn(put(&alice, forgotten)).await.unwrap();
+    kv.txn(put(&bob, kept)).await.unwrap();
+    eventually("the key of the one goes", || async {
+        kv.keep_alive(kept).await.unwrap();
+        store.live_keys().await == [bob.clone()]
+    })
+    .await;
+    assert_eq!(kv.keep_alive(forgotten).await, Err(KvError::LeaseGone));
+    assert_eq!(kv.txn(put(&alice, forgotten)).await, Err(KvError::LeaseGone));
+    kv.keep_alive(kept).await.unwrap();
+    let mut seen = Vec::new();
+    while seen.len() < 3 {
+        seen.extend(
+            followed.events.next().await.unwrap().into_iter().map(|event| (event.key, event.created.is_some())),
+        );
+    }
+    assert_eq!(seen, [(alice.clone(), true), (bob, true), (alice, false)]);
+    kv.revoke(forgotten).await.unwrap();
+    kv.revoke(kept).await.unwrap();
+    store.check().await;
+}
+
+pub(super) async fn what_a_lost_lease_holds_goes_though_no_revoke_succeeds(rig: &impl Rig) {
+    let (store, other) = (rig.replica_with("a", Duration::from_secs(2)), rig.replica("b"));
+    let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    store.core.kv.fail_revoke();
+    store.core.kv.hang_keep_alive();
+    other.release(other.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap()).await.unwrap();
+    let lost = tokio::time::timeout(Duration::from_secs(30), held.guard(std::future::pending::<Result<(), Error>>()));
+    assert!(matches!(lost.await, Ok(Err(Error::Fenced(_)))), "and its holder is told");
+}
+
+pub(super) async fn a_lost_lease_is_replaced_while_it_is_revoked(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let lease = store.core.lease().await.unwrap();
+    store.core.kv.hurry(Duration::from_secs(10));
+    store.core.kv.hang_revoke();
+    lease.lose();
+    let held = store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
+    store.release(held).await.unwrap();
+}
+
+pub(super) async fn shutdown_does_not_wait_for_a_hung_keep_alive(rig: &impl Rig) {
+    let (store, other) = (rig.replica_with("a", Duration::from_secs(9)), rig.replica("b"));
+    store.core.kv.hang_keep_alive();
+    let _held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    eventually("it is to be kept alive", || async { store.core.kv.kept_alive() > 0 }).await;
+    store.shutdown().await;
+    assert!(other.live_keys().await.is_empty());
+}
+
+pub(super) async fn shutdown_waits_for_writes_under_way(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let (web, slot) = (store.with("web").await, seat("web", "alice"));
+    let held = store.begin_create(&web, &instance(slot.clone(), Phase::Provisioning), None, &patient()).await.unwrap();
+    store.core.kv.fail_next(Fault::Held);
+    let ready = instance(slot.clone(), Phase::Ready);
+    let commit = store.commit(held, &slot, Commit::Put(Box::new(ready.clone())));
+    let late = async {
+        // Time enough to revoke a lease, if it were to be revoked.
+        for _ in 0..200 {
+            if other.live_keys().await.is_empty() {
+                break;
+            }
+        }
+        store.core.kv.let_go();
+    };
+    let (committed, (), ()) = tokio::join!(commit, store.shutdown(), late);
+    committed.unwrap();
+    assert_eq!(other.at(&slot).await.value, ready);
     other.check().await;
 }

@@ -422,3 +422,51 @@ pub(super) async fn a_cancelled_begin_leaves_no_owner(rig: &impl Rig) {
     assert_eq!(stranded, expected, "what was recorded is found");
     store.check().await;
 }
+
+pub(super) async fn a_create_that_waits_reads_some_of_those_ahead(rig: &impl Rig) {
+    const QUEUED: usize = 60;
+    let (store, queued, holder) = (rig.replica("a"), rig.replica("b"), rig.replica("c"));
+    let (web, by) = (store.with("web").await, patient());
+    store.put(&[instance(pool_seat("web", 1), Phase::Ready)]).await;
+    let pooled = store.at(&pool_seat("web", 1)).await;
+    // Their keys sort before that of whoever holds the lock.
+    queued.core.lease().await.unwrap();
+    let held = holder.lock(LockKind::Challenge, &id("web"), &by).await.unwrap();
+    let web_id = id("web");
+    let mut waiting: Vec<_> = (0..QUEUED).map(|_| Box::pin(queued.lock(LockKind::Challenge, &web_id, &by))).collect();
+    eventually("all are queued", || {
+        assert!(waiting.iter_mut().all(|one| one.as_mut().now_or_never().is_none()));
+        async { store.live_keys().await.len() == QUEUED + 1 }
+    })
+    .await;
+    store.core.kv.reset();
+    let new = instance(seat("web", "alice"), Phase::Provisioning);
+    let busy = store.begin_create(&web, &new, None, &short()).await.unwrap_err();
+    let Error::Busy { what, ahead, .. } = &busy else { panic!("{busy:?}") };
+    assert!(what.contains("(held by c since ") && *ahead == QUEUED as u64 + 1, "{busy}");
+    let claimed = Instance { slot: seat("web", "bob"), ..pooled.value.clone() };
+    let busy = store.claim(&web, &pooled, &claimed, &short()).await.unwrap_err();
+    assert!(matches!(&busy, Error::Busy { ahead, .. } if *ahead == QUEUED as u64 + 1), "{busy}");
+    assert!(store.core.kv.largest() <= 20, "{} keys read at once", store.core.kv.largest());
+    let mut create = Box::pin(store.begin_create(&web, &new, None, &by));
+    eventually("it waits behind all of them", || {
+        assert!(create.as_mut().now_or_never().is_none());
+        let first = store.waits(1).1.pop();
+        async move {
+            first.is_some_and(|wait| {
+                wait.position == QUEUED + 1 && wait.holder.is_some_and(|holder| holder.replica == "c")
+            })
+        }
+    })
+    .await;
+    let go_on = async {
+        holder.release(held).await.unwrap();
+        // In whichever order they have come to be queued.
+        let each = waiting.into_iter().map(async |one| queued.release(one.await.unwrap()).await.unwrap());
+        futures::future::join_all(each).await;
+    };
+    let (created, ()) = tokio::join!(create, go_on);
+    let created = created.unwrap();
+    assert_eq!(created.waited.queue_depth, QUEUED as u64 + 1);
+    store.commit(created, &new.slot, Commit::Remove).await.unwrap();
+}

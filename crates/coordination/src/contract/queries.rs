@@ -229,6 +229,60 @@ pub(super) async fn a_list_is_of_one_revision(rig: &impl Rig) {
     assert!(keys_of(&rest).contains(&last) && !keys_of(&rest).contains(&seat("web", "zoe")));
 }
 
+pub(super) async fn a_list_goes_on_where_its_revision_is_compacted(rig: &impl Rig) {
+    let store = rig.replica("a");
+    let names = ["web", "web-2", "web-3"];
+    for name in names {
+        store.with(name).await;
+        store.put(&many(name, 1000)).await;
+    }
+    let changed = many("web-2", 1000)[500].slot.clone();
+    let (mut seen, mut all) = (Vec::new(), store.instances_by_source(None));
+    while let Some(instance) = all.try_next().await.unwrap() {
+        seen.push(instance.slot);
+        if seen.len() % 400 == 0 {
+            store.core.kv.compact();
+        }
+        if seen.len() == 10 {
+            // One that is changed, and has another by its record, is told as it is by then.
+            drop(store.begin(&changed, Begin::Delete, &patient()).await.unwrap());
+        }
+    }
+    let expected: Vec<Slot> = names.iter().flat_map(|name| many(name, 1000)).map(|instance| instance.slot).collect();
+    assert_eq!(seen, expected, "each once, and none left out");
+    let mut listing = store.challenges();
+    let mut listed = Vec::new();
+    while let Some((challenge, own)) = listing.try_next().await.unwrap() {
+        store.core.kv.compact();
+        listed.push((challenge.id.as_str().to_owned(), own.len()));
+    }
+    assert_eq!(listed, names.map(|name| (name.to_owned(), 1000)));
+    // The record of one page and the intent of the next would be of two revisions.
+    for at in 0..600 {
+        let slot = many("web", 1000)[at].slot.clone();
+        let mut all = store.instances_of(&id("web"));
+        if at % 128 > 2 && at % 128 < 126 {
+            continue;
+        }
+        let before = store.at(&slot).await;
+        drop(all.next().await.unwrap().unwrap());
+        let again = Instance { connection_info: "changed".to_owned(), ..before.value };
+        store.rewrite(&store.at(&slot).await, &again, &patient()).await.unwrap();
+        let (held, begun) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+        store.core.kv.compact();
+        let told: Vec<_> =
+            all.try_filter(|stored| std::future::ready(stored.value.slot == slot)).try_collect().await.unwrap();
+        assert!(told.iter().all(|told| told.value.phase != Phase::Deleting || told.value == begun), "{told:?}");
+        store.commit(held, &slot, Commit::Put(Box::new(instance(slot.clone(), Phase::Ready)))).await.unwrap();
+    }
+    store.core.kv.reset();
+    assert_eq!(store.census(at(0)).await.unwrap().challenges, 3);
+    assert_eq!(store.stranded(at(0)).await.unwrap().len(), 1);
+    let (held, _) = store.begin(&changed, Begin::Recover, &patient()).await.unwrap();
+    store.commit(held, &changed, Commit::Remove).await.unwrap();
+    store.check().await;
+}
+
 pub(super) async fn a_census_counts(rig: &impl Rig) {
     let store = rig.replica("a");
     assert_eq!(store.census(at(0)).await.unwrap(), gauntlet_domain::Census::default());

@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, Weak,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -13,6 +13,7 @@ use std::{
 use gauntlet_stack::Etcd as Server;
 use gauntlet_telemetry::{db::Database, instruments::Instruments};
 use tempfile::TempDir;
+use tokio::sync::Semaphore;
 
 use crate::{
     Coordination, Embedded, Etcd, EtcdConfig,
@@ -28,17 +29,35 @@ pub(super) enum Fault {
     LostRequest,
     /// It is on its way until it is delivered, and nobody knows.
     LateRequest,
+    /// It is on its way until it is let go, and its caller waits for it.
+    Held,
+}
+
+/// A revision, and how often history was compacted before it was read.
+#[derive(Clone)]
+pub(super) struct Dated<S> {
+    at: S,
+    compactions: usize,
 }
 
 /// A backend that counts and fails; clones share one store.
 pub(super) struct Counted<K> {
     inner: Arc<K>,
     pub(super) calls: Mutex<BTreeMap<&'static str, usize>>,
+    /// The most keys that one transaction read.
+    largest: AtomicUsize,
     /// What each page was asked to be the beginning of.
     pub(super) asked: Mutex<Vec<Keys>>,
     pub(super) faults: Mutex<VecDeque<Fault>>,
     late: Mutex<Vec<Txn>>,
     deadline: Mutex<Duration>,
+    compactions: AtomicUsize,
+    /// One permit for each transaction that is let go.
+    let_go: Semaphore,
+    kept_alive: AtomicUsize,
+    keep_alive_hangs: AtomicBool,
+    revoke_fails: AtomicBool,
+    revoke_hangs: AtomicBool,
 }
 
 /// What tests know of their backend.
@@ -51,6 +70,20 @@ pub(super) trait Tested: Kv {
     /// What was late arrives.
     fn deliver(&self) -> impl Future<Output = ()> + Send;
     fn asked(&self) -> Vec<Keys>;
+    /// The most keys that one transaction read since the last reset.
+    fn largest(&self) -> usize;
+    /// What was read before can be read no more.
+    fn compact(&self);
+    /// One that is held goes on.
+    fn let_go(&self);
+    /// How often a lease was to be kept alive.
+    fn kept_alive(&self) -> usize;
+    /// From now on no lease is kept alive: calls for that are never answered.
+    fn hang_keep_alive(&self);
+    /// From now on no lease is revoked: calls for that fail.
+    fn fail_revoke(&self);
+    /// From now on no lease is revoked: calls for that are never answered.
+    fn hang_revoke(&self);
 }
 
 impl<K: Kv> Tested for Counted<K> {
@@ -61,6 +94,7 @@ impl<K: Kv> Tested for Counted<K> {
     fn reset(&self) {
         self.calls.lock().unwrap().clear();
         self.asked.lock().unwrap().clear();
+        self.largest.store(0, Ordering::SeqCst);
     }
 
     fn asked(&self) -> Vec<Keys> {
@@ -81,6 +115,34 @@ impl<K: Kv> Tested for Counted<K> {
             self.inner.txn(txn).await.unwrap();
         }
     }
+
+    fn largest(&self) -> usize {
+        self.largest.load(Ordering::SeqCst)
+    }
+
+    fn compact(&self) {
+        self.compactions.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn let_go(&self) {
+        self.let_go.add_permits(1);
+    }
+
+    fn kept_alive(&self) -> usize {
+        self.kept_alive.load(Ordering::SeqCst)
+    }
+
+    fn hang_keep_alive(&self) {
+        self.keep_alive_hangs.store(true, Ordering::SeqCst);
+    }
+
+    fn fail_revoke(&self) {
+        self.revoke_fails.store(true, Ordering::SeqCst);
+    }
+
+    fn hang_revoke(&self) {
+        self.revoke_hangs.store(true, Ordering::SeqCst);
+    }
 }
 
 impl<K: Kv> Counted<K> {
@@ -89,9 +151,24 @@ impl<K: Kv> Counted<K> {
             deadline: Mutex::new(inner.deadline()),
             inner: inner.clone(),
             calls: Mutex::default(),
+            largest: AtomicUsize::new(0),
             asked: Mutex::default(),
             faults: Mutex::default(),
             late: Mutex::default(),
+            compactions: AtomicUsize::new(0),
+            let_go: Semaphore::new(0),
+            kept_alive: AtomicUsize::new(0),
+            keep_alive_hangs: AtomicBool::new(false),
+            revoke_fails: AtomicBool::new(false),
+            revoke_hangs: AtomicBool::new(false),
+        }
+    }
+
+    /// The inner snapshot of one that can still be read.
+    fn readable(&self, at: Option<Dated<K::Snapshot>>) -> KvResult<Option<K::Snapshot>> {
+        match at {
+            Some(at) if at.compactions < self.compactions.load(Ordering::SeqCst) => Err(KvError::Compacted),
+            at => Ok(at.map(|at| at.at)),
         }
     }
 
@@ -101,7 +178,7 @@ impl<K: Kv> Counted<K> {
 }
 
 impl<K: Kv> Kv for Counted<K> {
-    type Snapshot = K::Snapshot;
+    type Snapshot = Dated<K::Snapshot>;
 
     fn name(&self) -> &'static str {
         self.inner.name()
@@ -115,7 +192,11 @@ impl<K: Kv> Kv for Counted<K> {
         self.count("txn");
         let fault = self.faults.lock().unwrap().pop_front();
         match fault {
-            None => self.inner.txn(txn).await,
+            None => {
+                let result = self.inner.txn(txn).await?;
+                self.largest.fetch_max(result.reads.iter().map(Vec::len).sum(), Ordering::SeqCst);
+                Ok(result)
+            }
             Some(Fault::LostAnswer) => {
                 self.inner.txn(txn).await?;
                 Err(KvError::Ambiguous("injected".to_owned()))
@@ -125,17 +206,24 @@ impl<K: Kv> Kv for Counted<K> {
                 self.late.lock().unwrap().push(txn);
                 Err(KvError::Ambiguous("injected".to_owned()))
             }
+            Some(Fault::Held) => {
+                self.let_go.acquire().await.unwrap().forget();
+                self.inner.txn(txn).await
+            }
         }
     }
 
-    async fn page(&self, get: Get, at: Option<K::Snapshot>) -> KvResult<Page<K::Snapshot>> {
+    async fn page(&self, get: Get, at: Option<Self::Snapshot>) -> KvResult<Page<Self::Snapshot>> {
         self.count("page");
         self.asked.lock().unwrap().push(get.keys.clone());
-        self.inner.page(get, at).await
+        let at = self.readable(at)?;
+        let Page { kvs, more, at } = self.inner.page(get, at).await?;
+        Ok(Page { kvs, more, at: Dated { at, compactions: self.compactions.load(Ordering::SeqCst) } })
     }
 
-    async fn count(&self, keys: Keys, at: Option<K::Snapshot>) -> KvResult<u64> {
+    async fn count(&self, keys: Keys, at: Option<Self::Snapshot>) -> KvResult<u64> {
         self.count("count");
+        let at = self.readable(at)?;
         self.inner.count(keys, at).await
     }
 
@@ -149,10 +237,20 @@ impl<K: Kv> Kv for Counted<K> {
     }
 
     async fn keep_alive(&self, lease: LeaseId) -> KvResult<()> {
+        self.kept_alive.fetch_add(1, Ordering::SeqCst);
+        if self.keep_alive_hangs.load(Ordering::SeqCst) {
+            std::future::pending().await
+        }
         self.inner.keep_alive(lease).await
     }
 
     async fn revoke(&self, lease: LeaseId) -> KvResult<()> {
+        if self.revoke_hangs.load(Ordering::SeqCst) {
+            std::future::pending().await
+        }
+        if self.revoke_fails.load(Ordering::SeqCst) {
+            return Err(KvError::Unavailable("injected".to_owned()));
+        }
         self.inner.revoke(lease).await
     }
 

@@ -1,5 +1,6 @@
 //! The file: restarts, other processes, damage.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+
 mod disk;
 mod power;
 
@@ -42,6 +43,69 @@ async fn what_was_answered_is_there_after_a_restart_and_what_was_leased_is_not()
     assert_eq!(keys(&kv).await, ["kept-1", "kept-2", "kept-3"]);
     let gone = put("b", Some(1));
     assert_eq!(kv.txn(gone).await, Err(KvError::LeaseGone));
+}
+
+#[tokio::test]
+async fn leases_run_out_by_the_clock_that_the_store_is_given() {
+    let dir = tempfile::tempdir().unwrap();
+    let began = Instant::now();
+    let now = Arc::new(Mutex::new(began));
+    let clock = {
+        let now = now.clone();
+        Box::new(move || *now.lock().unwrap())
+    };
+    let after = |seconds| *now.lock().unwrap() = began + Duration::from_secs(seconds);
+    let kv = Embedded::open_with(&dir.path().join("store"), clock, DEADLINE).unwrap();
+    let (lease, ttl) = kv.grant(Duration::from_secs(60)).await.unwrap();
+    let (other, _) = kv.grant(Duration::from_secs(600)).await.unwrap();
+    assert_eq!(ttl, Duration::from_secs(60));
+    kv.txn(put("kept", Some(other))).await.unwrap();
+    kv.txn(put("leased", Some(lease))).await.unwrap();
+    after(59);
+    kv.keep_alive(lease).await.unwrap();
+    after(118);
+    assert_eq!(keys(&kv).await, ["kept", "leased"]);
+    kv.txn(put("leased", Some(lease))).await.unwrap();
+    // What is put does not keep it alive.
+    after(119);
+    assert_eq!(kv.txn(put("leased", Some(lease))).await, Err(KvError::LeaseGone));
+    assert_eq!(kv.keep_alive(lease).await, Err(KvError::LeaseGone));
+    assert_eq!(keys(&kv).await, ["kept"]);
+    kv.revoke(lease).await.unwrap();
+}
+
+/// The disk that does not answer is a clock that stands still here: the writer asks it before each group of writes.
+#[test]
+fn every_call_ends_within_the_deadline() {
+    let dir = tempfile::tempdir().unwrap();
+    let stuck = Arc::new(Mutex::new(()));
+    let clock = {
+        let stuck = stuck.clone();
+        Box::new(move || {
+            drop(stuck.lock());
+            Instant::now()
+        })
+    };
+    let kv = Embedded::open_with(&dir.path().join("store"), clock, Duration::from_millis(50)).unwrap();
+    // One thread for all that blocks, and that one is busy.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+    let writing = stuck.lock().unwrap();
+    let (go_on, busy) = mpsc::channel::<()>();
+    runtime.spawn_blocking(move || busy.recv());
+    runtime.block_on(async {
+        let ends = Duration::from_secs(30);
+        let get = Get { keys: Keys::between("a", "z"), limit: 0, keys_only: true };
+        let read = timeout(ends, kv.page(get, None)).await.expect("it ends");
+        assert!(matches!(read, Err(KvError::Unavailable(_))), "a read has done nothing");
+        let writes = (0..QUEUE + 64).map(|n| kv.txn(put(&format!("key-{n}"), None)));
+        let writes = timeout(ends, futures::future::join_all(writes)).await.expect("they end");
+        let unknown = writes.iter().filter(|write| matches!(write, Err(KvError::Ambiguous(_)))).count();
+        let refused = writes.iter().filter(|write| matches!(write, Err(KvError::Unavailable(_)))).count();
+        assert!(unknown >= QUEUE && unknown + refused == QUEUE + 64, "{unknown} unknown, {refused} refused");
+    });
+    drop(writing);
+    go_on.send(()).unwrap();
+    runtime.block_on(kv.close());
 }
 
 #[tokio::test]

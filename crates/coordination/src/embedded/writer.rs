@@ -1,14 +1,18 @@
 //! The one thread that writes, and what it does with each job.
 
 use std::{
-    collections::BTreeSet,
-    sync::{Arc, PoisonError},
+    collections::BTreeMap,
+    sync::{
+        Arc, PoisonError,
+        mpsc::{self, RecvTimeoutError},
+    },
+    time::{Duration, Instant},
 };
 
 use redb::{Database, ReadableDatabase as _, ReadableTable as _, Table};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use super::{ENTRIES, Entry, Leased, Live, Shared, Snapshot, all_hold, describe, get_all};
+use super::{Clock, ENTRIES, Entry, Leased, Live, Shared, Snapshot, all_hold, describe, get_all, oldest};
 use crate::kv::{Event, Get, Keys, KvError, KvResult, LeaseId, Op, Txn, TxnResult};
 
 /// Writes that share a commit at most.
@@ -18,32 +22,56 @@ const GROUP: usize = 64;
 #[derive(Debug)]
 pub(super) enum Job {
     Txn(Txn, oneshot::Sender<KvResult<TxnResult>>),
-    Grant(oneshot::Sender<KvResult<LeaseId>>),
+    Grant(Duration, oneshot::Sender<KvResult<LeaseId>>),
     KeepAlive(LeaseId, oneshot::Sender<KvResult<()>>),
     Revoke(LeaseId, oneshot::Sender<KvResult<()>>),
 }
+
+/// A job that waits for the writer, and its place in the queue.
+pub(super) struct Queued {
+    pub(super) job: Job,
+    pub(super) _place: OwnedSemaphorePermit,
+}
+
+/// How long a lease lives, and until when unless it is kept alive.
+#[derive(Debug, Clone, Copy)]
+struct Granted {
+    ttl: Duration,
+    ends: Instant,
+}
+
+type Leases = BTreeMap<LeaseId, Granted>;
 
 /// The one thread that writes.
 pub(super) struct Writer {
     db: Database,
     shared: Arc<Shared>,
     revision: u64,
-    leases: BTreeSet<LeaseId>,
+    leases: Leases,
+    clock: Clock,
 }
 
 impl Writer {
-    pub(super) fn new(db: Database, shared: Arc<Shared>, revision: u64) -> Self {
-        Self { db, shared, revision, leases: BTreeSet::new() }
+    pub(super) fn new(db: Database, shared: Arc<Shared>, revision: u64, clock: Clock) -> Self {
+        Self { db, shared, revision, leases: Leases::new(), clock }
     }
 
-    /// Works until the last sender of the queue is gone.
-    pub(super) fn run(mut self, mut queue: mpsc::Receiver<Job>) {
-        while let Some(first) = queue.blocking_recv() {
-            let mut jobs = vec![first];
+    /// Works until the last sender of the queue is gone; wakes for a job, and when a lease runs out.
+    pub(super) fn run(mut self, queue: mpsc::Receiver<Queued>) {
+        loop {
+            let first = match self.leases.values().map(|lease| lease.ends).min() {
+                None => queue.recv().map_err(RecvTimeoutError::from),
+                Some(ends) => queue.recv_timeout(ends.saturating_duration_since((self.clock)())),
+            };
+            let mut jobs: Vec<Job> = match first {
+                Ok(first) => vec![first.job],
+                Err(RecvTimeoutError::Timeout) => Vec::new(),
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
             while jobs.len() < GROUP
-                && let Ok(job) = queue.try_recv()
+                && let Ok(queued) = queue.try_recv()
             {
-                jobs.push(job);
+                jobs.push(queued.job);
             }
             self.group(jobs);
         }
@@ -55,10 +83,12 @@ impl Writer {
         let mut change = Change {
             live: before.live.clone(),
             leases: self.leases.clone(),
+            now: (self.clock)(),
             revision: self.revision,
             durable: false,
             events: Vec::new(),
         };
+        change.expire();
         let mut jobs = jobs.into_iter();
         let mut answers = Vec::new();
         match self.apply(&mut jobs, &mut change, &mut answers, &before) {
@@ -126,7 +156,7 @@ impl Job {
         // As above.
         match self {
             Self::Txn(_, to) => drop(to.send(Err(error))),
-            Self::Grant(to) => drop(to.send(Err(error))),
+            Self::Grant(_, to) => drop(to.send(Err(error))),
             Self::KeepAlive(_, to) | Self::Revoke(_, to) => drop(to.send(Err(error))),
         }
     }
@@ -135,7 +165,8 @@ impl Job {
 /// What a group of jobs changes.
 struct Change {
     live: Arc<Live>,
-    leases: BTreeSet<LeaseId>,
+    leases: Leases,
+    now: Instant,
     revision: u64,
     /// Whether the file changes.
     durable: bool,
@@ -159,32 +190,46 @@ impl Change {
                 answers.push(reply(to, result));
                 failed?;
             }
-            Job::Grant(to) => {
+            Job::Grant(ttl, to) => {
                 self.revision += 1;
                 let lease = i64::try_from(self.revision).unwrap_or(i64::MAX);
-                self.leases.insert(lease);
+                self.leases.insert(lease, Granted { ttl, ends: self.now + ttl });
                 answers.push(reply(to, Ok(lease)));
             }
             Job::KeepAlive(lease, to) => {
-                let known = self.leases.contains(&lease);
-                answers.push(reply(to, known.then_some(()).ok_or(KvError::LeaseGone)));
+                let kept = self.leases.get_mut(&lease).map(|lease| lease.ends = self.now + lease.ttl);
+                answers.push(reply(to, kept.ok_or(KvError::LeaseGone)));
             }
             Job::Revoke(lease, to) => {
-                if self.leases.remove(&lease) {
-                    self.revision += 1;
-                    let revision = self.revision;
-                    let events = &mut self.events;
-                    Arc::make_mut(&mut self.live).retain(|key, leased| {
-                        if leased.lease == lease {
-                            events.push(Event { key: key.clone(), revision, created: None });
-                        }
-                        leased.lease != lease
-                    });
-                }
+                self.end(lease);
                 answers.push(reply(to, Ok(())));
             }
         }
         Ok(())
+    }
+
+    /// Ends the leases whose time is over.
+    fn expire(&mut self) {
+        let over = self.leases.iter().filter(|(_, lease)| lease.ends <= self.now).map(|(id, _)| *id);
+        for lease in over.collect::<Vec<_>>() {
+            tracing::warn!(lease, "a lease has run out");
+            self.end(lease);
+        }
+    }
+
+    /// Ends a lease; its keys go, all at one revision.
+    fn end(&mut self, lease: LeaseId) {
+        if self.leases.remove(&lease).is_none() {
+            return;
+        }
+        self.revision += 1;
+        let (revision, events) = (self.revision, &mut self.events);
+        Arc::make_mut(&mut self.live).retain(|key, leased| {
+            if leased.lease == lease {
+                events.push(Event { key: key.clone(), revision, created: None });
+            }
+            leased.lease != lease
+        });
     }
 
     fn txn(
@@ -194,20 +239,25 @@ impl Change {
     ) -> Result<KvResult<TxnResult>, redb::Error> {
         let succeeded = all_hold(&txn.when, table, &self.live)?;
         let ops = if succeeded { txn.then } else { txn.or };
-        let leased = |op: &Op| matches!(op, Op::Put { lease: Some(lease), .. } if !self.leases.contains(lease));
+        let leased = |op: &Op| matches!(op, Op::Put { lease: Some(lease), .. } if !self.leases.contains_key(lease));
         if ops.iter().any(leased) {
             return Ok(Err(KvError::LeaseGone));
         }
         let revision = self.revision + 1;
-        let mut reads = Vec::new();
+        let (mut reads, mut counts) = (Vec::new(), Vec::new());
         for op in ops {
             match op {
                 Op::Get(get) => reads.push(get_all(&get, table, &self.live)?.0),
+                Op::Oldest { keys, limit } => {
+                    let (read, count) = oldest(&keys, limit, table, &self.live)?;
+                    reads.push(read);
+                    counts.push(count);
+                }
                 Op::Put { key, value, lease } => self.put(key, &value, lease, revision, table)?,
                 Op::Delete(keys) => self.delete(&keys, revision, table)?,
             }
         }
-        Ok(Ok(TxnResult { succeeded, revision: self.revision, reads }))
+        Ok(Ok(TxnResult { succeeded, revision: self.revision, reads, counts }))
     }
 
     fn put(

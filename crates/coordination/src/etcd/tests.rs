@@ -200,6 +200,48 @@ async fn it_logs_in_and_a_wrong_password_is_told() {
     assert!(text.contains("etcd refused"), "{text}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lists_of_many_pages_go_on_while_etcd_is_compacted() {
+    use futures::TryStreamExt as _;
+    const INSTANCES: usize = 2000;
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path()).unwrap();
+    let store = replica(EtcdConfig::new([server.url()])).await;
+    let mut admin = Client::connect([server.url()], None).await.unwrap();
+    store.insert_challenge(&crate::contract::challenge("web")).await.unwrap();
+    let slots: Vec<_> = (0..INSTANCES).map(|n| crate::contract::seat("web", &format!("team-{n:04}"))).collect();
+    for some in slots.chunks(100) {
+        let record = |slot: &gauntlet_domain::Slot| {
+            let instance = crate::contract::instance(slot.clone(), gauntlet_domain::Phase::Ready);
+            Op::put(store.core.layout.instance(slot), crate::records::write_instance(&instance))
+        };
+        store.core.kv.txn(Txn { then: some.iter().map(record).collect(), ..Txn::default() }).await.unwrap();
+    }
+    let mut compact = async || {
+        let put = admin.put("elsewhere", "", None).await.unwrap();
+        admin.compact(put.header().unwrap().revision(), None).await.unwrap();
+    };
+    let (mut seen, mut all) = (Vec::new(), store.instances_by_source(None));
+    while let Some(instance) = all.try_next().await.unwrap() {
+        if seen.len() % 200 == 0 {
+            compact().await;
+        }
+        seen.push(instance.slot);
+    }
+    assert!(seen == slots, "each once, in order: {} of them", seen.len());
+    let mut listing = store.challenges();
+    compact().await;
+    let (_, own) = listing.try_next().await.unwrap().unwrap();
+    assert_eq!(own.len(), INSTANCES);
+    // A revision that is gone is told as such, and the store goes on.
+    let old = Some(1);
+    let get = || Get { keys: Keys::one("elsewhere"), limit: 0, keys_only: false };
+    assert_eq!(store.core.kv.page(get(), old).await.unwrap_err(), KvError::Compacted);
+    assert_eq!(store.core.kv.count(get().keys, old).await.unwrap_err(), KvError::Compacted);
+    assert_eq!(store.core.count(get().keys, old).await.unwrap(), 1);
+    store.shutdown().await;
+}
+
 fn refused(config: &EtcdConfig) -> String {
     Etcd::new(config, database()).unwrap_err().to_string()
 }

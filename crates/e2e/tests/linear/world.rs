@@ -83,7 +83,7 @@ impl<K: Kv> Kv for Faulty<K> {
     }
 
     async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
-        let writes = txn.then.iter().chain(&txn.or).any(|op| !matches!(op, Op::Get(_)));
+        let writes = !txn.then.iter().chain(&txn.or).all(Op::is_read);
         if writes && self.faults.strike(50) {
             return Err(KvError::Ambiguous("the request was lost".to_owned()));
         }

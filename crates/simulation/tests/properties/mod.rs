@@ -114,7 +114,7 @@ impl Kv for Direct {
     }
 
     async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
-        if txn.then.iter().chain(&txn.or).all(|op| matches!(op, Op::Get(_))) {
+        if txn.then.iter().chain(&txn.or).all(Op::is_read) {
             return self.server().txn(&txn).map(|(result, _)| result);
         }
         yield_now().await;

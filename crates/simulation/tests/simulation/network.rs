@@ -152,6 +152,7 @@ fn describe(txn: &Txn) -> String {
         Op::Put { key, .. } => format!("+{}", short(key)),
         Op::Delete(keys) => format!("-{}", short(&keys.from)),
         Op::Get(get) => format!("?{}", short(&get.keys.from)),
+        Op::Oldest { keys, .. } => format!("?{}", short(&keys.from)),
     });
     ops.collect::<Vec<_>>().join(", ")
 }

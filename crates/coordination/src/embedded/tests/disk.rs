@@ -9,7 +9,7 @@ use gauntlet_domain::Error;
 use proptest::{prelude::Rng as _, test_runner::TestRng};
 use redb::{Database, StorageBackend};
 
-use super::super::{Embedded, Path};
+use super::super::{DEADLINE, Embedded, Instant, Path};
 
 /// What a disk writes as a whole or not at all.
 const SECTOR: usize = 512;
@@ -89,7 +89,7 @@ impl Disk {
     pub(super) fn open(&self) -> Result<Embedded, Error> {
         let disk = self.clone();
         let create = move || Database::builder().create_with_backend(disk);
-        Embedded::open_with(Path::new("disk"), create)
+        Embedded::open_database(Path::new("disk"), Box::new(Instant::now), DEADLINE, create)
     }
 
     /// The power fails after so many more writes and syncs.
