@@ -30,6 +30,10 @@ const ENDS_WITHIN: Duration = Duration::from_secs(60);
 /// How long what was killed may take to leave the room's directory.
 const LEAVES_WITHIN: Duration = Duration::from_secs(30);
 
+/// Fails when the packages that were installed left what starts their services, or what keeps others from starting.
+const NOTHING_STARTS: &str = "left=$(ls /usr/sbin/policy-rc.d 2>/dev/null; find /etc/systemd/system /etc/rc[2345].d -name '*prometheus*' \
+                              ! -name 'K*'); echo \"$left\" >&2; [ -z \"$left\" ]";
+
 #[derive(Debug, Args)]
 #[command(
     after_help = "Makes a minimal Debian, clones HEAD into it and runs there the first command of README.md as an ordinary user, without \
@@ -143,6 +147,8 @@ fn as_root(room: &Room, root: &Account, readme: &Readme) -> Result<()> {
     let running = room.start(root, &command, "root")?;
     let stack_is_up = || observability::readiness(&ports).iter().all(|(_, ready)| ready.is_met());
     until_served(room, root, readme, api.number(), running, &stack_is_up)?;
+    room.output(root, NOTHING_STARTS)
+        .context("services of the installed packages stay enabled, or a policy-rc.d is left")?;
     let status = room.start(root, &readme.test, "tests")?.wait(TESTS_WITHIN)?;
     if !status.success() {
         bail!("{} failed ({status})", readme.test);

@@ -36,7 +36,8 @@ impl Plan {
             obstacles.extend(apt::obstacle(&packages));
         }
         if !builds.is_empty() {
-            obstacles.extend(go::missing());
+            let names: Vec<_> = builds.iter().map(|(name, _)| *name).collect();
+            obstacles.extend(go::missing().map(|why| format!("to build {}, {why}", names.join(" and "))));
         }
         Plan { packages, builds, cache: tools.cache.clone(), obstacles }
     }
@@ -56,7 +57,7 @@ impl Plan {
             ));
         }
         for (what, usual) in &self.builds {
-            lines.push(format!("build {what} with Go: {usual}, in the background; kept in {}", self.cache.display()));
+            lines.push(format!("build {what} with Go: {usual}; kept in {}", self.cache.display()));
         }
         lines
     }
