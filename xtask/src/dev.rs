@@ -64,14 +64,18 @@ impl Dev {
             _ => {}
         }
 
+        // The main job sends its last telemetry while it ends: the collector outlives it.
+        let has_ended = Arc::new(AtomicBool::new(false));
         let beside = has_stack.then(|| {
             let (ports, mut notices, ready) = (self.choice.ports(), notices.clone(), collector_ready.clone());
-            thread::spawn(move || beside(ports, &mut notices, &ready))
+            let has_ended = Arc::clone(&has_ended);
+            thread::spawn(move || beside(ports, &mut notices, &ready, &has_ended))
         });
         let export_after = has_stack.then_some(collector_ready.as_path());
         let outcome = self.foreground(&tools, &notices, &stop, &data, export_after);
         // A build that is still going on is given up; a stack that is up is ended by who waits for this.
         stop.ask();
+        has_ended.store(true, Ordering::Relaxed);
         if let Some(beside) = beside {
             say("ending the stack");
             if beside.join().is_err() {
@@ -200,11 +204,11 @@ fn hold(data: &Path) -> Result<File> {
     }
 }
 
-/// Brings the stack up beside the main job and keeps it until the end. `ready` exists once the collector can be sent to.
-fn beside(ports: Ports, notices: &mut Notices, ready: &Path) {
+/// Brings the stack up beside the main job and keeps it until the main job has ended. `ready` exists once the collector can be sent to.
+fn beside(ports: Ports, notices: &mut Notices, ready: &Path, has_ended: &AtomicBool) {
     let stop = notices.stop.clone();
     let outcome = match bring_up(ports, notices) {
-        Ok(Some(held)) => mark(ready).map(|()| held.keep(&stop, notices)),
+        Ok(Some(held)) => mark(ready).map(|()| held.keep(|| has_ended.load(Ordering::Relaxed), notices)),
         Ok(None) => use_running(&stop, notices, ready),
         Err(error) => Err(error),
     };

@@ -87,10 +87,10 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// Keeps it up until the process is asked to end, and reports a component that ends before.
-    pub(crate) fn keep(mut self, stop: &Stop, progress: &mut dyn Progress) {
+    /// Keeps it up until `is_over`, and reports a component that ends before.
+    pub(crate) fn keep(mut self, is_over: impl Fn() -> bool, progress: &mut dyn Progress) {
         let mut ended = Vec::new();
-        while !stop.asked() {
+        while !is_over() {
             for (name, process) in self.stack.processes() {
                 if !process.is_running() && !ended.contains(&name) {
                     progress.report(&format!("{name} has ended: see {}", process.log().display()));
@@ -172,7 +172,7 @@ impl Up {
         let Some(held) = bring_up(self.choice.ports(), &mut screen)? else {
             bail!("the stack already runs: cargo xtask stack status")
         };
-        held.keep(&stop, &mut screen);
+        held.keep(|| stop.asked(), &mut screen);
         Ok(ExitCode::SUCCESS)
     }
 
