@@ -138,9 +138,9 @@ async fn connection(
 
     // Until it is clear which HTTP it speaks nothing else bounds its silence.
     let mut silence = pin!(tokio::time::sleep(limits.header_timeout));
-    let mut heard = false;
-    let mut look = tokio::time::interval(limits.stall_timeout.div_f64(4.0).max(Duration::from_millis(1)));
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut silence_over = false;
+    let mut check = tokio::time::interval(limits.stall_timeout.div_f64(4.0).max(Duration::from_millis(1)));
+    check.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut stopping = false;
     let mut idle_since = None;
     loop {
@@ -149,13 +149,13 @@ async fn connection(
                 let late = ended.err().is_some_and(|error| is_timeout(error.as_ref()));
                 return (late && watch.in_head()).then_some("header_timeout");
             }
-            () = &mut silence, if !heard => {
-                heard = true;
-                if !watch.spoke() {
+            () = &mut silence, if !silence_over => {
+                silence_over = true;
+                if !watch.has_spoken() {
                     return Some("header_timeout");
                 }
             }
-            _ = look.tick() => {
+            _ = check.tick() => {
                 if watch.stalled(limits.stall_timeout) {
                     return Some("stalled_reader");
                 }
@@ -170,7 +170,7 @@ async fn connection(
             () = stop.cancelled(), if !stopping => {
                 stopping = true;
                 connection.as_mut().graceful_shutdown();
-                look = tokio::time::interval(CLOSE_EVERY.min(look.period()));
+                check = tokio::time::interval(CLOSE_EVERY.min(check.period()));
             }
         }
     }
@@ -186,7 +186,7 @@ async fn call(
     watch: Watch,
     request: hyper::Request<Incoming>,
 ) -> Result<Response, Infallible> {
-    let call = watch.begin();
+    let call = watch.begin(request.version());
     let request = request.map(Body::new);
     let permit = match calls.try_acquire_owned() {
         Ok(permit) => Some(permit),

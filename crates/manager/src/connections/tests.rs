@@ -264,7 +264,7 @@ async fn stream_to_a_stalled_reader_ends() {
 async fn slow_reader_is_not_stalled() {
     let watch = Watch::default();
     let frames = stream::repeat_with(|| Ok::<_, Infallible>(Bytes::from_static(b".")));
-    let mut answer = watch.begin().answer(Body::from_stream(frames), None);
+    let mut answer = watch.begin(http::Version::HTTP_2).answer(Body::from_stream(frames), None);
     for _ in 0..3 {
         // Each frame counts from when it was given.
         assert!(!watch.stalled(LONG));

@@ -10,6 +10,7 @@ use std::{
 };
 
 use axum::body::{Body, Bytes};
+use http::Version;
 use http_body::{Frame, SizeHint};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -34,6 +35,8 @@ struct State {
     read_by_calls: u64,
     begun: u64,
     calls: usize,
+    /// HTTP/2: what is written may be of any call.
+    multiplexed: bool,
     /// What has been given and not been taken, since when: a frame of an answer, or what is to be written to the socket.
     unread: BTreeMap<u64, Instant>,
 }
@@ -50,8 +53,9 @@ impl Watch {
     }
 
     /// A call begins; it ends when the guard, or the answer made with it, is dropped.
-    pub(super) fn begin(&self) -> Call {
+    pub(super) fn begin(&self, version: Version) -> Call {
         let mut state = self.state();
+        state.multiplexed = version == Version::HTTP_2;
         state.begun += 1;
         state.calls += 1;
         state.read_by_calls = state.read;
@@ -59,7 +63,7 @@ impl Watch {
     }
 
     /// Whether the client has sent a request, or enough to tell which HTTP it speaks.
-    pub(super) fn spoke(&self) -> bool {
+    pub(super) fn has_spoken(&self) -> bool {
         let state = self.state();
         state.begun > 0 || state.read >= PREFACE
     }
@@ -86,6 +90,17 @@ impl Watch {
 
     fn taken(&self, what: u64) {
         self.state().unread.remove(&what);
+    }
+
+    /// The socket took something.
+    fn written(&self) {
+        let mut state = self.state();
+        state.unread.remove(&SOCKET);
+        if !state.multiplexed {
+            // It was of the one answer there is: a large one is read at the reader's pace.
+            let now = Instant::now();
+            state.unread.values_mut().for_each(|since| *since = now);
+        }
     }
 }
 
@@ -150,7 +165,7 @@ impl Stream {
     fn written<T>(&self, polled: Poll<T>) -> Poll<T> {
         match polled {
             Poll::Pending => self.watch.given(SOCKET),
-            Poll::Ready(_) => self.watch.taken(SOCKET),
+            Poll::Ready(_) => self.watch.written(),
         }
         polled
     }
