@@ -1,6 +1,9 @@
 //! `gauntlet-janitor`: deletes what has expired.
 
-use std::process::ExitCode;
+use std::{
+    process::ExitCode,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use clap::Parser as _;
 use gauntlet_janitor::{Config, run};
@@ -75,8 +78,14 @@ fn environment() -> Env {
         .collect()
 }
 
-/// Cancels `stop` at SIGTERM or SIGINT.
+/// Cancels `stop` at SIGTERM or SIGINT; from the second one on, each does what it does to any process.
 fn on_signal(stop: CancellationToken) -> std::io::Result<tokio::task::JoinHandle<()>> {
+    let asked = Arc::new(AtomicBool::new(false));
+    for signal in [SignalKind::terminate(), SignalKind::interrupt()].map(|kind| kind.as_raw_value()) {
+        // In this order: the first signal finds the flag unset.
+        signal_hook::flag::register_conditional_default(signal, asked.clone())?;
+        signal_hook::flag::register(signal, asked.clone())?;
+    }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     Ok(tokio::spawn(async move {
@@ -84,6 +93,7 @@ fn on_signal(stop: CancellationToken) -> std::io::Result<tokio::task::JoinHandle
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
+        tracing::info!("Stopping: deletions under way may end; a second signal ends at once");
         stop.cancel();
     }))
 }

@@ -210,3 +210,22 @@ async fn sigterm_lets_a_deletion_under_way_end() {
     assert_eq!(ending.await.unwrap().code(), Some(0));
     assert_eq!(fake.deleted(), ["1"]);
 }
+
+#[tokio::test]
+async fn second_signal_ends_at_once() {
+    let fake = one_expired().deletion("1", Deletion::Hangs);
+    let server = fake.serve().await;
+    let mut child = janitor(&["--url", &server.url], &[]).spawn().unwrap();
+    fake.until(|state| state.under_way == 1).await;
+    let id = rustix::process::Pid::from_raw(child.id().unwrap().try_into().unwrap()).unwrap();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    // Signals that are sent too soon after another are one.
+    let status = loop {
+        rustix::process::kill_process(id, rustix::process::Signal::TERM).unwrap();
+        if let Ok(ended) = tokio::time::timeout(Duration::from_millis(20), child.wait()).await {
+            break ended.unwrap();
+        }
+        assert!(tokio::time::Instant::now() < deadline, "it does not end");
+    };
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(15));
+}

@@ -65,7 +65,12 @@ impl Background {
         pools.start(tasks, gauntlet);
         tasks.background("reconcile", |stop| async move {
             loop {
-                if run_reconcile(&reconciler, &pools).await {
+                let reconciled = tokio::select! {
+                    // What a pass was at is on record, as after a crash: the next start goes on with it.
+                    () = stop.cancelled() => return,
+                    reconciled = run_reconcile(&reconciler, &pools) => reconciled,
+                };
+                if reconciled {
                     settled.send_replace(true);
                 } else {
                     // While the store is away every call that fails asks for a pass, which would fail too.
@@ -144,4 +149,63 @@ async fn run_reconcile(gauntlet: &Gauntlet, pools: &Pools) -> bool {
 fn failed(error: &Error) {
     tracing::Span::current().record("error.type", error.code());
     context::fail_span(error.to_string());
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use async_trait::async_trait;
+    use gauntlet_coordination::Coordination;
+    use gauntlet_domain::{Found, Identity, Order, Outputs, Provisioner, Result, Settings};
+
+    use super::*;
+    use crate::fixture::Played;
+
+    /// A machine that never says what is on it.
+    #[derive(Default)]
+    struct Silent(AtomicBool);
+
+    #[async_trait]
+    impl Provisioner for Silent {
+        fn name(&self) -> &'static str {
+            "silent"
+        }
+
+        async fn up(&self, _: &Order) -> Result<Outputs> {
+            std::future::pending().await
+        }
+
+        async fn update(&self, _: &Order) -> Result<Outputs> {
+            std::future::pending().await
+        }
+
+        async fn down(&self, _: &ChallengeId, _: &Identity, _: u64) -> Result<()> {
+            std::future::pending().await
+        }
+
+        async fn list(&self) -> Result<Vec<Found>> {
+            self.0.store(true, Ordering::SeqCst);
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test]
+    async fn running_pass_does_not_use_up_the_drain() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
+        let (machine, played) = (Arc::new(Silent::default()), Arc::new(Played));
+        let gauntlet = Gauntlet::new(Arc::new(store), machine.clone(), played.clone(), played, Settings::default());
+        let tasks = Tasks::default();
+        let (_signals, background) = signals();
+        background.start(&tasks, &gauntlet, Duration::from_secs(3600));
+        let under_way = async {
+            while !machine.0.load(Ordering::SeqCst) {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), under_way).await.unwrap();
+        assert_eq!(tasks.drain(Duration::from_secs(10)).await, 0);
+    }
 }

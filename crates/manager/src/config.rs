@@ -1,8 +1,11 @@
 //! Flags and environment, checked before anything starts. The names of chall-manager's environment are accepted.
 
-use std::{ffi::OsString, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{ffi::OsString, fmt, net::SocketAddr, num::NonZeroU32, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{CommandFactory as _, Parser, error::ErrorKind};
+use tokio::sync::Semaphore;
+
+use crate::connections::Limits;
 
 /// What etcd does not go below.
 const SHORTEST_LEASE: Duration = Duration::from_secs(2);
@@ -122,14 +125,31 @@ pub struct Config {
     #[arg(long, env = "POOL_MAX", default_value_t = 1000, value_name = "COUNT", help_heading = "Instances")]
     pub pool_max: u32,
 
+    /// How many connections a port has at once; those beyond it are closed at once, and counted.
+    #[arg(long, env = "MAX_CONNECTIONS", default_value = "1000", value_name = "COUNT", help_heading = "Limits")]
+    pub max_connections: NonZeroU32,
+    /// How many calls a port serves at once, over all connections; those beyond it are told to try again (UNAVAILABLE, 503), and counted.
+    #[arg(long, env = "MAX_CALLS", default_value = "1000", value_name = "COUNT", help_heading = "Limits")]
+    pub max_calls: NonZeroU32,
+    /// How long a client may take to send the head of a request; an HTTP/1 connection that is idle for as long is closed.
+    #[arg(long, env = "HEADER_TIMEOUT", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Limits")]
+    pub header_timeout: Duration,
+    /// How long a client may leave an answer unread before its connection is closed.
+    #[arg(long, env = "STALL_TIMEOUT", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Limits")]
+    pub stall_timeout: Duration,
+    /// How often an HTTP/2 client is asked whether it is still there; it has as long to answer, 20s at most.
+    #[arg(long, env = "KEEPALIVE", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Limits")]
+    pub keepalive: Duration,
+
     /// How long a call waits for whoever works on the same challenge or instance.
     #[arg(long, env = "PATIENCE", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
     pub patience: Duration,
     /// How often to look for work that a crash left.
     #[arg(long, env = "RECONCILE_EVERY", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
     pub reconcile_every: Duration,
-    /// How long calls under way may take to end at shutdown.
-    #[arg(long, env = "DRAIN", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
+    /// How long calls under way may take to end at shutdown, which takes up to 4s more. Docker kills what takes longer than 10s in all: give
+    /// its --stop-timeout (Compose: stop_grace_period) more than that where this is longer. A second signal ends at once.
+    #[arg(long, env = "DRAIN", default_value = "5s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
     pub drain: Duration,
     /// What to log, as LEVEL or tracing directives.
     #[arg(long, env = "LOG_LEVEL", default_value = "info", value_name = "LEVEL", help_heading = "Background")]
@@ -225,6 +245,18 @@ impl Config {
         self.etcd_deadline.unwrap_or_else(|| ETCD_DEADLINE.min(self.lease_ttl * 9 / 10))
     }
 
+    /// What the clients of each port may use up.
+    pub(crate) fn limits(&self) -> Limits {
+        let count = |count: NonZeroU32| usize::try_from(count.get()).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+        Limits {
+            connections: count(self.max_connections),
+            calls: count(self.max_calls),
+            header_timeout: self.header_timeout,
+            stall_timeout: self.stall_timeout,
+            keepalive: self.keepalive,
+        }
+    }
+
     /// The directory instances are kept in.
     pub(crate) fn instances_dir(&self) -> PathBuf {
         self.dir.join("process")
@@ -246,6 +278,13 @@ mod tests {
         assert!(config.etcd_endpoints.is_empty());
         assert_eq!(config.port, 8080);
         assert_eq!(config.debug_address, DebugAddress(Some(([127, 0, 0, 1], 8081).into())));
+    }
+
+    #[test]
+    fn default_shutdown_fits_into_ten_seconds() {
+        let config = parse(&[]).unwrap();
+        let whole = config.drain + crate::STORE_WITHIN + gauntlet_telemetry::SHUTDOWN_WITHIN;
+        assert!(whole < Duration::from_secs(10), "{whole:?}");
     }
 
     #[test]

@@ -18,10 +18,13 @@ const EVERY: Duration = Duration::from_secs(600);
 pub(crate) fn start(tasks: &Tasks, library: Library, store: Arc<dyn Store>, limit: u64) {
     tasks.background("eviction", |stop| async move {
         loop {
-            look(&library, store.as_ref(), limit).await;
+            let looked = async {
+                look(&library, store.as_ref(), limit).await;
+                tokio::time::sleep(EVERY).await;
+            };
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(EVERY) => {}
+                () = looked => {}
             }
         }
     });

@@ -118,7 +118,7 @@ fn redacted(body: &str) -> String {
 }
 
 /// Plays scenarios, provisioner and facts. The name of a reference says what becomes of it.
-struct Played;
+pub(crate) struct Played;
 
 #[async_trait]
 impl Scenarios for Played {

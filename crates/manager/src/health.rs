@@ -45,7 +45,11 @@ pub(crate) async fn watch(tasks: &Tasks, mut asked: Asked, reporter: HealthRepor
                 Ok(()) = asked.settled.changed(), if settling => {}
                 () = tokio::time::sleep(EVERY) => {}
             }
-            tell(&reporter, &sender, asked.health(&mut answered).await).await;
+            let health = tokio::select! {
+                () = stop.cancelled() => break,
+                health = asked.health(&mut answered) => health,
+            };
+            tell(&reporter, &sender, health).await;
         }
         tell(&reporter, &sender, Health::Stopping).await;
     });

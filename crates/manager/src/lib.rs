@@ -4,6 +4,8 @@ mod backends;
 mod background;
 mod claimed;
 mod config;
+mod connections;
+mod deadline;
 mod eviction;
 #[cfg(test)]
 mod fixture;
@@ -18,11 +20,12 @@ mod server;
 mod status;
 mod tasks;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Result;
 use claimed::Claimed;
 pub use config::{Config, DebugAddress, Secret};
+use connections::Port;
 use gauntlet_domain::{Error, Gauntlet, Provisioner as _, Settings, Store};
 pub use gauntlet_provision::process::shim::run_if_requested as supervise_if_requested;
 use gauntlet_telemetry::Telemetry;
@@ -30,6 +33,9 @@ use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, ObservedSto
 use operations::Operations;
 use tasks::Tasks;
 use tokio::sync::watch;
+
+/// How long the store may take to give up what this replica owns.
+const STORE_WITHIN: Duration = Duration::from_secs(2);
 
 /// A running manager. Ends with [`Manager::stop`]; dropping it leaves its tasks to the runtime.
 pub struct Manager {
@@ -82,10 +88,21 @@ impl Manager {
             health::Asked { store: backend.store(), instances: instances.clone(), settled: background.settled() };
         let health = health::watch(&tasks, asked, reporter).await;
         let rest = rest::router(handlers.clone()).merge(rest::health::router(health.clone()));
+        let port = |name, router| Port {
+            name,
+            limits: config.limits(),
+            router,
+            exempt: server::is_health_check,
+            overloaded: server::overloaded,
+            refusals: instruments.server.clone(),
+        };
         let router = server::api(handlers, rest, health_service, instruments)?;
-        let api = server::serve(&tasks, "API", SocketAddr::new(config.bind, config.port), router).await?;
+        let address = SocketAddr::new(config.bind, config.port);
+        let api = server::serve(&tasks, address, port("api", router)).await?;
         let page = match config.debug_address.0 {
-            Some(address) => Some(server::serve(&tasks, "debug page", address, telemetry.debug().router()).await?),
+            Some(address) => {
+                Some(server::serve(&tasks, address, port("debug page", telemetry.debug().router())).await?)
+            }
             None => None,
         };
         eviction::start(&tasks, library, backend.store(), config.scenario_keep);
@@ -105,18 +122,36 @@ impl Manager {
     /// Stops listening, lets calls under way end (for as long as the configuration says), and gives up what this replica owns. Instances go
     /// on.
     pub async fn stop(self) {
-        tracing::info!("stopping: no new calls, those under way end");
+        tracing::info!(within = ?self.config.drain, "stopping: no new calls, those under way end; a second signal ends at once");
         let left = self.tasks.drain(self.config.drain).await;
         if left > 0 {
             tracing::warn!(left, after = ?self.config.drain, "calls were still under way: what they left is recovered at the next start");
         }
-        self.backend.shutdown().await;
+        if tokio::time::timeout(STORE_WITHIN, self.backend.shutdown()).await.is_err() {
+            tracing::warn!("the store did not shut down in time: what is owned goes with its lease");
+        }
     }
 
     /// Stops, and ends the instances of this machine too; the next start brings them back. Answers how many were running.
     pub async fn stop_with_instances(self) -> Result<usize> {
-        let instances = self.instances.clone();
+        let instances = self.instances();
         self.stop().await;
-        Ok(instances.halt().await?)
+        instances.halt().await
+    }
+
+    /// The instances of this machine, which can be ended also while the manager stops.
+    pub fn instances(&self) -> Instances {
+        Instances(self.instances.clone())
+    }
+}
+
+/// The instances of one machine.
+pub struct Instances(Arc<Claimed>);
+
+impl Instances {
+    /// Tells the supervisor of each instance to end it, all at once, and waits until they have; the next start brings them back. Answers how
+    /// many were running. A supervisor that has been told goes on if this is dropped.
+    pub async fn halt(&self) -> Result<usize> {
+        Ok(self.0.halt().await?)
     }
 }

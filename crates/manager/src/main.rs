@@ -1,6 +1,9 @@
 //! `gauntlet-manager`: trace, configure, build, serve, drain.
 
-use std::process::ExitCode;
+use std::{
+    process::ExitCode,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use gauntlet_domain::Error;
 use gauntlet_manager::{Config, Manager};
@@ -17,6 +20,10 @@ fn main() -> ExitCode {
         log_filter: config.log_level.clone(),
         ..Settings::new("gauntlet-manager", env!("CARGO_PKG_VERSION")).with_debug()
     };
+    if let Err(error) = end_at_the_second_signal() {
+        eprintln!("error: signals cannot be listened for: {error}");
+        return ExitCode::FAILURE;
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -41,11 +48,24 @@ fn main() -> ExitCode {
     if let Err(error) = telemetry.shutdown() {
         eprintln!("warning: {error}");
     }
+    // A blocking call under way must not hold up the exit: what it does is on record.
+    runtime.shutdown_background();
     match code {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if matches!(error.downcast_ref(), Some(Error::Invalid { .. })) => USAGE.into(),
         Err(_) => ExitCode::FAILURE,
     }
+}
+
+/// From the second SIGTERM or SIGINT on, each does what it does to any process, whatever is under way.
+fn end_at_the_second_signal() -> std::io::Result<()> {
+    let asked = Arc::new(AtomicBool::new(false));
+    for signal in [SignalKind::terminate(), SignalKind::interrupt()].map(|kind| kind.as_raw_value()) {
+        // In this order: the first signal finds the flag unset.
+        signal_hook::flag::register_conditional_default(signal, asked.clone())?;
+        signal_hook::flag::register(signal, asked.clone())?;
+    }
+    Ok(())
 }
 
 /// The environment without LOG_LEVEL, over which a flag may have gone.

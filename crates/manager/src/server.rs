@@ -1,9 +1,9 @@
 //! One port for gRPC, gRPC-web and REST; another for the debug page.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, Result};
-use axum::{Router, extract::Request};
+use axum::{Router, extract::Request, response::Response};
 use gauntlet_api::{
     extension::{self, sweeper_server::SweeperServer},
     v1::{
@@ -18,10 +18,15 @@ use gauntlet_telemetry::{
 use tokio::net::TcpListener;
 use tower::{Layer as _, ServiceExt as _};
 
-use crate::{grpc::Handlers, tasks::Tasks};
+use crate::{
+    connections::{Port, accept},
+    deadline::{DeadlineLayer, Sent},
+    grpc::Handlers,
+    tasks::Tasks,
+};
 
 /// The RPCs that are served, as `package.Service/Method`.
-const METHODS: [&str; 11] = [
+const METHODS: [&str; 12] = [
     "api.v1.challenge.ChallengeStore/CreateChallenge",
     "api.v1.challenge.ChallengeStore/RetrieveChallenge",
     "api.v1.challenge.ChallengeStore/QueryChallenge",
@@ -33,7 +38,11 @@ const METHODS: [&str; 11] = [
     "api.v1.instance.InstanceManager/RenewInstance",
     "api.v1.instance.InstanceManager/DeleteInstance",
     "gauntlet.v1.Sweeper/ListExpired",
+    "gauntlet.v1.Sweeper/DeleteExpired",
 ];
+
+/// How long the message of a gRPC call may take to arrive; REST bounds its bodies by itself.
+const SEND_WITHIN: Duration = Duration::from_secs(30);
 
 /// Everything on the API's port, told apart by content type: gRPC says what it is, the rest is REST.
 pub(crate) fn api<H>(handlers: Handlers, rest: Router, health: H, instruments: &Instruments) -> Result<Router>
@@ -60,12 +69,14 @@ where
         .add_service(reflection().build_v1().context("reflection")?)
         .add_service(reflection().build_v1alpha().context("reflection")?)
         .prepare();
-    let grpc = tonic_web::GrpcWebLayer::new().layer(GrpcServerLayer::new(instruments, METHODS).layer(routes));
+    let grpc = GrpcServerLayer::new(instruments, METHODS).layer(DeadlineLayer.layer(routes));
+    let grpc = tonic_web::GrpcWebLayer::new().layer(grpc);
     let rest = rest.layer(HttpServerLayer::new(instruments, &["/healthcheck"]));
     Ok(Router::new().fallback(move |request: Request| {
         let (grpc, rest) = (grpc.clone(), rest.clone());
         async move {
             if is_grpc(&request) {
+                let request = request.map(|body| axum::body::Body::new(Sent::new(body, SEND_WITHIN)));
                 match grpc.oneshot(request).await {
                     Ok(response) => response.map(axum::body::Body::new),
                 }
@@ -83,22 +94,25 @@ fn is_grpc(request: &Request) -> bool {
     content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
-/// Serves a router until the tasks stop, then until the calls under way have ended. Answers the address it listens on.
-pub(crate) async fn serve(
-    tasks: &Tasks,
-    name: &'static str,
-    address: SocketAddr,
-    router: Router,
-) -> Result<SocketAddr> {
+/// Whether a request is a health check, which is answered however many calls there are.
+pub(crate) fn is_health_check(request: &Request) -> bool {
+    matches!(request.uri().path(), "/healthcheck" | "/healthz") || request.uri().path().starts_with("/grpc.health.")
+}
+
+/// The answer to a call beyond the bound, in the caller's protocol.
+pub(crate) fn overloaded(request: &Request) -> Response {
+    let status = gauntlet_api::error::unavailable("TOO_MANY_CALLS");
+    if is_grpc(request) { status.into_http() } else { crate::rest::failure(status) }
+}
+
+/// Serves a port until the tasks stop, then until the calls under way have ended. Answers the address it listens on.
+pub(crate) async fn serve(tasks: &Tasks, address: SocketAddr, port: Port) -> Result<SocketAddr> {
+    let name = port.name;
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen on {address} for the {name}; is something else running there?"))?;
     let address = listener.local_addr()?;
-    tasks.background(name, |stop| async move {
-        let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned());
-        if let Err(error) = served.await {
-            tracing::error!(name, %error, "the server ended");
-        }
-    });
+    let owner = tasks.clone();
+    tasks.background(name, |stop| accept(owner, port, listener, stop));
     Ok(address)
 }

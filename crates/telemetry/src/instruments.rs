@@ -26,6 +26,8 @@ pub struct Instruments {
     pub pool: Pool,
     /// Operations on instances.
     pub instance: Instance,
+    /// Ports that are served.
+    pub server: Server,
     /// The janitor.
     pub janitor: Janitor,
     /// The reconciler.
@@ -56,6 +58,7 @@ impl Instruments {
             },
             pool: Pool { claims: counter(&meter, &names::POOL_CLAIMS) },
             instance: Instance { operations: counter(&meter, &names::INSTANCE_OPERATIONS) },
+            server: Server { refused: counter(&meter, &names::SERVER_REFUSED) },
             janitor: Janitor {
                 lag: histogram(&meter, &names::JANITOR_LAG),
                 expired: counter(&meter, &names::JANITOR_EXPIRED),
@@ -213,6 +216,19 @@ impl Instance {
                 KeyValue::new("outcome", outcome),
             ],
         );
+    }
+}
+
+/// Ports that are served.
+#[derive(Clone, Debug)]
+pub struct Server {
+    refused: Counter<u64>,
+}
+
+impl Server {
+    /// A client of port `server` was refused, or its connection closed, for `reason`.
+    pub fn refused(&self, server: &'static str, reason: &'static str) {
+        self.refused.add(1, &[KeyValue::new("server", server), KeyValue::new("reason", reason)]);
     }
 }
 

@@ -281,6 +281,9 @@ metrics! {
     /// How late the janitor is.
     JANITOR_LAG = Metric::seconds("gauntlet.janitor.lag", LAG, &["outcome"],
         "Time from an instance's end to the janitor's attempt to delete it.");
+    /// Clients refused.
+    SERVER_REFUSED = Metric::new("gauntlet.server.refused", Counter, "{refusal}", &["server", "reason"],
+        "Connections and calls that a port refused or closed: connections or calls beyond the bound (connections, calls), a head that took too long (header_timeout), an answer that was not read (stalled_reader), connections that the system could not accept (accept_failed).");
     /// Instances the janitor dealt with.
     JANITOR_EXPIRED = Metric::new("gauntlet.janitor.expired", Counter, "{instance}", &["outcome"],
         "Expired instances that the janitor tried to delete, by how it ended.");

@@ -22,7 +22,9 @@ use crate::subscriber::{log_filter, subscriber};
 use crate::{process, resource};
 
 /// How long [`Telemetry::shutdown`] takes at most.
-pub const SHUTDOWN_WITHIN: Duration = Duration::from_secs(5);
+pub const SHUTDOWN_WITHIN: Duration = Duration::from_secs(2);
+/// How long [`Telemetry::flush`] takes at most.
+const FLUSH_WITHIN: Duration = Duration::from_secs(5);
 /// How much of it is left to exporters to give up once they are told to.
 const GIVE_UP_WITHIN: Duration = Duration::from_millis(500);
 
@@ -133,7 +135,7 @@ impl Drop for Sending {
 
 /// What was still unsent when the time for shutting down was over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("telemetry could not be flushed within {SHUTDOWN_WITHIN:?}; what was queued is lost")]
+#[error("telemetry could not be flushed in time; what was queued is lost")]
 pub struct Unflushed;
 
 /// The telemetry of this process.
@@ -250,14 +252,14 @@ impl Telemetry {
         &self.export_start
     }
 
-    /// Exports what is queued, now, and reads the gauges. Takes at most [`SHUTDOWN_WITHIN`]. Blocks its thread, so
+    /// Exports what is queued, now, and reads the gauges. Takes at most 5 s. Blocks its thread, so
     /// it is for tests and tools; may be called on any.
     ///
     /// # Errors
     /// When it took too long.
     pub fn flush(&self) -> Result<(), Unflushed> {
         let providers = self.providers.clone();
-        within(SHUTDOWN_WITHIN, move || {
+        within(FLUSH_WITHIN, move || {
             let _ = providers.traces.force_flush();
             let _ = providers.logs.force_flush();
             let _ = providers.metrics.force_flush();

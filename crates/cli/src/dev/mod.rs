@@ -24,7 +24,11 @@ use self::{ground::Ground, screen::Screen};
 use crate::USAGE;
 
 /// How long the players, the janitor and the screen may take to end.
-const END_WITHIN: Duration = Duration::from_secs(10);
+const END_WITHIN: Duration = Duration::from_secs(6);
+/// When asked a second time: how long telling the instances to end may take.
+const TELL_WITHIN: Duration = Duration::from_secs(1);
+/// What a process exits with that SIGINT ended, as shells have it.
+const AT_ONCE: i32 = 130;
 /// How long calls under way may take to end after that.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long to wait for instances of the run before.
@@ -37,7 +41,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(5);
 /// Run everything in this process: manager, janitor, example challenges and players that use them.
 ///
 /// What it shows on the terminal is also a page, at the debug port. State and instances are kept below --data: the next run goes on
-/// with them. Ctrl-C ends every process that was started. What is no flag here is configured by the environment of gauntlet-manager.
+/// with them. Ctrl-C ends every process that was started; a second one gives up calls under way, tells every instance to end, and does not wait. What is no flag here is configured by the environment of gauntlet-manager.
 /// Nothing is exported unless OTEL_EXPORTER_OTLP_ENDPOINT says where to.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Dev {
@@ -173,6 +177,7 @@ impl Dev {
         let data = config.dir.clone();
         let manager = Manager::start(config, telemetry).await?;
         let url = url(&manager);
+        let instances = manager.instances();
 
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         if let Some(file) = self.export_after.clone() {
@@ -188,19 +193,25 @@ impl Dev {
             tasks.spawn(screen.show(stop.clone()));
             asked.wait().await;
         }
+        tell("\nending: the API, then the instances; Ctrl-C again ends at once");
         stop.cancel();
         tasks.close();
-        if tokio::time::timeout(END_WITHIN, tasks.wait()).await.is_err() {
-            tracing::warn!("players, janitor or screen do not end");
-        }
-        tell("\nending: the API, then the instances");
-        let ended = manager.stop_with_instances();
-        tokio::pin!(ended);
-        let halted = loop {
-            tokio::select! {
-                halted = &mut ended => break halted?,
-                // Giving up here would leave their processes behind.
-                () = asked.wait() => tell("it is ending: calls under way have 5 s, instances a few more"),
+        let ended = async {
+            if tokio::time::timeout(END_WITHIN, tasks.wait()).await.is_err() {
+                tracing::warn!("players, janitor or screen do not end");
+            }
+            manager.stop_with_instances().await
+        };
+        let halted = tokio::select! {
+            halted = ended => halted?,
+            () = asked.wait() => {
+                // Their supervisors end them also when this process has gone.
+                let told = tokio::time::timeout(TELL_WITHIN, instances.halt()).await;
+                tell(match told {
+                    Ok(Ok(_)) => "ended at once: calls under way were given up, and every instance has ended",
+                    _ => "ended at once: calls under way were given up, and instances were told to end, which takes them a moment",
+                });
+                std::process::exit(AT_ONCE);
             }
         };
         tell(&format!(

@@ -10,7 +10,7 @@ mod request;
 use axum::{
     Router,
     extract::State,
-    response::Response,
+    response::{IntoResponse as _, Response},
     routing::{get, post},
 };
 use gauntlet_api::{
@@ -49,6 +49,11 @@ pub(crate) fn router(handlers: Handlers) -> Router {
         .method_not_allowed_fallback(unknown_method)
         .fallback(async || Failure::refused(error::unknown_path()))
         .with_state(handlers)
+}
+
+/// An error that is answered before there is a call.
+pub(crate) fn failure(status: tonic::Status) -> Response {
+    Failure::from(status).into_response()
 }
 
 async fn unknown_method() -> Failure {

@@ -1,0 +1,232 @@
+//! How long a gRPC call may take: to be sent, and to be answered where the caller says so (`grpc-timeout`).
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures::future::BoxFuture;
+use http::{HeaderMap, Request, Response};
+use http_body::{Frame, SizeHint};
+use tokio::time::Sleep;
+use tonic::{Status, body::Body};
+use tower::{Layer, Service};
+
+/// Ends calls, and streams of answers, with DEADLINE_EXCEEDED once the time that the caller gave is over. What a call changes goes on: the
+/// operation behind it is a task of its own.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeadlineLayer;
+
+impl<S> Layer<S> for DeadlineLayer {
+    type Service = Deadline<S>;
+
+    fn layer(&self, inner: S) -> Deadline<S> {
+        Deadline { inner }
+    }
+}
+
+/// A gRPC service whose callers' deadlines are kept.
+#[derive(Clone, Debug)]
+pub(crate) struct Deadline<S> {
+    inner: S,
+}
+
+impl<S, B> Service<Request<B>> for Deadline<S>
+where
+    S: Service<Request<B>, Response = Response<Body>>,
+    S::Future: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = BoxFuture<'static, Result<Response<Body>, S::Error>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let limit = timeout(request.headers());
+        let answer = self.inner.call(request);
+        let Some(limit) = limit else { return Box::pin(answer) };
+        let mut over = Box::pin(tokio::time::sleep(limit));
+        Box::pin(async move {
+            tokio::select! {
+                biased;
+                answer = answer => Ok(answer?.map(|body| Body::new(Timed { body, over, limit, ended: false }))),
+                () = &mut over => Ok(exceeded(limit).into_http()),
+            }
+        })
+    }
+}
+
+fn exceeded(limit: Duration) -> Status {
+    Status::deadline_exceeded(format!("The call did not end within the {limit:?} that the caller gave it."))
+}
+
+/// The caller's `grpc-timeout`: up to eight digits and a unit. One that is malformed is no timeout, as in every gRPC server.
+fn timeout(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return None;
+    }
+    let count: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(count * 3600),
+        "M" => Duration::from_secs(count * 60),
+        "S" => Duration::from_secs(count),
+        "m" => Duration::from_millis(count),
+        "u" => Duration::from_micros(count),
+        "n" => Duration::from_nanos(count),
+        _ => return None,
+    })
+}
+
+/// A stream of answers that ends at the deadline.
+struct Timed {
+    body: Body,
+    over: Pin<Box<Sleep>>,
+    limit: Duration,
+    ended: bool,
+}
+
+impl http_body::Body for Timed {
+    type Data = bytes::Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<bytes::Bytes>, Status>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        if self.over.as_mut().poll(cx).is_ready() {
+            self.ended = true;
+            let mut trailers = HeaderMap::new();
+            return Poll::Ready(Some(match exceeded(self.limit).add_header(&mut trailers) {
+                Ok(()) => Ok(Frame::trailers(trailers)),
+                Err(status) => Err(status),
+            }));
+        }
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ended || self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::default()
+    }
+}
+
+/// The body of a request that must have been sent within a time: else a caller could hold a call's place for nothing.
+pub(crate) struct Sent {
+    body: axum::body::Body,
+    over: Pin<Box<Sleep>>,
+    limit: Duration,
+}
+
+impl Sent {
+    pub(crate) fn new(body: axum::body::Body, limit: Duration) -> Self {
+        Self { body, over: Box::pin(tokio::time::sleep(limit)), limit }
+    }
+}
+
+impl http_body::Body for Sent {
+    type Data = bytes::Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<bytes::Bytes>, axum::Error>>> {
+        if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
+            return Poll::Ready(frame);
+        }
+        self.over.as_mut().poll(cx).map(|()| {
+            let late = format!("The message was not sent within {:?}.", self.limit);
+            Some(Err(axum::Error::new(Status::deadline_exceeded(late))))
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use http_body_util::{BodyExt as _, StreamBody};
+    use tower::ServiceExt as _;
+
+    use super::*;
+
+    fn request(timeout: &str) -> Request<()> {
+        Request::builder().header("grpc-timeout", timeout).body(()).unwrap()
+    }
+
+    #[test]
+    fn timeouts_as_the_protocol_writes_them() {
+        for (text, expected) in [
+            ("1H", Some(Duration::from_secs(3600))),
+            ("99999999H", Some(Duration::from_secs(99_999_999 * 3600))),
+            ("2M", Some(Duration::from_secs(120))),
+            ("3S", Some(Duration::from_secs(3))),
+            ("40m", Some(Duration::from_millis(40))),
+            ("50u", Some(Duration::from_micros(50))),
+            ("60n", Some(Duration::from_nanos(60))),
+            ("100000000S", None),
+            ("+1S", None),
+            ("S", None),
+            ("1", None),
+            ("", None),
+            ("1s", None),
+        ] {
+            assert_eq!(timeout(request(text).headers()), expected, "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_call_past_its_deadline_is_answered() {
+        let hangs = tower::service_fn(|_: Request<()>| std::future::pending::<Result<Response<Body>, Status>>());
+        let answer = DeadlineLayer.layer(hangs).oneshot(request("10m")).await.unwrap();
+        assert_eq!(answer.headers().get("grpc-status").unwrap(), "4");
+    }
+
+    #[tokio::test]
+    async fn a_stream_past_its_deadline_ends() {
+        let streams = tower::service_fn(|_: Request<()>| async {
+            let first = futures::stream::iter([Ok::<_, Status>(Frame::data(bytes::Bytes::from_static(b"first")))]);
+            let body = StreamBody::new(futures::StreamExt::chain(first, futures::stream::pending()));
+            Ok::<_, Status>(Response::new(Body::new(body)))
+        });
+        let answer = DeadlineLayer.layer(streams).oneshot(request("100m")).await.unwrap();
+        let whole = answer.into_body().collect().await.unwrap();
+        assert_eq!(whole.trailers().unwrap().get("grpc-status").unwrap(), "4");
+        assert_eq!(whole.to_bytes(), "first");
+    }
+
+    #[tokio::test]
+    async fn a_message_that_is_not_sent_is_given_up() {
+        use gauntlet_api::v1::challenge::challenge_store_client::ChallengeStoreClient;
+        let (_, health) = tonic_health::server::health_reporter();
+        let api = crate::fixture::Api::new().await;
+        let instruments = gauntlet_telemetry::Instruments::noop();
+        let routes = crate::server::api(api.handlers(), api.router(), health, &instruments).unwrap();
+        let stuck = tower::service_fn(move |request: Request<Body>| {
+            let routes = routes.clone();
+            // The client's message never arrives.
+            let body = axum::body::Body::from_stream(futures::stream::pending::<Result<bytes::Bytes, Status>>());
+            let body = axum::body::Body::new(Sent::new(body, Duration::from_millis(20)));
+            async move { routes.oneshot(request.map(|_| body)).await }
+        });
+        let mut client = ChallengeStoreClient::new(stuck);
+        let status = client.retrieve_challenge(tonic::Request::new(Default::default())).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::DeadlineExceeded, "{status:?}");
+    }
+}
