@@ -54,6 +54,11 @@ impl Background {
     }
 
     #[cfg(test)]
+    pub(crate) fn reconciliation_is_asked_for(&self) -> bool {
+        futures::FutureExt::now_or_never(self.reconcile.notified()).is_some()
+    }
+
+    #[cfg(test)]
     pub(crate) fn pools(&self) -> &Arc<Pools> {
         &self.pools
     }

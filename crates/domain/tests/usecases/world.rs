@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -13,10 +13,10 @@ use async_trait::async_trait;
 use futures::TryStreamExt as _;
 use gauntlet_coordination::{
     Coordination, Embedded,
-    kv::{Followed, Get, Keys, Kv, KvResult, LeaseId, Op, Page, Txn, TxnResult},
+    kv::{Followed, Get, Keys, Kv, KvResult, LeaseId, Op, Page, Test, Txn, TxnResult},
 };
 use gauntlet_domain::{
-    Additional, By, Call, ChallengeId, Entropy, Error, Fact, Facts, Found, Gauntlet, Held, Identity, Instance,
+    Additional, By, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Found, Gauntlet, Held, Identity, Instance,
     LockKind, NewChallenge, Order, Outputs, Pinned, Place, Plan, PortSpec, Provisioner, Result, Scenarios, Seat,
     Settings, Slot, SourceId, Store as _, Workload,
 };
@@ -33,6 +33,8 @@ pub const BOB: &str = "bob";
 
 /// What takes longer has stopped for good.
 const LONG: Duration = Duration::from_secs(60);
+/// How long a call waits for others: longer than anything may take here.
+pub const PATIENCE: Duration = Duration::from_secs(70);
 /// How long an instance lives, in seconds.
 pub const TIMEOUT: i64 = 1000;
 
@@ -214,11 +216,43 @@ impl Entropy for Counter {
     }
 }
 
-/// An embedded store that can be made to wait before it removes a challenge.
+/// Time passes when somebody sleeps, or when the test says so.
+#[derive(Debug, Default)]
+pub struct Time {
+    elapsed: Mutex<Duration>,
+    pauses: Mutex<Vec<Duration>>,
+}
+
+impl Time {
+    pub fn pass(&self, duration: Duration) {
+        *self.elapsed.lock().unwrap() += duration;
+    }
+
+    /// What was slept since this was last asked.
+    pub fn pauses(&self) -> Vec<Duration> {
+        std::mem::take(&mut self.pauses.lock().unwrap())
+    }
+}
+
+#[async_trait]
+impl Clock for Time {
+    fn elapsed(&self) -> Duration {
+        *self.elapsed.lock().unwrap()
+    }
+
+    async fn sleep(&self, pause: Duration) {
+        self.pauses.lock().unwrap().push(pause);
+        self.pass(pause);
+        tokio::task::yield_now().await;
+    }
+}
+
+/// An embedded store that can be made to wait before it removes a challenge, and in which somebody else can always be first.
 #[derive(Debug)]
 pub struct Store {
     inner: Embedded,
     gates: Arc<Gates>,
+    rival: Arc<AtomicBool>,
 }
 
 impl Kv for Store {
@@ -236,6 +270,16 @@ impl Kv for Store {
         let removes = |op: &Op| matches!(op, Op::Delete(keys) if keys.from.contains("/challenges "));
         if txn.then.iter().any(removes) {
             self.gates.pass("remove a challenge").await;
+        }
+        if self.rival.load(Ordering::Relaxed) {
+            for read in txn.when.iter().filter(|compare| matches!(compare.test, Test::Modified(_) | Test::NotAfter(_)))
+            {
+                // What was read is written again, as it is.
+                let get = Get { keys: read.keys.clone(), limit: 0, keys_only: false };
+                let page = self.inner.page(get, None).await?;
+                let then = page.kvs.into_iter().map(|kv| Op::put(kv.key, kv.value)).collect();
+                self.inner.txn(Txn { then, ..Txn::default() }).await?;
+            }
         }
         self.inner.txn(txn).await
     }
@@ -275,6 +319,8 @@ pub struct World {
     pub machine: Arc<Machine>,
     pub call: Call,
     pub web: ChallengeId,
+    pub time: Arc<Time>,
+    rival: Arc<AtomicBool>,
     gates: Arc<Gates>,
     _dir: TempDir,
 }
@@ -285,16 +331,22 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let gates = Arc::new(Gates::default());
         let inner = Embedded::open(&dir.path().join("store")).unwrap();
-        let kv = Store { inner, gates: gates.clone() };
+        let rival = Arc::new(AtomicBool::new(false));
+        let kv = Store { inner, gates: gates.clone(), rival: rival.clone() };
         let store = Arc::new(Coordination::over(kv, "test/", LONG, "a".to_owned()));
         let machine = Arc::new(Machine::default());
         let (scenarios, facts) = (Arc::new(Library), Arc::new(Unnoted));
-        let settings = Settings { concurrency: 1, patience: LONG, ..Settings::default() };
+        let settings = Settings { concurrency: 1, patience: PATIENCE, ..Settings::default() };
         let gauntlet = Gauntlet::new(store.clone(), machine.clone(), scenarios, facts, settings);
-        let call =
-            Call { now: Timestamp::from_second(1000).unwrap(), origin: None, entropy: Arc::new(Counter::default()) };
+        let time = Arc::new(Time::default());
+        let call = Call {
+            now: Timestamp::from_second(1000).unwrap(),
+            origin: None,
+            entropy: Arc::new(Counter::default()),
+            clock: time.clone(),
+        };
         let web = ChallengeId::new("web").unwrap();
-        let world = Self { gauntlet, store, machine, call, web, gates, _dir: dir };
+        let world = Self { gauntlet, store, machine, call, web, time, rival, gates, _dir: dir };
         world.create_challenge(min).await;
         world
     }
@@ -371,6 +423,11 @@ impl World {
             }
         };
         within("queueing for a lock", queued).await;
+    }
+
+    /// From now on whatever a write compares by version was changed just before.
+    pub fn rival(&self, always: bool) {
+        self.rival.store(always, Ordering::Relaxed);
     }
 
     /// Whoever removes a challenge next waits.
