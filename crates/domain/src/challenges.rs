@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use crate::{
     Additional, Begin, Bounds, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Held, Instance,
     LockKind, Operation, Phase, Result, Rollout, Slot, Stored, Strategy, Stream, Target, instances::Fallback,
+    usecases::Deadline,
 };
 
 /// A challenge to register.
@@ -96,9 +97,10 @@ impl Gauntlet {
             Some(reference) => Some(self.scenarios.resolve(reference).await?),
             None => None,
         };
-        let rollout = self.store.lock(LockKind::Rollout, id, &self.by(call)).await?;
+        let deadline = self.deadline(call);
+        let rollout = self.store.lock(LockKind::Rollout, id, &self.by(call, deadline)).await?;
         let changed = self
-            .change(call, id, |challenge| {
+            .change(call, deadline, id, |challenge| {
                 challenge.apply(&update, scenario, self.settings.pool_max)?;
                 challenge.rollout = Some(Rollout { strategy: update.strategy, origin: call.origin.clone() });
                 Ok(())
@@ -121,13 +123,14 @@ impl Gauntlet {
         if self.store.challenge(id).await?.is_none() {
             return Err(Error::ChallengeNotFound(id.clone()));
         }
+        let deadline = self.deadline(call);
         // Closed before the rollout lock: an update under way finds no new instance to wait for.
-        self.change(call, id, |challenge| {
+        self.change(call, deadline, id, |challenge| {
             challenge.closing = true;
             Ok(())
         })
         .await?;
-        let rollout = self.store.lock(LockKind::Rollout, id, &self.by(call)).await?;
+        let rollout = self.store.lock(LockKind::Rollout, id, &self.by(call, deadline)).await?;
         match self.store.challenge(id).await? {
             Some(stored) if stored.value.closing => self.close(call, rollout, id).await,
             // Another deletion was first; what is there by now was created since.
@@ -139,10 +142,11 @@ impl Gauntlet {
     async fn change(
         &self,
         call: &Call,
+        deadline: Deadline,
         id: &ChallengeId,
         edit: impl FnOnce(&mut Challenge) -> Result<()> + Send,
     ) -> Result<Challenge> {
-        let held = self.store.lock(LockKind::Challenge, id, &self.by(call)).await?;
+        let held = self.store.lock(LockKind::Challenge, id, &self.by(call, deadline)).await?;
         let edited = match self.store.challenge(id).await? {
             None => Err(Error::ChallengeNotFound(id.clone())),
             Some(stored) => {
@@ -162,7 +166,8 @@ impl Gauntlet {
         }
     }
 
-    /// Brings every instance to the challenge's settings, then strikes the rollout off the challenge.
+    /// Brings every instance to the challenge's settings, then strikes the rollout off the challenge. Each instance, and the end, is waited
+    /// for by a deadline of its own: what is done for one takes nothing from the others.
     pub(crate) async fn roll_out(
         &self,
         call: &Call,
@@ -175,13 +180,14 @@ impl Gauntlet {
         let results = rollout.guard(async { Ok(jobs.await) }).await?;
         let mut failures: Vec<Error> = results.into_iter().filter_map(Result::err).collect();
         let unread = self.store.all_readable(&challenge.id).await.err();
+        let unread = unread.and_then(|error| self.counted::<()>(&challenge.id, Operation::Update, Err(error)).err());
         // A failure is kept with its instance; an instance that could not be had, or read, is left to a later pass.
         let unreached = |error: &Error| matches!(error, Error::Busy { .. } | Error::Unavailable { .. });
         let reached = unread.is_none() && !failures.iter().any(unreached);
         failures.extend(unread);
         let revision = challenge.revision;
         let challenge = self
-            .change(call, &challenge.id, |challenge| {
+            .change(call, self.deadline(call), &challenge.id, |challenge| {
                 if challenge.revision == revision && reached {
                     challenge.rollout = None;
                 }
@@ -199,8 +205,8 @@ impl Gauntlet {
         strategy: Strategy,
         listed: Stored<Instance>,
     ) -> Result<()> {
-        let slot = listed.value.slot.clone();
-        let mut next = Some(listed);
+        let (slot, deadline) = (listed.value.slot.clone(), self.deadline(call));
+        let (mut next, mut conflicts) = (Some(listed), 0);
         // Gone, or claimed meanwhile (which is only done with what is up to date): nothing to do.
         while let Some(current) = next {
             let instance = &current.value;
@@ -217,7 +223,7 @@ impl Gauntlet {
                 let scenario = challenge.scenario.clone();
                 let until = ends(instance);
                 let rewritten = Instance { applied: challenge.revision, scenario, until, ..instance.clone() };
-                self.store.rewrite(&current, &rewritten, &self.by(call)).await
+                self.store.rewrite(&current, &rewritten, &self.by(call, deadline)).await
             } else {
                 let (identity, strategy) = match (&instance.target, strategy) {
                     // What an earlier update had brought up is not forgotten: it goes with the old one.
@@ -229,7 +235,7 @@ impl Gauntlet {
                 };
                 let target =
                     Target { identity, scenario: challenge.scenario.clone(), applied: challenge.revision, strategy };
-                match self.store.begin(&slot, Begin::Update(target), &self.by(call)).await {
+                match self.store.begin(&slot, Begin::Update(target), &self.by(call, deadline)).await {
                     Err(error) => Err(error),
                     Ok((held, begun)) => {
                         let begun = Instance { until: ends(&begun), ..begun };
@@ -244,7 +250,13 @@ impl Gauntlet {
                 }
             };
             match result {
-                Err(Error::Conflict) => next = self.store.instance(&slot).await?,
+                Err(Error::Conflict) => {
+                    if conflicts > 0 {
+                        deadline.pause(call, conflicts).await?;
+                    }
+                    conflicts += 1;
+                    next = self.store.instance(&slot).await?;
+                }
                 result => return self.counted(&challenge.id, Operation::Update, result),
             }
         }
@@ -260,7 +272,8 @@ impl Gauntlet {
             results.into_iter().collect::<Result<()>>()?;
             // Nor is one removed that this build cannot read: it stays, and with it the challenge, for a build that can.
             self.store.all_readable(id).await?;
-            let held = self.store.lock(LockKind::Challenge, id, &self.by(call)).await?;
+            let by = self.by(call, self.deadline(call));
+            let held = self.store.lock(LockKind::Challenge, id, &by).await?;
             match self.store.challenge(id).await? {
                 Some(stored) if stored.value.closing => self.store.remove_challenge(held, id).await,
                 // Gone, and perhaps created anew by now, while this was held up: that is not the one that was to go.
@@ -274,7 +287,7 @@ impl Gauntlet {
 
     /// Takes one stored instance down, whoever has it; one that is gone meanwhile is success.
     pub(crate) async fn remove(&self, call: &Call, slot: Slot) -> Result<()> {
-        let result = match self.store.begin(&slot, Begin::Delete, &self.by(call)).await {
+        let result = match self.store.begin(&slot, Begin::Delete, &self.by(call, self.deadline(call))).await {
             Err(Error::Conflict) => return Ok(()),
             Err(error) => Err(error),
             Ok((held, instance)) => self.take_down(call, held, instance, Operation::Delete).await,

@@ -131,7 +131,17 @@ impl Instance {
 
     /// Whether the v1 API shows it: claimed, and past its first provisioning.
     pub fn is_visible(&self) -> bool {
-        !self.slot.seat.is_pool() && self.phase != Phase::Provisioning
+        !self.slot.seat.is_pool() && self.phase != Phase::Provisioning && (self.phase == Phase::Ready || self.has_run())
+    }
+
+    /// Whether it is what a create left that failed and could not be undone.
+    pub(crate) fn is_left_over(&self) -> bool {
+        matches!(self.phase, Phase::Failed(_)) && !self.has_run()
+    }
+
+    /// Whether it was ever given to its source: it is then known how it is reached.
+    fn has_run(&self) -> bool {
+        !self.connection_info.is_empty() || !self.flags.is_empty()
     }
 
     pub(crate) fn become_ready(&mut self, outputs: Outputs) {

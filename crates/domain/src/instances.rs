@@ -4,17 +4,13 @@ use futures::TryStreamExt as _;
 use jiff::Timestamp;
 
 use crate::{
-    Additional, Begin, Call, Challenge, ChallengeId, Commit, Error, Fact, Failure, Gauntlet, Held, Identity, Instance,
-    Operation, Order, Outputs, Phase, Pinned, Result, Seat, Slot, SourceId, Stored, Strategy, Stream, Survey, Target,
-    expiry,
+    Additional, Begin, By, Call, Challenge, ChallengeId, Commit, Error, Fact, Failure, Gauntlet, Held, Identity,
+    Instance, Operation, Order, Outputs, Phase, Pinned, Result, Seat, Slot, SourceId, Stored, Strategy, Stream, Survey,
+    Target, expiry, usecases::Deadline,
 };
 
-/// How often a use case reads again after somebody else was first. Each conflict means that somebody else got on, so this many in a row is
-/// overload, not deadlock.
-const ATTEMPTS: usize = 64;
-
-/// How many attempts may go by what is remembered. Each conflict leaves what it met, so a second one is worth it.
-const REMEMBERED: usize = 2;
+/// How many attempts may go by what is remembered. Each conflict leaves what it met, so a second one is worth it, at once.
+const REMEMBERED: u32 = 2;
 
 impl Gauntlet {
     /// Gives the source an instance: one from the pool if there is one, else a new one, which is up and ready when this answers.
@@ -39,9 +35,17 @@ impl Gauntlet {
         source: &SourceId,
         additional: Additional,
     ) -> Result<Instance> {
-        for attempt in 0..ATTEMPTS {
+        let deadline = self.deadline(call);
+        for attempt in 0.. {
+            self.before(attempt, call, deadline).await?;
             let allows = |survey| may_create(survey, call, id, source);
-            let (challenge, mut pooled) = self.surveyed(attempt, id, source, allows).await?;
+            let (challenge, mut pooled) = match self.surveyed(attempt, id, source, allows).await? {
+                Allowed::Now(challenge, pooled) => (*challenge, pooled),
+                Allowed::AfterUndoing(left) => {
+                    self.undo(call, &left).await?;
+                    continue;
+                }
+            };
             let fresh = Instance {
                 slot: Slot { challenge: id.clone(), seat: Seat::Source(source.clone()) },
                 identity: call.identity(),
@@ -63,7 +67,7 @@ impl Gauntlet {
             if !pooled.is_empty() {
                 let chosen = pooled.swap_remove((call.entropy.bits() % pooled.len() as u64) as usize);
                 let claimed = claimed(&chosen.value, fresh.clone());
-                match self.store.claim(&challenge, &chosen, &claimed, &self.by(call)).await {
+                match self.store.claim(&challenge, &chosen, &claimed, &self.by(call, deadline)).await {
                     Err(Error::Conflict) => continue,
                     Err(error) => return Err(error),
                     Ok(held) => {
@@ -77,7 +81,7 @@ impl Gauntlet {
                     }
                 }
             }
-            match self.store.begin_create(&challenge, &fresh, None, &self.by(call)).await {
+            match self.store.begin_create(&challenge, &fresh, None, &self.by(call, deadline)).await {
                 Err(Error::Conflict) => continue,
                 Err(error) => return Err(error),
                 Ok(held) => {
@@ -91,11 +95,28 @@ impl Gauntlet {
         Err(Error::Conflict)
     }
 
+    /// Finishes what a create left that could not be undone; somebody else may be at it.
+    async fn undo(&self, call: &Call, left: &Slot) -> Result<()> {
+        match self.store.begin(left, Begin::Recover, &By { origin: call.origin.clone(), ..By::default() }).await {
+            Err(Error::Conflict) => Ok(()),
+            Err(error) => Err(error),
+            Ok((held, instance)) => self.recover_instance(call, held, instance).await,
+        }
+    }
+
+    /// Before an attempt: those that go by what is remembered, and the first that reads, come at once.
+    async fn before(&self, attempt: u32, call: &Call, deadline: Deadline) -> Result<()> {
+        match attempt.checked_sub(REMEMBERED) {
+            None | Some(0) => Ok(()),
+            Some(conflicts) => deadline.pause(call, conflicts).await,
+        }
+    }
+
     /// What `judge` makes of a survey. The first attempts go by what is remembered, and the second by what the first met; but what is
     /// remembered may be old, so it refuses nothing.
     async fn surveyed<T>(
         &self,
-        attempt: usize,
+        attempt: u32,
         id: &ChallengeId,
         source: &SourceId,
         judge: impl Fn(Survey) -> Result<T>,
@@ -137,12 +158,14 @@ impl Gauntlet {
     }
 
     async fn renew(&self, call: &Call, id: &ChallengeId, source: &SourceId) -> Result<Instance> {
-        for attempt in 0..ATTEMPTS {
+        let deadline = self.deadline(call);
+        for attempt in 0.. {
+            self.before(attempt, call, deadline).await?;
             let allows = |survey| may_renew(survey, call, id, source);
             let (challenge, stored) = self.surveyed(attempt, id, source, allows).await?;
             let (last_renew, until) = challenge.renewal(stored.value.last_renew, call.now);
             let renewed = Instance { last_renew, until, ..stored.value.clone() };
-            match self.store.rewrite(&stored, &renewed, &self.by(call)).await {
+            match self.store.rewrite(&stored, &renewed, &self.by(call, deadline)).await {
                 Err(Error::Conflict) => continue,
                 Err(error) => return Err(error),
                 Ok(()) => return Ok(renewed),
@@ -159,7 +182,8 @@ impl Gauntlet {
 
     async fn delete(&self, call: &Call, challenge: &ChallengeId, source: &SourceId) -> Result<()> {
         let slot = Slot { challenge: challenge.clone(), seat: Seat::Source(source.clone()) };
-        match self.store.begin(&slot, Begin::Delete, &self.by(call)).await {
+        let by = self.by(call, self.deadline(call));
+        match self.store.begin(&slot, Begin::Delete, &by).await {
             Ok((held, instance)) => self.take_down(call, held, instance, Operation::Delete).await,
             Err(Error::Conflict) => Err(match self.store.challenge(challenge).await? {
                 None => Error::ChallengeNotFound(challenge.clone()),
@@ -197,8 +221,12 @@ impl Gauntlet {
         since: Timestamp,
     ) -> Result<bool> {
         let slot = Slot { challenge: challenge.clone(), seat: Seat::Source(source.clone()) };
+        let deadline = self.deadline(call);
         let mut marked = false;
-        for _ in 0..ATTEMPTS {
+        for attempt in 0.. {
+            if attempt > 0 {
+                deadline.pause(call, attempt).await?;
+            }
             let Some(stored) = self.store.instance(&slot).await? else {
                 return if marked { Ok(true) } else { Err(Error::InstanceNotFound(challenge.clone(), source.clone())) };
             };
@@ -208,12 +236,12 @@ impl Gauntlet {
             }
             // The version that was judged is the one that is marked, in one transaction. Whatever happens from here on, it goes.
             let deleting = Instance { phase: Phase::Deleting, ..stored.value.clone() };
-            match self.store.rewrite(&stored, &deleting, &self.by(call)).await {
+            match self.store.rewrite(&stored, &deleting, &self.by(call, deadline)).await {
                 Err(Error::Conflict) => continue,
                 other => other?,
             }
             marked = true;
-            match self.store.begin(&slot, Begin::Recover, &self.by(call)).await {
+            match self.store.begin(&slot, Begin::Recover, &self.by(call, deadline)).await {
                 Ok((held, instance)) if instance.since == since => {
                     return self.take_down(call, held, instance, Operation::Delete).await.map(|()| true);
                 }
@@ -260,7 +288,15 @@ impl Gauntlet {
         match down.await {
             Ok(()) => self.store.commit(held, &instance.slot, Commit::Remove).await,
             Err(error @ Error::Fenced(_)) => Err(error),
-            Err(error) => Err(self.fail(call, held, instance, during, error).await),
+            Err(error) => {
+                let mut instance = instance;
+                if during == Operation::Create {
+                    // Nobody was given it, and nobody is: see `is_visible`.
+                    instance.connection_info.clear();
+                    instance.flags.clear();
+                }
+                Err(self.fail(call, held, instance, during, error).await)
+            }
         }
     }
 
@@ -401,22 +437,28 @@ impl Gauntlet {
     }
 }
 
-/// The challenge and its pool, if the source may have an instance.
-fn may_create(
-    survey: Survey,
-    call: &Call,
-    id: &ChallengeId,
-    source: &SourceId,
-) -> Result<(Stored<Challenge>, Vec<Stored<Instance>>)> {
+/// When a source may have an instance.
+enum Allowed {
+    /// Now: the challenge and its pool.
+    Now(Box<Stored<Challenge>>, Vec<Stored<Instance>>),
+    /// Once what an earlier create left in its seat is taken down.
+    AfterUndoing(Slot),
+}
+
+fn may_create(survey: Survey, call: &Call, id: &ChallengeId, source: &SourceId) -> Result<Allowed> {
     let Survey { challenge, instance, pooled } = survey;
     let challenge = challenge.filter(|c| !c.value.closing).ok_or_else(|| Error::ChallengeNotFound(id.clone()))?;
-    if instance.is_some() {
+    let left = instance.map(|stored| stored.value);
+    if left.as_ref().is_some_and(|left| !left.is_left_over()) {
         return Err(Error::InstanceExists(id.clone(), source.clone()));
     }
     if challenge.value.expired(call.now) {
         return Err(Error::ChallengeExpired(id.clone()));
     }
-    Ok((challenge, pooled))
+    Ok(match left {
+        Some(left) => Allowed::AfterUndoing(left.slot),
+        None => Allowed::Now(Box::new(challenge), pooled),
+    })
 }
 
 /// The challenge and the instance, if it may be renewed.

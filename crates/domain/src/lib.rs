@@ -40,4 +40,4 @@ pub use store::{
     Begin, By, Census, Commit, Grant, Held, LockKind, LockMode, Pool, Store, Stored, Stranded, Stream, Survey, Version,
     Waited,
 };
-pub use usecases::{Call, Entropy, Gauntlet, Settings};
+pub use usecases::{Call, Clock, Entropy, Gauntlet, Settings};

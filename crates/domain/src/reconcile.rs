@@ -40,7 +40,7 @@ impl Gauntlet {
                 Ok(Some(Stranded::Instance(_))) => done.recovered += 1,
                 Ok(Some(Stranded::Challenge(_))) => done.resumed += 1,
                 Ok(None) => {}
-                Err(error) => done.failures.push(error),
+                Err(errors) => done.failures.extend(errors),
             }
         }
         done.pools = self.store.pools().await?;
@@ -48,24 +48,24 @@ impl Gauntlet {
         Ok(done)
     }
 
-    /// Answers what was recovered, or `None` if somebody else had it.
-    async fn recover(&self, call: &Call, stranded: Stranded) -> Result<Option<Stranded>> {
-        let recovered = match &stranded {
+    /// Answers what was recovered, or `None` if somebody else had it; or all that did not work.
+    async fn recover(&self, call: &Call, stranded: Stranded) -> Result<Option<Stranded>, Vec<Error>> {
+        let failures = match &stranded {
             Stranded::Instance(slot) => match self.store.begin(slot, Begin::Recover, &at_once(call)).await {
                 Err(Error::Conflict | Error::Busy { .. }) => return Ok(None),
-                Err(error) => return Err(error),
-                Ok((held, instance)) => self.recover_instance(call, held, instance).await,
+                Err(error) => vec![error],
+                Ok((held, instance)) => self.recover_instance(call, held, instance).await.err().into_iter().collect(),
             },
             Stranded::Challenge(id) => match self.store.lock(LockKind::Rollout, id, &at_once(call)).await {
                 Err(Error::Busy { .. }) => return Ok(None),
-                Err(error) => return Err(error),
-                Ok(rollout) => self.resume(call, rollout, id).await,
+                Err(error) => vec![error],
+                Ok(rollout) => self.resume(call, rollout, id).await.unwrap_or_else(|error| vec![error]),
             },
         };
-        recovered.map(|()| Some(stranded))
+        if failures.is_empty() { Ok(Some(stranded)) } else { Err(failures) }
     }
 
-    async fn recover_instance(&self, call: &Call, held: Held, instance: Instance) -> Result<()> {
+    pub(crate) async fn recover_instance(&self, call: &Call, held: Held, instance: Instance) -> Result<()> {
         let phase = PhaseName::from(&instance.phase);
         let adopt = match &instance.phase {
             Phase::Provisioning | Phase::Updating => true,
@@ -74,7 +74,14 @@ impl Gauntlet {
         };
         let challenge = self.store.challenge(&instance.slot.challenge).await?.map(|stored| stored.value);
         let (result, action) = match challenge.filter(|challenge| adopt && !challenge.closing) {
-            None => (self.take_down(call, held, instance, Operation::Delete).await, Action::TakenDown),
+            None => {
+                let during = match &instance.phase {
+                    Phase::Provisioning => Operation::Create,
+                    Phase::Failed(failure) if failure.during == Operation::Create => Operation::Create,
+                    _ => Operation::Delete,
+                };
+                (self.take_down(call, held, instance, during).await, Action::TakenDown)
+            }
             Some(challenge) => {
                 let adopted = match &instance.target {
                     Some(target) => {
@@ -95,15 +102,16 @@ impl Gauntlet {
         result
     }
 
-    async fn resume(&self, call: &Call, rollout: Held, id: &ChallengeId) -> Result<()> {
+    /// Answers what failed with single instances.
+    async fn resume(&self, call: &Call, rollout: Held, id: &ChallengeId) -> Result<Vec<Error>> {
         match self.store.challenge(id).await?.map(|stored| stored.value) {
-            Some(challenge) if challenge.closing => self.close(call, rollout, id).await,
+            Some(challenge) if challenge.closing => self.close(call, rollout, id).await?,
             Some(challenge) if challenge.rollout.is_some() => {
-                let (_, failures) = self.roll_out(call, rollout, challenge).await?;
-                failures.into_iter().next().map_or(Ok(()), Err)
+                return self.roll_out(call, rollout, challenge).await.map(|(_, failures)| failures);
             }
-            _ => self.store.release(rollout).await,
+            _ => self.store.release(rollout).await?,
         }
+        Ok(Vec::new())
     }
 
     /// Takes down what has no record, and brings back what should run and does not.

@@ -5,11 +5,8 @@ use std::sync::Arc;
 
 use crate::{
     Additional, Call, Challenge, ChallengeId, Error, Gauntlet, Held, Instance, Operation, Phase, PhaseName, Result,
-    Seat, Slot, Stored, Version, shortfall,
+    Seat, Slot, Stored, Version, shortfall, usecases::Deadline,
 };
-
-/// How often a pool is counted again when an instance was added meanwhile. Whoever adds one asks for the pool to be looked at as well.
-const COUNTS: usize = 8;
 
 /// One piece of pool maintenance, for [`Gauntlet::run_pool_job`].
 #[derive(Debug)]
@@ -37,8 +34,13 @@ impl Gauntlet {
     /// instance and costs the same however many instances there are.
     pub async fn plan_pool(&self, call: &Call, id: &ChallengeId, most: usize) -> Result<PoolPlan> {
         let mut plan = PoolPlan::default();
-        for _ in 0..COUNTS {
-            match self.try_plan(call, id, most, &mut plan).await {
+        let deadline = self.deadline(call);
+        for conflicts in 0.. {
+            if conflicts > 0 {
+                deadline.pause(call, conflicts).await?;
+            }
+            match self.try_plan(call, deadline, id, most, &mut plan).await {
+                // Another was added since they were counted.
                 Err(Error::Conflict) if plan.jobs.is_empty() => {}
                 // What was begun is done; what came in between is met by the next look.
                 Err(_) if !plan.jobs.is_empty() => {
@@ -76,7 +78,14 @@ impl Gauntlet {
         }
     }
 
-    async fn try_plan(&self, call: &Call, id: &ChallengeId, most: usize, plan: &mut PoolPlan) -> Result<()> {
+    async fn try_plan(
+        &self,
+        call: &Call,
+        deadline: Deadline,
+        id: &ChallengeId,
+        most: usize,
+        plan: &mut PoolPlan,
+    ) -> Result<()> {
         let Some(challenge) = self.store.challenge(id).await? else { return Ok(()) };
         let bounds = challenge.value.bounds.capped(i64::from(self.settings.pool_max));
         let (min, max) = (size(bounds.min()), size(bounds.max()));
@@ -100,7 +109,8 @@ impl Gauntlet {
         } else {
             let missing = size(missing);
             plan.more = missing > most;
-            self.begin_pooled(call, &challenge, pool.version, missing.min(most), &mut plan.jobs).await?;
+            let count = missing.min(most);
+            self.begin_pooled(call, deadline, &challenge, pool.version, count, &mut plan.jobs).await?;
         }
         Ok(())
     }
@@ -108,6 +118,7 @@ impl Gauntlet {
     async fn begin_pooled(
         &self,
         call: &Call,
+        deadline: Deadline,
         challenge: &Stored<Challenge>,
         mut version: Version,
         count: usize,
@@ -116,7 +127,7 @@ impl Gauntlet {
         let shared = Arc::new(challenge.value.clone());
         for _ in 0..count {
             let intent = pooled_intent(call, &challenge.value);
-            let held = self.store.begin_create(challenge, &intent, Some(version), &self.by(call)).await?;
+            let held = self.store.begin_create(challenge, &intent, Some(version), &self.by(call, deadline)).await?;
             version = Version(held.fence);
             jobs.push(PoolJob(Job::Fill { challenge: shared.clone(), held, intent: Box::new(intent) }));
         }

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use async_trait::async_trait;
 use futures::StreamExt as _;
 use jiff::Timestamp;
 
@@ -13,7 +14,17 @@ pub trait Entropy: Send + Sync {
     fn bits(&self) -> u64;
 }
 
-/// What comes in with a call: when, from where, and chance.
+/// The time that passes, handed in: for deadlines, and for pauses between attempts.
+#[async_trait]
+pub trait Clock: Send + Sync {
+    /// How long it is since some fixed moment. Never goes back.
+    fn elapsed(&self) -> Duration;
+
+    /// Returns after that long.
+    async fn sleep(&self, pause: Duration);
+}
+
+/// What comes in with a call: when, from where, chance, and the time that passes.
 #[derive(Clone)]
 pub struct Call {
     /// The time the call is taken to happen at.
@@ -22,6 +33,33 @@ pub struct Call {
     pub origin: Option<String>,
     /// Randomness.
     pub entropy: Arc<dyn Entropy>,
+    /// The time that passes.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// Until when a call waits for others, by its clock.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Deadline(Duration);
+
+/// The pause before the second attempt that follows a conflict, and the longest; each is about twice the one before.
+const PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+
+impl Deadline {
+    /// What is left of it.
+    fn left(self, call: &Call) -> Duration {
+        self.0.saturating_sub(call.clock.elapsed())
+    }
+
+    /// Waits a while after so many attempts that met a conflict; [`crate::Error::Conflict`] if no time is left for another.
+    pub(crate) async fn pause(self, call: &Call, conflicts: u32) -> Result<()> {
+        let pause = call.jitter(PAUSE.saturating_mul(1 << conflicts.min(16)).min(LONGEST_PAUSE));
+        if pause >= self.left(call) {
+            return Err(crate::Error::Conflict);
+        }
+        call.clock.sleep(pause).await;
+        Ok(())
+    }
 }
 
 impl Call {
@@ -39,7 +77,7 @@ impl Call {
 /// Bounds on what a use case does.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// How long a call waits for whoever owns what it needs.
+    /// How long a call waits in all for whoever owns what it needs.
     pub patience: Duration,
     /// How many instances of one challenge are worked on at once.
     pub concurrency: usize,
@@ -90,8 +128,14 @@ impl Gauntlet {
         self.store.as_ref()
     }
 
-    pub(crate) fn by(&self, call: &Call) -> By {
-        By { origin: call.origin.clone(), patience: self.settings.patience }
+    /// From now on.
+    pub(crate) fn deadline(&self, call: &Call) -> Deadline {
+        Deadline(call.clock.elapsed().saturating_add(self.settings.patience))
+    }
+
+    /// Whoever is waited for is waited for until then, and not at all after it.
+    pub(crate) fn by(&self, call: &Call, deadline: Deadline) -> By {
+        By { origin: call.origin.clone(), patience: deadline.left(call) }
     }
 
     pub(crate) fn counted<T>(

@@ -54,6 +54,11 @@ impl Background {
     }
 
     #[cfg(test)]
+    pub(crate) fn reconciliation_is_asked_for(&self) -> bool {
+        futures::FutureExt::now_or_never(self.reconcile.notified()).is_some()
+    }
+
+    #[cfg(test)]
     pub(crate) fn pools(&self) -> &Arc<Pools> {
         &self.pools
     }
@@ -161,7 +166,7 @@ mod tests {
     use gauntlet_domain::{Found, Identity, Order, Outputs, Provisioner, Result, Settings};
 
     use super::*;
-    use crate::fixture::Played;
+    use crate::fixture::{Noted, Played};
 
     /// A machine that never says what is on it.
     #[derive(Default)]
@@ -195,8 +200,8 @@ mod tests {
     async fn running_pass_does_not_use_up_the_drain() {
         let dir = tempfile::tempdir().unwrap();
         let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
-        let (machine, played) = (Arc::new(Silent::default()), Arc::new(Played));
-        let gauntlet = Gauntlet::new(Arc::new(store), machine.clone(), played.clone(), played, Settings::default());
+        let (machine, facts) = (Arc::new(Silent::default()), Arc::new(Noted::default()));
+        let gauntlet = Gauntlet::new(Arc::new(store), machine.clone(), Arc::new(Played), facts, Settings::default());
         let tasks = Tasks::default();
         let (_signals, background) = signals();
         background.start(&tasks, &gauntlet, Duration::from_secs(3600));

@@ -1,7 +1,11 @@
 //! The REST API over the real use cases and the embedded store; scenarios and the provisioner are played.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::{fmt::Write as _, path::PathBuf, sync::Arc};
+use std::{
+    fmt::Write as _,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+};
 
 use async_trait::async_trait;
 use axum::{Router, body::Body};
@@ -24,7 +28,8 @@ use crate::{
 pub(crate) struct Api {
     handlers: Handlers,
     router: Router,
-    _signals: Background,
+    background: Background,
+    facts: Arc<Noted>,
     _store: tempfile::TempDir,
 }
 
@@ -32,15 +37,24 @@ impl Api {
     pub(crate) async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
+        let facts = Arc::new(Noted::default());
         let gauntlet =
-            Gauntlet::new(Arc::new(store), Arc::new(Played), Arc::new(Played), Arc::new(Played), Settings::default());
-        let (signals, receiver) = background::signals();
+            Gauntlet::new(Arc::new(store), Arc::new(Played), Arc::new(Played), facts.clone(), Settings::default());
+        let (signals, background) = background::signals();
         let handlers = Handlers::new(Operations::new(gauntlet, Tasks::default(), signals));
-        Self { router: crate::rest::router(handlers.clone()), handlers, _signals: receiver, _store: dir }
+        Self { router: crate::rest::router(handlers.clone()), handlers, background, facts, _store: dir }
     }
 
     pub(crate) fn handlers(&self) -> Handlers {
         self.handlers.clone()
+    }
+
+    pub(crate) fn facts(&self) -> Vec<Fact> {
+        self.facts.0.lock().unwrap().clone()
+    }
+
+    pub(crate) fn reconciliation_is_asked_for(&self) -> bool {
+        self.background.reconciliation_is_asked_for()
     }
 
     pub(crate) fn router(&self) -> Router {
@@ -117,7 +131,17 @@ fn redacted(body: &str) -> String {
     text + rest
 }
 
-/// Plays scenarios, provisioner and facts. The name of a reference says what becomes of it.
+/// The facts, as they were noted.
+#[derive(Default)]
+pub(crate) struct Noted(Mutex<Vec<Fact>>);
+
+impl Facts for Noted {
+    fn note(&self, fact: Fact) {
+        self.0.lock().unwrap().push(fact);
+    }
+}
+
+/// Plays scenarios and provisioner. The name of a reference says what becomes of it.
 pub(crate) struct Played;
 
 #[async_trait]
@@ -203,8 +227,4 @@ impl Provisioner for Played {
     async fn list(&self) -> Result<Vec<Found>> {
         Ok(Vec::new())
     }
-}
-
-impl Facts for Played {
-    fn note(&self, _: Fact) {}
 }

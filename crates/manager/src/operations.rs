@@ -1,9 +1,13 @@
 //! What every transport calls: a use case as a call that happens now, in the caller's trace, and goes on if the caller goes away.
 
-use std::sync::Arc;
+use std::{
+    sync::{Arc, LazyLock},
+    time::{Duration, Instant},
+};
 
+use async_trait::async_trait;
 use gauntlet_domain::{
-    Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Entropy, Error, Gauntlet, Instance, NewChallenge,
+    Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Clock, Entropy, Error, Gauntlet, Instance, NewChallenge,
     Result, SourceId, Stream, Updated,
 };
 use gauntlet_telemetry::context;
@@ -20,9 +24,29 @@ impl Entropy for OsEntropy {
     }
 }
 
+/// The runtime's clock.
+pub(crate) struct RuntimeClock;
+
+#[async_trait]
+impl Clock for RuntimeClock {
+    fn elapsed(&self) -> Duration {
+        static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+        START.elapsed()
+    }
+
+    async fn sleep(&self, pause: Duration) {
+        tokio::time::sleep(pause).await;
+    }
+}
+
 /// A call that happens now, in the current trace.
 pub(crate) fn call_now() -> Call {
-    Call { now: Timestamp::now(), origin: context::current_traceparent(), entropy: Arc::new(OsEntropy) }
+    Call {
+        now: Timestamp::now(),
+        origin: context::current_traceparent(),
+        entropy: Arc::new(OsEntropy),
+        clock: Arc::new(RuntimeClock),
+    }
 }
 
 /// The use cases as the transports call them. Dropping the future of a changing call does not stop the change.
@@ -76,6 +100,12 @@ impl Operations {
     pub(crate) async fn update_challenge(&self, id: ChallengeId, update: ChallengeUpdate) -> Result<Updated> {
         let updated =
             self.run(|gauntlet, call| async move { gauntlet.update_challenge(&call, &id, update).await }).await?;
+        for error in &updated.failures {
+            tracing::warn!(error.type = error.code(), %error, challenge = %updated.challenge.id, "an instance is not up to date");
+        }
+        if !updated.failures.is_empty() {
+            self.signals.reconcile();
+        }
         // A lowered bound leaves instances to drain: always worth a look.
         self.signals.pool(&updated.challenge.id);
         Ok(updated)
@@ -133,3 +163,6 @@ impl Operations {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

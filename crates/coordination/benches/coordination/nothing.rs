@@ -1,20 +1,23 @@
 //! The use cases on a store and on nothing else: ports that have nothing to do. For benches and tests.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use gauntlet_domain::{
-    Additional, Call, ChallengeId, Entropy, Fact, Facts, Found, Gauntlet, Identity, Order, Outputs, Pinned, Place,
-    Plan, PortSpec, Provisioner, Result, Scenarios, Settings, Store, Workload,
+    Additional, Call, ChallengeId, Clock, Entropy, Fact, Facts, Found, Gauntlet, Identity, Order, Outputs, Pinned,
+    Place, Plan, PortSpec, Provisioner, Result, Scenarios, Settings, Store, Workload,
 };
 use jiff::Timestamp;
 
 /// A call that happens now.
 pub(crate) fn call() -> Call {
-    Call { now: Timestamp::now(), origin: None, entropy: Arc::new(Counter) }
+    Call { now: Timestamp::now(), origin: None, entropy: Arc::new(Counter), clock: Arc::new(Counter) }
 }
 
 /// The use cases on a store.
@@ -29,6 +32,18 @@ impl Entropy for Counter {
     fn bits(&self) -> u64 {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         NEXT.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+#[async_trait]
+impl Clock for Counter {
+    fn elapsed(&self) -> Duration {
+        static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+        START.elapsed()
+    }
+
+    async fn sleep(&self, pause: Duration) {
+        tokio::time::sleep(pause).await;
     }
 }
 

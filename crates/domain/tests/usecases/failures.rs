@@ -2,7 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use gauntlet_domain::{Call, ChallengeUpdate, Entropy, Error, Fact, Operation, Outcome, Phase, Settings, Strategy};
+use futures::TryStreamExt as _;
+use gauntlet_domain::{
+    Additional, Call, ChallengeUpdate, Entropy, Error, Fact, Instance, Operation, Outcome, Phase, PhaseName, Settings,
+    SourceId, Store as _, Strategy,
+};
 
 use crate::world::{ALICE, World, digest, reference};
 
@@ -87,6 +91,68 @@ async fn a_create_that_fails_leaves_nothing() {
     world.machine.refuse(["up"]);
     assert!(matches!(world.try_create(ALICE).await, Err(Error::Unavailable { .. })));
     assert_eq!((world.stored(ALICE).await, world.machine.running()), (None, Vec::new()));
+}
+
+/// What players are shown, of one source and of a challenge.
+async fn shown(world: &World) -> (bool, usize, usize, usize) {
+    let alice = SourceId::new(ALICE).unwrap();
+    let one = world.gauntlet.retrieve_instance(&world.web, &alice).await.is_ok();
+    let own: Vec<_> = world.gauntlet.query_instances(Some(&alice)).try_collect().await.unwrap();
+    let all: Vec<_> = world.gauntlet.query_challenges().try_collect().await.unwrap();
+    let of = world.gauntlet.retrieve_challenge(&world.web).await.unwrap().1;
+    (one, own.len(), all[0].1.len(), of.len())
+}
+
+#[tokio::test]
+async fn what_a_create_could_not_undo_is_shown_to_the_operator_and_to_no_player() {
+    let world = World::with_a_challenge(0).await;
+    world.machine.refuse(["up", "down"]);
+    assert!(world.try_create(ALICE).await.is_err());
+    let failed = |kept: &Instance| match &kept.phase {
+        Phase::Failed(failure) => failure.clone(),
+        other => panic!("{other:?}"),
+    };
+    let kept = world.stored(ALICE).await.unwrap();
+    assert_eq!(failed(&kept).during, Operation::Create);
+    assert!(failed(&kept).reason.contains("down is refused"), "{kept:?}");
+    let census = world.store.census(world.call.now).await.unwrap();
+    assert_eq!(census.instances, [((world.web.clone(), PhaseName::Failed, false), 1)].into());
+    assert_eq!(shown(&world).await, (false, 0, 0, 0));
+    // Nor after the reconciler, a delete, or the player's next try could not undo it either.
+    let due = Call { now: failed(&kept).retry_at, ..world.call.clone() };
+    assert_eq!(world.gauntlet.reconcile(&due).await.unwrap().failures.len(), 1);
+    assert_eq!(shown(&world).await, (false, 0, 0, 0));
+    assert!(matches!(world.delete(ALICE).await, Err(Error::Unavailable { .. })));
+    assert_eq!(shown(&world).await, (false, 0, 0, 0));
+    assert!(matches!(world.try_create(ALICE).await, Err(Error::Unavailable { .. })));
+    assert_eq!(shown(&world).await, (false, 0, 0, 0));
+    // Once it can be undone the next create does so, and has its own.
+    world.machine.refuse([]);
+    let anew = world.create(ALICE).await;
+    assert_ne!(anew.identity, kept.identity);
+    assert_eq!(world.machine.running(), [(anew.identity, digest(1))]);
+    assert_eq!(shown(&world).await, (true, 1, 1, 1));
+}
+
+#[tokio::test]
+async fn what_a_create_could_not_undo_can_be_deleted() {
+    let world = World::with_a_challenge(0).await;
+    world.machine.refuse(["up", "down"]);
+    assert!(world.try_create(ALICE).await.is_err());
+    world.machine.refuse([]);
+    world.delete(ALICE).await.unwrap();
+    assert_eq!(world.stored(ALICE).await, None);
+}
+
+#[tokio::test]
+async fn a_claim_that_could_not_be_undone_is_shown_to_no_player() {
+    let world = World::with_a_challenge(1).await;
+    world.gauntlet.tend_pool(&world.call, &world.web).await.unwrap();
+    world.machine.refuse(["update", "down"]);
+    let (alice, own) = (SourceId::new(ALICE).unwrap(), Additional::from([("a".to_owned(), "b".to_owned())]));
+    assert!(world.gauntlet.create_instance(&world.call, &world.web, &alice, own).await.is_err());
+    assert!(matches!(world.stored(ALICE).await.unwrap().phase, Phase::Failed(_)));
+    assert_eq!(shown(&world).await, (false, 0, 0, 0));
 }
 
 #[tokio::test]

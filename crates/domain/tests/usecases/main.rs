@@ -8,6 +8,7 @@
     reason = "tests"
 )]
 
+mod deadlines;
 mod failures;
 mod races;
 mod world;

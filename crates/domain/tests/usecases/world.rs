@@ -16,7 +16,7 @@ use gauntlet_coordination::{
     kv::{Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Test, Txn, TxnResult},
 };
 use gauntlet_domain::{
-    Additional, By, Call, ChallengeId, Entropy, Error, Fact, Facts, Found, Gauntlet, Held, Identity, Instance,
+    Additional, By, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Found, Gauntlet, Held, Identity, Instance,
     LockKind, NewChallenge, Order, Outputs, Pinned, Place, Plan, PortSpec, Provisioner, Result, Scenarios, Seat,
     Settings, Slot, SourceId, Store as _, Workload,
 };
@@ -33,6 +33,8 @@ pub const BOB: &str = "bob";
 
 /// What takes longer has stopped for good.
 const LONG: Duration = Duration::from_secs(60);
+/// How long a call waits for others: longer than anything may take here.
+pub const PATIENCE: Duration = Duration::from_secs(70);
 /// How long an instance lives, in seconds.
 pub const TIMEOUT: i64 = 1000;
 
@@ -225,13 +227,46 @@ impl Entropy for Counter {
     }
 }
 
-/// An embedded store that can be made to wait before it removes a challenge, or writes an instance that must not have changed.
+/// Time passes when somebody sleeps, or when the test says so.
+#[derive(Debug, Default)]
+pub struct Time {
+    elapsed: Mutex<Duration>,
+    pauses: Mutex<Vec<Duration>>,
+}
+
+impl Time {
+    pub fn pass(&self, duration: Duration) {
+        *self.elapsed.lock().unwrap() += duration;
+    }
+
+    /// What was slept since this was last asked.
+    pub fn pauses(&self) -> Vec<Duration> {
+        std::mem::take(&mut self.pauses.lock().unwrap())
+    }
+}
+
+#[async_trait]
+impl Clock for Time {
+    fn elapsed(&self) -> Duration {
+        *self.elapsed.lock().unwrap()
+    }
+
+    async fn sleep(&self, pause: Duration) {
+        self.pauses.lock().unwrap().push(pause);
+        self.pass(pause);
+        tokio::task::yield_now().await;
+    }
+}
+
+/// An embedded store that can be made to wait before it removes a challenge, or writes an instance that must not have changed; and in which
+/// somebody else can always be first.
 #[derive(Debug)]
 pub struct Store {
     inner: Embedded,
     gates: Arc<Gates>,
     /// Whether reads of a challenge alone are refused.
     hides_challenges: Arc<AtomicBool>,
+    rival: Arc<AtomicBool>,
 }
 
 impl Kv for Store {
@@ -256,6 +291,16 @@ impl Kv for Store {
         let of_challenges = |op: &Op| matches!(op, Op::Get(get) if get.keys.from.contains("/challenges "));
         if self.hides_challenges.load(Ordering::Relaxed) && txn.then.iter().all(of_challenges) {
             return Err(KvError::Unavailable("reading a challenge is refused".to_owned()));
+        }
+        if self.rival.load(Ordering::Relaxed) {
+            for read in txn.when.iter().filter(|compare| matches!(compare.test, Test::Modified(_) | Test::NotAfter(_)))
+            {
+                // What was read is written again, as it is.
+                let get = Get { keys: read.keys.clone(), limit: 0, keys_only: false };
+                let page = self.inner.page(get, None).await?;
+                let then = page.kvs.into_iter().map(|kv| Op::put(kv.key, kv.value)).collect();
+                self.inner.txn(Txn { then, ..Txn::default() }).await?;
+            }
         }
         self.inner.txn(txn).await
     }
@@ -296,6 +341,8 @@ pub struct World {
     pub call: Call,
     pub web: ChallengeId,
     pub facts: Arc<Noted>,
+    pub time: Arc<Time>,
+    rival: Arc<AtomicBool>,
     gates: Arc<Gates>,
     hides_challenges: Arc<AtomicBool>,
     _dir: TempDir,
@@ -307,17 +354,25 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let gates = Arc::new(Gates::default());
         let inner = Embedded::open(&dir.path().join("store")).unwrap();
+        let rival = Arc::new(AtomicBool::new(false));
         let hides_challenges = Arc::new(AtomicBool::new(false));
-        let kv = Store { inner, gates: gates.clone(), hides_challenges: hides_challenges.clone() };
+        let kv =
+            Store { inner, gates: gates.clone(), hides_challenges: hides_challenges.clone(), rival: rival.clone() };
         let store = Arc::new(Coordination::over(kv, "test/", LONG, "a".to_owned()));
         let machine = Arc::new(Machine::default());
         let (scenarios, facts) = (Arc::new(Library), Arc::new(Noted::default()));
-        let settings = Settings { concurrency: 1, patience: LONG, ..Settings::default() };
+        let settings = Settings { concurrency: 1, patience: PATIENCE, ..Settings::default() };
         let gauntlet = Gauntlet::new(store.clone(), machine.clone(), scenarios, facts.clone(), settings);
-        let call =
-            Call { now: Timestamp::from_second(1000).unwrap(), origin: None, entropy: Arc::new(Counter::default()) };
+        let time = Arc::new(Time::default());
+        let call = Call {
+            now: Timestamp::from_second(1000).unwrap(),
+            origin: None,
+            entropy: Arc::new(Counter::default()),
+            clock: time.clone(),
+        };
         let web = ChallengeId::new("web").unwrap();
-        let world = Self { gauntlet, store, machine, call, web, facts, gates, hides_challenges, _dir: dir };
+        let world =
+            Self { gauntlet, store, machine, call, web, facts, time, rival, gates, hides_challenges, _dir: dir };
         world.create_challenge(min).await;
         world
     }
@@ -394,6 +449,11 @@ impl World {
             }
         };
         within("queueing for a lock", queued).await;
+    }
+
+    /// From now on whatever a write compares by version was changed just before.
+    pub fn rival(&self, always: bool) {
+        self.rival.store(always, Ordering::Relaxed);
     }
 
     /// Whoever removes a challenge next waits.

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex,
+        Arc, LazyLock, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -16,7 +16,7 @@ use gauntlet_coordination::{
     kv::{Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResult},
 };
 use gauntlet_domain::{
-    Additional, Call, ChallengeId, Entropy, Error, Fact, Facts, Found, Gauntlet, Identity, NewChallenge, Order,
+    Additional, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Found, Gauntlet, Identity, NewChallenge, Order,
     Outputs, Pinned, Place, Plan, PortSpec, Provisioner, Result, Scenarios, Settings, Store, Workload,
 };
 use jiff::Timestamp;
@@ -31,7 +31,19 @@ const EPOCH: i64 = 1_700_000_000_000_000;
 /// A call that happens at its number.
 pub(super) fn call(number: u64) -> Call {
     let now = Timestamp::from_microsecond(EPOCH + number as i64).unwrap();
-    Call { now, origin: None, entropy: Arc::new(Random) }
+    Call { now, origin: None, entropy: Arc::new(Random), clock: Arc::new(Random) }
+}
+
+#[async_trait]
+impl Clock for Random {
+    fn elapsed(&self) -> Duration {
+        static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+        START.elapsed()
+    }
+
+    async fn sleep(&self, pause: Duration) {
+        tokio::time::sleep(pause).await;
+    }
 }
 
 /// The number of the call that happened then.
@@ -315,7 +327,10 @@ impl<K: Kv> World<K> {
 async fn reconcile(gauntlet: Gauntlet) {
     loop {
         // What fails is tried again in the next pass.
-        let _ = gauntlet.reconcile(&call(0)).await;
+        let done = gauntlet.reconcile(&call(0)).await;
+        for id in done.into_iter().flat_map(|done| done.pools) {
+            let _ = gauntlet.tend_pool(&call(0), &id).await;
+        }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

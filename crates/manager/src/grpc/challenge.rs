@@ -37,6 +37,7 @@ impl ChallengeStore for Handlers {
     async fn update_challenge(&self, request: Request<UpdateChallengeRequest>) -> Result<Response<Challenge>, Status> {
         let (id, update) = convert::challenge_update(request.into_inner()).map_err(|error| status(&error))?;
         let updated = self.operations.update_challenge(id, update).await.map_err(|error| status(&error))?;
+        // Each is logged and counted by now; one is the answer.
         match updated.failures.first() {
             Some(failure) => Err(status(failure)),
             None => Ok(Response::new(convert::challenge(updated.challenge, updated.instances))),

@@ -118,7 +118,12 @@ impl Manager {
 
     /// A call that happens now.
     pub fn call(&self) -> Call {
-        Call { now: self.process.world.timestamp(), origin: None, entropy: self.chance.clone() }
+        Call {
+            now: self.process.world.timestamp(),
+            origin: None,
+            entropy: self.chance.clone(),
+            clock: self.process.clone(),
+        }
     }
 
     /// What the transports do after a use case: look after the pool, and for what a failure left.

@@ -6,7 +6,9 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use gauntlet_coordination::kv::Keys;
+use gauntlet_domain::Clock;
 use tokio::{sync::Notify, time::sleep};
 
 use super::{PREFIX, coverage::Event, manager::LEASE, world::World};
@@ -27,6 +29,19 @@ pub struct Process {
     pub world: Arc<World>,
     status: Mutex<(Status, bool)>,
     changed: Notify,
+}
+
+/// Its timers stand still while it does.
+#[async_trait]
+impl Clock for Process {
+    fn elapsed(&self) -> Duration {
+        self.world.now()
+    }
+
+    async fn sleep(&self, pause: Duration) {
+        sleep(pause).await;
+        self.gate().await;
+    }
 }
 
 impl Process {
