@@ -36,13 +36,14 @@ impl Output {
             bytes = bytes.get(surplus..).unwrap_or_default();
         }
         if self.written + bytes.len() as u64 > self.half {
-            std::fs::rename(self.dir.join(NEW), self.dir.join(OLD))?;
+            // What cannot be kept as the older file goes; what matters is that the newer one begins.
+            let _ = std::fs::rename(self.dir.join(NEW), self.dir.join(OLD));
             self.file = create(&self.dir)?;
             self.written = 0;
         }
-        self.file.write_all(bytes)?;
+        // Counted before it is written: a part of it may be, when the disk is full.
         self.written += bytes.len() as u64;
-        Ok(())
+        self.file.write_all(bytes)
     }
 }
 
@@ -120,6 +121,25 @@ mod tests {
             let tail = tail(dir.path(), std::slice::from_ref(&flag));
             assert!(!tail.contains("789}"), "{tail}");
         }
+    }
+
+    #[test]
+    fn a_rotation_that_failed_does_not_end_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut output = Output::begin(dir.path(), 16).unwrap();
+        output.keep(b"one two").unwrap();
+        // Neither can the older file be replaced, nor the newer one begin: both are tried again.
+        std::fs::create_dir_all(dir.path().join(OLD).join("x")).unwrap();
+        std::fs::remove_file(dir.path().join(NEW)).unwrap();
+        std::fs::create_dir(dir.path().join(NEW)).unwrap();
+        assert!(output.keep(b"lost").is_err());
+        std::fs::remove_dir(dir.path().join(NEW)).unwrap();
+        output.keep(b"three").unwrap();
+        output.keep(b"fourth").unwrap();
+        assert!(kept(dir.path()).ends_with(b"fourth"));
+        std::fs::remove_dir_all(dir.path().join(OLD)).unwrap();
+        output.keep(b"fifth").unwrap();
+        assert_eq!(kept(dir.path()), b"fourthfifth");
     }
 
     proptest! {
