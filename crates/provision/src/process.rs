@@ -6,22 +6,31 @@
 //! <dir>/instances/<hash of the challenge>-<identity>/
 //!     label.json      challenge, identity, generation; locked while somebody works on the instance; stays for an hour after it is gone
 //!     instance.json   ports and what to run; holds secrets
-//!     run.lock        locked for as long as the supervisor lives: how a manager finds it again, and why it is never doubled
 //!     state.json      supervisor, first process, how it ended
+//!     supervisor.log  what went wrong with the supervisor, if something did
 //!     ready           its probe has answered
 //!     output.log      what it last wrote, and output.old.log before that
 //!     work/           where it runs; its own
+//! <dir>/run/<name of that directory>
+//!                     locked for as long as the supervisor lives: how a manager finds it again, why it is never doubled, and how its end
+//!                     is noticed
 //! <dir>/ports/<port>  a link to the owner
 //! <dir>/store.json    the store that all of it belongs to
 //! ```
 //!
 //! Several managers of one machine (and one pid namespace) share the directory.
 //!
+//! Where control groups (v2) can be made below the manager's own, each instance has one, named `gauntlet-<hash of dir>-<name of that
+//! directory>`. What an operation on an instance costs does not depend on what else runs: nothing that it waits for reads all of `/proc`, but
+//! for one that finds a supervisor killed that had not put its instance into a group.
+//!
 //! It keeps instances apart from each other's ways, not from each other's reach: they run as the manager's user, with limits and without
 //! new privileges, on its file system and network. It is for scenarios that are trusted with that. Where the manager runs under a service
 //! manager that ends all processes of a service with it (systemd's default), tell it to end the main process only (`KillMode=process`),
 //! or instances end with the manager and are brought up again when they are next asked for.
 
+mod cgroup;
+mod ends;
 mod home;
 mod launch;
 mod mark;
@@ -29,8 +38,11 @@ mod output;
 mod ports;
 mod probe;
 mod procfs;
+mod ready;
 mod record;
+mod restart;
 pub mod shim;
+mod stop;
 
 use std::{
     collections::BTreeMap,
@@ -38,35 +50,34 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr},
     ops::RangeInclusive,
+    os::unix::ffi::OsStrExt as _,
     path::PathBuf,
-    process::Stdio,
+    process::{Command, Stdio},
     time::Duration,
 };
 
 use async_trait::async_trait;
-use gauntlet_domain::{ChallengeId, Error, Found, Identity, Limits, Order, Outputs, Place, Provisioner, Result};
-use rustix::process::Signal;
-use tokio::{
-    process::{Child, Command},
-    time::Instant,
+use futures::StreamExt as _;
+use gauntlet_domain::{
+    ChallengeId, Error, Found, Identity, Limits, Order, Outputs, Place, PortSpec, Provisioner, Result,
 };
-use tracing::{Instrument as _, Span, field::Empty};
+use tracing::{Instrument as _, Span};
 
 use self::{
-    home::{Home, blocking, failed},
-    ports::Ports,
-    record::{READY, RECORD, Record, STATE, State, WORK},
+    cgroup::{Group, Groups},
+    home::{Home, Wanted, blocking, failed},
+    ports::{Held, Ports},
+    ready::Shim,
+    record::{READY, RECORD, Record, STATE, State, WORK, Who},
 };
+pub use self::{ends::Ends, restart::Restart};
 
-/// The first pause between two probes; it grows to the scenario's interval.
-const FIRST_PAUSE: Duration = Duration::from_millis(5);
-/// How much longer than an instance's grace its supervisor may take to end it, before it is killed itself; and how long what is killed
-/// may take to be gone.
-const STOP_PATIENCE: Duration = Duration::from_secs(6);
-/// How long a supervisor may take to say that it is there.
-const START_PATIENCE: Duration = Duration::from_secs(5);
-/// One probe may take this long.
-const PROBE_PATIENCE: Duration = Duration::from_secs(2);
+/// How long what is killed may take to be gone.
+const KILL_PATIENCE: Duration = Duration::from_secs(6);
+/// How often an instance is started on another port after another program took the one that it was given.
+const PORT_TRIES: usize = 3;
+/// Instances that are ended at once when all are.
+const HALTED_AT_ONCE: usize = 64;
 
 /// Where and how instances run on this machine.
 #[derive(Debug, Clone)]
@@ -77,8 +88,8 @@ pub struct Config {
     pub host: String,
     /// The address that instances listen on: ports are tried there. Probes ask there too, or on loopback if it is unspecified.
     pub bind: IpAddr,
-    /// The ports to give out. Nothing else should listen there: what is in use is passed over, but what takes a port in the moment before
-    /// its instance does may be mistaken for it.
+    /// The ports to give out. Nothing else should listen there: what is in use is passed over, but what takes a port in the moment between
+    /// the start of a program and its own bind may be mistaken for it.
     pub ports: RangeInclusive<u16>,
     /// The program to supervise with: one whose `main` begins with [`shim::run_if_requested`]. `None` is `gauntlet-shim` beside the running
     /// program, or else the running program itself.
@@ -91,6 +102,10 @@ pub struct Config {
     pub maximums: Limits,
     /// Between SIGTERM and SIGKILL.
     pub grace: Duration,
+    /// Whether instances have control groups where these can be made.
+    pub cgroups: bool,
+    /// When what ends again and again is brought up again.
+    pub restart: Restart,
     /// How long to wait for another manager that works on the same instance.
     pub patience: Duration,
 }
@@ -111,6 +126,8 @@ impl Config {
             defaults: Limits { open_files: Some(1024), output: Some(1 << 20), ..Limits::default() },
             maximums: Limits::default(),
             grace: Duration::from_secs(2),
+            cgroups: true,
+            restart: Restart::default(),
             patience: Duration::from_secs(10),
         }
     }
@@ -129,21 +146,24 @@ pub struct Process {
     instances: PathBuf,
     ports: Ports,
     probed: IpAddr,
+    groups: Option<Groups>,
 }
 
 /// A span of one step, below the one of the call.
-macro_rules! step {
+macro_rules! step_span {
     ($name:literal, $home:expr) => {
         tracing::info_span!(
             $name,
             otel.kind = "internal",
             provisioner = "process",
             instance.identity = $home.identity(),
-            otel.status_code = Empty,
-            "error.type" = Empty,
+            otel.status_code = tracing::field::Empty,
+            "error.type" = tracing::field::Empty,
         )
     };
 }
+
+use step_span;
 
 /// Does the work of a step in its span.
 async fn step<T>(span: Span, work: impl Future<Output = Result<T>>) -> Result<T> {
@@ -174,9 +194,15 @@ impl Process {
             .and_then(|()| config.dir.canonicalize())
             .map_err(failed("configure", format!("directory {}", config.dir.display())))?;
         let (instances, ports) = (dir.join("instances"), dir.join("ports"));
-        home::make(&instances)
-            .and_then(|()| home::make(&ports))
+        [&instances, &ports, &dir.join(record::RUN)]
+            .into_iter()
+            .try_for_each(|dir| home::make(dir))
             .map_err(failed("configure", format!("directory {}", dir.display())))?;
+        if !procfs::lists_children() {
+            return Err(refused(
+                "this kernel does not list the children of a process (CONFIG_PROC_CHILDREN)".to_owned(),
+            ));
+        }
         // Instances run in directories of their own.
         for dir in &mut config.path {
             *dir = std::path::absolute(&*dir).map_err(failed("configure", format!("path {}", dir.display())))?;
@@ -198,7 +224,17 @@ impl Process {
             IpAddr::V6(address) if address.is_unspecified() => std::net::Ipv6Addr::LOCALHOST.into(),
             address => address,
         };
-        Ok(Self { config, dir, shim, instances, ports, probed })
+        let groups = if config.cgroups {
+            Groups::find(&record::hash(dir.as_os_str().as_bytes()))
+        } else {
+            Err("switched off".to_owned())
+        };
+        let groups = groups
+            .inspect_err(|why| {
+                tracing::info!(why, "instances have no control groups: they are found by their supervisors alone");
+            })
+            .ok();
+        Ok(Self { config, dir, shim, instances, ports, probed, groups })
     }
 
     /// Takes the directory for the store of that name, for good. To be called before any order of that store: an order's generation means
@@ -207,8 +243,41 @@ impl Process {
     /// # Errors
     /// [`Error::Provision`], saying what to do, if it belongs to another store.
     pub async fn claim(&self, store: &str) -> Result<()> {
-        let (dir, store) = (self.dir.clone(), store.to_owned());
-        blocking(move || mark::claim(&dir, &store)).await
+        let (process, store) = (self.clone(), store.to_owned());
+        blocking(move || {
+            mark::claim(&process.dir, &store)?;
+            process.remove_groups();
+            Ok(())
+        })
+        .await
+    }
+
+    /// Removes control groups whose supervisors were killed, and ends what is left in them. Blocks.
+    fn remove_groups(&self) {
+        let Some(groups) = &self.groups else { return };
+        let remove = |key: &String| -> io::Result<()> {
+            // As long as this is held none can start.
+            let Some(_lock) = record::take_run_lock(&self.instances.join(key), Who::Manager)? else { return Ok(()) };
+            Group::new(groups.path(key)).end(KILL_PATIENCE).map(drop)
+        };
+        match groups.keys() {
+            Err(error) => tracing::warn!(%error, "cannot list the control groups of instances"),
+            Ok(keys) => {
+                for key in keys {
+                    if let Err(error) = remove(&key) {
+                        tracing::warn!(key, %error, "the control group of an instance that has ended cannot be removed");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Watches for instances that end by themselves, from now on.
+    ///
+    /// # Errors
+    /// [`Error::Provision`] if the kernel gives no watch.
+    pub fn ends(&self) -> Result<Ends> {
+        Ends::watch(&self.dir, self.config.restart.clone())
     }
 
     /// Ends every instance and keeps what is recorded of it, as a machine that is shut down does: an `up` or `update` brings it back on its
@@ -216,202 +285,146 @@ impl Process {
     pub async fn halt(&self) -> Result<usize> {
         let running: Vec<_> = self.list().await?.into_iter().filter(|found| found.alive).collect();
         let halts = running.iter().map(|found| async {
-            let home = self.enter(&found.challenge, &found.identity, found.generation).await?;
-            step(step!("provision.stop", home), self.stop(&home)).await.map(drop)
+            let home = self.enter(&found.challenge, &found.identity, found.generation, Wanted::AsRecorded).await?;
+            let runs = {
+                let home = home.clone();
+                blocking(move || Ok(free(&home)?.is_none())).await?
+            };
+            step(step_span!("provision.stop", home), self.stop(&home)).await.map(|_| usize::from(runs))
         });
         // One that does not end must not keep the others from it.
-        let halted = futures::future::join_all(halts).await;
-        halted.into_iter().collect::<Result<()>>().map(|()| running.len())
+        let halted: Vec<_> = futures::stream::iter(halts).buffer_unordered(HALTED_AT_ONCE).collect().await;
+        halted.into_iter().sum()
     }
 
     async fn bring(&self, order: &Order, running: Running) -> Result<Outputs> {
-        let home = self.enter(&order.challenge, &order.identity, order.generation).await?;
-        let alive = {
-            let home = home.clone();
-            blocking(move || Ok(free(&home)?.is_none())).await?
-        };
+        let home = self.enter(&order.challenge, &order.identity, order.generation, Wanted::There).await?;
+        let alive = self.runs(&home).await?;
         if alive
             && running == Running::Keep
             && let Some(record) = read::<Record>(&home, RECORD).await?
         {
-            return self.settle(&home, &record, None).await;
+            return self.settle(&home, &record, None, &[]).await;
         }
         // What a killed supervisor left goes before ports are given out: it may still hold them.
-        let stopped = if alive { None } else { Some(self.stop(&home).await?) };
+        let mut stopped = if alive { None } else { Some(self.stop(&home).await?) };
         // One that cannot be read is as good as none: it is written anew.
-        let before = read::<Record>(&home, RECORD).await.unwrap_or(None);
-        let ports = before.as_ref().map(|before| before.ports.clone()).unwrap_or_default();
-        let allocate = self.allocate(home.clone(), order, ports, alive);
-        let record = step(step!("provision.allocate", home), allocate).await?;
-        let lock = match stopped {
-            Some(lock) => lock,
-            None if before.as_ref() == Some(&record) => return self.settle(&home, &record, None).await,
-            None => step(step!("provision.stop", home), self.stop(&home)).await?,
-        };
-        let shim = step(step!("provision.start", home), self.start(home.clone(), record.clone(), lock)).await?;
-        self.settle(&home, &record, Some(shim)).await
+        let mut before = read::<Record>(&home, RECORD).await.unwrap_or(None);
+        for last in (1..=PORT_TRIES).map(|tries| tries == PORT_TRIES) {
+            let ports = before.as_ref().map(|before| before.ports.clone()).unwrap_or_default();
+            let allocate = self.allocate(home.clone(), order, ports.clone(), stopped.is_none());
+            let (record, held) = step(step_span!("provision.allocate", home), allocate).await?;
+            let lock = match stopped.take() {
+                Some(lock) => lock,
+                None if before.as_ref() == Some(&record) => return self.settle(&home, &record, None, &[]).await,
+                None => step(step_span!("provision.stop", home), self.stop(&home)).await?,
+            };
+            let starting = self.start(home.clone(), order, record.clone(), ports, held, lock);
+            let result = match step(step_span!("provision.start", home), starting).await {
+                Ok(shim) => self.settle(&home, &record, Some(shim), &[RECORD]).await,
+                Err(error) => Err(error),
+            };
+            let Err(error) = result else { return result };
+            let Some(port) = self.lost(order, &record).await?.filter(|_| !last) else { return Err(error) };
+            tracing::warn!(
+                instance.identity = home.identity(),
+                port,
+                %error,
+                "another program took the port of an instance that was being started: trying another"
+            );
+            stopped = Some(self.stop(&home).await?);
+            before = Some(record);
+        }
+        Err(Error::Internal("no try to start an instance is the last".to_owned()))
     }
 
-    async fn enter(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<Home> {
-        Home::enter(&self.instances, challenge, identity, generation, self.config.patience).await
+    async fn enter(
+        &self,
+        challenge: &ChallengeId,
+        identity: &Identity,
+        generation: u64,
+        wanted: Wanted,
+    ) -> Result<Home> {
+        Home::enter(&self.instances, challenge, identity, generation, wanted, self.config.patience).await
+    }
+
+    /// Whether its supervisor lives, and its program as far as that is known. Where the supervisor has not noticed yet that the program
+    /// ended, it does not run.
+    async fn runs(&self, home: &Home) -> Result<bool> {
+        let home = home.clone();
+        blocking(move || {
+            if free(&home)?.is_some() {
+                return Ok(false);
+            }
+            let state = record::read::<State>(&home.dir, STATE).unwrap_or(None);
+            Ok(state.is_none_or(|state| state.end.is_none() && state.child.is_none_or(procfs::lives)))
+        })
+        .await
+    }
+
+    /// One of its ports that another program has, if one does.
+    async fn lost(&self, order: &Order, record: &Record) -> Result<Option<u16>> {
+        let (ports, specs, taken) = (self.ports.clone(), order.plan.ports().to_vec(), record.ports.clone());
+        blocking(move || Ok(ports.lost(&specs, &taken))).await
     }
 
     /// Reserves ports and renders the plan with them.
     async fn allocate(
         &self,
-        mut home: Home,
+        home: Home,
         order: &Order,
         before: BTreeMap<String, u16>,
         running: bool,
-    ) -> Result<Record> {
+    ) -> Result<(Record, Held)> {
         let (ports, config, plan) = (self.ports.clone(), self.config.clone(), order.plan.clone());
         blocking(move || {
-            home.mark(false).map_err(failed("allocate", "recording the instance"))?;
             let work = home.dir.join(WORK);
             home::make(&work).map_err(failed("allocate", "making its directory"))?;
-            let ports = ports.assign(&home.key, plan.ports(), &before, running)?;
+            let (ports, held) = ports.assign(&home.key, plan.ports(), &before, running)?;
             let place = Place { host: config.host.clone(), ports: ports.clone(), dir: work };
             let launch = launch::decide(&config, &place, plan.render(&place)?)?;
-            Ok(Record { version: record::VERSION, ports, launch })
+            Ok((Record { version: record::VERSION, ports, launch }, held))
         })
         .await
     }
 
     /// Writes the record and starts a supervisor on it. The lock proves that there is none.
-    async fn start(&self, home: Home, record: Record, lock: File) -> Result<Child> {
-        let (dir, ports) = (home.dir.clone(), self.ports.clone());
+    async fn start(
+        &self,
+        home: Home,
+        order: &Order,
+        record: Record,
+        before: BTreeMap<String, u16>,
+        mut held: Held,
+        lock: File,
+    ) -> Result<Shim> {
+        let (process, specs): (_, Vec<PortSpec>) = (self.clone(), order.plan.ports().to_vec());
         blocking(move || {
+            process.ports.hold(&specs, &record.ports, &mut held)?;
+            let last = record::read::<State>(&home.dir, STATE).unwrap_or(None);
             let prepare = || -> io::Result<()> {
-                record::remove(&home.dir.join(READY))?;
-                record::remove(&home.dir.join(STATE))?;
+                [READY, STATE, record::LOG].iter().try_for_each(|name| record::remove(&home.dir.join(name)))?;
                 output::remove(&home.dir)?;
-                record::write(&home.dir, RECORD, &record, true)
+                record::rewrite(&home.dir, RECORD, &record)
             };
             prepare().map_err(failed("start", "recording what to run"))?;
             drop(lock);
-            ports.release(&home.key, &record.ports)
+            process.ports.release(&home.key, &before, &record.ports)?;
+            let mut command = Command::new(&process.shim);
+            command
+                .arg(shim::SUPERVISE)
+                .arg(&home.dir)
+                .arg(last.map_or(0, |last| process.config.restart.count(&last)).to_string())
+                .args(process.groups.as_ref().map(|groups| groups.path(&home.key)))
+                .env_clear()
+                .stdin(held.hand_over().map_or_else(Stdio::null, Stdio::from))
+                .stdout(Stdio::null())
+                .stderr(Stdio::null());
+            let child = ports::spawn(&mut command)
+                .map_err(failed("start", format!("the supervisor {}", process.shim.display())))?;
+            Ok(Shim(child))
         })
-        .await?;
-        Command::new(&self.shim)
-            .arg(shim::SUPERVISE)
-            .arg(dir)
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(failed("start", format!("the supervisor {}", self.shim.display())))
-    }
-
-    /// Waits until it is ready; one that does not get there is ended, so that another try begins anew.
-    async fn settle(&self, home: &Home, record: &Record, shim: Option<Child>) -> Result<Outputs> {
-        if let Err(error) = step(step!("provision.ready", home), self.ready(home, record, shim)).await {
-            if let Err(also) = step(step!("provision.stop", home), self.stop(home)).await {
-                tracing::warn!(instance.identity = home.identity(), error = %also, "an instance that was not ready does not end");
-            }
-            return Err(error);
-        }
-        let Record { launch, .. } = record;
-        Ok(Outputs { connection_info: launch.connection_info.clone(), flags: launch.flags.clone() })
-    }
-
-    async fn ready(&self, home: &Home, record: &Record, mut shim: Option<Child>) -> Result<()> {
-        let (readiness, marked) = (&record.launch.readiness, home.dir.join(READY));
-        if tokio::fs::try_exists(&marked).await.is_ok_and(|ready| ready) {
-            return Ok(());
-        }
-        let began = Instant::now();
-        let mut pause = FIRST_PAUSE;
-        loop {
-            let left = readiness.timeout.saturating_sub(began.elapsed());
-            let patience = left.clamp(FIRST_PAUSE, PROBE_PATIENCE);
-            let answer = probe::ask(&readiness.probe, &record.ports, self.probed, &home.dir, patience).await;
-            // Asked after the probe: what answered may have been something else on that port, if ours is gone.
-            self.still_runs(home, record, &mut shim, began.elapsed()).await?;
-            match answer {
-                Ok(()) => {
-                    return tokio::fs::write(&marked, "").await.map_err(failed("ready", "recording that it is"));
-                }
-                Err(answer) if left.is_zero() => {
-                    return Err(Error::Provision {
-                        step: "ready",
-                        detail: format!(
-                            "{} was probed for {:?} and at last: {answer}{}",
-                            probe::describe(&readiness.probe, &record.ports, self.probed),
-                            readiness.timeout,
-                            said(home, record).await
-                        ),
-                    });
-                }
-                Err(_) => tokio::time::sleep(pause.min(left)).await,
-            }
-            pause = (pause * 3 / 2).min(readiness.interval.max(FIRST_PAUSE));
-        }
-    }
-
-    /// Fails if the program has ended, or its supervisor without a word.
-    async fn still_runs(&self, home: &Home, record: &Record, shim: &mut Option<Child>, since: Duration) -> Result<()> {
-        let left = shim.as_mut().and_then(|shim| shim.try_wait().ok().flatten());
-        let how = match (read::<State>(home, STATE).await?, left) {
-            (Some(State { end: Some(end), .. }), _) => format!("the program {}", end.how),
-            (Some(state), _) if procfs::lives(state.shim) => return Ok(()),
-            // It may have written its last, and ended, since its state was read.
-            (Some(_), _) => match read::<State>(home, STATE).await? {
-                Some(State { end: Some(end), .. }) => format!("the program {}", end.how),
-                _ => "its supervisor was killed".to_owned(),
-            },
-            (None, Some(status)) => format!("its supervisor {} ended with {status}", self.shim.display()),
-            (None, None) if since < START_PATIENCE => return Ok(()),
-            (None, None) => format!("its supervisor {} says nothing", self.shim.display()),
-        };
-        Err(Error::Provision { step: "ready", detail: format!("{how}{}", said(home, record).await) })
-    }
-
-    /// Ends whatever runs, whole. Answers the supervisor's lock: as long as it is held none can start.
-    async fn stop(&self, home: &Home) -> Result<File> {
-        let grace = read::<Record>(home, RECORD).await.ok().flatten().map_or(self.config.grace, |r| r.launch.grace);
-        let began = Instant::now();
-        let mut sent = None;
-        let mut pause = Duration::from_millis(1);
-        let lock = loop {
-            let taken = home.clone();
-            if let Some(lock) = blocking(move || free(&taken)).await? {
-                break lock;
-            }
-            let signal = if began.elapsed() > grace + STOP_PATIENCE { Signal::KILL } else { Signal::TERM };
-            // One that has only begun has not said yet who it is, and is told a moment later.
-            if let Some(state) = read::<State>(home, STATE).await?.filter(|_| sent != Some(signal)) {
-                procfs::signal(state.shim, signal).map_err(failed("stop", "signalling its supervisor"))?;
-                sent = Some(signal);
-            }
-            if began.elapsed() > grace + 2 * STOP_PATIENCE {
-                let detail = "its supervisor does not end, or runs where this manager does not see it".to_owned();
-                return Err(Error::Provision { step: "stop", detail });
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 3 / 2).min(Duration::from_millis(20));
-        };
-        let state = read::<State>(home, STATE).await.unwrap_or(None);
-        if let Some(state) = state.filter(|state| !state.end.as_ref().is_some_and(|end| end.whole)) {
-            let home = home.clone();
-            blocking(move || {
-                // After a reboot there is nothing left to end.
-                if state.boot != procfs::boot() {
-                    return Ok(());
-                }
-                let swept = procfs::sweep(&home.dir, &state, STOP_PATIENCE).map_err(failed("stop", "sweeping"))?;
-                if swept > 0 {
-                    tracing::warn!(
-                        instance.identity = home.identity(),
-                        swept,
-                        "ended what a killed supervisor had left"
-                    );
-                }
-                Ok(())
-            })
-            .await?;
-        }
-        Ok(lock)
+        .await
     }
 }
 
@@ -430,14 +443,16 @@ impl Provisioner for Process {
     }
 
     async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
-        let mut home = self.enter(challenge, identity, generation).await?;
-        let lock = step(step!("provision.stop", home), self.stop(&home)).await?;
+        let mut home = self.enter(challenge, identity, generation, Wanted::AsRecorded).await?;
+        let lock = step(step_span!("provision.stop", home), self.stop(&home)).await?;
         let ports = self.ports.clone();
-        let remove = step!("provision.remove", home);
+        let remove = step_span!("provision.remove", home);
         let work = blocking(move || {
+            let record = record::read::<Record>(&home.dir, RECORD).unwrap_or(None);
+            let had = record.map(|record| record.ports).unwrap_or_default();
+            ports.release(&home.key, &had, &BTreeMap::new())?;
             home.clear().map_err(failed("remove", "removing its directory"))?;
-            ports.release(&home.key, &BTreeMap::new())?;
-            home.mark(true).map_err(failed("remove", "recording that it is gone"))?;
+            home.mark_gone().map_err(failed("remove", "recording that it is gone"))?;
             drop(lock);
             Ok(())
         });
@@ -445,26 +460,17 @@ impl Provisioner for Process {
     }
 
     async fn list(&self) -> Result<Vec<Found>> {
-        let instances = self.instances.clone();
-        blocking(move || home::list(&instances).map_err(failed("list", "reading the instances"))).await
+        let (instances, restart) = (self.instances.clone(), self.config.restart.clone());
+        blocking(move || home::list(&instances, &restart).map_err(failed("list", "reading the instances"))).await
     }
 }
 
 /// The supervisor's lock, if none lives.
 fn free(home: &Home) -> Result<Option<File>> {
-    record::run_lock(&home.dir).map_err(failed("find", "looking for its supervisor"))
+    record::take_run_lock(&home.dir, Who::Manager).map_err(failed("find", "looking for its supervisor"))
 }
 
 async fn read<T: serde::de::DeserializeOwned + Send + 'static>(home: &Home, name: &'static str) -> Result<Option<T>> {
     let home = home.clone();
     blocking(move || record::read(&home.dir, name).map_err(failed("find", format!("reading {name}")))).await
-}
-
-/// The last lines of output, to end an error with.
-async fn said(home: &Home, record: &Record) -> String {
-    let (home, secrets) = (home.clone(), record.launch.flags.clone());
-    match blocking(move || Ok(output::tail(&home.dir, &secrets))).await.unwrap_or_default() {
-        tail if tail.is_empty() => "; it wrote nothing".to_owned(),
-        tail => format!("; its last output:\n{tail}"),
-    }
 }

@@ -4,23 +4,33 @@ use std::{
     fmt::Display,
     fs::{DirBuilder, File, Permissions},
     io,
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use gauntlet_domain::{ChallengeId, Error, Found, Identity, Result};
-use tokio::time::Instant;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::Instant,
+};
 
 use super::{
-    output,
-    record::{self, LABEL, Label, READY, RECORD, RUN_LOCK, STATE, WORK},
+    output, procfs,
+    record::{self, LABEL, LOG, Label, READY, RECORD, STATE, State, WORK, Who},
+    restart::Restart,
 };
 
 /// For how long a label outlives its instance. Orders are refused by it that are older than the one that took the instance down; they come
 /// from a manager that was paused in between, and an identity is never given twice.
 const REMEMBER: Duration = Duration::from_secs(3600);
+
+/// How soon one that somebody works on is looked at again.
+const BUSY: Duration = Duration::from_millis(250);
 
 /// An instance's directory, locked until the last clone is dropped. Blocking work takes a clone with it: should its caller be dropped, the
 /// lock stays until that work is done.
@@ -29,7 +39,18 @@ pub(super) struct Home {
     pub(super) key: String,
     pub(super) dir: PathBuf,
     label: Label,
+    /// The label was written and may not survive a power cut yet.
+    unsynced: bool,
     _lock: Arc<File>,
+}
+
+/// What an order wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// That it is there: recorded at once, so that whatever is begun is found.
+    There,
+    /// What is recorded, until the order is done.
+    AsRecorded,
 }
 
 impl Home {
@@ -40,6 +61,7 @@ impl Home {
         challenge: &ChallengeId,
         identity: &Identity,
         generation: u64,
+        wanted: Wanted,
         patience: Duration,
     ) -> Result<Self> {
         let began = Instant::now();
@@ -48,11 +70,11 @@ impl Home {
             challenge: challenge.as_str().to_owned(),
             identity: identity.as_str().to_owned(),
             generation,
-            gone: false,
+            gone: wanted != Wanted::There,
         };
         loop {
             let (dir, label) = (instances.join(record::key(challenge, identity)), label.clone());
-            if let Some(home) = blocking(move || Self::try_enter(dir, label)).await? {
+            if let Some(home) = blocking(move || Self::try_enter(dir, label, wanted)).await? {
                 return Ok(home);
             }
             let waited = began.elapsed();
@@ -68,28 +90,29 @@ impl Home {
         }
     }
 
-    fn try_enter(dir: PathBuf, mut label: Label) -> Result<Option<Self>> {
+    fn try_enter(dir: PathBuf, mut label: Label, wanted: Wanted) -> Result<Option<Self>> {
         let Some(lock) = lock(&dir).map_err(failed("lock", "locking its directory"))? else { return Ok(None) };
         let key = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-        match record::read::<Label>(&dir, LABEL) {
-            Ok(Some(there)) if there.generation > label.generation => {
+        let there = record::read::<Label>(&dir, LABEL).unwrap_or_else(|error| {
+            tracing::warn!(directory = %dir.display(), %error, "the label of an instance is unreadable: written anew");
+            None
+        });
+        if let Some(there) = &there {
+            if there.generation > label.generation {
                 return Err(Error::Fenced(format!(
                     "instance {} (ordered with token {}, token {} is recorded)",
                     label.identity, label.generation, there.generation
                 )));
             }
-            Ok(Some(there)) if there == label => {}
-            Ok(there) => {
-                // Nobody but an `up` brings back what is gone, and that says so itself.
-                label.gone = there.is_none_or(|there| there.gone);
-                record::write(&dir, LABEL, &label, true).map_err(failed("lock", "recording the order"))?;
-            }
-            Err(error) => {
-                tracing::warn!(directory = %dir.display(), %error, "the label of an instance is unreadable: written anew");
-                record::write(&dir, LABEL, &label, true).map_err(failed("lock", "recording the order"))?;
+            if wanted != Wanted::There {
+                label.gone = there.gone;
             }
         }
-        Ok(Some(Self { key, dir, label, _lock: Arc::new(lock) }))
+        let unsynced = there.as_ref() != Some(&label);
+        if unsynced {
+            record::write(&dir, LABEL, &label).map_err(failed("lock", "recording the order"))?;
+        }
+        Ok(Some(Self { key, dir, label, unsynced, _lock: Arc::new(lock) }))
     }
 
     /// The instance's identity, for spans and logs.
@@ -97,38 +120,54 @@ impl Home {
         &self.label.identity
     }
 
-    /// Records whether there is something. Blocks.
-    pub(super) fn mark(&mut self, gone: bool) -> io::Result<()> {
-        if self.label.gone != gone {
-            self.label.gone = gone;
-            record::write(&self.dir, LABEL, &self.label, true)?;
+    /// Records that it is gone. A power cut may undo that: it is taken down again then. Blocks.
+    pub(super) fn mark_gone(&mut self) -> io::Result<()> {
+        if !self.label.gone {
+            self.label.gone = true;
+            record::rewrite(&self.dir, LABEL, &self.label)?;
         }
         Ok(())
+    }
+
+    /// Makes what is recorded survive a power cut: what it is and by which order, if that changed, and `written` beside it. Blocks.
+    pub(super) fn make_lasting(&self, written: &[&str]) -> io::Result<()> {
+        let label = self.unsynced.then_some(LABEL);
+        let names: Vec<&str> = label.into_iter().chain(written.iter().copied()).collect();
+        if names.is_empty() {
+            return Ok(());
+        }
+        names.iter().try_for_each(|name| record::sync(&self.dir.join(name)))?;
+        record::sync(&self.dir)?;
+        // The directory itself may be new.
+        self.dir.parent().map_or(Ok(()), record::sync)
     }
 
     /// Removes everything but the label. Blocks.
     pub(super) fn clear(&self) -> io::Result<()> {
         remove_tree(&self.dir.join(WORK))?;
         output::remove(&self.dir)?;
-        [READY, RECORD, STATE, RUN_LOCK].iter().try_for_each(|name| record::remove(&self.dir.join(name)))
+        [READY, RECORD, STATE, LOG].iter().try_for_each(|name| record::remove(&self.dir.join(name)))?;
+        record::remove(&record::run_lock(&self.dir))
     }
 }
 
 /// What is there, by its labels; labels that have outlived their use are removed. Blocks.
-pub(super) fn list(instances: &Path) -> io::Result<Vec<Found>> {
+pub(super) fn list(instances: &Path, restart: &Restart) -> io::Result<Vec<Found>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(instances)? {
         let dir = entry?.path();
         match record::read::<Label>(&dir, LABEL) {
             Ok(Some(label)) if label.gone => forget(&dir),
-            Ok(Some(label)) => match (ChallengeId::new(label.challenge), Identity::parse(&label.identity)) {
-                (Ok(challenge), Ok(identity)) => {
-                    // Its supervisor holds the lock for as long as the instance runs.
-                    let alive = record::run_lock(&dir)?.is_none();
-                    found.push(Found { challenge, identity, generation: label.generation, alive });
+            Ok(Some(label)) => {
+                // Its supervisor holds the lock for as long as the instance runs.
+                let alive = record::take_run_lock(&dir, Who::Manager)?.is_none() || !rest(&dir, restart).is_zero();
+                match known(label, alive) {
+                    Some(known) => found.push(known),
+                    None => {
+                        tracing::warn!(directory = %dir.display(), "the label of an instance names no instance: skipped")
+                    }
                 }
-                _ => tracing::warn!(directory = %dir.display(), "the label of an instance names no instance: skipped"),
-            },
+            }
             // Being made this very moment, or removed.
             Ok(None) => {}
             Err(error) => {
@@ -137,6 +176,52 @@ pub(super) fn list(instances: &Path) -> io::Result<Vec<Found>> {
         }
     }
     Ok(found)
+}
+
+/// What became of an instance whose supervisor was seen to end.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// It ended by itself and is due to be brought up again.
+    Ended(Found),
+    /// To be looked at again after that time: it rests, or somebody works on it.
+    Later(Duration),
+    /// It runs again, or was taken down.
+    Settled,
+}
+
+/// Looks at one instance. Blocks.
+pub(super) fn look(dir: &Path, restart: &Restart) -> io::Result<Fate> {
+    let label = match record::read::<Label>(dir, LABEL) {
+        Ok(Some(label)) if !label.gone => label,
+        _ => return Ok(Fate::Settled),
+    };
+    if record::take_run_lock(dir, Who::Manager)?.is_none() {
+        return Ok(Fate::Settled);
+    }
+    let left = rest(dir, restart);
+    if !left.is_zero() {
+        return Ok(Fate::Later(left));
+    }
+    // Whoever works on it may be about to end it, or to say that it is up.
+    match File::open(dir) {
+        Ok(file) if !record::try_lock(&file)? => Ok(Fate::Later(BUSY)),
+        Ok(_) => Ok(known(label, false).map_or(Fate::Settled, Fate::Ended)),
+        Err(_) => Ok(Fate::Settled),
+    }
+}
+
+/// How much longer one that does not run is to be left alone. Lets go of its supervisor, which has ended.
+fn rest(dir: &Path, restart: &Restart) -> Duration {
+    let Ok(Some(state)) = record::read::<State>(dir, STATE) else { return Duration::ZERO };
+    procfs::reap(state.shim);
+    let ended = std::fs::metadata(dir.join(STATE)).and_then(|meta| meta.modified());
+    let since = ended.ok().and_then(|at| SystemTime::now().duration_since(at).ok());
+    since.map_or(Duration::ZERO, |since| restart.rest(&state).saturating_sub(since))
+}
+
+fn known(label: Label, alive: bool) -> Option<Found> {
+    let (challenge, identity) = (ChallengeId::new(label.challenge).ok()?, Identity::parse(&label.identity).ok()?);
+    Some(Found { challenge, identity, generation: label.generation, alive })
 }
 
 /// Removes what is left of an instance that was taken down long ago. What fails is tried again with the next list.
@@ -173,33 +258,69 @@ pub(super) fn make(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes a directory and what is in it, also what the instance has made unwritable.
+/// Removes a directory and what is in it, also what the instance has made unwritable. Directories are moved up before they are emptied, so
+/// that neither open files nor the length of a path grow with how deep they lie. Links are not followed.
 fn remove_tree(dir: &Path) -> io::Result<()> {
-    match std::fs::remove_dir_all(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            open_up(dir)?;
-            std::fs::remove_dir_all(dir)
+    if let Err(error) = open_up(dir) {
+        return if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) };
+    }
+    let mut moved = 0u64;
+    loop {
+        let mut empty = true;
+        for entry in std::fs::read_dir(dir)? {
+            let entry = entry?;
+            empty = false;
+            if !entry.file_type()?.is_dir() {
+                std::fs::remove_file(entry.path())?;
+                continue;
+            }
+            open_up(&entry.path())?;
+            for inner in std::fs::read_dir(entry.path())? {
+                let inner = inner?;
+                if !inner.file_type()?.is_dir() {
+                    std::fs::remove_file(inner.path())?;
+                    continue;
+                }
+                open_up(&inner.path())?;
+                // A name may be there already, of another directory or of the instance's own: the next one is tried.
+                loop {
+                    moved += 1;
+                    match std::fs::rename(inner.path(), dir.join(format!("removed-{moved}"))) {
+                        Err(error) if in_the_way(&error) => {}
+                        renamed => break renamed?,
+                    }
+                }
+            }
+            std::fs::remove_dir(entry.path())?;
         }
-        other => other,
+        if empty {
+            return std::fs::remove_dir(dir);
+        }
     }
 }
 
+fn in_the_way(error: &io::Error) -> bool {
+    use io::ErrorKind::{AlreadyExists, DirectoryNotEmpty, NotADirectory};
+    matches!(error.kind(), AlreadyExists | DirectoryNotEmpty | NotADirectory)
+}
+
+/// Makes a directory one that its owner may change.
 fn open_up(dir: &Path) -> io::Result<()> {
-    std::fs::set_permissions(dir, Permissions::from_mode(0o700))?;
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        // The type of the entry itself: a link is never followed.
-        if entry.file_type()?.is_dir() {
-            open_up(&entry.path())?;
-        }
-    }
-    Ok(())
+    std::fs::set_permissions(dir, Permissions::from_mode(0o700))
 }
 
 /// Makes an I/O error one of provisioning.
 pub(super) fn failed(step: &'static str, what: impl Display) -> impl FnOnce(io::Error) -> Error {
     move |error| Error::Provision { step, detail: format!("{what}: {error}") }
+}
+
+/// Registers a descriptor, to wait until it is readable.
+#[allow(
+    deprecated,
+    reason = "it is unsound for types whose descriptor changes, which that of an OwnedFd does not; its successor is unsafe"
+)]
+pub(super) fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    AsyncFd::with_interest(fd, Interest::READABLE)
 }
 
 /// Runs what blocks where it may.
@@ -217,7 +338,7 @@ mod tests {
 
     async fn enter(dir: &Path, generation: u64) -> Result<Home> {
         let challenge = ChallengeId::new("c").unwrap();
-        Home::enter(dir, &challenge, &Identity::from_bits(1), generation, Duration::ZERO).await
+        Home::enter(dir, &challenge, &Identity::from_bits(1), generation, Wanted::There, Duration::ZERO).await
     }
 
     #[tokio::test]
@@ -233,37 +354,74 @@ mod tests {
         assert!(enter(dir.path(), 6).await.is_ok());
     }
 
+    fn listed(dir: &Path) -> Vec<Found> {
+        list(dir, &Restart::default()).unwrap()
+    }
+
+    /// A directory of instances, with one for locks beside it.
+    fn instances(top: &Path) -> PathBuf {
+        let dir = top.join("instances");
+        make(&dir).unwrap();
+        make(&top.join(record::RUN)).unwrap();
+        dir
+    }
+
     #[tokio::test]
     async fn what_is_gone_is_listed_no_more_and_forgotten_after_a_while() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut home = enter(dir.path(), 5).await.unwrap();
-        home.mark(false).unwrap();
-        assert_eq!(list(dir.path()).unwrap().len(), 1);
-        home.mark(true).unwrap();
-        assert_eq!(list(dir.path()).unwrap(), []);
+        let top = tempfile::tempdir().unwrap();
+        let dir = instances(top.path());
+        let mut home = enter(&dir, 5).await.unwrap();
+        assert_eq!(listed(&dir).len(), 1);
+        home.mark_gone().unwrap();
+        assert_eq!(listed(&dir), []);
         assert!(home.dir.exists());
         let long_ago = SystemTime::now() - REMEMBER - Duration::from_secs(1);
         File::open(home.dir.join(LABEL)).unwrap().set_modified(long_ago).unwrap();
-        list(dir.path()).unwrap();
+        listed(&dir);
         assert!(home.dir.exists(), "somebody is at it");
         let gone = home.dir.clone();
         drop(home);
-        list(dir.path()).unwrap();
+        listed(&dir);
         assert!(!gone.exists());
+    }
+
+    #[tokio::test]
+    async fn what_is_said_to_last_is_synced_and_so_are_its_directories() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = instances(top.path());
+        let home = enter(&dir, 5).await.unwrap();
+        std::fs::write(home.dir.join(RECORD), "").unwrap();
+        let synced = || {
+            record::tests::SYNCED.take();
+            home.make_lasting(&[RECORD]).unwrap();
+            record::tests::SYNCED.take()
+        };
+        assert_eq!(synced(), [home.dir.join(LABEL), home.dir.join(RECORD), home.dir.clone(), dir.clone()]);
+        let again = enter(&top.path().join("instances"), 5).await;
+        assert!(again.is_err(), "locked");
+        drop(again);
+        let written = home.dir.clone();
+        drop(home);
+        let home = enter(&dir, 5).await.unwrap();
+        record::tests::SYNCED.take();
+        home.make_lasting(&[]).unwrap();
+        assert_eq!(record::tests::SYNCED.take(), [PathBuf::new(); 0], "nothing was written");
+        assert_eq!(home.dir, written);
     }
 
     #[test]
     fn a_label_that_cannot_be_read_hides_no_other() {
-        let dir = tempfile::tempdir().unwrap();
+        let top = tempfile::tempdir().unwrap();
+        let dir = instances(top.path());
         for (name, text) in [
             ("a", "{"),
             ("b", r#"{"challenge":"c","identity":"0000000000000001","generation":3,"gone":false}"#),
             ("c", r#"{"challenge":"","identity":"x","generation":3,"gone":false}"#),
         ] {
-            make(&dir.path().join(name)).unwrap();
-            std::fs::write(dir.path().join(name).join(LABEL), text).unwrap();
+            make(&dir.join(name)).unwrap();
+            std::fs::write(dir.join(name).join(LABEL), text).unwrap();
         }
-        let found = list(dir.path()).unwrap();
+        let found = listed(&dir);
         assert_eq!(found.len(), 1);
         assert_eq!(found.first().map(|found| found.generation), Some(3));
     }
@@ -282,5 +440,41 @@ mod tests {
         std::fs::set_permissions(tree.join("inner"), Permissions::from_mode(0o000)).unwrap();
         remove_tree(&tree).unwrap();
         assert!(!tree.exists() && kept.join("file").exists());
+    }
+
+    #[test]
+    fn a_deep_tree_is_removed_with_few_descriptors() {
+        const FEW: &str = "GAUNTLET_TEST_FEW_DESCRIPTORS";
+        if std::env::var_os(FEW).is_none() {
+            // In a process of its own: the limit is for all threads of one.
+            let name = std::thread::current().name().unwrap().to_owned();
+            let again = ["-c", "ulimit -n 64; exec \"$0\" --exact \"$1\""];
+            let mut again = std::process::Command::new("sh")
+                .args(again)
+                .arg(std::env::current_exe().unwrap())
+                .arg(name)
+                .env(FEW, "1")
+                .spawn()
+                .unwrap();
+            assert!(again.wait().unwrap().success());
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().join("tree");
+        make(&top).unwrap();
+        // Deeper than a path can name; with names that are in the way, and files on all levels.
+        let mut at = File::open(&top).unwrap();
+        for level in 0..600 {
+            let directory = rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::RDONLY;
+            let file = rustix::fs::OFlags::CREATE | rustix::fs::OFlags::WRONLY;
+            let name = format!("removed-{}", level % 3);
+            rustix::fs::openat(&at, "file", file, rustix::fs::Mode::RUSR).unwrap();
+            rustix::fs::mkdirat(&at, &name, rustix::fs::Mode::RWXU).unwrap();
+            at = rustix::fs::openat(&at, &name, directory, rustix::fs::Mode::empty()).unwrap().into();
+        }
+        std::fs::write(top.join("removed-2"), "").unwrap();
+        drop(at);
+        remove_tree(&top).unwrap();
+        assert!(!top.exists());
     }
 }

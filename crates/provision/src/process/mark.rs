@@ -39,8 +39,9 @@ fn mark(dir: &Path, store: &str) -> io::Result<String> {
     if let Some(Mark { store }) = record::read(dir, MARK)? {
         return Ok(store);
     }
-    record::write(dir, MARK, &Mark { store: store.to_owned() }, true)?;
-    held.sync_all()?;
+    record::write(dir, MARK, &Mark { store: store.to_owned() })?;
+    record::sync(&dir.join(MARK))?;
+    record::sync(dir)?;
     Ok(store.to_owned())
 }
 

@@ -1,14 +1,16 @@
 //! What the kernel says about processes.
 
 use std::{
-    collections::BTreeMap,
     fs, io,
-    os::unix::ffi::OsStrExt as _,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::Path,
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
 
 use super::record::{MARKER, ProcessId, State};
 
@@ -47,29 +49,39 @@ fn parse(pid: i32, text: &str) -> Option<Stat> {
     })
 }
 
-/// Every process that can be seen.
-pub(super) fn all() -> Vec<Stat> {
+/// Every process that can be seen. What this costs grows with the machine: no call of the provisioner waits for it, but for one that finds a
+/// supervisor killed.
+fn all() -> Vec<Stat> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     entries.flatten().filter_map(|entry| stat(entry.file_name().to_str()?.parse().ok()?)).collect()
 }
 
-/// Every living process below that one, however deep.
+/// Whether this kernel says which children a process has.
+pub(super) fn lists_children() -> bool {
+    let me = std::process::id();
+    Path::new(&format!("/proc/{me}/task/{me}/children")).exists()
+}
+
+/// Every living process below that one, however deep. Reads of these alone.
 pub(super) fn descendants(root: i32) -> Vec<Stat> {
-    let mut children: BTreeMap<i32, Vec<Stat>> = BTreeMap::new();
-    for stat in all() {
-        children.entry(stat.parent).or_default().push(stat);
-    }
     let mut found = Vec::new();
     let mut next = vec![root];
     while let Some(pid) = next.pop() {
-        for child in children.remove(&pid).unwrap_or_default() {
-            next.push(child.pid);
-            if !child.zombie {
-                found.push(child);
-            }
+        for child in children(pid) {
+            next.push(child);
+            found.extend(stat(child).filter(|stat| !stat.zombie));
         }
     }
     found
+}
+
+/// The children of all threads of a process.
+fn children(pid: i32) -> Vec<i32> {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    let lists = threads.flatten().filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
 }
 
 /// The process of that number, with its start.
@@ -82,16 +94,29 @@ pub(super) fn lives(id: ProcessId) -> bool {
     stat(id.pid).is_some_and(|stat| stat.start == id.start && !stat.zombie)
 }
 
-/// Signals that very process and no later one of its number; one that has ended is success.
-pub(super) fn signal(id: ProcessId, signal: Signal) -> io::Result<()> {
-    let Some(pid) = Pid::from_raw(id.pid) else { return Ok(()) };
-    let sent = rustix::process::pidfd_open(pid, PidfdFlags::empty()).and_then(|fd| {
+/// A descriptor of that very process and of no later one of its number; `None` if it has ended. Readable once it ends.
+pub(super) fn open(id: ProcessId) -> io::Result<Option<OwnedFd>> {
+    let Some(pid) = Pid::from_raw(id.pid) else { return Ok(None) };
+    match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
         // Asked after the descriptor is taken: what it names cannot change any more.
-        if lives(id) { rustix::process::pidfd_send_signal(fd, signal) } else { Ok(()) }
-    });
-    match sent {
+        Ok(fd) => Ok(lives(id).then_some(fd)),
+        Err(rustix::io::Errno::SRCH) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Signals the process of a descriptor; one that has ended is success.
+pub(super) fn signal(process: impl AsFd, signal: Signal) -> io::Result<()> {
+    match rustix::process::pidfd_send_signal(process, signal) {
         Err(rustix::io::Errno::SRCH) | Ok(()) => Ok(()),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Lets go of a child of this process that has ended; of what is not its child, or still runs, nothing changes.
+pub(super) fn reap(id: ProcessId) {
+    if let Some(pid) = Pid::from_raw(id.pid).filter(|_| stat(id.pid).is_some_and(|stat| stat.start == id.start)) {
+        let _ = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG);
     }
 }
 
@@ -112,7 +137,9 @@ pub(super) fn sweep(dir: &Path, state: &State, patience: Duration) -> io::Result
         }
         for stat in left {
             swept += 1;
-            signal(ProcessId { pid: stat.pid, start: stat.start }, Signal::KILL)?;
+            if let Some(process) = open(ProcessId { pid: stat.pid, start: stat.start })? {
+                signal(process, Signal::KILL)?;
+            }
         }
         std::thread::sleep(Duration::from_millis(2));
     }

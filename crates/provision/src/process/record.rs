@@ -12,6 +12,7 @@ use std::{
 };
 
 use gauntlet_domain::{ChallengeId, Identity, Limits, Probe, Readiness};
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use sha2::{Digest as _, Sha256};
 
@@ -26,16 +27,21 @@ pub(super) const LABEL: &str = "label.json";
 pub(super) const RECORD: &str = "instance.json";
 pub(super) const STATE: &str = "state.json";
 pub(super) const READY: &str = "ready";
-pub(super) const RUN_LOCK: &str = "run.lock";
+/// What the supervisor itself has to say.
+pub(super) const LOG: &str = "supervisor.log";
 pub(super) const WORK: &str = "work";
+
+/// Beside the directory of instances: the locks of their supervisors.
+pub(super) const RUN: &str = "run";
 
 /// The name of an instance's directory. A challenge's id is any text, so only its hash is part of a path.
 pub(super) fn key(challenge: &ChallengeId, identity: &Identity) -> String {
-    let hash = Sha256::digest(challenge.as_str().as_bytes());
-    let mut key: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    key.push('-');
-    key.push_str(identity.as_str());
-    key
+    format!("{}-{identity}", hash(challenge.as_str().as_bytes()))
+}
+
+/// 16 hexadecimal characters.
+pub(super) fn hash(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What is there, for whom, and by which order: the first thing written and the last that stays.
@@ -107,6 +113,12 @@ pub(super) struct State {
     pub(super) shim: ProcessId,
     /// The instance's first process, which leads its process group.
     pub(super) child: Option<ProcessId>,
+    /// The instance's control group, if it has one.
+    pub(super) cgroup: Option<PathBuf>,
+    /// Everything that runs is in that group: what is begun later is too.
+    pub(super) gathered: bool,
+    /// How many times in a row it had ended by itself soon after it was started, before this start.
+    pub(super) restarts: u32,
     pub(super) end: Option<End>,
 }
 
@@ -125,6 +137,10 @@ pub(super) struct End {
     pub(super) how: String,
     /// Whether no process is left.
     pub(super) whole: bool,
+    /// Whether it was told to end.
+    pub(super) told: bool,
+    /// How long it ran.
+    pub(super) after: Duration,
 }
 
 /// Reads one; `None` if it is not there.
@@ -136,15 +152,31 @@ pub(super) fn read<T: DeserializeOwned>(dir: &Path, name: &str) -> io::Result<Op
     }
 }
 
-/// Writes one. `lasting` ones survive a power cut; process states need not, for nothing of them does.
-pub(super) fn write<T: Serialize>(dir: &Path, name: &str, value: &T, lasting: bool) -> io::Result<()> {
+/// Writes one. It survives a power cut once [`sync`] has been over it and its directory.
+pub(super) fn write<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
+    replace(dir, name, value, false)
+}
+
+/// Writes one so that a power cut leaves the old text or the new one, never neither.
+pub(super) fn rewrite<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
+    replace(dir, name, value, dir.join(name).exists())
+}
+
+fn replace<T: Serialize>(dir: &Path, name: &str, value: &T, synced: bool) -> io::Result<()> {
     let beside = dir.join(format!("{name}.new"));
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
     file.write_all(&serde_json::to_vec(value)?)?;
-    if lasting {
+    if synced {
         file.sync_all()?;
     }
     std::fs::rename(&beside, dir.join(name))
+}
+
+/// Makes a file, or what a directory lists, survive a power cut.
+pub(super) fn sync(path: &Path) -> io::Result<()> {
+    #[cfg(test)]
+    tests::SYNCED.with_borrow_mut(|synced| synced.push(path.to_owned()));
+    File::open(path)?.sync_all()
 }
 
 /// Removes one, if it is there.
@@ -155,12 +187,32 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// The lock of an instance's supervisor. All are in one directory, so that one watch sees each end.
+pub(super) fn run_lock(dir: &Path) -> PathBuf {
+    let (top, key) = (dir.parent().and_then(Path::parent), dir.file_name());
+    top.unwrap_or(dir).join(RUN).join(key.unwrap_or_default())
+}
+
 /// Takes the lock that a supervisor holds for as long as it lives; `None` if another holds it. Kept open by nobody else: it is free again
 /// the moment its holder ends, however it ends.
-pub(super) fn run_lock(dir: &Path) -> io::Result<Option<File>> {
-    let path = dir.join(RUN_LOCK);
-    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path)?;
+///
+/// Its supervisor opens it for writing, everybody else does not: that it is closed after that is what a watch sees.
+pub(super) fn take_run_lock(dir: &Path, who: Who) -> io::Result<Option<File>> {
+    let path = run_lock(dir);
+    let access = match who {
+        Who::Supervisor => OFlags::WRONLY,
+        Who::Manager => OFlags::RDONLY,
+    };
+    let mode = Mode::RUSR | Mode::WUSR;
+    let file = File::from(rustix::fs::open(&path, access | OFlags::CREATE | OFlags::CLOEXEC, mode)?);
     Ok(if try_lock(&file)? && same(&file, &path) { Some(file) } else { None })
+}
+
+/// Who takes a supervisor's lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Who {
+    Supervisor,
+    Manager,
 }
 
 /// Locks without waiting; false if another holds it.
@@ -182,9 +234,14 @@ pub(super) fn same(file: &File, path: &Path) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
+
+    thread_local! {
+        /// What this thread has synced.
+        pub(crate) static SYNCED: std::cell::RefCell<Vec<PathBuf>> = const { std::cell::RefCell::new(Vec::new()) };
+    }
 
     #[test]
     fn a_key_is_one_name_whatever_the_id() {
@@ -198,11 +255,14 @@ mod tests {
 
     #[test]
     fn a_lock_on_a_removed_file_is_no_lock() {
-        let dir = tempfile::tempdir().unwrap();
-        let held = run_lock(dir.path()).unwrap().unwrap();
-        assert!(run_lock(dir.path()).unwrap().is_none());
-        remove(&dir.path().join(RUN_LOCK)).unwrap();
-        assert!(!same(&held, &dir.path().join(RUN_LOCK)));
-        assert!(run_lock(dir.path()).unwrap().is_some());
+        let top = tempfile::tempdir().unwrap();
+        let dir = top.path().join("instances/key");
+        std::fs::create_dir(top.path().join(RUN)).unwrap();
+        let take = || take_run_lock(&dir, Who::Manager).unwrap();
+        let held = take().unwrap();
+        assert!(take().is_none());
+        remove(&run_lock(&dir)).unwrap();
+        assert!(!same(&held, &run_lock(&dir)));
+        assert!(take().is_some());
     }
 }

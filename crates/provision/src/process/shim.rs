@@ -2,24 +2,27 @@
 //!
 //! It starts the instance's program, keeps its output, records how it ended, and when told to stop (SIGTERM) ends it whole: as the reaper
 //! of orphans below it, it sees every descendant, whatever session or group that moved to. The instance is its first process: when that
-//! ends, everything else of it is killed.
+//! ends, everything else of it is killed. Where the manager says so, the descendants are in a control group too, by which they are ended
+//! should the supervisor be killed.
 //!
 //! It runs either as the program `gauntlet-shim` or as a hidden mode of a program whose `main` calls [`run_if_requested`] first.
 
 use std::{
-    fs::File,
-    io::{self, PipeReader, Read as _},
+    ffi::{OsStr, OsString},
+    fs::{File, OpenOptions},
+    io::{self, PipeReader, Read as _, Write as _},
     os::unix::{
+        fs::OpenOptionsExt as _,
         net::UnixStream,
         process::{CommandExt as _, ExitStatusExt as _},
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use rustix::{
@@ -28,32 +31,46 @@ use rustix::{
 };
 
 use super::{
+    cgroup::Group,
     output::Output,
+    ports::Held,
     procfs,
-    record::{self, End, MARKER, RECORD, Record, STATE, State, WORK},
+    record::{self, End, LOG, MARKER, RECORD, Record, STATE, State, WORK, Who},
 };
 
-/// The mode of the supervisor; the instance's directory follows.
+/// The mode of the supervisor; the instance's directory follows, the number of starts in a row, and the control group if it is to have one.
 pub(super) const SUPERVISE: &str = "__instance-shim";
-/// The mode between the supervisor and the program: limits itself, then becomes the program.
+/// The mode between the supervisor and the program: limits itself, then becomes the program. The instance's directory follows, and the
+/// supervisor's process id.
 const BECOME: &str = "__instance-exec";
 
 /// For how long a supervisor tries to get the lock that a manager may be looking at.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 /// For how long what was killed may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
+/// How often what does not end is looked for again.
+const KILL_PAUSE: Duration = Duration::from_millis(10);
+/// How often descendants are looked for that are not in the control group yet.
+const GATHER_TRIES: usize = 100;
+/// Between SIGXCPU, by which a program ends that does nothing about it, and SIGKILL.
+const CPU_GRACE: u64 = 2;
+/// The supervisor's log begins again above this size.
+const LOG_BYTES: u64 = 16 << 10;
 
 /// Call this first in `main`, before any thread is started: if this process was started to supervise an instance, it does that and never
 /// returns; otherwise it returns at once.
 pub fn run_if_requested() {
-    let mut args = std::env::args_os().skip(1);
-    let (Some(mode), Some(dir), None) = (args.next(), args.next(), args.next()) else { return };
-    let result = if mode == SUPERVISE {
-        supervise(Path::new(&dir))
-    } else if mode == BECOME {
-        Err(become_program(Path::new(&dir)))
-    } else {
-        return;
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let result = match args.as_slice() {
+        [mode, dir, restarts, cgroup @ ..] if mode == SUPERVISE => {
+            let dir = Path::new(dir);
+            let restarts = restarts.to_str().and_then(|text| text.parse().ok()).unwrap_or(0);
+            let group = cgroup.first().map(|path| PathBuf::from(path));
+            // Its standard error leads nowhere.
+            supervise(dir, restarts, group).inspect_err(|error| note(dir, &format!("failed: {error}")))
+        }
+        [mode, dir, supervisor] if mode == BECOME => Err(become_program(Path::new(dir), supervisor)),
+        _ => return,
     };
     match result {
         Ok(()) => std::process::exit(0),
@@ -65,7 +82,21 @@ pub fn run_if_requested() {
     }
 }
 
-fn supervise(dir: &Path) -> io::Result<()> {
+/// Adds a line to the supervisor's log.
+fn note(dir: &Path, text: &str) {
+    let write = || -> io::Result<()> {
+        let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(dir.join(LOG))?;
+        if file.metadata()?.len() > LOG_BYTES {
+            file.set_len(0)?;
+        }
+        let at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        writeln!(file, "{}.{:03} supervisor {text}", at.as_secs(), at.subsec_millis())
+    };
+    // There is nowhere else to say that this failed.
+    let _ = write();
+}
+
+fn supervise(dir: &Path, restarts: u32, cgroup: Option<PathBuf>) -> io::Result<()> {
     close_inherited()?;
     // Fails only if it leads a group already, which then is as good.
     let _ = rustix::process::setsid();
@@ -77,23 +108,68 @@ fn supervise(dir: &Path) -> io::Result<()> {
     let Some(record) = record::read::<Record>(dir, RECORD)? else { return Ok(()) };
     let me = rustix::process::getpid().as_raw_nonzero().get();
     let shim = procfs::identify(me).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
-    let mut state = State { boot: procfs::boot(), shim, child: None, end: None };
+    let mut state = State { boot: procfs::boot(), shim, child: None, cgroup, gathered: false, restarts, end: None };
     // From here on a SIGTERM is an order to end it, not the end of the supervisor.
     let (mut signals, stop) = listen()?;
-    record::write(dir, STATE, &state, false)?;
-    let end = match start(dir, &record) {
-        Err(error) => End { how: format!("could not be started: {error}"), whole: true },
+    let began = Instant::now();
+    let (how, whole) = match start(dir, &record, me) {
+        Err(error) => (format!("could not be started: {error}"), true),
         Ok((child, pipe)) => {
             state.child = procfs::identify(child.as_raw_nonzero().get());
-            record::write(dir, STATE, &state, false)?;
-            let mut watch = Watch { child, pipe: Some(pipe), output: Output::begin(dir, record.launch.output)? };
+            record::write(dir, STATE, &state)?;
+            let group = state.cgroup.clone().map(Group::new);
+            let output = Output::begin(dir, record.launch.output)?;
+            let mut watch = Watch { dir, child, pipe: Some(pipe), output, group: group.clone(), silent: false };
+            // Beside everything else: the kernel may take 10 ms and more for it.
+            let gathering = {
+                let (dir, mut state) = (dir.to_owned(), state.clone());
+                std::thread::spawn(move || gather(&dir, &mut state, group.as_ref(), me))
+            };
             let how = watch.until_it_ends(&mut signals, &stop, record.launch.grace)?;
-            let whole = watch.end_whole();
-            End { how, whole }
+            let _ = gathering.join();
+            let whole = watch.end_whole(me, &mut signals)?;
+            (how, whole)
         }
     };
-    state.end = Some(end);
-    record::write(dir, STATE, &state, false)
+    let told = stop.load(Ordering::Acquire);
+    state.end = Some(End { how, whole, told, after: began.elapsed() });
+    record::write(dir, STATE, &state)
+}
+
+/// Puts everything that runs into its control group and records that. The program does not wait for it: what is not in the group yet is a
+/// descendant all the same.
+fn gather(dir: &Path, state: &mut State, group: Option<&Group>, me: i32) {
+    let Some(group) = group else { return };
+    let fill = || -> io::Result<bool> {
+        group.renew(KILL_PATIENCE)?;
+        // Twice nobody: one whose parent ended while the first look was taken is seen by the second.
+        let mut looks = 0;
+        for _ in 0..GATHER_TRIES {
+            let there = group.processes()?;
+            let missing: Vec<_> =
+                procfs::descendants(me).into_iter().filter(|process| !there.contains(&process.pid)).collect();
+            if missing.is_empty() {
+                looks += 1;
+                if looks == 2 {
+                    return Ok(true);
+                }
+                continue;
+            }
+            looks = 0;
+            missing.iter().try_for_each(|process| group.add(process.pid))?;
+        }
+        Ok(false)
+    };
+    let filled = fill().and_then(|all| {
+        if !all {
+            return Err(io::Error::other("it forks too fast"));
+        }
+        state.gathered = true;
+        record::write(dir, STATE, state)
+    });
+    if let Err(error) = filled {
+        note(dir, &format!("could not put all of the instance into its control group: {error}"));
+    }
 }
 
 /// Closes what whoever started the manager left open: an instance must neither have it nor keep it open.
@@ -112,7 +188,7 @@ fn close_inherited() -> io::Result<()> {
 fn wait_for_lock(dir: &Path) -> io::Result<Option<File>> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
-        match record::run_lock(dir) {
+        match record::take_run_lock(dir, Who::Supervisor) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(2)),
             other => return other,
@@ -131,7 +207,7 @@ fn listen() -> io::Result<(UnixStream, Arc<AtomicBool>)> {
     Ok((read, stop))
 }
 
-fn start(dir: &Path, record: &Record) -> io::Result<(Pid, PipeReader)> {
+fn start(dir: &Path, record: &Record, me: i32) -> io::Result<(Pid, PipeReader)> {
     if record.version != record::VERSION {
         return Err(io::Error::other("the manager and its supervisor are not of the same release"));
     }
@@ -140,9 +216,11 @@ fn start(dir: &Path, record: &Record) -> io::Result<(Pid, PipeReader)> {
     let child = Command::new("/proc/self/exe")
         .arg(BECOME)
         .arg(dir)
+        .arg(me.to_string())
         .env_clear()
         .env(MARKER, dir)
-        .stdin(Stdio::null())
+        // By it come the ports that are held for the program.
+        .stdin(Stdio::inherit())
         .stdout(writer.try_clone()?)
         .stderr(writer)
         .process_group(0)
@@ -151,23 +229,25 @@ fn start(dir: &Path, record: &Record) -> io::Result<(Pid, PipeReader)> {
     Ok((pid.ok_or_else(|| io::Error::other("no process id"))?, reader))
 }
 
-struct Watch {
+struct Watch<'a> {
+    dir: &'a Path,
     child: Pid,
     pipe: Option<PipeReader>,
     output: Output,
+    group: Option<Group>,
+    /// Output could not be kept, which has been noted.
+    silent: bool,
 }
 
-impl Watch {
+impl Watch<'_> {
     /// Keeps output until the program has ended, by itself or because it was told to and its grace is over.
     fn until_it_ends(&mut self, signals: &mut UnixStream, stop: &AtomicBool, grace: Duration) -> io::Result<String> {
         let mut deadline = None;
         loop {
             let timeout = deadline.map(|deadline: Instant| deadline.saturating_duration_since(Instant::now()));
             self.wait(signals, timeout)?;
-            let mut drain = [0; 64];
-            while signals.read(&mut drain).is_ok_and(|read| read > 0) {}
             self.pump();
-            if let Some(how) = self.reap() {
+            if let (Some(how), _) = self.reap() {
                 return Ok(how);
             }
             if stop.load(Ordering::Acquire) && deadline.is_none() {
@@ -180,14 +260,20 @@ impl Watch {
         }
     }
 
-    fn wait(&self, signals: &UnixStream, timeout: Option<Duration>) -> io::Result<()> {
+    /// Until a signal came, something was written, or that time is over.
+    fn wait(&self, signals: &mut UnixStream, timeout: Option<Duration>) -> io::Result<()> {
         let timeout = timeout.map(|left| Timespec {
             tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: left.subsec_nanos().into(),
         });
-        let mut fds = vec![PollFd::new(signals, PollFlags::IN)];
-        fds.extend(self.pipe.iter().map(|pipe| PollFd::new(pipe, PollFlags::IN)));
-        match rustix::event::poll(&mut fds, timeout.as_ref()) {
+        let polled = {
+            let mut fds = vec![PollFd::new(&*signals, PollFlags::IN)];
+            fds.extend(self.pipe.iter().map(|pipe| PollFd::new(pipe, PollFlags::IN)));
+            rustix::event::poll(&mut fds, timeout.as_ref())
+        };
+        let mut drain = [0; 64];
+        while signals.read(&mut drain).is_ok_and(|read| read > 0) {}
+        match polled {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -200,7 +286,15 @@ impl Watch {
             let Some(pipe) = &mut self.pipe else { return };
             match pipe.read(&mut buffer) {
                 // A disk that is full must not stop the instance.
-                Ok(read) if read > 0 => drop(self.output.keep(buffer.get(..read).unwrap_or_default())),
+                Ok(read) if read > 0 => {
+                    let kept = self.output.keep(buffer.get(..read).unwrap_or_default());
+                    if let Err(error) = &kept
+                        && !self.silent
+                    {
+                        note(self.dir, &format!("cannot keep the instance's output: {error}"));
+                    }
+                    self.silent = kept.is_err();
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Everybody closed it.
@@ -209,35 +303,50 @@ impl Watch {
         }
     }
 
-    /// Reaps whatever has ended; answers how the program did, if it was among them.
-    fn reap(&self) -> Option<String> {
+    /// Reaps whatever has ended. Answers how the program did, if it was among them, and whether there is a child left.
+    fn reap(&self) -> (Option<String>, bool) {
         let mut how = None;
-        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-            if pid == self.child {
-                how = Some(describe(ExitStatus::from_raw(status.as_raw())));
+        loop {
+            match rustix::process::wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) if pid == self.child => {
+                    how = Some(describe(ExitStatus::from_raw(status.as_raw())));
+                }
+                Ok(Some(_)) | Err(rustix::io::Errno::INTR) => {}
+                Ok(None) => return (how, true),
+                Err(_) => return (how, false),
             }
         }
-        how
     }
 
-    /// Kills whatever is left below, until nothing is; false if something would not go.
-    fn end_whole(&mut self) -> bool {
-        let me = rustix::process::getpid().as_raw_nonzero().get();
+    /// Kills whatever is left below, until nothing is; false if something would not go. Every descendant becomes a child when its parent
+    /// ends: without a child there is no descendant.
+    fn end_whole(&mut self, me: i32, signals: &mut UnixStream) -> io::Result<bool> {
         let deadline = Instant::now() + KILL_PATIENCE;
-        loop {
-            self.reap();
-            let left = procfs::descendants(me);
-            for process in &left {
+        while self.reap().1 {
+            if Instant::now() >= deadline {
+                note(self.dir, "could not end all of the instance");
+                return Ok(false);
+            }
+            for process in procfs::descendants(me) {
                 if let Some(pid) = Pid::from_raw(process.pid) {
                     let _ = rustix::process::kill_process(pid, Signal::KILL);
                 }
             }
-            self.pump();
-            if left.is_empty() || Instant::now() >= deadline {
-                return left.is_empty();
+            // Without waiting if the kill was all that it took.
+            if self.reap().1 {
+                self.wait(signals, Some(KILL_PAUSE))?;
             }
-            std::thread::sleep(Duration::from_millis(1));
+            self.pump();
         }
+        self.pump();
+        let removed = match &self.group {
+            Some(group) => group.end(deadline.saturating_duration_since(Instant::now())).map(drop),
+            None => Ok(()),
+        };
+        if let Err(error) = &removed {
+            note(self.dir, &format!("could not remove the control group: {error}"));
+        }
+        Ok(removed.is_ok())
     }
 }
 
@@ -250,19 +359,25 @@ fn describe(status: ExitStatus) -> String {
 }
 
 /// Limits this process and becomes the program; returns only if that fails.
-fn become_program(dir: &Path) -> io::Error {
+fn become_program(dir: &Path, supervisor: &OsStr) -> io::Error {
     let prepared = || -> io::Result<Record> {
         // If the supervisor is killed, nobody is left to end the instance whole: it goes too.
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().to_string());
+        if parent.as_deref().map(OsStr::new) != Some(supervisor) {
+            return Err(io::Error::other("its supervisor has ended"));
+        }
         rustix::thread::set_no_new_privs(true)?;
         let record = record::read::<Record>(dir, RECORD)?.ok_or_else(|| io::Error::other("its record is gone"))?;
         let limits = &record.launch.limits;
-        limit(Resource::Core, Some(0))?;
-        limit(Resource::Nofile, limits.open_files)?;
-        limit(Resource::Cpu, limits.cpu_seconds)?;
-        limit(Resource::As, limits.memory)?;
+        limit(Resource::Core, Some(0), 0)?;
+        limit(Resource::Nofile, limits.open_files, 0)?;
+        limit(Resource::Cpu, limits.cpu_seconds, CPU_GRACE)?;
+        limit(Resource::As, limits.memory, 0)?;
         Ok(record)
     };
+    // Held until the program begins.
+    let _ports = Held::take_over();
     let Record { launch, .. } = match prepared() {
         Ok(record) => record,
         Err(error) => return error,
@@ -273,13 +388,17 @@ fn become_program(dir: &Path) -> io::Error {
         .envs(&launch.env)
         .env(MARKER, dir)
         .current_dir(dir.join(WORK))
+        .stdin(Stdio::null())
         .exec();
     io::Error::new(error.kind(), format!("{}: {error}", launch.program.display()))
 }
 
-fn limit(resource: Resource, wanted: Option<u64>) -> io::Result<()> {
+/// The hard limit is above what is wanted by the `grace`.
+fn limit(resource: Resource, wanted: Option<u64>, grace: u64) -> io::Result<()> {
     let Some(wanted) = wanted else { return Ok(()) };
     // Above what this process itself may have it cannot go.
-    let allowed = rustix::process::getrlimit(resource).maximum.map_or(wanted, |most| most.min(wanted));
-    Ok(rustix::process::setrlimit(resource, Rlimit { current: Some(allowed), maximum: Some(allowed) })?)
+    let most = rustix::process::getrlimit(resource).maximum;
+    let allowed = |value: u64| Some(most.map_or(value, |most| most.min(value)));
+    let (current, maximum) = (allowed(wanted), allowed(wanted.saturating_add(grace)));
+    Ok(rustix::process::setrlimit(resource, Rlimit { current, maximum })?)
 }

@@ -186,3 +186,4 @@ macro_rules! contract {
 }
 
 contract!(process, super::Rig::new());
+contract!(process_without_cgroups, super::Rig::without_cgroups());

@@ -76,7 +76,12 @@ async fn supervisors_and_programs_leave_no_zombie() {
 
 #[tokio::test]
 async fn every_descendant_ends_with_it() {
-    let rig = Rig::new();
+    for rig in Rig::each() {
+        ends_every_descendant(rig).await;
+    }
+}
+
+async fn ends_every_descendant(rig: Rig) {
     let manager = rig.manager();
     rig.program("linger", "trap '' TERM; echo $$ > $1; while :; do sleep 1; done");
     // One in its group, one that left group and session, one that is nobody's child and hides its origin; all deaf to SIGTERM.
@@ -97,7 +102,12 @@ async fn every_descendant_ends_with_it() {
 
 #[tokio::test]
 async fn what_a_killed_supervisor_leaves_is_ended() {
-    let rig = Rig::new();
+    for rig in Rig::each() {
+        ends_what_a_killed_supervisor_left(rig).await;
+    }
+}
+
+async fn ends_what_a_killed_supervisor_left(rig: Rig) {
     let manager = rig.manager();
     rig.program("linger", "echo $$ > $1; while :; do sleep 1; done");
     let script = "setsid $SCENARIO_DIR/linger far & env -i PATH=$PATH $SCENARIO_DIR/linger near & exec $GREETER";
@@ -150,6 +160,30 @@ async fn what_ended_by_itself_is_brought_up_again_in_its_place() {
     until("the supervisor has gone", || !runs(shim));
     assert_eq!(manager.up(&order(1, 1, &plan)).await.unwrap(), outputs);
     assert_eq!(rig.wrote(&rig.home(), "runs"), "again\nagain", "what it wrote is still there");
+}
+
+#[tokio::test]
+async fn a_program_that_has_ended_is_not_answered_as_ready() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    let plan = rig.greeter().arc();
+    let outputs = manager.up(&order(1, 1, &plan)).await.unwrap();
+    let (shim, child) = rig.pids(&rig.home()).unwrap();
+    // Its supervisor is there and has not noticed.
+    kill(shim, Signal::STOP);
+    kill(child, Signal::KILL);
+    until("the program has ended", || !runs(child));
+    assert_eq!(manager.up(&order(1, 1, &plan)).await.unwrap(), outputs);
+    assert_eq!(said(&outputs.connection_info).as_deref(), Some("hello"));
+}
+
+#[tokio::test]
+async fn a_program_that_used_up_its_cpu_time_is_said_to_have() {
+    let rig = Rig::new();
+    let mut plan = rig.script("while :; do :; done");
+    plan.limits.cpu_seconds = Some(1);
+    let text = detail(rig.manager().up(&order(1, 1, &plan.arc())).await.unwrap_err());
+    assert!(text.contains("the program used up its CPU time"), "{text}");
 }
 
 #[tokio::test]
@@ -216,6 +250,186 @@ async fn a_port_that_is_in_use_is_not_given_out() {
     drop(taken);
     std::os::unix::fs::symlink("../instances/none", rig.config.dir.join(format!("ports/{first}"))).unwrap();
     manager.up(&order(2, 1, &rig.greeter().arc())).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_left_its_environment_and_group_ends_after_a_killed_supervisor_too() {
+    // Nothing but a control group finds it.
+    let rig = Rig::new();
+    let manager = rig.manager();
+    rig.program("linger", "echo $$ > $1; while :; do sleep 1; done");
+    let script = "setsid env -i PATH=$PATH sh -c \"$SCENARIO_DIR/linger hidden & exit\" & exec $GREETER";
+    let plan = rig.script(script).arc();
+    manager.up(&order(1, 1, &plan)).await.unwrap();
+    let home = rig.home();
+    until("it has said who it is", || !rig.wrote(&home, "hidden").is_empty());
+    let hidden = rig.wrote(&home, "hidden").parse().unwrap();
+    let Some(group) = rig.cgroup(&home) else {
+        println!("no control groups here: not tried");
+        return;
+    };
+    let (shim, child) = rig.pids(&home).unwrap();
+    kill(shim, Signal::KILL);
+    until("the program went with its supervisor", || !runs(child));
+    assert!(runs(hidden) && group.exists());
+    // At the start of a manager, before anything is ordered.
+    rig.manager().claim("store").await.unwrap();
+    until("it has ended", || !runs(hidden));
+    assert!(!group.exists());
+}
+
+#[tokio::test]
+async fn control_groups_are_used_where_they_can_be_and_none_is_left() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    manager.up(&order(1, 1, &rig.greeter().arc())).await.unwrap();
+    let Some(group) = rig.cgroup(&rig.home()) else {
+        let base = std::fs::read_to_string("/proc/self/cgroup").unwrap();
+        println!("no control groups here: {base}");
+        return;
+    };
+    let (shim, child) = rig.pids(&rig.home()).unwrap();
+    let processes = std::fs::read_to_string(group.join("cgroup.procs")).unwrap();
+    let processes: Vec<i32> = processes.lines().map(|pid| pid.parse().unwrap()).collect();
+    assert!(processes.contains(&child) && !processes.contains(&shim), "{processes:?}");
+    manager.down(&challenge("a challenge"), &Identity::from_bits(1), 2).await.unwrap();
+    assert!(!group.exists());
+    // One of that name that is there already, with something in it, goes first.
+    std::fs::create_dir(&group).unwrap();
+    let mut stray =
+        std::process::Command::new("sleep").arg("1000").stdout(std::process::Stdio::null()).spawn().unwrap();
+    std::fs::write(group.join("cgroup.procs"), stray.id().to_string()).unwrap();
+    manager.up(&order(1, 2, &rig.greeter().arc())).await.unwrap();
+    assert_eq!(rig.cgroup(&rig.home()), Some(group.clone()));
+    assert!(!stray.wait().unwrap().success());
+    assert_eq!(said(&format!("127.0.0.1:{}", rig.ports()[0])).as_deref(), Some("hello"));
+    manager.down(&challenge("a challenge"), &Identity::from_bits(1), 2).await.unwrap();
+    assert!(!group.exists());
+}
+
+#[tokio::test]
+async fn a_port_that_another_takes_while_the_program_starts_is_replaced() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    // The first time, it begins when another has its port.
+    let script = "echo $PORT >> ports; while [ ! -e taken ]; do sleep 0.01; done; exec $GREETER";
+    let plan = rig.script(script).arc();
+    let order = order(1, 1, &plan);
+    let taker = async {
+        loop {
+            let port =
+                rig.homes().first().and_then(|home| rig.wrote(home, "ports").lines().next()?.parse::<u16>().ok());
+            // Bound, and not listening: an answer would be mistaken for the program's.
+            if let Some(port) = port {
+                let socket =
+                    rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None);
+                let socket = socket.unwrap();
+                // Connections of an earlier test may still be closing.
+                rustix::net::sockopt::set_socket_reuseaddr(&socket, true).unwrap();
+                rustix::net::bind(&socket, &std::net::SocketAddr::new(rig.config.bind, port)).unwrap();
+                rustix::net::sockopt::set_socket_reuseaddr(&socket, false).unwrap();
+                std::fs::write(rig.home().join("work/taken"), "").unwrap();
+                return (port, socket);
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let (outputs, (taken, _socket)) = futures::join!(manager.up(&order), taker);
+    let outputs = outputs.unwrap();
+    assert_ne!(outputs.connection_info, format!("127.0.0.1:{taken}"));
+    assert_eq!(said(&outputs.connection_info).as_deref(), Some("hello"));
+    assert_eq!(rig.ports().len(), 1, "the other is given back");
+}
+
+#[tokio::test]
+async fn a_port_is_held_until_the_program_begins() {
+    let rig = Rig::new();
+    // What becomes the program says, as the last thing before, what it has open.
+    rig.manager().up(&order(1, 1, &rig.script("ls -l /proc/self/fd > open; exec $GREETER").arc())).await.unwrap();
+    let open = rig.wrote(&rig.home(), "open");
+    assert!(!open.contains("socket"), "the program has none of the sockets that hold ports: {open}");
+    assert!(open.contains("/dev/null"), "{open}");
+}
+
+#[tokio::test]
+async fn errors_of_the_supervisor_are_logged_and_answered() {
+    let rig = Rig::new();
+    let manager = rig.manager();
+    let plan = rig.greeter().arc();
+    manager.up(&order(1, 1, &plan)).await.unwrap();
+    let home = rig.home();
+    let (shim, child) = rig.pids(&home).unwrap();
+    kill(child, Signal::KILL);
+    until("the supervisor has gone", || !runs(shim));
+    std::fs::create_dir(home.join("state.json.new")).unwrap();
+    let text = detail(manager.up(&order(1, 1, &plan)).await.unwrap_err());
+    assert!(text.contains("exit status: 126") && text.contains("Is a directory"), "{text}");
+    let log = std::fs::read_to_string(home.join("supervisor.log")).unwrap();
+    assert!(log.contains("supervisor failed: Is a directory"), "{log}");
+    std::fs::remove_dir(home.join("state.json.new")).unwrap();
+    manager.up(&order(1, 1, &plan)).await.unwrap();
+    assert!(!home.join("supervisor.log").exists(), "begun anew with each start");
+}
+
+#[tokio::test]
+async fn an_end_is_noticed_when_it_happens() {
+    for rig in Rig::each() {
+        let manager = rig.manager();
+        let plan = rig.greeter().arc();
+        let mut ends = manager.ends().unwrap();
+        // Those that are taken down are not told of.
+        manager.up(&order(1, 1, &plan)).await.unwrap();
+        down(&manager, 1).await;
+        manager.up(&order(2, 7, &plan)).await.unwrap();
+        let home = rig.homes().into_iter().find(|home| home.join("state.json").exists()).unwrap();
+        let (_, child) = rig.pids(&home).unwrap();
+        kill(child, Signal::KILL);
+        let found = tokio::time::timeout(Duration::from_secs(20), ends.next()).await.expect("noticed").unwrap();
+        assert_eq!((found.identity.clone(), found.generation, found.alive), (Identity::from_bits(2), 7, false));
+        assert_eq!(manager.list().await.unwrap(), [found]);
+        // Nor is one whose supervisor was killed missed.
+        manager.up(&order(2, 8, &plan)).await.unwrap();
+        kill(rig.pids(&home).unwrap().0, Signal::KILL);
+        let found = tokio::time::timeout(Duration::from_secs(20), ends.next()).await.expect("noticed").unwrap();
+        assert_eq!(found.generation, 8);
+        down(&manager, 2).await;
+    }
+}
+
+#[tokio::test]
+async fn one_that_ends_again_and_again_rests_before_it_is_told_of() {
+    let mut rig = Rig::new();
+    rig.config.restart.first = Duration::from_secs(3600);
+    rig.config.restart.most = Duration::from_secs(3600);
+    let manager = rig.manager();
+    let plan = rig.greeter().arc();
+    let mut ends = manager.ends().unwrap();
+    let end = |generation| {
+        let (manager, rig, order) = (&manager, &rig, order(1, generation, &plan));
+        async move {
+            manager.up(&order).await.unwrap();
+            let (shim, child) = rig.pids(&rig.homes()[0]).unwrap();
+            kill(child, Signal::KILL);
+            until("the supervisor has gone", || !runs(shim));
+        }
+    };
+    end(1).await;
+    assert!(!manager.list().await.unwrap()[0].alive, "the first time it is due at once");
+    assert_eq!(ends.next().await.unwrap().generation, 1);
+    end(2).await;
+    assert!(manager.list().await.unwrap()[0].alive, "the second time it is left alone for a while");
+    // Another one that ends is told of meanwhile.
+    let other = order(2, 3, &plan);
+    manager.up(&other).await.unwrap();
+    let home = rig.homes().into_iter().find(|home| home.display().to_string().ends_with("2")).unwrap();
+    kill(rig.pids(&home).unwrap().1, Signal::KILL);
+    assert_eq!(ends.next().await.unwrap().generation, 3);
+    // An order does not wait.
+    end(4).await;
+    // One that ran well begins again.
+    let mut config = rig.config.clone();
+    config.restart.well = Duration::ZERO;
+    assert!(!Process::new(config).unwrap().list().await.unwrap().iter().any(|found| found.alive));
 }
 
 #[tokio::test]

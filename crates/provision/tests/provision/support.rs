@@ -162,6 +162,27 @@ impl Rig {
         Self { dir, config, _slot: slot }
     }
 
+    /// Without control groups, as where none can be made.
+    pub(crate) fn without_cgroups() -> Self {
+        let mut rig = Self::new();
+        rig.config.cgroups = false;
+        rig
+    }
+
+    /// With control groups (where they can be made) and without.
+    pub(crate) fn each() -> [Self; 2] {
+        [Self::new(), Self::without_cgroups()]
+    }
+
+    /// The control group of an instance, once all that runs is in it.
+    pub(crate) fn cgroup(&self, home: &Path) -> Option<PathBuf> {
+        let state = || state(home).filter(|state| !state["cgroup"].is_null());
+        if self.config.cgroups {
+            until("it is in its control group", || state().is_some_and(|state| state["gathered"] == true));
+        }
+        Some(state()?["cgroup"].as_str()?.into())
+    }
+
     /// Another manager on the same directory.
     pub(crate) fn manager(&self) -> Process {
         Process::new(self.config.clone()).unwrap()
@@ -220,7 +241,10 @@ impl Drop for Rig {
     fn drop(&mut self) {
         for home in self.homes() {
             if let Some((shim, _)) = recorded(&home).filter(|(shim, _)| runs(*shim)) {
-                let _ = rustix::process::kill_process(Pid::from_raw(shim).unwrap(), Signal::TERM);
+                // Also one that was stopped.
+                for signal in [Signal::TERM, Signal::CONT] {
+                    let _ = rustix::process::kill_process(Pid::from_raw(shim).unwrap(), signal);
+                }
                 let deadline = Instant::now() + Duration::from_secs(5);
                 while runs(shim) && Instant::now() < deadline {
                     std::thread::sleep(Duration::from_millis(2));
@@ -232,7 +256,11 @@ impl Drop for Rig {
 
 /// The process ids of supervisor and first process, once they are recorded.
 fn recorded(home: &Path) -> Option<(i32, i32)> {
-    let state: serde_json::Value = serde_json::from_slice(&std::fs::read(home.join("state.json")).ok()?).ok()?;
+    let state = state(home)?;
     let pid = |who: &str| state[who]["pid"].as_i64().map(|pid| pid as i32);
     Some((pid("shim")?, pid("child")?))
+}
+
+fn state(home: &Path) -> Option<serde_json::Value> {
+    serde_json::from_slice(&std::fs::read(home.join("state.json")).ok()?).ok()
 }

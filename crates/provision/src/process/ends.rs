@@ -1,0 +1,95 @@
+//! Instances that end by themselves, noticed when they do.
+
+use std::{
+    collections::BTreeMap, ffi::OsStr, mem::MaybeUninit, os::fd::OwnedFd, os::unix::ffi::OsStrExt as _, path::PathBuf,
+};
+
+use gauntlet_domain::{Found, Result};
+use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+use tokio::{io::unix::AsyncFd, time::Instant};
+
+use super::{
+    home::{self, Fate, blocking, failed, readable},
+    record::RUN,
+    restart::Restart,
+};
+
+/// Tells of instances that have ended by themselves.
+///
+/// A supervisor holds its lock open for as long as it lives, and all locks are in one directory: one watch on that sees each of them end,
+/// killed ones too. What it costs does not grow with the instances that run.
+#[derive(Debug)]
+pub struct Ends {
+    instances: PathBuf,
+    restart: Restart,
+    watch: AsyncFd<OwnedFd>,
+    /// The instances to look at, and when.
+    due: BTreeMap<String, Instant>,
+}
+
+impl Ends {
+    pub(super) fn watch(dir: &std::path::Path, restart: Restart) -> Result<Self> {
+        let watch = || {
+            let watch = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+            inotify::add_watch(&watch, dir.join(RUN), WatchFlags::CLOSE_WRITE)?;
+            readable(watch)
+        };
+        let watch = watch().map_err(failed("watch", "watching for instances that end"))?;
+        Ok(Self { instances: dir.join("instances"), restart, watch, due: BTreeMap::new() })
+    }
+
+    /// Waits for the next instance that ended by itself and is due to be brought up again. One that ends again and again is told later and
+    /// later, as [`Restart`] says.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost.
+    pub async fn next(&mut self) -> Result<Found> {
+        loop {
+            let next = self.due.iter().min_by_key(|(_, at)| **at).map(|(key, at)| (key.clone(), *at));
+            match next {
+                Some((key, at)) if at <= Instant::now() => {
+                    let (dir, restart) = (self.instances.join(&key), self.restart.clone());
+                    let fate =
+                        blocking(move || home::look(&dir, &restart).map_err(failed("watch", "looking at an instance")));
+                    match fate.await {
+                        Ok(Fate::Later(pause)) => drop(self.due.insert(key, Instant::now() + pause)),
+                        fate => {
+                            self.due.remove(&key);
+                            if let Fate::Ended(found) = fate? {
+                                return Ok(found);
+                            }
+                        }
+                    }
+                }
+                Some((_, at)) => {
+                    let _ = tokio::time::timeout_at(at, self.read()).await;
+                }
+                None => self.read().await,
+            }
+        }
+    }
+
+    /// Waits until some have ended, and notes them.
+    async fn read(&mut self) {
+        let Ok(mut ready) = self.watch.readable().await else { return };
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut events = inotify::Reader::new(self.watch.get_ref(), &mut buffer);
+        let now = Instant::now();
+        loop {
+            match events.next() {
+                Ok(event) if event.events().contains(ReadFlags::QUEUE_OVERFLOW) => {
+                    // Some are not told: all are looked at.
+                    let all = std::fs::read_dir(&self.instances).into_iter().flatten().flatten();
+                    self.due.extend(all.filter_map(|entry| Some((entry.file_name().into_string().ok()?, now))));
+                }
+                Ok(event) => {
+                    let name = event.file_name().and_then(|name| OsStr::from_bytes(name.to_bytes()).to_str());
+                    self.due.extend(name.map(|name| (name.to_owned(), now)));
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => break,
+            }
+        }
+        ready.clear_ready();
+    }
+}

@@ -1,0 +1,153 @@
+//! Waiting until an instance that was started is ready.
+
+use std::{
+    process::{Child, ExitStatus},
+    time::Duration,
+};
+
+use gauntlet_domain::{Error, Outputs, Result};
+use tokio::time::Instant;
+
+use super::{
+    Process,
+    home::{Home, blocking, failed},
+    output, probe, procfs, read,
+    record::{self, LOG, READY, Record, STATE, State},
+    step, step_span,
+};
+
+/// The first pause between two probes. It grows with the time that has gone by, up to the scenario's interval.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// How long a supervisor may take to say that it is there.
+const START_PATIENCE: Duration = Duration::from_secs(5);
+/// One probe may take this long.
+const PROBE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A supervisor that this process has started.
+#[derive(Debug)]
+pub(super) struct Shim(pub(super) Child);
+
+impl Shim {
+    fn ended(&mut self) -> Option<ExitStatus> {
+        self.0.try_wait().ok().flatten()
+    }
+}
+
+/// What is known of a program.
+enum Program {
+    /// Its supervisor has not said yet that it was started.
+    Begins,
+    Runs,
+    Ended(String),
+}
+
+impl Process {
+    /// Waits until it is ready and what is recorded of it, `written` included, survives a power cut. One that does not get there is ended,
+    /// so that another try begins anew.
+    pub(super) async fn settle(
+        &self,
+        home: &Home,
+        record: &Record,
+        shim: Option<Shim>,
+        written: &'static [&'static str],
+    ) -> Result<Outputs> {
+        let lasting = {
+            let home = home.clone();
+            blocking(move || home.make_lasting(written).map_err(failed("start", "making what is recorded last")))
+        };
+        let ready = step(step_span!("provision.ready", home), self.ready(home, record, shim));
+        let (lasting, ready) = futures::join!(lasting, ready);
+        if let Err(error) = lasting.and(ready) {
+            if let Err(also) = step(step_span!("provision.stop", home), self.stop(home)).await {
+                tracing::warn!(instance.identity = home.identity(), error = %also, "an instance that was not ready does not end");
+            }
+            return Err(error);
+        }
+        let Record { launch, .. } = record;
+        Ok(Outputs { connection_info: launch.connection_info.clone(), flags: launch.flags.clone() })
+    }
+
+    async fn ready(&self, home: &Home, record: &Record, mut shim: Option<Shim>) -> Result<()> {
+        let (readiness, marked) = (&record.launch.readiness, home.dir.join(READY));
+        if marked.exists() {
+            return Ok(());
+        }
+        let began = Instant::now();
+        loop {
+            let left = readiness.timeout.saturating_sub(began.elapsed());
+            let patience = left.clamp(FIRST_PAUSE, PROBE_PATIENCE);
+            let answer = probe::ask(&readiness.probe, &record.ports, self.probed, &home.dir, patience).await;
+            // Asked after the probe: what answered may have been something else on that port, if ours is gone.
+            let runs = match self.look(home, &mut shim, began.elapsed()).await? {
+                Program::Begins => false,
+                Program::Runs => true,
+                Program::Ended(how) => {
+                    return Err(Error::Provision {
+                        step: "ready",
+                        detail: format!("{how}{}", said(home, record).await),
+                    });
+                }
+            };
+            match answer {
+                Ok(()) if runs => {
+                    let write = move || std::fs::write(&marked, "").map_err(failed("ready", "recording that it is"));
+                    return blocking(write).await;
+                }
+                answer if left.is_zero() => {
+                    return Err(Error::Provision {
+                        step: "ready",
+                        detail: format!(
+                            "{} was probed for {:?} and at last: {}{}",
+                            probe::describe(&readiness.probe, &record.ports, self.probed),
+                            readiness.timeout,
+                            answer.err().unwrap_or_else(|| "it answered, but its supervisor did not".to_owned()),
+                            said(home, record).await
+                        ),
+                    });
+                }
+                _ => {
+                    let pause = (began.elapsed() / 4).clamp(FIRST_PAUSE, readiness.interval.max(FIRST_PAUSE));
+                    tokio::time::sleep(pause.min(left)).await;
+                }
+            }
+        }
+    }
+
+    /// Whether the program runs; an error if its supervisor does not.
+    async fn look(&self, home: &Home, shim: &mut Option<Shim>, since: Duration) -> Result<Program> {
+        let left = shim.as_mut().and_then(Shim::ended);
+        let ended = |end: record::End| Program::Ended(format!("the program {}", end.how));
+        Ok(match (read::<State>(home, STATE).await?, left) {
+            (Some(State { end: Some(end), .. }), _) => ended(end),
+            (Some(state), _) if procfs::lives(state.shim) => Program::Runs,
+            // It may have written its last, and ended, since its state was read.
+            (Some(_), _) => match read::<State>(home, STATE).await? {
+                Some(State { end: Some(end), .. }) => ended(end),
+                _ => Program::Ended(format!("its supervisor was killed{}", logged(home).await)),
+            },
+            (None, Some(status)) => Program::Ended(format!(
+                "its supervisor {} ended with {status}{}",
+                self.shim.display(),
+                logged(home).await
+            )),
+            (None, None) if since < START_PATIENCE => Program::Begins,
+            (None, None) => Program::Ended(format!("its supervisor {} says nothing", self.shim.display())),
+        })
+    }
+}
+
+/// The last lines of output, to end an error with.
+async fn said(home: &Home, record: &Record) -> String {
+    let (home, secrets) = (home.clone(), record.launch.flags.clone());
+    match blocking(move || Ok(output::tail(&home.dir, &secrets))).await.unwrap_or_default() {
+        tail if tail.is_empty() => "; it wrote nothing".to_owned(),
+        tail => format!("; its last output:\n{tail}"),
+    }
+}
+
+/// What the supervisor last had to say about itself.
+async fn logged(home: &Home) -> String {
+    let log = home.dir.join(LOG);
+    let text = blocking(move || Ok(std::fs::read_to_string(log).unwrap_or_default())).await.unwrap_or_default();
+    text.lines().last().map(|line| format!(" ({line})")).unwrap_or_default()
+}
