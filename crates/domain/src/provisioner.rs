@@ -39,7 +39,8 @@ pub struct Found {
     pub identity: Identity,
     /// The generation that brought them up.
     pub generation: u64,
-    /// Whether they still run: false for what ended by itself, or with its machine.
+    /// False for what ended by itself, or with its machine, and is due to be brought up again. What ends again and again is left alone for
+    /// a while each time, and is not due before that.
     pub alive: bool,
 }
 

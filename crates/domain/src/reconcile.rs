@@ -48,6 +48,13 @@ impl Gauntlet {
         Ok(done)
     }
 
+    /// Brings up again what was found to have ended by itself, if it should run: what [`Gauntlet::reconcile`] does, for that one alone.
+    pub async fn bring_back(&self, call: &Call, found: Found) -> Result<Reconciled> {
+        let mut done = Reconciled::default();
+        self.examine(call, vec![found], &mut done).await?;
+        Ok(done)
+    }
+
     /// Answers what was recovered, or `None` if somebody else had it; or all that did not work.
     async fn recover(&self, call: &Call, stranded: Stranded) -> Result<Option<Stranded>, Vec<Error>> {
         let failures = match &stranded {

@@ -336,7 +336,21 @@ impl Drop for World {
                 let _ = rustix::process::kill_process(process, Signal::KILL);
             }
         }
+        // Their supervisors would have removed their control groups; an empty one can be once what was in it has ended.
+        let homes = std::fs::read_dir(self.path("data/process/instances")).into_iter().flatten().flatten();
+        for group in homes.filter_map(|home| control_group(&home.path())) {
+            let _ = soon(|| match std::fs::remove_dir(&group) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            });
+        }
     }
+}
+
+/// The control group of the instance of that directory.
+fn control_group(home: &Path) -> Option<PathBuf> {
+    let state: Value = serde_json::from_slice(&std::fs::read(home.join("state.json")).ok()?).ok()?;
+    Some(state["cgroup"].as_str()?.into())
 }
 
 /// The processes that run in a directory, or with it or what is below it as an argument: instances and their supervisors.

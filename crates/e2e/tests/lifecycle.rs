@@ -103,6 +103,29 @@ fn survives_a_killed_manager_etcd() {
 }
 
 #[test]
+fn an_instance_that_ends_is_brought_up_again_when_it_does() {
+    let world = World::bare(Backend::Embedded);
+    // No pass of the reconciler comes in time.
+    let manager = world.manager_with("m1", &[("RECONCILE_EVERY", "1h".to_owned())]);
+    manager.create_challenge("vault", &local("vault"), &json!({}));
+    let before = manager.create_instance("vault", "team").ok();
+    let page = address(before["connectionInfo"].as_str().unwrap()).to_owned();
+    let program = || {
+        let homes = std::fs::read_dir(world.path("data/process/instances")).map_err(|error| error.to_string())?;
+        let states = homes.flatten().find_map(|home| std::fs::read(home.path().join("state.json")).ok());
+        let state: serde_json::Value = serde_json::from_slice(&states.ok_or("no state")?).map_err(|e| e.to_string())?;
+        state["child"]["pid"].as_i64().map(|pid| pid as i32).ok_or_else(|| "no program".to_owned())
+    };
+    let ended = eventually("its program is recorded", program);
+    kill_process(Pid::from_raw(ended).unwrap(), Signal::KILL).unwrap();
+    eventually("another runs in its place", || match program()? {
+        pid if pid == ended => Err("the same".to_owned()),
+        _ => fetch(&page),
+    });
+    assert_eq!(manager.get("/api/v1/instance/vault/team").ok()["connectionInfo"], before["connectionInfo"]);
+}
+
+#[test]
 fn once_a_restarted_manager_is_healthy_what_it_hands_out_runs() {
     let world = World::bare(Backend::Embedded);
     let mut manager = world.manager("m1");

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use gauntlet_domain::{ChallengeId, Error, Gauntlet};
+use gauntlet_domain::{ChallengeId, Error, Gauntlet, Reconciled, Result};
 use gauntlet_telemetry::context;
 use tokio::sync::{Notify, watch};
 use tracing::{Instrument as _, field::Empty, info_span};
@@ -58,7 +58,7 @@ impl Background {
         futures::FutureExt::now_or_never(self.reconcile.notified()).is_some()
     }
 
-    #[cfg(test)]
+    /// Where pools are asked to be looked at.
     pub(crate) fn pools(&self) -> &Arc<Pools> {
         &self.pools
     }
@@ -73,7 +73,7 @@ impl Background {
                 let reconciled = tokio::select! {
                     // What a pass was at is on record, as after a crash: the next start goes on with it.
                     () = stop.cancelled() => return,
-                    reconciled = run_reconcile(&reconciler, &pools) => reconciled,
+                    reconciled = run_reconcile(async { reconciler.reconcile(&call_now()).await }, &pools) => reconciled,
                 };
                 if reconciled {
                     settled.send_replace(true);
@@ -99,8 +99,8 @@ impl Background {
     }
 }
 
-/// Answers whether it has been over everything, whatever came of each.
-async fn run_reconcile(gauntlet: &Gauntlet, pools: &Pools) -> bool {
+/// Does a pass in its span. Answers whether it has been over all that it is for, whatever came of each.
+pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<Reconciled>>, pools: &Pools) -> bool {
     let span = info_span!(
         parent: None,
         "reconcile",
@@ -112,7 +112,7 @@ async fn run_reconcile(gauntlet: &Gauntlet, pools: &Pools) -> bool {
         error.type = Empty,
     );
     async {
-        match gauntlet.reconcile(&call_now()).await {
+        match pass.await {
             Ok(done) => {
                 let span = tracing::Span::current();
                 span.record("reconcile.recovered", done.recovered);
@@ -163,7 +163,7 @@ mod tests {
 
     use async_trait::async_trait;
     use gauntlet_coordination::Coordination;
-    use gauntlet_domain::{Found, Identity, Order, Outputs, Provisioner, Result, Settings};
+    use gauntlet_domain::{Found, Identity, Order, Outputs, Provisioner, Settings};
 
     use super::*;
     use crate::fixture::{Noted, Played};

@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use gauntlet_domain::{ChallengeId, Found, Identity, Order, Outputs, Provisioner, Result};
-use gauntlet_provision::process::Process;
+use gauntlet_provision::process::{Ends, Process};
 use tokio::sync::OnceCell;
 
 use crate::backends::Backend;
@@ -27,6 +27,11 @@ impl Claimed {
             self.processes.claim(&store).await
         };
         self.claimed.get_or_try_init(claim).await.copied()
+    }
+
+    /// Watches for instances that end by themselves.
+    pub(crate) fn ends(&self) -> Result<Ends> {
+        self.processes.ends()
     }
 
     /// Ends every instance, as [`Process::halt`] does; none of another store's.

@@ -6,6 +6,7 @@ mod claimed;
 mod config;
 mod connections;
 mod deadline;
+mod ends;
 mod eviction;
 #[cfg(test)]
 mod fixture;
@@ -106,6 +107,11 @@ impl Manager {
             None => None,
         };
         eviction::start(&tasks, library, backend.store(), config.scenario_keep);
+        // Before the first pass looks: what ends between the two is seen by one of them.
+        match instances.ends() {
+            Ok(watched) => ends::start(&tasks, &gauntlet, background.pools(), watched),
+            Err(error) => tracing::warn!(%error, "instances that end are brought up again by the reconciler alone"),
+        }
         background.start(&tasks, &gauntlet, config.reconcile_every);
         let shown = page.map(|page| format!("http://{page}/"));
         tracing::info!(%api, page = shown, store = store.backend(), "listening");

@@ -299,17 +299,17 @@ impl Process {
 
     async fn bring(&self, order: &Order, running: Running) -> Result<Outputs> {
         let home = self.enter(&order.challenge, &order.identity, order.generation, Wanted::There).await?;
-        let alive = self.runs(&home).await?;
+        let (alive, mut stopped, mut before) = self.before(&home).await?;
         if alive
             && running == Running::Keep
-            && let Some(record) = read::<Record>(&home, RECORD).await?
+            && let Some(record) = &before
         {
-            return self.settle(&home, &record, None, &[]).await;
+            return self.settle(&home, record, None, &[]).await;
         }
         // What a killed supervisor left goes before ports are given out: it may still hold them.
-        let mut stopped = if alive { None } else { Some(self.stop(&home).await?) };
-        // One that cannot be read is as good as none: it is written anew.
-        let mut before = read::<Record>(&home, RECORD).await.unwrap_or(None);
+        if !alive && stopped.is_none() {
+            stopped = Some(self.stop(&home).await?);
+        }
         for last in (1..=PORT_TRIES).map(|tries| tries == PORT_TRIES) {
             let ports = before.as_ref().map(|before| before.ports.clone()).unwrap_or_default();
             let allocate = self.allocate(home.clone(), order, ports.clone(), stopped.is_none());
@@ -348,16 +348,21 @@ impl Process {
         Home::enter(&self.instances, challenge, identity, generation, wanted, self.config.patience).await
     }
 
-    /// Whether its supervisor lives, and its program as far as that is known. Where the supervisor has not noticed yet that the program
-    /// ended, it does not run.
-    async fn runs(&self, home: &Home) -> Result<bool> {
+    /// What there is before an order: whether its supervisor lives, and its program as far as that is known (where the supervisor has not
+    /// noticed yet that the program ended, it does not run); the supervisor's lock, if nothing is left to be ended; and what is recorded.
+    async fn before(&self, home: &Home) -> Result<(bool, Option<File>, Option<Record>)> {
         let home = home.clone();
         blocking(move || {
-            if free(&home)?.is_some() {
-                return Ok(false);
-            }
+            // What cannot be read is as good as not there: it is written anew.
+            let record = record::read::<Record>(&home.dir, RECORD).unwrap_or(None);
             let state = record::read::<State>(&home.dir, STATE).unwrap_or(None);
-            Ok(state.is_none_or(|state| state.end.is_none() && state.child.is_none_or(procfs::lives)))
+            Ok(match free(&home)? {
+                Some(lock) => (false, Some(lock).filter(|_| state.is_none()), record),
+                None => {
+                    let lives = |state: State| state.end.is_none() && state.child.is_none_or(procfs::lives);
+                    (state.is_none_or(lives), None, record)
+                }
+            })
         })
         .await
     }

@@ -16,8 +16,9 @@ use super::{
     step, step_span,
 };
 
-/// The first pause between two probes. It grows with the time that has gone by, up to the scenario's interval.
-const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// The first pause between two probes. It grows with the time that has gone by, up to the scenario's interval. Below what timers can tell
+/// apart, so that the next that can be told is taken.
+const FIRST_PAUSE: Duration = Duration::from_micros(100);
 /// How long a supervisor may take to say that it is there.
 const START_PATIENCE: Duration = Duration::from_secs(5);
 /// One probe may take this long.

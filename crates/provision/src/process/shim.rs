@@ -107,12 +107,14 @@ fn supervise(dir: &Path, restarts: u32, cgroup: Option<PathBuf>) -> io::Result<(
     let Some(_lock) = wait_for_lock(dir)? else { return Ok(()) };
     let Some(record) = record::read::<Record>(dir, RECORD)? else { return Ok(()) };
     let me = rustix::process::getpid().as_raw_nonzero().get();
-    let shim = procfs::identify(me).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
-    let mut state = State { boot: procfs::boot(), shim, child: None, cgroup, gathered: false, restarts, end: None };
     // From here on a SIGTERM is an order to end it, not the end of the supervisor.
     let (mut signals, stop) = listen()?;
     let began = Instant::now();
-    let (how, whole) = match start(dir, &record, me) {
+    let started = start(dir, &record, me);
+    // The program is on its way meanwhile.
+    let shim = procfs::identify(me).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
+    let mut state = State { boot: procfs::boot(), shim, child: None, cgroup, gathered: false, restarts, end: None };
+    let (how, whole) = match started {
         Err(error) => (format!("could not be started: {error}"), true),
         Ok((child, pipe)) => {
             state.child = procfs::identify(child.as_raw_nonzero().get());
