@@ -408,7 +408,7 @@ impl Process {
             process.ports.hold(&specs, &record.ports, &mut held)?;
             let last = record::read::<State>(&home.dir, STATE).unwrap_or(None);
             let prepare = || -> io::Result<()> {
-                [READY, STATE, record::LOG].iter().try_for_each(|name| record::remove(&home.dir.join(name)))?;
+                [READY, STATE].iter().try_for_each(|name| record::remove(&home.dir.join(name)))?;
                 output::remove(&home.dir)?;
                 record::rewrite(&home.dir, RECORD, &record)
             };

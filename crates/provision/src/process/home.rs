@@ -120,11 +120,12 @@ impl Home {
         &self.label.identity
     }
 
-    /// Records that it is gone. A power cut may undo that: it is taken down again then. Blocks.
+    /// Records that it is gone. A power cut may undo that, or leave a label that cannot be read: the one is taken down again then, the other
+    /// is forgotten after a while. Blocks.
     pub(super) fn mark_gone(&mut self) -> io::Result<()> {
         if !self.label.gone {
             self.label.gone = true;
-            record::rewrite(&self.dir, LABEL, &self.label)?;
+            record::write(&self.dir, LABEL, &self.label)?;
         }
         Ok(())
     }
@@ -172,6 +173,10 @@ pub(super) fn list(instances: &Path, restart: &Restart) -> io::Result<Vec<Found>
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(directory = %dir.display(), %error, "the label of an instance is unreadable: skipped");
+                // Without a record there is nothing to bring back: it was being taken down when the power went.
+                if !dir.join(RECORD).exists() {
+                    forget(&dir);
+                }
             }
         }
     }
@@ -233,7 +238,7 @@ fn forget(dir: &Path) {
         return;
     }
     if let Ok(Some(_lock)) = lock(dir)
-        && let Ok(Some(Label { gone: true, .. })) = record::read(dir, LABEL)
+        && matches!(record::read(dir, LABEL), Ok(Some(Label { gone: true, .. })) | Err(_))
     {
         let _ = std::fs::remove_dir_all(dir);
     }
@@ -424,6 +429,17 @@ mod tests {
         let found = listed(&dir);
         assert_eq!(found.len(), 1);
         assert_eq!(found.first().map(|found| found.generation), Some(3));
+        // It is forgotten after a while, unless there is something to bring back.
+        let long_ago = SystemTime::now() - REMEMBER - Duration::from_secs(1);
+        for name in ["a", "c"] {
+            File::open(dir.join(name).join(LABEL)).unwrap().set_modified(long_ago).unwrap();
+        }
+        std::fs::write(dir.join("a").join(RECORD), "").unwrap();
+        listed(&dir);
+        assert!(dir.join("a").exists() && dir.join("c").exists());
+        std::fs::remove_file(dir.join("a").join(RECORD)).unwrap();
+        listed(&dir);
+        assert!(!dir.join("a").exists() && dir.join("c").exists());
     }
 
     #[test]

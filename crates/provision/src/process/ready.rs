@@ -116,20 +116,23 @@ impl Process {
 
     /// Whether the program runs; an error if its supervisor does not.
     async fn look(&self, home: &Home, shim: &mut Option<Shim>, since: Duration) -> Result<Program> {
-        let left = shim.as_mut().and_then(Shim::ended);
+        let left = shim.as_mut().and_then(|shim| Some((shim.ended()?, shim.0.id())));
         let ended = |end: record::End| Program::Ended(format!("the program {}", end.how));
         Ok(match (read::<State>(home, STATE).await?, left) {
             (Some(State { end: Some(end), .. }), _) => ended(end),
             (Some(state), _) if procfs::lives(state.shim) => Program::Runs,
             // It may have written its last, and ended, since its state was read.
-            (Some(_), _) => match read::<State>(home, STATE).await? {
+            (Some(state), _) => match read::<State>(home, STATE).await? {
                 Some(State { end: Some(end), .. }) => ended(end),
-                _ => Program::Ended(format!("its supervisor was killed{}", logged(home).await)),
+                _ => {
+                    let pid = u32::try_from(state.shim.pid).unwrap_or(0);
+                    Program::Ended(format!("its supervisor was killed{}", logged(home, pid).await))
+                }
             },
-            (None, Some(status)) => Program::Ended(format!(
+            (None, Some((status, pid))) => Program::Ended(format!(
                 "its supervisor {} ended with {status}{}",
                 self.shim.display(),
-                logged(home).await
+                logged(home, pid).await
             )),
             (None, None) if since < START_PATIENCE => Program::Begins,
             (None, None) => Program::Ended(format!("its supervisor {} says nothing", self.shim.display())),
@@ -146,9 +149,10 @@ async fn said(home: &Home, record: &Record) -> String {
     }
 }
 
-/// What the supervisor last had to say about itself.
-async fn logged(home: &Home) -> String {
+/// What that supervisor last had to say about itself.
+async fn logged(home: &Home, pid: u32) -> String {
     let log = home.dir.join(LOG);
     let text = blocking(move || Ok(std::fs::read_to_string(log).unwrap_or_default())).await.unwrap_or_default();
-    text.lines().last().map(|line| format!(" ({line})")).unwrap_or_default()
+    let said = text.lines().rev().find_map(|line| Some(line.split_once(&record::log_prefix(pid))?.1));
+    said.map(|said| format!(" ({said})")).unwrap_or_default()
 }

@@ -44,6 +44,11 @@ pub(super) fn hash(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// What the lines of a supervisor have between their time and their text.
+pub(super) fn log_prefix(pid: u32) -> String {
+    format!("supervisor {pid} ")
+}
+
 /// What is there, for whom, and by which order: the first thing written and the last that stays.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Label {

@@ -90,7 +90,7 @@ fn note(dir: &Path, text: &str) {
             file.set_len(0)?;
         }
         let at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        writeln!(file, "{}.{:03} supervisor {text}", at.as_secs(), at.subsec_millis())
+        writeln!(file, "{}.{:03} {}{text}", at.as_secs(), at.subsec_millis(), record::log_prefix(std::process::id()))
     };
     // There is nowhere else to say that this failed.
     let _ = write();
