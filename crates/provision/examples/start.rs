@@ -1,5 +1,5 @@
 //! Where the time of a cold start goes: the raw start of the greeter until it answers, and the same through the process backend. Give the
-//! number of starts, and `nocgroup` to go without control groups.
+//! number of starts, how many others are to run beside, and `nocgroup` to go without control groups.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "a measurement, not the product")]
 
@@ -62,7 +62,8 @@ fn median(name: &str, mut took: Vec<Duration>) {
 
 #[tokio::main]
 async fn main() {
-    let count: u64 = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(50);
+    let argument = |at| std::env::args().nth(at).and_then(|text| text.parse::<u64>().ok());
+    let (count, others) = (argument(1).unwrap_or(50), argument(2).unwrap_or(0));
     let me = std::env::current_exe().unwrap();
     let greeter = me.with_file_name("greeter");
     let mut raw = Vec::new();
@@ -86,15 +87,19 @@ async fn main() {
     let process = Process::new(config).unwrap();
     let spec = PortSpec { name: "main".to_owned(), protocol: Protocol::Tcp };
     let plan: Arc<dyn Plan> = Arc::new(Greeter(greeter, vec![spec]));
+    let order = |n| Order {
+        challenge: ChallengeId::new("c").unwrap(),
+        identity: Identity::from_bits(n),
+        generation: 1,
+        digest: String::new(),
+        plan: plan.clone(),
+    };
+    for n in 0..others {
+        process.up(&order(1_000_000 + n)).await.unwrap();
+    }
     let (mut ups, mut downs) = (Vec::new(), Vec::new());
     for n in 0..count {
-        let order = Order {
-            challenge: ChallengeId::new("c").unwrap(),
-            identity: Identity::from_bits(n),
-            generation: 1,
-            digest: String::new(),
-            plan: plan.clone(),
-        };
+        let order = order(n);
         let began = Instant::now();
         let outputs = process.up(&order).await.unwrap();
         answered(&outputs.connection_info);
@@ -104,6 +109,9 @@ async fn main() {
         process.down(&order.challenge, &order.identity, 1).await.unwrap();
         downs.push(began.elapsed());
     }
-    median("up", ups);
-    median("down", downs);
+    median(&format!("up beside {others}"), ups);
+    median(&format!("down beside {others}"), downs);
+    let began = Instant::now();
+    let halted = process.halt().await.unwrap();
+    println!("halt of {halted}: {:?}", began.elapsed());
 }

@@ -27,7 +27,8 @@
 //! It keeps instances apart from each other's ways, not from each other's reach: they run as the manager's user, with limits and without
 //! new privileges, on its file system and network. It is for scenarios that are trusted with that. Where the manager runs under a service
 //! manager that ends all processes of a service with it (systemd's default), tell it to end the main process only (`KillMode=process`),
-//! or instances end with the manager and are brought up again when they are next asked for.
+//! or instances end with the manager and are brought up again when they are next asked for; and to leave groups below the manager's alone
+//! (`Delegate=yes`).
 
 mod cgroup;
 mod ends;

@@ -1,6 +1,6 @@
 //! What was read, or asked for, some time ago: meanwhile somebody else was first.
 
-use gauntlet_domain::{Additional, ChallengeUpdate, Error, LockKind, Phase, SourceId, Store as _};
+use gauntlet_domain::{Additional, ChallengeUpdate, Error, Found, Identity, LockKind, Phase, SourceId, Store as _};
 use tokio::task::JoinHandle;
 
 use crate::world::{ALICE, BOB, TIMEOUT, World, digest, reference, within};
@@ -42,6 +42,27 @@ async fn what_ended_is_not_revived_in_the_place_of_another() {
     assert_eq!((done.revived, done.failures), (1, Vec::new()));
     assert_eq!(world.stored(BOB).await, Some(anew.clone()));
     assert_eq!(world.machine.running(), [(alice.identity, digest(1)), (anew.identity, digest(1))]);
+}
+
+#[tokio::test]
+async fn one_that_is_told_to_have_ended_is_brought_back_and_no_other() {
+    let world = World::with_an_instance().await;
+    let (alice, bob) = (world.stored(ALICE).await.unwrap(), world.create(BOB).await);
+    world.machine.end(&alice.identity);
+    world.machine.end(&bob.identity);
+    let told = |identity: &Identity| Found {
+        challenge: world.web.clone(),
+        identity: identity.clone(),
+        generation: 1,
+        alive: false,
+    };
+    let done = world.gauntlet.bring_back(&world.at(1), told(&alice.identity)).await.unwrap();
+    assert_eq!((done.revived, done.failures), (1, Vec::new()));
+    assert_eq!(world.machine.running(), [(alice.identity, digest(1))]);
+    // What was deleted meanwhile is taken down, not brought back.
+    world.delete(BOB).await.unwrap();
+    let done = world.gauntlet.bring_back(&world.at(2), told(&bob.identity)).await.unwrap();
+    assert_eq!((done.revived, done.orphans, done.failures), (0, 1, Vec::new()));
 }
 
 #[tokio::test]

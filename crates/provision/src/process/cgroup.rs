@@ -9,6 +9,7 @@ use std::{
     io,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,7 @@ use rustix::fs::Access;
 
 /// What the names of our groups begin with.
 const PREFIX: &str = "gauntlet-";
+static PROBES: AtomicU64 = AtomicU64::new(0);
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// Where the groups of one directory of instances are made: below the manager's own group.
@@ -32,7 +34,9 @@ impl Groups {
         let base = own(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?)?;
         rustix::fs::access(base.join("cgroup.procs"), Access::WRITE_OK)
             .map_err(|error| format!("{}/cgroup.procs: {error}", base.display()))?;
-        let probe = Group::new(base.join(format!("{PREFIX}probe-{}", std::process::id())));
+        // Other managers may try at the same time, here and in other pid namespaces.
+        let (pid, nth) = (std::process::id(), PROBES.fetch_add(1, Ordering::Relaxed));
+        let probe = Group::new(base.join(format!("{PREFIX}probe-{dir}-{pid}-{nth}")));
         let tried = probe.make().and_then(|()| {
             let kind = std::fs::read_to_string(probe.dir.join("cgroup.type"))?;
             Ok((kind, probe.dir.join("cgroup.kill").exists()))

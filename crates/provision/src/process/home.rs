@@ -240,6 +240,7 @@ fn forget(dir: &Path) {
     if let Ok(Some(_lock)) = lock(dir)
         && matches!(record::read(dir, LABEL), Ok(Some(Label { gone: true, .. })) | Err(_))
     {
+        let _ = record::remove(&record::run_lock(dir));
         let _ = std::fs::remove_dir_all(dir);
     }
 }
@@ -410,7 +411,7 @@ mod tests {
         let home = enter(&dir, 5).await.unwrap();
         record::tests::SYNCED.take();
         home.make_lasting(&[]).unwrap();
-        assert_eq!(record::tests::SYNCED.take(), [PathBuf::new(); 0], "nothing was written");
+        assert_eq!(record::tests::SYNCED.take(), Vec::<PathBuf>::new(), "nothing was written");
         assert_eq!(home.dir, written);
     }
 

@@ -65,7 +65,7 @@ pub fn run_if_requested() {
         [mode, dir, restarts, cgroup @ ..] if mode == SUPERVISE => {
             let dir = Path::new(dir);
             let restarts = restarts.to_str().and_then(|text| text.parse().ok()).unwrap_or(0);
-            let group = cgroup.first().map(|path| PathBuf::from(path));
+            let group = cgroup.first().map(PathBuf::from);
             // Its standard error leads nowhere.
             supervise(dir, restarts, group).inspect_err(|error| note(dir, &format!("failed: {error}")))
         }
@@ -123,12 +123,16 @@ fn supervise(dir: &Path, restarts: u32, cgroup: Option<PathBuf>) -> io::Result<(
             let output = Output::begin(dir, record.launch.output)?;
             let mut watch = Watch { dir, child, pipe: Some(pipe), output, group: group.clone(), silent: false };
             // Beside everything else: the kernel may take 10 ms and more for it.
-            let gathering = {
+            let gathering = group.map(|group| {
                 let (dir, mut state) = (dir.to_owned(), state.clone());
-                std::thread::spawn(move || gather(&dir, &mut state, group.as_ref(), me))
-            };
+                std::thread::Builder::new().spawn(move || gather(&dir, &mut state, &group, me))
+            });
             let how = watch.until_it_ends(&mut signals, &stop, record.launch.grace)?;
-            let _ = gathering.join();
+            match gathering {
+                Some(Ok(gathering)) => drop(gathering.join()),
+                Some(Err(error)) => note(dir, &format!("cannot put the instance into its control group: {error}")),
+                None => {}
+            }
             let whole = watch.end_whole(me, &mut signals)?;
             (how, whole)
         }
@@ -140,8 +144,7 @@ fn supervise(dir: &Path, restarts: u32, cgroup: Option<PathBuf>) -> io::Result<(
 
 /// Puts everything that runs into its control group and records that. The program does not wait for it: what is not in the group yet is a
 /// descendant all the same.
-fn gather(dir: &Path, state: &mut State, group: Option<&Group>, me: i32) {
-    let Some(group) = group else { return };
+fn gather(dir: &Path, state: &mut State, group: &Group, me: i32) {
     let fill = || -> io::Result<bool> {
         group.renew(KILL_PATIENCE)?;
         // Twice nobody: one whose parent ended while the first look was taken is seen by the second.

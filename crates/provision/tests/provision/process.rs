@@ -646,6 +646,7 @@ async fn each_step_is_a_span_and_none_tells_a_secret() {
     manager.update(&order(1, 1, &plan("secret-two"))).await.unwrap();
     manager.up(&order(2, 1, &rig.script("echo FLAG{$GREETING}; exit 1").arc())).await.unwrap_err();
     down(&manager, 1).await;
+    drop(Rig::without_cgroups().manager());
     drop(guard);
     let seen = std::mem::take(&mut *seen.0.lock().unwrap());
     let names: Vec<_> = seen.iter().filter_map(|line| line.strip_prefix("span ")).collect();
@@ -657,6 +658,8 @@ async fn each_step_is_a_span_and_none_tells_a_secret() {
     assert!(all.contains("instance.identity=\"0000000000000001\"") && all.contains("provisioner=\"process\""), "{all}");
     assert_eq!(all.matches("otel.status_code=\"ERROR\"").count(), 1, "{all}");
     assert!(all.contains("error.type="), "{all}");
+    let why = "why=\"switched off\"";
+    assert!(all.contains(why) && all.contains("instances have no control groups"), "it is said once why: {all}");
     assert!(!all.contains("secret-") && !all.contains("FLAG{"), "{all}");
 }
 
