@@ -1,12 +1,15 @@
 //! `cargo xtask chaos`: the simulation, for any number of seeds.
 
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use gauntlet_stack::workspace_root;
 
 use crate::test::cargo;
+use crate::{binary, runner};
+
+const SEEDS: &str = "simulation::seeds";
 
 #[derive(Debug, Args)]
 #[command(
@@ -29,20 +32,26 @@ impl Chaos {
     /// Succeeds if no invariant was violated. The test says all there is to say.
     pub(crate) fn run(self) -> Result<ExitCode> {
         let (from, seeds) = self.replay.map_or((self.from, self.seeds), |seed| (seed, 1));
-        let mut command = cargo();
+        let mut here = cargo();
+        here.current_dir(workspace_root());
+        let target = ["--test".to_owned(), "simulation".to_owned()];
+        let Some(test) = binary::of_tests(here, "gauntlet-simulation", &target)? else {
+            bail!("the tests do not build: the errors are above");
+        };
+        runner::require(&test, SEEDS)?;
+        let mut command = Command::new(test);
         command
-            .args(["test", "--quiet", "--package", "gauntlet-simulation", "--test", "simulation"])
-            .args(["simulation::seeds", "--", "--exact", "--nocapture"])
+            .args([SEEDS, "--exact", "--nocapture"])
             .env("GAUNTLET_SEEDS", seeds.to_string())
             .env("GAUNTLET_FROM", from.to_string())
             .env_remove("GAUNTLET_TRACE")
             // The panic's message is all there is to see.
             .env("RUST_BACKTRACE", "0")
-            .current_dir(workspace_root());
+            .current_dir(workspace_root().join("crates/simulation"));
         if self.replay.is_some() {
             command.env("GAUNTLET_TRACE", "1");
         }
-        let status = command.status().context("run cargo test")?;
+        let status = command.status().context("run the simulation")?;
         Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }

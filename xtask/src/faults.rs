@@ -13,9 +13,9 @@ use gauntlet_stack::{Tool, Tools, process::spawn_bound, workspace_root};
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::{consts::SIGHUP, consts::SIGINT, consts::SIGTERM, iterator::Signals};
 
-use crate::binary;
 use crate::console::say;
 use crate::test::{cargo, run};
+use crate::{binary, runner};
 
 const STORM: &str = "faults::storm::nothing_acknowledged_is_lost_nothing_is_doubled_and_nothing_is_left_over";
 /// What ends by itself once all it stood on is gone.
@@ -54,6 +54,7 @@ impl Faults {
         let Some(test) = binary::of_tests(here, "gauntlet-e2e", &["--test".to_owned(), "e2e".to_owned()])? else {
             bail!("the tests do not build: the errors are above");
         };
+        runner::require(&test, STORM)?;
         let place = Place::make()?;
         let mut storm = Command::new(test);
         storm

@@ -8,10 +8,11 @@ mod console;
 mod dev;
 mod doctor;
 mod faults;
-#[cfg(test)]
 mod guarantees;
 mod mutants;
 mod protoc;
+mod runner;
+mod sample;
 mod setup;
 mod stack;
 mod test;

@@ -15,6 +15,7 @@ use gauntlet_stack::{Tool, Tools, process::spawn_bound, workspace_root};
 
 use crate::binary;
 use crate::console::say;
+use crate::sample::{self, Sample};
 use crate::test::{cargo, run};
 
 /// A test that takes longer has been stopped by its mutant, and has not noticed.
@@ -30,6 +31,15 @@ pub(crate) struct Mutants {
     /// Only see whether each still applies to the checkout
     #[arg(long, conflicts_with = "list")]
     check: bool,
+    /// Instead of these, try so many random changes of cargo-mutants', each with the tests of its crate
+    #[arg(long, value_name = "N", conflicts_with_all = ["names", "list", "check"])]
+    sample: Option<usize>,
+    /// What the choice of the sample follows from; printed if it is not set
+    #[arg(long, requires = "sample")]
+    seed: Option<u64>,
+    /// The crates of the sample, such as domain; may be repeated
+    #[arg(long, requires = "sample", value_name = "CRATE", default_values_t = sample::PACKAGES.map(str::to_owned))]
+    package: Vec<String>,
 }
 
 /// A patch, and what its first lines say of it.
@@ -62,6 +72,11 @@ enum Outcome {
 
 impl Mutants {
     pub(crate) fn run(self) -> Result<ExitCode> {
+        if let Some(size) = self.sample {
+            let seed = self.seed.unwrap_or_else(|| rand::random::<u32>().into());
+            let copy = Copy::make()?;
+            return Sample { size, seed, packages: self.package }.run(&copy.tree, &copy.target);
+        }
         let mut mutants = all()?;
         mutants.retain(|mutant| {
             self.names.is_empty() || self.names.iter().any(|name| mutant.name.contains(name.as_str()))

@@ -12,7 +12,10 @@ use clap::Args;
 use gauntlet_stack::{Tool, Tools, tools, workspace_root};
 
 use crate::console::say;
-use crate::mutants;
+use crate::{guarantees, mutants, runner};
+
+/// The packages whose tests start the observability stack.
+const SLOW: [&str; 2] = ["crates/e2e", "crates/stack"];
 
 /// What the tests need that are not end to end.
 const FAST: &[Tool] = &[Tool::Etcd, Tool::Registry];
@@ -63,12 +66,19 @@ impl Test {
         if every {
             steps.run("configuration", || check_configuration(&tools, self.fast))?;
         }
-        let mut test = vec!["test", "--workspace", "--no-fail-fast"];
+        let mut binaries = Vec::new();
+        steps.run("list tests", || {
+            binaries = runner::binaries()?;
+            if every { guarantees::check(&binaries) } else { Ok(()) }
+        })?;
         if self.fast {
-            test.extend(["--exclude", "gauntlet-e2e", "--exclude", "gauntlet-stack"]);
+            binaries.retain(|binary| SLOW.iter().all(|package| !binary.root.starts_with(package)));
         }
-        test.extend(self.filter.as_deref());
-        steps.cargo("tests", &test)
+        let ran = steps.run("tests", || runner::run(&binaries, self.filter.as_deref()));
+        if every {
+            steps.cargo("examples in docs", &["test", "--workspace", "--doc", "--no-fail-fast"])?;
+        }
+        ran
     }
 }
 

@@ -10,7 +10,10 @@ use std::{
 };
 
 use gauntlet_api::v1::instance::instance_manager_client::InstanceManagerClient;
-use gauntlet_stack::{Etcd, Options, Process, Ready, Registry, RegistryOptions, Spec, Stack, ports::Reserved};
+use gauntlet_stack::{
+    Etcd, Options, Process, Ready, Registry, RegistryOptions, Spec, Stack,
+    ports::{Reserved, Row},
+};
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use tonic::transport::Channel;
@@ -37,6 +40,8 @@ pub(crate) struct World {
     pub(crate) registry: Option<Registry>,
     pub(crate) runtime: tokio::runtime::Runtime,
     dir: tempfile::TempDir,
+    /// Of the instances.
+    ports: Row,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -48,7 +53,7 @@ impl World {
         let etcd = (backend == Backend::Etcd).then(|| Etcd::start(dir.path().join("etcd")).unwrap());
         scenarios(&dir.path().join("scenarios"));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        Self { stack: None, etcd, registry: None, runtime, dir, _alone: alone }
+        Self { stack: None, etcd, registry: None, runtime, dir, ports: Row::any().unwrap(), _alone: alone }
     }
 
     /// With collector, Jaeger, Prometheus and Alertmanager.
@@ -99,6 +104,7 @@ impl World {
             ("DIR", self.path("data").display().to_string()),
             ("REPLICA", name.to_owned()),
             ("SCENARIO_ROOT", self.path("scenarios").display().to_string()),
+            ("INSTANCE_PORTS", format!("{}-{}", self.ports.numbers().start(), self.ports.numbers().end())),
             ("INSTANCE_PATH", binaries().display().to_string()),
             ("OCI_INSECURE", "true".to_owned()),
             ("RECONCILE_EVERY", "2s".to_owned()),

@@ -120,6 +120,21 @@ mod tests {
     use crate::backends::Backend;
 
     #[tokio::test]
+    async fn it_serves_half_a_minute_after_the_store_answered_whatever_the_first_look_comes_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap());
+        let processes = Process::new(process::Config::new(dir.path().join("instances"))).unwrap();
+        let instances = Arc::new(Claimed::new(processes, Backend::Embedded(store.clone())));
+        let (_never, settled) = watch::channel(false);
+        let asked = Asked { store, instances, settled };
+        let mut answered = None;
+        assert_eq!(asked.health(&mut answered).await, Health::Starting);
+        assert!(answered.is_some());
+        let mut before = Some(Instant::now() - Duration::from_secs(30));
+        assert_eq!(asked.health(&mut before).await, Health::Serving);
+    }
+
+    #[tokio::test]
     async fn it_serves_once_what_is_left_has_been_looked_at() {
         let dir = tempfile::tempdir().unwrap();
         let store = Arc::new(Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap());

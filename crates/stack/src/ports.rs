@@ -1,7 +1,9 @@
-//! The ports of the stack: the documented ones, or free ones that no other test can take meanwhile.
+//! The ports of the stack: the documented ones, or free ones that no other test can take meanwhile. Every port that a test has before something
+//! listens on it comes from here.
 
 use std::fs::{File, TryLockError};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::process;
 
@@ -160,16 +162,44 @@ pub struct Reserved {
     _lock: File,
 }
 
-// Above the ports that instances listen on unless told otherwise, below Linux's range for outgoing connections.
+// Tests have the ports from 30000 to 32699: above those of a `dev` that runs beside them (its own, and 20000 to 29999 for instances), below
+// Linux's range for outgoing connections. The first part is for one port at a time, the second for rows of them.
 const FROM: u16 = 30_000;
-const TO: u16 = 32_700;
+const TO: u16 = 31_000;
+const ROWS_TO: u16 = 32_680;
+
+/// Ports in a row, for the instances of one directory: kept from other users of this crate as a [`Reserved`] is.
+#[derive(Debug)]
+pub struct Row {
+    first: u16,
+    _lock: File,
+}
+
+impl Row {
+    /// How many they are.
+    pub const LENGTH: u16 = 40;
+
+    /// # Errors
+    /// [`Error::NoFreePort`], or an I/O error of the reservation file.
+    pub fn any() -> Result<Row> {
+        for first in (TO..ROWS_TO).step_by(usize::from(Row::LENGTH)) {
+            if let Some(lock) = lock(&format!("{first}-row"))? {
+                return Ok(Row { first, _lock: lock });
+            }
+        }
+        Err(Error::NoFreePort { from: TO, to: ROWS_TO })
+    }
+
+    /// Their numbers.
+    pub fn numbers(&self) -> RangeInclusive<u16> {
+        self.first..=self.first + (Row::LENGTH - 1)
+    }
+}
 
 impl Reserved {
     /// # Errors
     /// [`Error::NoFreePort`], or an I/O error of the reservation file.
     pub fn any() -> Result<Reserved> {
-        let dir = lock_dir();
-        create_dir(&dir)?;
         let span = u32::from(TO - FROM);
         // Processes begin at different places, so that they seldom meet.
         let start = process::id().wrapping_mul(97) % span;
@@ -177,14 +207,10 @@ impl Reserved {
             let offset = (start + step) % span;
             let Ok(offset) = u16::try_from(offset) else { continue };
             let number = FROM + offset;
-            let path = dir.join(number.to_string());
-            let lock = File::create(&path).doing(|| format!("create {}", path.display()))?;
-            match lock.try_lock() {
-                Ok(()) if can_bind(number) => return Ok(Reserved { number, _lock: lock }),
-                Ok(()) | Err(TryLockError::WouldBlock) => {}
-                Err(TryLockError::Error(source)) => {
-                    return Err(Error::Io { doing: format!("lock {}", path.display()), source });
-                }
+            if let Some(lock) = lock(&number.to_string())?
+                && can_bind(number)
+            {
+                return Ok(Reserved { number, _lock: lock });
             }
         }
         Err(Error::NoFreePort { from: FROM, to: TO })
@@ -193,6 +219,19 @@ impl Reserved {
     /// The port's number.
     pub fn number(&self) -> u16 {
         self.number
+    }
+}
+
+/// The locked file of that name; `None` if another has it.
+fn lock(name: &str) -> Result<Option<File>> {
+    let dir = lock_dir();
+    create_dir(&dir)?;
+    let path = dir.join(name);
+    let file = File::create(&path).doing(|| format!("create {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(source)) => Err(Error::Io { doing: format!("lock {}", path.display()), source }),
     }
 }
 
@@ -227,6 +266,14 @@ mod tests {
         let two = Ports::free().unwrap();
         let all: HashSet<u16> = Port::ALL.into_iter().flat_map(|port| [one.get(port), two.get(port)]).collect();
         assert_eq!(all.len(), 2 * Port::ALL.len());
+    }
+
+    #[test]
+    fn rows_are_apart_from_each_other_and_from_single_ports() {
+        let (one, two, port) = (Row::any().unwrap(), Row::any().unwrap(), Reserved::any().unwrap());
+        let all: HashSet<u16> = one.numbers().chain(two.numbers()).chain([port.number()]).collect();
+        assert_eq!(all.len(), 2 * usize::from(Row::LENGTH) + 1);
+        assert!(all.iter().all(|number| (FROM..ROWS_TO).contains(number)), "{all:?}");
     }
 
     #[test]

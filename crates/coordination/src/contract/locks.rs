@@ -15,13 +15,14 @@ pub(super) async fn a_free_lock_is_taken_at_once(rig: &impl Rig) {
 }
 
 pub(super) async fn a_lock_is_handed_on_in_order_of_asking(rig: &impl Rig) {
-    let store = rig.replica("a");
-    let first = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
+    let stores = ["a", "b", "c"].map(|name| rig.replica(name));
+    let first = stores[0].lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
     let order = std::sync::Mutex::new(Vec::new());
     let mut waiting = Vec::new();
     for n in 0..8 {
         let mut one = Box::pin({
-            let (store, order) = (&store, &order);
+            // Two of each replica in a row, and each replica more than once.
+            let (store, order) = (&stores[n as usize / 2 % stores.len()], &order);
             async move {
                 let held = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
                 assert!(held.waited.contended);
@@ -33,17 +34,17 @@ pub(super) async fn a_lock_is_handed_on_in_order_of_asking(rig: &impl Rig) {
         // Queued before the next one asks.
         eventually("queued", || {
             assert!(one.as_mut().now_or_never().is_none());
-            async { store.live_keys().await.len() as u64 == n + 2 }
+            async { stores[0].live_keys().await.len() as u64 == n + 2 }
         })
         .await;
         waiting.push(one);
     }
-    store.release(first).await.unwrap();
+    stores[0].release(first).await.unwrap();
     futures::future::join_all(waiting).await;
     let order = order.into_inner().unwrap();
     assert_eq!(order.iter().map(|(n, _)| *n).collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
     assert!(order.is_sorted_by_key(|(_, fence)| *fence));
-    store.check().await;
+    stores[0].check().await;
 }
 
 pub(super) async fn a_lock_never_reenters(rig: &impl Rig) {

@@ -108,13 +108,26 @@ fn every_call_ends_within_the_deadline() {
     runtime.block_on(kv.close());
 }
 
+/// Runs itself again, as the other process.
 #[tokio::test]
 async fn a_file_has_one_process() {
+    const STORE: &str = "GAUNTLET_TEST_OPEN_STORE";
+    let refused = |path: &Path| Embedded::open(path).unwrap_err().to_string();
+    if let Some(path) = std::env::var_os(STORE) {
+        println!("RESULT {}", refused(Path::new(&path)));
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     let _first = Embedded::open(&path).unwrap();
-    let text = Embedded::open(&path).unwrap_err().to_string();
-    assert!(text.contains("another process has it open") && text.contains(path.to_str().unwrap()), "{text}");
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "embedded::tests::a_file_has_one_process", "--nocapture"])
+        .env(STORE, &path)
+        .output()
+        .unwrap();
+    for text in [refused(&path), String::from_utf8_lossy(&output.stdout).into_owned()] {
+        assert!(text.contains("another process has it open") && text.contains(path.to_str().unwrap()), "{text}");
+    }
 }
 
 #[tokio::test]

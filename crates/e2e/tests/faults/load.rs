@@ -27,6 +27,7 @@ const SEATS: usize = 6;
 pub(super) struct Ledger {
     acknowledged: AtomicU64,
     unknown: AtomicU64,
+    unread: AtomicU64,
     broken: Mutex<Vec<Broken>>,
 }
 
@@ -61,6 +62,11 @@ impl Ledger {
     /// Calls after which nobody knows whether they came to pass.
     pub(super) fn outcomes_unknown(&self) -> u64 {
         self.unknown.load(Ordering::Relaxed)
+    }
+
+    /// Calls that failed, of whatever kind: those above, and reads.
+    pub(super) fn failed(&self) -> u64 {
+        self.outcomes_unknown() + self.unread.load(Ordering::Relaxed)
     }
 
     pub(super) fn is_kept(&self) -> bool {
@@ -102,9 +108,10 @@ impl fmt::Display for Ledger {
         let count = |kind| broken.iter().filter(|broken| broken.0 == kind).count();
         write!(
             f,
-            "operations: {} acknowledged, {} of unknown outcome; lost: {}; doubled: {}; orphans: {}; odd: {}",
+            "operations: {} acknowledged, {} of unknown outcome, {} reads failed; lost: {}; doubled: {}; orphans: {}; odd: {}",
             self.acknowledged(),
             self.outcomes_unknown(),
+            self.unread.load(Ordering::Relaxed),
             count(Kind::Lost),
             count(Kind::Doubled),
             count(Kind::Orphan),
@@ -312,7 +319,7 @@ impl Driver {
         match self.client.ask("GET", &seat.path(), &Value::Null) {
             Reply::Said(200, seen) => seat.holds(ledger, Some(&seen)),
             Reply::Said(404, _) => seat.holds(ledger, None),
-            Reply::Said(503, _) | Reply::Nothing(_) => {}
+            Reply::Said(503, _) | Reply::Nothing(_) => drop(ledger.unread.fetch_add(1, Ordering::Relaxed)),
             Reply::Said(status, body) => {
                 ledger.broken(Kind::Odd, format_args!("{}: {status} {body}", seat.path()));
             }

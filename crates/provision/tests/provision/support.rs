@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     io::Read as _,
     net::{IpAddr, Ipv4Addr, TcpStream},
     os::unix::fs::PermissionsExt as _,
@@ -15,6 +14,7 @@ use gauntlet_domain::{
     ChallengeId, Identity, Limits, Order, Place, Plan, PortSpec, Probe, Protocol, Readiness, Result, Workload,
 };
 use gauntlet_provision::process::{Config, Process};
+use gauntlet_stack::ports::Row;
 use rustix::process::{Pid, Signal};
 
 /// A plan written down in a test. `LISTEN`, `PORT` and `GREETING` are in its environment.
@@ -131,35 +131,24 @@ pub(crate) fn kill(pid: i32, signal: Signal) {
     rustix::process::kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
 }
 
-/// Ports that no other test on this machine draws from for as long as the file is open.
-fn own_ports() -> (u16, File) {
-    let dir = std::env::temp_dir().join("gauntlet-provision-test-ports");
-    std::fs::create_dir_all(&dir).unwrap();
-    (20_000..29_960)
-        .step_by(40)
-        .map(|first| (first, File::create(dir.join(first.to_string())).unwrap()))
-        .find(|(_, file)| file.try_lock().is_ok())
-        .unwrap()
-}
-
 /// A directory of the process backend. Its instances end with it.
 pub(crate) struct Rig {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) config: Config,
-    _slot: File,
+    _ports: Row,
 }
 
 impl Rig {
     pub(crate) fn new() -> Self {
-        let (first, slot) = own_ports();
+        let ports = Row::any().unwrap();
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config::new(dir.path().join("data"));
         config.shim = Some(env!("CARGO_BIN_EXE_gauntlet-shim").into());
         config.bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        config.ports = first..=first + 39;
+        config.ports = ports.numbers();
         config.grace = Duration::from_millis(300);
         std::fs::create_dir(dir.path().join("files")).unwrap();
-        Self { dir, config, _slot: slot }
+        Self { dir, config, _ports: ports }
     }
 
     /// Without control groups, as where none can be made.
