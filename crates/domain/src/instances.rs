@@ -270,9 +270,18 @@ impl Gauntlet {
             }
             // Not ours any more: whoever recovers it decides.
             Err(error @ Error::Fenced(_)) => Err(error),
-            Err(error) => {
-                self.take_down(call, held, instance, Operation::Create).await?;
-                Err(error)
+            Err(error) => Err(self.undo_create(call, held, instance, error).await),
+        }
+    }
+
+    /// Takes down what a failed create began. Answers why it failed and, if that could not be undone either, why not: the operator needs both.
+    async fn undo_create(&self, call: &Call, held: Held, instance: Instance, error: Error) -> Error {
+        match self.take_down(call, held, instance, Operation::Create).await {
+            Ok(()) => error,
+            Err(lost @ Error::Fenced(_)) => lost,
+            Err(left) => {
+                let detail = format!("{error}; what had come up could not be taken down, and is tried again: {left}");
+                Error::Provision { step: "undo", detail }
             }
         }
     }
@@ -363,10 +372,7 @@ impl Gauntlet {
                 self.settle(held, instance).await
             }
             Err(error @ Error::Fenced(_)) => Err(error),
-            Err(error) if fallback == Fallback::TakeDown => {
-                self.take_down(call, held, instance, Operation::Create).await?;
-                Err(error)
-            }
+            Err(error) if fallback == Fallback::TakeDown => Err(self.undo_create(call, held, instance, error).await),
             Err(error) if untouched && fallback == Fallback::KeepOld => {
                 // It has not applied the target's revision: the next update tries again, and none takes it for what it is not.
                 instance.phase = Phase::Ready;

@@ -107,7 +107,8 @@ async fn shown(world: &World) -> (bool, usize, usize, usize) {
 async fn what_a_create_could_not_undo_is_shown_to_the_operator_and_to_no_player() {
     let world = World::with_a_challenge(0).await;
     world.machine.refuse(["up", "down"]);
-    assert!(world.try_create(ALICE).await.is_err());
+    let told = world.try_create(ALICE).await.unwrap_err().to_string();
+    assert!(told.contains("up is refused") && told.contains("down is refused"), "{told}");
     let failed = |kept: &Instance| match &kept.phase {
         Phase::Failed(failure) => failure.clone(),
         other => panic!("{other:?}"),
