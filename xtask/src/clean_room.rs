@@ -21,12 +21,17 @@ use self::readme::Readme;
 use self::room::{Account, Room, Running};
 use crate::console::{Screen, Stop, say};
 
+/// For `unshare`: its mounts are seen nowhere else, and its processes end with it.
+const NAMESPACES: [&str; 7] =
+    ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"];
 /// How long a command of the README may take until an instance answers: it compiles everything, on a machine that may be busy.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(60 * 60);
 /// How long `cargo xtask test` may take.
 const TESTS_WITHIN: Duration = Duration::from_secs(3 * 60 * 60);
 /// How long a command may take to end after Ctrl-C.
 const ENDS_WITHIN: Duration = Duration::from_secs(60);
+/// How long the processes that a command ended may take to be gone after it.
+const GONE_WITHIN: Duration = Duration::from_secs(5);
 /// How long what was killed may take to leave the room's directory.
 const LEAVES_WITHIN: Duration = Duration::from_secs(30);
 
@@ -66,6 +71,11 @@ impl CleanRoom {
                 "only root can make a Debian and run commands in it as somebody else: run cargo xtask clean-room as root"
             );
         }
+        let probe = Command::new("unshare").args(NAMESPACES).args(["--", "true"]).output().context("run unshare")?;
+        if !probe.status.success() {
+            let why = String::from_utf8_lossy(&probe.stderr).trim().to_owned();
+            bail!("mount and process namespaces cannot be made here ({why}): a container needs CAP_SYS_ADMIN for it");
+        }
         let home = home();
         fs::create_dir_all(&home).with_context(|| format!("create {}", home.display()))?;
         let _held = hold(&home)?;
@@ -77,7 +87,8 @@ impl CleanRoom {
         remove(&room)?;
         let mut unshare = Command::new("unshare");
         unshare
-            .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private", "--"])
+            .args(NAMESPACES)
+            .arg("--")
             .arg(std::env::current_exe().context("find this binary")?)
             .args(["clean-room", "--room"])
             .arg(&room)
@@ -179,7 +190,7 @@ fn until_served(
     if !status.success() {
         bail!("Ctrl-C ended it with {status}, not with 0");
     }
-    let left = room.left_over(account, LEAVES_WITHIN)?;
+    let left = room.left_over(account, GONE_WITHIN)?;
     if !left.is_empty() {
         bail!("Ctrl-C left processes: {}", left.join(", "));
     }

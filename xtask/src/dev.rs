@@ -96,18 +96,20 @@ impl Dev {
         }
         if !plan.obstacles.is_empty() {
             let missing = plan.obstacles.join("; ");
-            say(&format!(
-                "without collector, Jaeger, Prometheus and Alertmanager, since something is missing: {missing}"
-            ));
+            say(&format!("collector, Jaeger, Prometheus and Alertmanager are left out; missing: {missing}"));
             return Ok(false);
         }
         say(
-            "the stack beside it (collector, Jaeger, Prometheus, Alertmanager; --no-stack leaves it out) needs this first:",
+            "the stack beside it (collector, Jaeger, Prometheus, Alertmanager; --no-stack leaves it out) needs, in the background:",
         );
         for line in plan.lines() {
             say(&format!("  {line}"));
         }
-        Ok(self.yes || !stdin().is_terminal() || !stderr().is_terminal() || agreed()?)
+        let is_wanted = self.yes || !stdin().is_terminal() || !stderr().is_terminal() || agreed()?;
+        if !is_wanted {
+            say("without the stack");
+        }
+        Ok(is_wanted)
     }
 
     /// Builds and runs the main job; the stack comes up meanwhile.

@@ -234,7 +234,11 @@ impl Tools {
     }
 
     fn missing(&self, tool: Tool) -> Error {
-        let hint = match self.named(tool) {
+        Error::Missing { tool: tool.binary(), hint: self.missing_hint(tool) }
+    }
+
+    fn missing_hint(&self, tool: Tool) -> String {
+        match self.named(tool) {
             Some(path) => {
                 format!(
                     "{} names {}, which is no executable file: correct or unset it",
@@ -243,8 +247,7 @@ impl Tools {
                 )
             }
             None => tool.hint(),
-        };
-        Error::Missing { tool: tool.binary(), hint }
+        }
     }
 
     /// Whether the binary of a tool is a build of ours.

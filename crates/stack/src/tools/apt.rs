@@ -32,7 +32,8 @@ pub(super) fn obstacle(packages: &[&str]) -> Option<String> {
     if rustix::process::geteuid().is_root() || succeeds(Command::new("sudo").args(["-n", "true"])) {
         return None;
     }
-    Some(format!("packages are installed by root alone: apt-get install --no-install-recommends {packages}"))
+    // Not a plain apt-get: that would start the services, on the very ports of the stack.
+    Some(format!("as root: sh crates/stack/src/tools/install-packages.sh '' {packages}"))
 }
 
 /// The script under a shell, which may be run by sudo. `root` is the directory in which it finds a system, empty for this one.

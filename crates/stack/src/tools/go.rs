@@ -102,7 +102,7 @@ impl Recipe {
     /// Builds it and keeps it. The caller holds the lock of the tool.
     pub(super) fn build(&self, tools: &Tools, tool: Tool, progress: &mut dyn Progress) -> Result<()> {
         if let Some(missing) = missing() {
-            let hint = format!("{missing}; or name a binary in {}", tool.variable());
+            let hint = format!("building it needs Go, {missing}; or name a binary in {}", tool.variable());
             return Err(Error::Missing { tool: tool.binary(), hint });
         }
         let kept = self.kept(tools)?;
@@ -135,7 +135,7 @@ pub(super) fn missing() -> Option<String> {
         other => other,
     };
     Some(format!(
-        "Go {OLDEST} or newer is not on PATH: mkdir -p ~/.local && curl -fsSL https://go.dev/dl/go{OLDEST}.0.linux-{architecture}.tar.gz \
+        "{OLDEST} or newer on PATH: mkdir -p ~/.local && curl -fsSL https://go.dev/dl/go{OLDEST}.0.linux-{architecture}.tar.gz \
          | tar -C ~/.local -xz && export PATH=~/.local/go/bin:$PATH"
     ))
 }

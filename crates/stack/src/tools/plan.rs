@@ -13,38 +13,39 @@ pub struct Plan {
     pub builds: Vec<(&'static str, &'static str)>,
     /// Where builds are kept.
     pub cache: PathBuf,
-    /// Why that is not possible here, each with the command that changes it.
+    /// What keeps it from being done, each with the command that changes it.
     pub obstacles: Vec<String>,
 }
 
 impl Plan {
     pub(super) fn new(tools: &Tools, wanted: &[Tool]) -> Plan {
-        let mut packages: Vec<_> = tools.missing_packages(wanted).into_iter().map(|(_, package)| package).collect();
+        let missing = wanted.iter().copied().filter(|tool| tools.find(*tool).is_none());
+        let (named, missing): (Vec<Tool>, Vec<Tool>) = missing.partition(|tool| tools.named(*tool).is_some());
+        let (mut packages, mut builds) = (Vec::new(), Vec::new());
+        for tool in missing {
+            match tool.source() {
+                Source::Debian(package) => packages.push(package),
+                Source::Go(recipe) => builds.push((recipe.name, recipe.usual)),
+            }
+        }
         packages.sort_unstable();
         packages.dedup();
-        let missing = wanted.iter().filter(|tool| tools.find(**tool).is_none());
-        let builds: Vec<_> = missing
-            .clone()
-            .filter_map(|tool| match tool.source() {
-                Source::Go(recipe) => Some((recipe.name, recipe.usual)),
-                Source::Debian(_) => None,
-            })
-            .collect();
         let mut obstacles: Vec<String> =
-            missing.filter(|tool| tools.named(**tool).is_some()).map(|tool| tools.missing(*tool).to_string()).collect();
+            named.iter().map(|tool| format!("{} ({})", tool.binary(), tools.missing_hint(*tool))).collect();
         if !packages.is_empty() {
-            obstacles.extend(apt::obstacle(&packages));
+            let names = packages.join(", ");
+            obstacles.extend(apt::obstacle(&packages).map(|how| format!("Debian's {names} ({how})")));
         }
         if !builds.is_empty() {
             let names: Vec<_> = builds.iter().map(|(name, _)| *name).collect();
-            obstacles.extend(go::missing().map(|why| format!("to build {}, {why}", names.join(" and "))));
+            obstacles.extend(go::missing().map(|why| format!("Go, to build {} ({why})", names.join(" and "))));
         }
         Plan { packages, builds, cache: tools.cache.clone(), obstacles }
     }
 
-    /// Whether everything is there.
+    /// Whether nothing is missing.
     pub fn is_empty(&self) -> bool {
-        self.packages.is_empty() && self.builds.is_empty()
+        self.packages.is_empty() && self.builds.is_empty() && self.obstacles.is_empty()
     }
 
     /// What would be done, a line each.
@@ -88,6 +89,7 @@ mod tests {
         assert!(tools.plan(&[Tool::Jaeger]).is_empty());
         tools.named.push((Tool::Collector, "/nowhere".into()));
         let plan = tools.plan(&[Tool::Collector]);
+        assert!(plan.builds.is_empty() && !plan.is_empty(), "{plan:?}");
         assert!(plan.obstacles.iter().any(|line| line.contains("GAUNTLET_COLLECTOR names /nowhere")), "{plan:?}");
     }
 }
