@@ -97,6 +97,7 @@ impl Coordination<Etcd> {
         // Reads files.
         let made = tokio::task::spawn_blocking(move || Etcd::new(&config, database)).await;
         let kv = made.map_err(|error| Error::Internal(error.to_string()))??;
+        kv.start_at(Jitter::new(&replica).next());
         Ok(Self::over(kv, &prefix, ttl, replica))
     }
 }
