@@ -476,6 +476,9 @@ fn compare(compare: Compare) -> etcd_client::Compare {
         Test::Exists => C::create_revision(from, CompareOp::Greater, 0),
         Test::Absent => C::create_revision(from, CompareOp::Equal, 0),
         Test::Created(revision) => C::create_revision(from, CompareOp::Equal, number(revision)),
+        Test::NotCreatedAfter(revision) => {
+            C::create_revision(from, CompareOp::Less, number(revision).saturating_add(1))
+        }
         Test::Modified(revision) => C::mod_revision(from, CompareOp::Equal, number(revision)),
         Test::NotAfter(revision) => C::mod_revision(from, CompareOp::Less, number(revision).saturating_add(1)),
         Test::Value(value) => C::value(from, CompareOp::Equal, value),

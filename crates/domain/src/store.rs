@@ -55,25 +55,6 @@ impl LockKind {
     }
 }
 
-/// Shared or exclusive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum LockMode {
-    /// Shared with other readers.
-    Read,
-    /// Exclusive.
-    Write,
-}
-
-impl LockMode {
-    /// Its name on spans and metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Read => "read",
-            Self::Write => "write",
-        }
-    }
-}
-
 /// What happened while waiting for an ownership.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Waited {

@@ -68,7 +68,10 @@ impl Connections {
             (Some(username), Some(password)) => options = options.with_user(username, password),
             (None, None) => {}
             _ => {
-                return Err(invalid("etcd username", "username and password go together; give both or none".to_owned()));
+                return Err(invalid(
+                    "etcd username",
+                    "username and password go together; give both or none".to_owned(),
+                ));
             }
         }
         let endpoints = config.endpoints.iter().map(|url| endpoint(url, config));
