@@ -63,7 +63,7 @@ const EMBEDDED_TTL: Duration = Duration::from_secs(60);
 
 /// How long [`Coordination::shutdown`] takes at most, and how much of that it waits for writes.
 const SHUTDOWN: Duration = Duration::from_secs(5);
-const SHUTDOWN_WRITES: Duration = Duration::from_secs(4);
+const SHUTDOWN_WRITES: Duration = Duration::from_millis(1500);
 
 /// One replica's view of the coordinated store: records, ownership and locks. [`Coordination::shutdown`] gives up all it owns; dropping it
 /// without that gives it up in the background, or when its lease runs out.
@@ -185,8 +185,8 @@ impl<K: Kv> Coordination<K> {
         self.core.waits.list(&self.core.mirror, most)
     }
 
-    /// Waits for writes under way, then gives up everything owned, and closes the store; at most five seconds, of which the writes have four.
-    /// Nothing can be owned after it.
+    /// Waits for writes under way, then gives up everything owned, and closes the store; at most five seconds, of which the writes have one
+    /// and a half. Nothing can be owned after it.
     pub async fn shutdown(&self) {
         self.core.writes.close();
         self.tasks.close();

@@ -360,7 +360,7 @@ pub(super) async fn shutdown_waits_for_writes_under_way(rig: &impl Rig) {
     let commit = store.commit(held, &slot, Commit::Put(Box::new(ready.clone())));
     let late = async {
         // Time enough to revoke a lease, if it were to be revoked.
-        for _ in 0..200 {
+        for _ in 0..20 {
             if other.live_keys().await.is_empty() {
                 break;
             }
