@@ -5,6 +5,9 @@ mod budget;
 mod faults;
 mod instances;
 mod locks;
+#[path = "../../simulation/tests/etcd.rs"]
+#[allow(dead_code, unreachable_pub, reason = "the simulation uses the rest")]
+mod model;
 #[path = "../benches/coordination/nothing.rs"]
 pub(crate) mod nothing;
 mod queries;
@@ -18,9 +21,8 @@ use std::{
 
 use futures::TryStreamExt as _;
 use gauntlet_domain::{
-    Begin, Bounds, By, Challenge, ChallengeId, Commit, Error, Failure, Held, Identity, Instance, LockKind, LockMode,
-    Operation, Phase, PhaseName, Pinned, Rollout, Seat, Slot, SourceId, Store as _, Stored, Stranded, Strategy, Target,
-    Version,
+    Begin, Bounds, By, Challenge, ChallengeId, Commit, Error, Failure, Held, Identity, Instance, LockKind, Operation,
+    Phase, PhaseName, Pinned, Rollout, Seat, Slot, SourceId, Store as _, Stored, Stranded, Strategy, Target, Version,
 };
 use jiff::Timestamp;
 use rig::{Fault, Rig, Tested};
@@ -35,6 +37,15 @@ macro_rules! contract {
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn $name() {
                     super::$area::$name(&super::rig::EmbeddedRig::start()).await;
+                }
+            )+)+
+        }
+        /// On the etcd that managers are simulated on.
+        mod simulated {
+            $($(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    super::$area::$name(&super::rig::SimulatedRig::start()).await;
                 }
             )+)+
         }
@@ -55,7 +66,6 @@ contract! {
         a_lock_is_handed_on_in_order_of_asking,
         a_lock_never_reenters,
         locks_of_different_challenges_and_kinds_do_not_meet,
-        readers_share_and_no_side_starves,
         who_waits_learns_who_held,
         who_waits_can_be_asked,
         patience_ends_with_busy_and_leaves_no_key,
@@ -66,7 +76,7 @@ contract! {
         a_dropped_lock_is_given_up,
         a_lock_is_shared_by_replicas,
         fences_grow,
-        contended_writers_exclude_each_other,
+        who_holds_a_contended_lock_is_alone,
     }
     instances {
         a_seat_is_taken_once,
@@ -127,6 +137,7 @@ contract! {
         a_commit_that_stays_unknown_is_left_to_recovery,
         an_unknown_acquisition_is_given_up,
         an_acquisition_that_comes_to_be_late_is_given_up,
+        a_late_deletion_leaves_what_was_created_since,
         a_commit_of_another_store_is_refused,
         shutdown_gives_up_what_is_owned,
         a_dropped_store_gives_up_what_it_owned,

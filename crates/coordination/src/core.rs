@@ -19,7 +19,7 @@ use tracing::Instrument as _;
 
 use crate::{
     keys::Layout,
-    kv::{Kv, KvError, Txn, TxnResult},
+    kv::{Kv, KvError, KvResult, Txn, TxnResult},
     memory::Memory,
     mirror::Mirror,
     names::{Name, Names},
@@ -43,6 +43,8 @@ pub(crate) struct Core<K> {
     pub(crate) waits: Arc<Waits>,
     pub(crate) reaper: Reaper,
     pub(crate) replica: String,
+    /// The latest revision of the store that a transaction of this replica has seen.
+    pub(crate) seen: AtomicU64,
     /// Writes under way.
     pub(crate) writes: TaskTracker,
     pub(crate) next: AtomicU64,
@@ -58,6 +60,13 @@ impl<K: Kv> Core<K> {
         }
     }
 
+    /// Runs a transaction.
+    pub(crate) async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
+        let result = self.kv.txn(txn).await?;
+        self.seen.fetch_max(result.revision, Ordering::Relaxed);
+        Ok(result)
+    }
+
     /// Runs a write to its end, even if whoever asked stops waiting: so its outcome is always known to somebody.
     pub(crate) async fn detached<T: Send + 'static>(
         &self,
@@ -69,7 +78,7 @@ impl<K: Kv> Core<K> {
     /// A write that takes no ownership.
     pub(crate) async fn write(self: &Arc<Self>, txn: Txn) -> Result<TxnResult> {
         let core = self.clone();
-        self.detached(async move { core.kv.txn(txn).await.map_err(|error| core.error(error)) }).await
+        self.detached(async move { core.txn(txn).await.map_err(|error| core.error(error)) }).await
     }
 
     /// The lease to own by; waits no longer than a call may take.
@@ -97,12 +106,12 @@ impl<K: Kv> Core<K> {
     ) -> Result<(Option<Ticket>, TxnResult)> {
         let core = self.clone();
         self.detached(async move {
-            let mut answer = core.kv.txn(txn.clone()).await;
+            let mut answer = core.txn(txn.clone()).await;
             if answer == Err(KvError::LeaseGone) {
                 live.lease.lose();
                 let before = live.lease.id;
                 live.lease = core.lease().await?;
-                answer = core.kv.txn(txn.under(before, live.lease.id)).await;
+                answer = core.txn(txn.under(before, live.lease.id)).await;
             }
             match answer {
                 Ok(result) => {

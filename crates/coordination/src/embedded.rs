@@ -478,6 +478,7 @@ fn all_hold(
                 Test::Exists => true,
                 Test::Absent => false,
                 Test::Created(revision) => met.created == *revision,
+                Test::NotCreatedAfter(revision) => met.created <= *revision,
                 Test::Modified(revision) => met.modified == *revision,
                 Test::NotAfter(revision) => met.modified <= *revision,
                 Test::Value(value) => met.value == value,
@@ -485,7 +486,7 @@ fn all_hold(
             all
         })?;
         let holds = match test {
-            Test::Absent | Test::NotAfter(_) => all,
+            Test::Absent | Test::NotAfter(_) | Test::NotCreatedAfter(_) => all,
             Test::Exists | Test::Created(_) | Test::Modified(_) | Test::Value(_) => any && all,
         };
         if !holds {

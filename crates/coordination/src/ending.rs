@@ -24,10 +24,10 @@ impl<K: Kv> Core<K> {
         }
         let core = self.clone();
         self.detached(async move {
-            let result = match core.kv.txn(txn.clone()).await {
+            let result = match core.txn(txn.clone()).await {
                 Err(KvError::Ambiguous(detail)) => {
                     tracing::warn!(detail, "the outcome of a commit is unknown, asking again");
-                    core.kv.txn(txn).await.map(|result| match applied(&result.reads) {
+                    core.txn(txn).await.map(|result| match applied(&result.reads) {
                         Some(revision) if !result.succeeded => TxnResult { succeeded: true, revision, ..result },
                         _ => result,
                     })

@@ -4,17 +4,19 @@
 //! last. One that was surely not sent is tried on the next endpoint; so is a read. A write whose answer is missing is answered
 //! [`KvError::Ambiguous`] and not sent again.
 
+mod connections;
+
 use std::{
     collections::BTreeMap,
     fmt,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
 
 use etcd_client::{
-    Certificate, Client, CompareOp, ConnectOptions, DeleteOptions, EventType, GetOptions, Identity, PutOptions,
-    SortOrder, SortTarget, TlsOptions, TxnOp, TxnOpResponse, WatchOptions, WatchStream,
+    Client, CompareOp, DeleteOptions, EventType, GetOptions, PutOptions, SortOrder, SortTarget, TxnOp, TxnOpResponse,
+    WatchOptions, WatchStream,
 };
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_domain::Error;
@@ -22,12 +24,10 @@ use gauntlet_telemetry::{
     db::{Database, Operation},
     layers::code_name,
 };
-use tokio::{
-    sync::OnceCell,
-    time::{Instant, timeout_at},
-};
+use tokio::time::{Instant, timeout_at};
 use tonic::Code;
 
+use self::connections::Connections;
 use crate::kv::{
     Compare, Event, Events, Followed, Get, KeyValue, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Test, Txn,
     TxnResult,
@@ -44,13 +44,14 @@ const PING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs
 /// How etcd is reached.
 #[derive(Clone)]
 pub struct EtcdConfig {
-    /// Where: `http://host:port`, `https://host:port` or `host:port`; at least one. Members of one cluster.
+    /// Where: `http://host:port`, `https://host:port` or `host:port`; at least one. Members of one cluster. Without a scheme it is https if
+    /// there are TLS files, and refused if there is a password and no such file.
     pub endpoints: Vec<String>,
     /// Who to log in as, if authentication is on.
     pub username: Option<String>,
     /// The password that goes with it. Not shown by `Debug`.
     pub password: Option<String>,
-    /// TLS; needed for `https` endpoints.
+    /// TLS files. An `https` endpoint needs none if the system trusts who signed its certificate.
     pub tls: Option<EtcdTls>,
     /// What every key begins with.
     pub prefix: String,
@@ -60,11 +61,11 @@ pub struct EtcdConfig {
     pub deadline: Duration,
 }
 
-/// TLS files, in PEM form.
-#[derive(Debug, Clone)]
+/// TLS files, in PEM form. They are read again when they change: a certificate can be replaced while it is in use.
+#[derive(Debug, Clone, Default)]
 pub struct EtcdTls {
-    /// The certificates of the authorities that sign the members' certificates.
-    pub ca: PathBuf,
+    /// The certificates of the authorities that sign the members' certificates; those of the system if there is none.
+    pub ca: Option<PathBuf>,
     /// The client's certificate and its key, if members ask for one.
     pub identity: Option<(PathBuf, PathBuf)>,
 }
@@ -100,7 +101,7 @@ impl fmt::Debug for EtcdConfig {
 
 /// An etcd cluster.
 pub struct Etcd {
-    endpoints: Vec<Endpoint>,
+    connections: Connections,
     /// The endpoint that answered last.
     current: AtomicUsize,
     deadline: Duration,
@@ -109,16 +110,8 @@ pub struct Etcd {
 
 impl fmt::Debug for Etcd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.endpoints.iter().map(|endpoint| &endpoint.address)).finish()
+        f.debug_list().entries(self.connections.addresses()).finish()
     }
-}
-
-struct Endpoint {
-    url: String,
-    /// `host:port`.
-    address: String,
-    options: ConnectOptions,
-    client: OnceCell<Client>,
 }
 
 /// Why one call to one endpoint failed.
@@ -150,34 +143,18 @@ impl Etcd {
     /// # Errors
     /// [`Error::Invalid`], naming what is wrong with the configuration.
     pub fn new(config: &EtcdConfig, database: Database) -> Result<Self, Error> {
-        if config.endpoints.is_empty() {
-            return Err(invalid(
-                "etcd endpoint",
-                "there is none; name at least one, such as http://127.0.0.1:2379".to_owned(),
-            ));
-        }
-        if config.username.is_some() != config.password.is_some() {
-            return Err(invalid("etcd username", "username and password go together; give both or none".to_owned()));
-        }
-        let mut options = ConnectOptions::new()
-            .with_connect_timeout(config.deadline / 2)
-            .with_keep_alive(PING.0, PING.1)
-            .with_keep_alive_while_idle(false)
-            .with_require_leader(true)
-            .with_auto_token_refresh(true);
-        if let (Some(username), Some(password)) = (&config.username, &config.password) {
-            options = options.with_user(username, password);
-        }
-        if let Some(tls) = &config.tls {
-            options = options.with_tls(tls_options(tls)?);
-        }
-        let endpoints = config.endpoints.iter().map(|url| endpoint(url, config.tls.is_some(), &options));
         Ok(Self {
-            endpoints: endpoints.collect::<Result<_, _>>()?,
+            connections: Connections::new(config)?,
             current: AtomicUsize::new(0),
             deadline: config.deadline,
             database,
         })
+    }
+
+    /// Has the first call go to the endpoint of that number, counted round and round: replicas are not all to begin with the same one.
+    pub(crate) fn start_at(&self, number: u64) {
+        let all = u64::try_from(self.connections.len()).unwrap_or(u64::MAX).max(1);
+        self.current.store(usize::try_from(number % all).unwrap_or(0), Ordering::Relaxed);
     }
 
     /// Makes a call; one that is `repeatable` is made again on another endpoint if its outcome is unknown.
@@ -187,18 +164,18 @@ impl Etcd {
     {
         let ends = Instant::now() + self.deadline;
         let first = self.current.load(Ordering::Relaxed);
-        let all = self.endpoints.len();
+        let all = self.connections.len();
         let mut last = KvError::Unavailable("no endpoint".to_owned());
         for (tried, at) in (first..first + all).map(|at| at % all).enumerate() {
-            let Some(endpoint) = self.endpoints.get(at) else { continue };
+            let address = self.connections.address(at);
             // What may be tried elsewhere must leave time for it.
             let left = ends.saturating_duration_since(Instant::now());
             let ends = if repeatable && tried + 1 < all { Instant::now() + left / 2 } else { ends };
             let attempt = async {
-                let client = timeout_at(ends, endpoint.client()).await.map_err(|_| Failure::Deadline)??;
+                let client = timeout_at(ends, self.connections.client(at)).await.map_err(|_| Failure::Deadline)??;
                 timeout_at(ends, call(client)).await.map_err(|_| Failure::Deadline)?.map_err(Failure::from)
             };
-            match self.database.call(operation, &endpoint.address, Failure::code, attempt).await {
+            match self.database.call(operation, address, Failure::code, attempt).await {
                 Ok(answer) => {
                     if tried > 0 {
                         self.current.store(at, Ordering::Relaxed);
@@ -206,7 +183,7 @@ impl Etcd {
                     return Ok(answer);
                 }
                 Err(failure) => {
-                    let detail = format!("{}: {failure}", endpoint.address);
+                    let detail = format!("{address}: {failure}");
                     match failure.meaning() {
                         Meaning::Refused(error) => return Err(error),
                         Meaning::Unknown if !repeatable => {
@@ -222,54 +199,8 @@ impl Etcd {
     }
 }
 
-impl Endpoint {
-    async fn client(&self) -> Result<Client, etcd_client::Error> {
-        let connect = || Client::connect([self.url.as_str()], Some(self.options.clone()));
-        self.client.get_or_try_init(connect).await.cloned()
-    }
-}
-
 fn invalid(field: &'static str, problem: String) -> Error {
     Error::Invalid { field, problem }
-}
-
-fn tls_options(tls: &EtcdTls) -> Result<TlsOptions, Error> {
-    let read = |field, path: &Path| {
-        std::fs::read(path).map_err(|error| invalid(field, format!("{} cannot be read: {error}", path.display())))
-    };
-    let options = TlsOptions::new().ca_certificate(Certificate::from_pem(read("etcd CA certificate", &tls.ca)?));
-    match &tls.identity {
-        None => Ok(options),
-        Some((certificate, key)) => Ok(options.identity(Identity::from_pem(
-            read("etcd client certificate", certificate)?,
-            read("etcd client key", key)?,
-        ))),
-    }
-}
-
-fn endpoint(url: &str, tls: bool, options: &ConnectOptions) -> Result<Endpoint, Error> {
-    let wrong = |problem: &str| invalid("etcd endpoint", format!("{url:?} {problem}"));
-    let (scheme, rest) = url.split_once("://").unwrap_or((if tls { "https" } else { "http" }, url));
-    match (scheme, tls) {
-        ("http", false) | ("https", true) => {}
-        ("http", true) => return Err(wrong("is plain http, but TLS is configured: use https")),
-        ("https", false) => return Err(wrong("is https, but no CA certificate is configured")),
-        _ => return Err(wrong("is neither http nor https")),
-    }
-    let address = rest.trim_end_matches('/');
-    match address.rsplit_once(':') {
-        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0) => {}
-        _ => return Err(wrong("has no host and port, such as in http://127.0.0.1:2379")),
-    }
-    if address.contains(['/', '@', ' ']) {
-        return Err(wrong("has more than a host and a port, such as in http://127.0.0.1:2379"));
-    }
-    Ok(Endpoint {
-        url: format!("{scheme}://{address}"),
-        address: address.to_owned(),
-        options: options.clone(),
-        client: OnceCell::new(),
-    })
 }
 
 impl fmt::Display for Failure {
@@ -545,6 +476,9 @@ fn compare(compare: Compare) -> etcd_client::Compare {
         Test::Exists => C::create_revision(from, CompareOp::Greater, 0),
         Test::Absent => C::create_revision(from, CompareOp::Equal, 0),
         Test::Created(revision) => C::create_revision(from, CompareOp::Equal, number(revision)),
+        Test::NotCreatedAfter(revision) => {
+            C::create_revision(from, CompareOp::Less, number(revision).saturating_add(1))
+        }
         Test::Modified(revision) => C::mod_revision(from, CompareOp::Equal, number(revision)),
         Test::NotAfter(revision) => C::mod_revision(from, CompareOp::Less, number(revision).saturating_add(1)),
         Test::Value(value) => C::value(from, CompareOp::Equal, value),

@@ -20,14 +20,14 @@
 //! live locks <kind> <c> w <unique>   who holds or awaits a lock, by revision of creation; under its replica's lease
 //! ```
 
-use gauntlet_domain::{
-    Challenge, ChallengeId, Identity, Instance, LockKind, LockMode, Phase, PhaseName, Seat, Slot, SourceId,
-};
+use gauntlet_domain::{Challenge, ChallengeId, Identity, Instance, LockKind, Phase, PhaseName, Seat, Slot, SourceId};
 use jiff::Timestamp;
 
 use crate::kv::Keys;
 
 const SPACE: char = ' ';
+/// A word of each lock's key, from when there were others: managers of two builds see each other's.
+const EXCLUSIVE: &str = "w";
 
 /// The keys under one prefix.
 #[derive(Debug, Clone)]
@@ -213,18 +213,13 @@ impl Layout {
         }
     }
 
-    pub(crate) fn lock(&self, kind: LockKind, id: &ChallengeId, mode: LockMode, unique: &str) -> String {
-        self.key(&["live", "locks", kind.name(), id.as_str(), letter(mode), unique])
+    pub(crate) fn lock(&self, kind: LockKind, id: &ChallengeId, unique: &str) -> String {
+        self.key(&["live", "locks", kind.name(), id.as_str(), EXCLUSIVE, unique])
     }
 
     /// All who hold or await a lock.
     pub(crate) fn queue(&self, kind: LockKind, id: &ChallengeId) -> Keys {
-        self.under(&["live", "locks", kind.name(), id.as_str()])
-    }
-
-    /// Those of one mode.
-    pub(crate) fn queue_of(&self, kind: LockKind, id: &ChallengeId, mode: LockMode) -> Keys {
-        self.under(&["live", "locks", kind.name(), id.as_str(), letter(mode)])
+        self.under(&["live", "locks", kind.name(), id.as_str(), EXCLUSIVE])
     }
 
     /// All that goes with a lease.
@@ -277,13 +272,6 @@ fn seat(seat: &Seat) -> (&'static str, &str) {
     match seat {
         Seat::Source(source) => ("s", source.as_str()),
         Seat::Pool(identity) => ("p", identity.as_str()),
-    }
-}
-
-fn letter(mode: LockMode) -> &'static str {
-    match mode {
-        LockMode::Read => "r",
-        LockMode::Write => "w",
     }
 }
 
@@ -344,7 +332,7 @@ mod tests {
         assert_eq!(layout.instance(&slot("web 1", "team/7!")), "gauntlet/instances web!01 s team/7!1");
         assert_eq!(layout.intent(&slot("a", "b")), "gauntlet/instances a s b intent");
         assert_eq!(
-            layout.lock(LockKind::Rollout, &ChallengeId::new("a").unwrap(), LockMode::Write, "7-1"),
+            layout.lock(LockKind::Rollout, &ChallengeId::new("a").unwrap(), "7-1"),
             "gauntlet/live locks rollout a w 7-1"
         );
     }
@@ -384,9 +372,8 @@ mod tests {
             prop_assert_eq!(within(&layout.instances_of(&sa.challenge), &layout.intent(&sb)), a.0 == b.0);
             prop_assert_eq!(within(&layout.whole(&sa), &layout.instance(&sb)), a == b);
             prop_assert_eq!(within(&layout.whole(&sa), &layout.intent(&sb)), a == b);
-            let lock = layout.lock(LockKind::Challenge, &sb.challenge, LockMode::Write, "1");
-            prop_assert_eq!(within(&layout.queue_of(LockKind::Challenge, &sa.challenge, LockMode::Write), &lock), a.0 == b.0);
-            prop_assert!(!within(&layout.queue_of(LockKind::Challenge, &sa.challenge, LockMode::Read), &lock));
+            let lock = layout.lock(LockKind::Challenge, &sb.challenge, "1");
+            prop_assert_eq!(within(&layout.queue(LockKind::Challenge, &sa.challenge), &lock), a.0 == b.0);
             prop_assert!(within(&layout.live(), &lock) && within(&layout.live(), &layout.owner(&sb)));
         }
 

@@ -102,6 +102,11 @@ impl Compare {
         Self { keys: Keys::one(key), test: Test::Created(revision) }
     }
 
+    /// The key came to be at that revision or before, or is not there.
+    pub fn not_created_after(key: impl Into<String>, revision: u64) -> Self {
+        Self { keys: Keys::one(key), test: Test::NotCreatedAfter(revision) }
+    }
+
     /// The key was last put at that revision.
     pub fn modified(key: impl Into<String>, revision: u64) -> Self {
         Self { keys: Keys::one(key), test: Test::Modified(revision) }
@@ -122,6 +127,8 @@ pub enum Test {
     Absent,
     /// It came to be at that revision.
     Created(u64),
+    /// It came to be at that revision or before, or is not there.
+    NotCreatedAfter(u64),
     /// It was last put at that revision.
     Modified(u64),
     /// It was last put at that revision or before, or is not there.

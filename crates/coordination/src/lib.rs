@@ -3,6 +3,10 @@
 //! [`Coordination`] implements the domain's [`Store`](gauntlet_domain::Store) once, over the narrow port [`kv::Kv`]: every promise of the
 //! store is a transaction there, so that backends differ in how they keep keys and in nothing else.
 
+// As the model of etcd names it, which is shared with the simulation.
+#[cfg(test)]
+extern crate self as gauntlet_coordination;
+
 mod backoff;
 #[cfg(test)]
 mod contract;
@@ -30,7 +34,7 @@ use std::{
     time::Duration,
 };
 
-use gauntlet_domain::{By, ChallengeId, Error, Held, LockKind, LockMode, Result};
+use gauntlet_domain::{ChallengeId, Error, LockKind, Result};
 use gauntlet_telemetry::db::Database;
 use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -59,7 +63,7 @@ const EMBEDDED_TTL: Duration = Duration::from_secs(60);
 
 /// How long [`Coordination::shutdown`] takes at most, and how much of that it waits for writes.
 const SHUTDOWN: Duration = Duration::from_secs(5);
-const SHUTDOWN_WRITES: Duration = Duration::from_secs(4);
+const SHUTDOWN_WRITES: Duration = Duration::from_millis(1500);
 
 /// One replica's view of the coordinated store: records, ownership and locks. [`Coordination::shutdown`] gives up all it owns; dropping it
 /// without that gives it up in the background, or when its lease runs out.
@@ -97,6 +101,7 @@ impl Coordination<Etcd> {
         // Reads files.
         let made = tokio::task::spawn_blocking(move || Etcd::new(&config, database)).await;
         let kv = made.map_err(|error| Error::Internal(error.to_string()))??;
+        kv.start_at(Jitter::new(&replica).next());
         Ok(Self::over(kv, &prefix, ttl, replica))
     }
 }
@@ -105,15 +110,29 @@ impl<K: Kv> Coordination<K> {
     /// On any key-value store, all keys beginning with `prefix`. What it owns is lost to others `ttl` after it was last heard of. To be
     /// called within a Tokio runtime.
     pub fn over(kv: K, prefix: &str, ttl: Duration, replica: String) -> Self {
+        let (this, background) = Self::with_background(kv, prefix, ttl, replica);
+        tokio::spawn(background);
+        this
+    }
+
+    /// The same, and what it does in the background, for the caller to run: it keeps the lease, removes what was given up, and watches. It
+    /// ends after [`Coordination::shutdown`], which waits for it, or once the first is dropped.
+    pub fn with_background(
+        kv: K,
+        prefix: &str,
+        ttl: Duration,
+        replica: String,
+    ) -> (Self, impl Future<Output = ()> + Send + use<K>) {
         let (kv, layout) = (Arc::new(kv), Layout::new(prefix));
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let jitter = Arc::new(Jitter::new(&replica));
         let (session, keep) = Session::start(kv.clone(), ttl, jitter.clone(), stop.clone());
         let (reaper, reap) = Reaper::start(kv.clone(), jitter.clone(), stop.clone());
         let mirror = Arc::new(Mirror::default());
-        tasks.spawn(keep);
-        tasks.spawn(reap);
-        tasks.spawn(mirror.clone().follow(kv.clone(), layout.live(), jitter, stop.clone()));
+        let follow = mirror.clone().follow(kv.clone(), layout.live(), jitter, stop.clone());
+        let background = tasks.track_future(async move {
+            tokio::join!(keep, reap, follow);
+        });
         let core = Core {
             kv,
             layout,
@@ -124,11 +143,12 @@ impl<K: Kv> Coordination<K> {
             waits: Arc::default(),
             reaper,
             replica,
+            seen: AtomicU64::new(0),
             writes: TaskTracker::new(),
             next: AtomicU64::new(0),
             reported: Mutex::new(HashMap::new()),
         };
-        Self { core: Arc::new(core), tasks, stop }
+        (Self { core: Arc::new(core), tasks, stop }, background)
     }
 
     /// Which store this is: a text that every replica reads and that stays for as long as the store does. `fresh` becomes it where there is
@@ -150,15 +170,6 @@ impl<K: Kv> Coordination<K> {
         }
     }
 
-    /// Takes a challenge's lock, shared with other readers or exclusively, first come first served; one transaction when it is free. A
-    /// reader that comes after a writer waits for it, so neither side starves. Dropping the future leaves nothing behind.
-    ///
-    /// # Errors
-    /// [`Error::Busy`] when patience ends first; without patience it never queues. [`Error::Unavailable`] while the store does not answer.
-    pub async fn acquire(&self, kind: LockKind, id: &ChallengeId, mode: LockMode, by: &By) -> Result<Held> {
-        self.core.acquire(kind, id, mode, by).await
-    }
-
     /// Who holds a challenge's lock and who waits for it, in order of asking, of every replica. Reads the store.
     ///
     /// # Errors
@@ -174,8 +185,8 @@ impl<K: Kv> Coordination<K> {
         self.core.waits.list(&self.core.mirror, most)
     }
 
-    /// Waits for writes under way, then gives up everything owned, and closes the store; at most five seconds, of which the writes have four.
-    /// Nothing can be owned after it.
+    /// Waits for writes under way, then gives up everything owned, and closes the store; at most five seconds, of which the writes have one
+    /// and a half. Nothing can be owned after it.
     pub async fn shutdown(&self) {
         self.core.writes.close();
         self.tasks.close();

@@ -1,13 +1,13 @@
 //! Locks, first come first served, and waiting for whoever is ahead.
 //!
-//! Whoever wants a lock puts a key of its own beside the others; the key's revision of creation is its place in the queue. A writer waits for
-//! all keys created before its own, a reader for the writers among them. Taking a free lock is one transaction. Between two calls of one
-//! replica that come one after the other it is handed over at once, while the key of the first is being removed.
+//! Whoever wants a lock puts a key of its own beside the others; the key's revision of creation is its place in the queue. It waits for
+//! all keys created before its own. Taking a free lock is one transaction. Between two calls of one replica that come one after the other
+//! it is handed over at once, while the key of the first is being removed.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use gauntlet_domain::{By, ChallengeId, Error, Held, LockKind, LockMode, Result, Waited};
+use gauntlet_domain::{By, ChallengeId, Error, Held, LockKind, Result, Waited};
 use jiff::Timestamp;
 use tokio::time::{Instant, timeout_at};
 
@@ -25,27 +25,17 @@ const SEEN: usize = 16;
 
 impl<K: Kv> Core<K> {
     /// Takes a lock. With no patience it never queues.
-    pub(crate) async fn acquire(
-        self: &Arc<Self>,
-        kind: LockKind,
-        id: &ChallengeId,
-        mode: LockMode,
-        by: &By,
-    ) -> Result<Held> {
+    pub(crate) async fn acquire(self: &Arc<Self>, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {
         let mut patience = Patience::new(by, kind, id, || format!("the {} lock of {id:?}", kind.name()));
         let lease = self.lease().await?;
-        let name = self.names.take(&self.layout.queue_of(kind, id, mode).from, lease.id);
-        let key = self.layout.lock(kind, id, mode, &name.word());
-        let live = self.live_key(lease, by, key, Some(name));
         let queue = self.layout.queue(kind, id);
-        let blocking = match mode {
-            LockMode::Write => queue.clone(),
-            LockMode::Read => self.layout.queue_of(kind, id, LockMode::Write),
-        };
+        let name = self.names.take(&queue.from, lease.id);
+        let key = self.layout.lock(kind, id, &name.word());
+        let live = self.live_key(lease, by, key, Some(name));
         let queues = !by.patience.is_zero();
-        let seen = Op::Get(Get { keys: blocking.clone(), limit: SEEN, keys_only: false });
+        let seen = Op::Get(Get { keys: queue.clone(), limit: SEEN, keys_only: false });
         let txn = Txn {
-            when: vec![Compare::absent(blocking.clone())],
+            when: vec![Compare::absent(queue.clone())],
             then: vec![live.put()],
             or: queues.then(|| live.put()).into_iter().chain([seen]).collect(),
         };
@@ -55,18 +45,18 @@ impl<K: Kv> Core<K> {
         let cut = ahead.len() == SEEN;
         ahead.retain(|kv| kv.key != own);
         let Some(ticket) = ticket else {
-            let behind = Behind { queue: Some((blocking, u64::MAX)), owner: None };
+            let behind = Behind { queue: Some((queue, u64::MAX)), owner: None };
             let depth = ahead.len().max(if cut { self.mirror.ahead(&behind) } else { 0 });
             let holder = owners(self, ahead).first().map(|seen| (&seen.owner).into());
             return Err(patience.over(depth, holder.as_ref()));
         };
         if result.succeeded {
-            return Ok(held(kind, ticket, patience));
+            return self.holding(kind, ticket, patience);
         }
-        let behind = Behind { queue: Some((blocking.clone(), ticket.fence)), owner: None };
+        let behind = Behind { queue: Some((queue.clone(), ticket.fence)), owner: None };
         let depth = ahead.len().max(if cut { self.mirror.ahead(&behind) } else { 0 });
         let entered = patience.enter(self, depth, ahead, behind.clone());
-        let turn = self.mirror.turn(&queue, blocking, ticket.fence);
+        let turn = self.mirror.turn(queue, ticket.fence);
         let Some(result) = patience.until(self, &ticket.live.lease, turn).await else {
             // Where the watch has not come that far: as many as at first.
             let seen = self.mirror.holds(&ticket.live.key, ticket.fence);
@@ -85,8 +75,20 @@ impl<K: Kv> Core<K> {
         };
         result?;
         drop(entered);
+        self.holding(kind, ticket, patience)
+    }
+
+    /// A lock that was had; not if its lease may have run out by now, as it has where the process stood still meanwhile.
+    fn holding(&self, kind: LockKind, ticket: Ticket, patience: Patience) -> Result<Held> {
+        if ticket.live.lease.is_lost() {
+            return Err(lease_lost(self.kv.name()));
+        }
         Ok(held(kind, ticket, patience))
     }
+}
+
+fn lease_lost(what: &'static str) -> Error {
+    Error::Unavailable { what, detail: "the lease was lost while waiting".to_owned() }
 }
 
 /// An ownership for the domain.
@@ -203,10 +205,7 @@ impl Patience {
             tokio::select! {
                 biased;
                 () = turn => Ok(()),
-                () = lease.lost() => Err(Error::Unavailable {
-                    what: core.kv.name(),
-                    detail: "the lease was lost while waiting".to_owned(),
-                }),
+                () = lease.lost() => Err(lease_lost(core.kv.name())),
             }
         };
         timeout_at(self.ends, turn).await.ok()

@@ -41,15 +41,15 @@ struct State {
     asked: bool,
     /// In order, as every choice here that nobody makes: so that a simulation does the same twice.
     waiters: BTreeMap<String, Vec<Waiter>>,
-    /// By the queue, and by the revision at which a place in it came to be.
-    queues: BTreeMap<String, BTreeMap<u64, Place>>,
+    /// By where they begin.
+    queues: BTreeMap<String, Queue>,
 }
 
 #[derive(Debug)]
-struct Place {
-    /// Whoever is in this range and was there before goes first.
-    blocking: Keys,
-    wake: oneshot::Sender<()>,
+struct Queue {
+    range: Keys,
+    /// By the revision at which a place came to be: who waits for its turn.
+    places: BTreeMap<u64, oneshot::Sender<()>>,
 }
 
 #[derive(Debug)]
@@ -81,16 +81,17 @@ impl Mirror {
         let _ = waiting.await;
     }
 
-    /// Resolves when nothing that came to be before that revision is left in `blocking`, a part of `queue`; the place in the queue came to
-    /// be at that revision.
-    pub(crate) async fn turn(&self, queue: &Keys, blocking: Keys, created: u64) {
+    /// Resolves when nothing that came to be before that revision is left in the queue; the place in it came to be at that revision.
+    pub(crate) async fn turn(&self, queue: Keys, created: u64) {
         let waiting = {
             let mut state = self.lock();
-            if state.free(&blocking, created) {
+            if state.free(&queue, created) {
                 return;
             }
             let (wake, waiting) = oneshot::channel();
-            state.queues.entry(queue.from.clone()).or_default().insert(created, Place { blocking, wake });
+            let from = queue.from.clone();
+            let queue = state.queues.entry(from).or_insert_with(|| Queue { range: queue, places: BTreeMap::new() });
+            queue.places.insert(created, wake);
             self.want(&mut state);
             waiting
         };
@@ -204,7 +205,7 @@ impl State {
     /// Whether anybody waits.
     fn wanted(&mut self) -> bool {
         self.waiters.retain(|_, waiters| waiters.iter().any(|waiter| !waiter.wake.is_closed()));
-        self.queues.retain(|_, places| places.values().any(|place| !place.wake.is_closed()));
+        self.queues.retain(|_, queue| queue.places.values().any(|wake| !wake.is_closed()));
         !self.waiters.is_empty() || !self.queues.is_empty()
     }
 
@@ -234,22 +235,22 @@ impl State {
             .filter(move |there| *there < created && !self.leaving.contains(there))
     }
 
-    fn free(&self, blocking: &Keys, created: u64) -> bool {
-        self.revision >= created && self.before(blocking, created).next().is_none()
+    fn free(&self, queue: &Keys, created: u64) -> bool {
+        self.revision >= created && self.before(queue, created).next().is_none()
     }
 
     /// Wakes those of a queue whose turn it is. Whoever comes after one who must wait must wait too.
     fn advance(&mut self, queue: &str) {
-        let Some(mut places) = self.queues.remove(queue) else { return };
-        places.retain(|_, place| !place.wake.is_closed());
+        let Some(Queue { range, mut places }) = self.queues.remove(queue) else { return };
+        places.retain(|_, wake| !wake.is_closed());
         while let Some(first) = places.first_entry()
-            && self.free(&first.get().blocking, *first.key())
+            && self.free(&range, *first.key())
         {
             // One that has stopped waiting needs no waking.
-            let _ = first.remove().wake.send(());
+            let _ = first.remove().send(());
         }
         if !places.is_empty() {
-            self.queues.insert(queue.to_owned(), places);
+            self.queues.insert(queue.to_owned(), Queue { range, places });
         }
     }
 
@@ -284,10 +285,9 @@ impl State {
     }
 }
 
-/// Where the queue begins that a key would have a place in: all but its last two words.
+/// Where the queue begins that a key would have a place in: all but its last word.
 fn queue_of(key: &str) -> Option<&str> {
-    let (rest, _) = key.rsplit_once(' ')?;
-    let (queue, _) = rest.rsplit_once(' ')?;
+    let (queue, _) = key.rsplit_once(' ')?;
     key.get(..=queue.len())
 }
 
@@ -364,29 +364,23 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_goes_on_in_order_and_readers_together() {
+    fn a_queue_goes_on_in_order() {
         let mirror = Mirror::default();
         let all = Keys::between("q ", "q!");
-        let writers = Keys::between("q w ", "q w!");
-        mirror.lock().list(10, BTreeMap::from([("q w 1".to_owned(), 3)]));
-        let mut writer = std::pin::pin!(mirror.turn(&all, all.clone(), 11));
-        let mut readers = [12, 13].map(|created| Box::pin(mirror.turn(&all, writers.clone(), created)));
-        let mut last = std::pin::pin!(mirror.turn(&all, all.clone(), 14));
-        assert!(writer.as_mut().now_or_never().is_none());
-        assert!(readers.iter_mut().all(|reader| reader.as_mut().now_or_never().is_none()));
-        assert!(last.as_mut().now_or_never().is_none());
-        mirror.lock().apply(vec![put("q w 2", 11), put("q r 3", 12), put("q r 4", 13), put("q w 5", 14)]);
-        assert_eq!(mirror.ahead(&Behind { queue: Some((all.clone(), 14)), owner: None }), 4);
-        assert!(writer.as_mut().now_or_never().is_none());
-        mirror.lock().apply(vec![delete("q w 1", 15)]);
-        assert!(writer.as_mut().now_or_never().is_some());
-        assert!(readers.iter_mut().all(|reader| reader.as_mut().now_or_never().is_none()));
-        mirror.lock().apply(vec![delete("q w 2", 16)]);
-        assert!(readers.iter_mut().all(|reader| reader.as_mut().now_or_never().is_some()), "both at once");
-        assert!(last.as_mut().now_or_never().is_none());
+        mirror.lock().list(10, BTreeMap::from([("q 1".to_owned(), 3)]));
+        let mut turns = [11, 12, 13].map(|created| Box::pin(mirror.turn(all.clone(), created)));
+        let mut resolved = || turns.iter_mut().filter_map(|turn| turn.as_mut().now_or_never()).count();
+        assert_eq!(resolved(), 0);
+        mirror.lock().apply(vec![put("q 2", 11), put("q 3", 12), put("q 4", 13)]);
+        assert_eq!(mirror.ahead(&Behind { queue: Some((all.clone(), 13)), owner: None }), 3);
+        assert_eq!(resolved(), 0);
+        mirror.lock().apply(vec![delete("q 1", 14)]);
+        let [first, second, third] = &mut turns;
+        assert!(first.as_mut().now_or_never().is_some());
+        assert!(second.as_mut().now_or_never().is_none() && third.as_mut().now_or_never().is_none());
         // Seen by a new list only.
-        mirror.lock().list(20, BTreeMap::from([("q w 5".to_owned(), 14)]));
-        assert!(last.now_or_never().is_some());
+        mirror.lock().list(20, BTreeMap::from([("q 4".to_owned(), 13)]));
+        assert!(second.now_or_never().is_some() && third.now_or_never().is_some());
         assert!(mirror.lock().queues.is_empty());
     }
 
@@ -395,22 +389,20 @@ mod tests {
         let mirror = Mirror::default();
         let all = Keys::between("q ", "q!");
         // The first and the third are of this replica, the second is another's.
-        mirror
-            .lock()
-            .list(12, ["1", "2", "3", "4"].map(|n| (format!("q w {n}"), 8 + n.parse::<u64>().unwrap())).into());
-        let mut third = std::pin::pin!(mirror.turn(&all, all.clone(), 11));
-        let mut fourth = std::pin::pin!(mirror.turn(&all, all.clone(), 12));
+        mirror.lock().list(12, ["1", "2", "3", "4"].map(|n| (format!("q {n}"), 8 + n.parse::<u64>().unwrap())).into());
+        let mut third = std::pin::pin!(mirror.turn(all.clone(), 11));
+        let mut fourth = std::pin::pin!(mirror.turn(all.clone(), 12));
         assert!(third.as_mut().now_or_never().is_none() && fourth.as_mut().now_or_never().is_none());
-        mirror.leaving("q w 1", 9);
+        mirror.leaving("q 1", 9);
         assert!(third.as_mut().now_or_never().is_none(), "another's turn comes first");
-        mirror.lock().apply(vec![delete("q w 1", 13), delete("q w 2", 14)]);
+        mirror.lock().apply(vec![delete("q 1", 13), delete("q 2", 14)]);
         assert!(third.as_mut().now_or_never().is_some());
         assert!(fourth.as_mut().now_or_never().is_none());
-        mirror.leaving("q w 3", 3);
+        mirror.leaving("q 3", 3);
         assert!(fourth.as_mut().now_or_never().is_none(), "an older one of that name");
-        mirror.leaving("q w 3", 11);
+        mirror.leaving("q 3", 11);
         assert!(fourth.as_mut().now_or_never().is_some());
-        assert!(mirror.holds("q w 3", 11), "it is there until it goes");
+        assert!(mirror.holds("q 3", 11), "it is there until it goes");
         mirror.lock().list(20, BTreeMap::new());
         assert!(mirror.lock().leaving.is_empty());
     }
@@ -428,8 +420,8 @@ mod tests {
     async fn the_watch_ends_when_nobody_has_waited_for_a_while() {
         let mirror = Mirror::default();
         let all = Keys::between("q ", "q!");
-        mirror.lock().list(9, BTreeMap::from([("q w 1".to_owned(), 8)]));
-        let mut wait = Box::pin(mirror.turn(&all, all.clone(), 9));
+        mirror.lock().list(9, BTreeMap::from([("q 1".to_owned(), 8)]));
+        let mut wait = Box::pin(mirror.turn(all.clone(), 9));
         assert!(wait.as_mut().now_or_never().is_none());
         let mut quiet = Quiet;
         let mut watch = Box::pin(mirror.keep_up(&mut quiet, Duration::from_millis(1)));
@@ -451,11 +443,11 @@ mod tests {
         let mirror = Mirror::default();
         let all = Keys::between("q ", "q!");
         mirror.lock().list(10, BTreeMap::new());
-        let mut place = std::pin::pin!(mirror.turn(&all, all.clone(), 12));
+        let mut place = std::pin::pin!(mirror.turn(all.clone(), 12));
         assert!(place.as_mut().now_or_never().is_none(), "one before it may not have been seen either");
-        mirror.lock().apply(vec![put("q w 1", 11), put("q w 2", 12)]);
+        mirror.lock().apply(vec![put("q 1", 11), put("q 2", 12)]);
         assert!(place.as_mut().now_or_never().is_none());
-        mirror.lock().apply(vec![delete("q w 1", 13)]);
+        mirror.lock().apply(vec![delete("q 1", 13)]);
         assert!(place.now_or_never().is_some());
     }
 

@@ -258,7 +258,7 @@ impl<K: Kv> Core<K> {
     /// Reads several things at one revision.
     pub(crate) async fn read(&self, then: Vec<Op>) -> Result<TxnResult> {
         let txn = Txn { then, ..Txn::default() };
-        self.kv.txn(txn).await.map_err(|error| self.error(error))
+        self.txn(txn).await.map_err(|error| self.error(error))
     }
 
     /// Reads part of a range at a snapshot, or as it is now where that is compacted.

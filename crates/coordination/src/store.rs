@@ -1,12 +1,12 @@
 //! The domain's store, as transactions on the key-value port.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use async_trait::async_trait;
 use futures::{TryStreamExt as _, stream};
 use gauntlet_domain::{
-    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, LockMode, Phase, PhaseName,
-    Pool, Result, Seat, Slot, SourceId, Store, Stored, Stranded, Stream, Survey, Version,
+    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, Phase, PhaseName, Pool, Result,
+    Seat, Slot, SourceId, Store, Stored, Stranded, Stream, Survey, Version,
 };
 use jiff::Timestamp;
 
@@ -186,7 +186,7 @@ impl<K: Kv> Store for Coordination<K> {
     }
 
     async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {
-        self.core.acquire(kind, id, LockMode::Write, by).await
+        self.core.acquire(kind, id, by).await
     }
 
     async fn release(&self, held: Held) -> Result<()> {
@@ -270,7 +270,7 @@ impl<K: Kv> Store for Coordination<K> {
         loop {
             let lease = core.lease().await?;
             let live = core.live_key(lease, by, layout.owner(slot), None);
-            let writers = layout.queue_of(LockKind::Challenge, id, LockMode::Write);
+            let writers = layout.queue(LockKind::Challenge, id);
             let mut then = vec![live.put(), Op::put(layout.instance(slot), records::write_instance(intent))];
             then.extend(layout.instance_index(intent).into_iter().map(|(key, value)| Op::put(key, value)));
             then.extend(counts.then(|| Op::put(layout.pool(id), "")));
@@ -321,7 +321,7 @@ impl<K: Kv> Store for Coordination<K> {
         loop {
             let lease = core.lease().await?;
             let live = core.live_key(lease, by, layout.owner(to), None);
-            let writers = layout.queue_of(LockKind::Challenge, id, LockMode::Write);
+            let writers = layout.queue(LockKind::Challenge, id);
             let mut then =
                 vec![Op::Delete(layout.whole(from)), Op::put(layout.instance(to), records::write_instance(claimed))];
             then.extend(working.then(|| live.put()));
@@ -382,7 +382,12 @@ impl<K: Kv> Store for Coordination<K> {
         loop {
             let lease = core.lease().await?;
             let live = core.live_key(lease, by, layout.owner(slot), None);
-            let mut when = vec![Compare::exists(layout.instance(slot)), Compare::absent(Keys::one(layout.owner(slot)))];
+            let mut when = vec![
+                Compare::exists(layout.instance(slot)),
+                // However late this is delivered: it is not for an instance that is begun after it was sent.
+                Compare::not_created_after(layout.instance(slot), core.seen.load(Ordering::Relaxed)),
+                Compare::absent(Keys::one(layout.owner(slot))),
+            ];
             let mut then = vec![Op::get(Keys::one(layout.working(slot))), live.put()];
             match (&begin, left.take()) {
                 (Begin::Recover, _) => when.push(Compare::exists(layout.working(slot))),
@@ -438,12 +443,14 @@ impl<K: Kv> Store for Coordination<K> {
             if whole.is_empty() || (begin == Begin::Recover && (!owner.is_empty() || working.is_empty())) {
                 return Err(Error::Conflict);
             }
-            if owner.is_empty() {
-                left = core.read_instance(slot, &whole)?;
-                let goes = left.as_ref().is_some_and(|left| left.value.phase == Phase::Deleting);
+            if owner.is_empty() && begin != Begin::Recover {
+                let found = core.read_instance(slot, &whole)?;
+                let goes = found.as_ref().is_some_and(|found| found.value.phase == Phase::Deleting);
                 if goes && matches!(begin, Begin::Update(_)) {
                     return Err(Error::Conflict);
                 }
+                // A record alone was begun since this replica looked last: the next try is for that one.
+                left = found.filter(|_| whole.len() > 1);
             }
             patience.wait(core, Ahead::owner(owner)).await?;
         }

@@ -37,7 +37,6 @@ pub use reconcile::Reconciled;
 pub use replenish::{PoolJob, PoolPlan};
 pub use scenarios::{Pinned, Scenarios};
 pub use store::{
-    Begin, By, Census, Commit, Grant, Held, LockKind, LockMode, Pool, Store, Stored, Stranded, Stream, Survey, Version,
-    Waited,
+    Begin, By, Census, Commit, Grant, Held, LockKind, Pool, Store, Stored, Stranded, Stream, Survey, Version, Waited,
 };
 pub use usecases::{Call, Clock, Entropy, Gauntlet, Settings};

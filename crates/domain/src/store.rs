@@ -55,25 +55,6 @@ impl LockKind {
     }
 }
 
-/// Shared or exclusive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum LockMode {
-    /// Shared with other readers.
-    Read,
-    /// Exclusive.
-    Write,
-}
-
-impl LockMode {
-    /// Its name on spans and metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Read => "read",
-            Self::Write => "write",
-        }
-    }
-}
-
 /// What happened while waiting for an ownership.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Waited {
@@ -213,9 +194,10 @@ pub struct Census {
     pub overdue: u64,
 }
 
-/// Records, ownership and locks. Every method is one transaction or a paged read at one revision; every method is bounded in time by the
-/// adapter, and waits no longer than [`By::patience`] for others. Dropping a method's future leaves nothing behind: an ownership that was
-/// taken meanwhile is given up.
+/// Records, ownership and locks. Every method is one transaction or a paged read at one revision (a read goes on at a later one where that is no
+/// longer kept: nothing is read twice, and what was there all the time is not left out); every method is bounded in time by the adapter, and
+/// waits no longer than [`By::patience`] for others. Dropping a method's future leaves nothing behind: an ownership that was taken meanwhile is
+/// given up.
 ///
 /// Errors of any method: [`Error::Unavailable`] when the store does not answer (the outcome of a write is then unknown),
 /// [`Error::Internal`] for data that does not parse.

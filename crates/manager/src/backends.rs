@@ -103,22 +103,43 @@ pub(crate) async fn store(config: &Config, replica: String, instruments: &Instru
         let file = config.dir.join("gauntlet.redb");
         return Ok(Backend::Embedded(Arc::new(Coordination::embedded(&file, replica).await?)));
     }
-    let tls = config
-        .etcd_ca
-        .clone()
-        .map(|ca| EtcdTls { ca, identity: config.etcd_cert.clone().zip(config.etcd_key.clone()) });
-    let etcd = EtcdConfig {
+    let etcd = etcd(config);
+    Ok(Backend::Etcd(Arc::new(Coordination::etcd(etcd, replica, Database::etcd(instruments)).await?)))
+}
+
+/// How etcd is reached.
+fn etcd(config: &Config) -> EtcdConfig {
+    let tls = EtcdTls { ca: config.etcd_ca.clone(), identity: config.etcd_cert.clone().zip(config.etcd_key.clone()) };
+    EtcdConfig {
         username: config.etcd_username.clone(),
         password: config
             .etcd_username
             .as_ref()
             .and(config.etcd_password.as_ref())
             .map(|password| password.reveal().to_owned()),
-        tls,
+        tls: (tls.ca.is_some() || tls.identity.is_some()).then_some(tls),
         prefix: config.etcd_prefix.clone(),
         lease_ttl: config.lease_ttl,
         deadline: config.etcd_deadline(),
         ..EtcdConfig::new(config.etcd_endpoints.iter().cloned())
-    };
-    Ok(Backend::Etcd(Arc::new(Coordination::etcd(etcd, replica, Database::etcd(instruments)).await?)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[test]
+    fn a_certificate_for_etcd_is_used_without_an_authority_of_its_own() {
+        let arguments = ["manager", "--etcd-endpoints", "a:2379", "--etcd-cert", "cert.pem", "--etcd-key", "key.pem"];
+        let tls = etcd(&Config::try_parse_from(arguments).unwrap()).tls.unwrap();
+        assert!(tls.ca.is_none() && tls.identity == Some(("cert.pem".into(), "key.pem".into())));
+        let arguments = ["manager", "--etcd-endpoints", "a:2379", "--etcd-ca", "ca.pem"];
+        let tls = etcd(&Config::try_parse_from(arguments).unwrap()).tls.unwrap();
+        assert!(tls.ca == Some("ca.pem".into()) && tls.identity.is_none());
+        assert!(etcd(&Config::try_parse_from(["manager", "--etcd-endpoints", "a:2379"]).unwrap()).tls.is_none());
+    }
 }

@@ -72,7 +72,8 @@ pub struct Config {
     /// Its password; better given by the environment.
     #[arg(long, env = "ETCD_PASSWORD", hide_env_values = true, value_name = "PASSWORD", help_heading = "etcd")]
     pub etcd_password: Option<Secret>,
-    /// The authority that signed etcd's certificate, PEM.
+    /// The authority that signed etcd's certificate, PEM; those that the system trusts unless given. Read again when it changes, as are the
+    /// certificate and its key.
     #[arg(long, env = "ETCD_CA", value_name = "FILE", help_heading = "etcd")]
     pub etcd_ca: Option<PathBuf>,
     /// The certificate to show to etcd, PEM.

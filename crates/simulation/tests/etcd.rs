@@ -181,13 +181,14 @@ impl Server {
             Test::Exists => true,
             Test::Absent => false,
             Test::Created(revision) => entry.created == *revision,
+            Test::NotCreatedAfter(revision) => entry.created <= *revision,
             Test::Modified(revision) => entry.modified == *revision,
             Test::NotAfter(revision) => entry.modified <= *revision,
             Test::Value(value) => *entry.value == **value,
         });
         match (test, &keys.to) {
             // As etcd has it: what is not there has revision 0 and no value, an empty range fulfils anything.
-            (Test::Absent | Test::NotAfter(_), _) | (_, Some(_)) => met.all(|holds| holds),
+            (Test::Absent | Test::NotAfter(_) | Test::NotCreatedAfter(_), _) | (_, Some(_)) => met.all(|holds| holds),
             (_, None) => met.next() == Some(true),
         }
     }

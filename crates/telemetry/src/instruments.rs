@@ -104,11 +104,12 @@ pub(crate) struct Calls {
 #[must_use = "the work counts as under way until this is dropped"]
 pub struct UnderWay {
     counter: UpDownCounter<i64>,
-    attributes: [KeyValue; 2],
+    attributes: Vec<KeyValue>,
 }
 
 impl UnderWay {
-    fn begin(counter: &UpDownCounter<i64>, attributes: [KeyValue; 2]) -> Self {
+    fn begin(counter: &UpDownCounter<i64>, attributes: impl Into<Vec<KeyValue>>) -> Self {
+        let attributes = attributes.into();
         counter.add(1, &attributes);
         Self { counter: counter.clone(), attributes }
     }
@@ -120,7 +121,7 @@ impl Drop for UnderWay {
     }
 }
 
-/// Locks: `kind` is what is locked (`challenge`, `instance`), `mode` is `read` or `write`.
+/// Locks: `kind` is what is locked (`challenge`, `rollout`, `instance`).
 #[derive(Clone, Debug)]
 pub struct Lock {
     attempts: Counter<u64>,
@@ -132,31 +133,30 @@ pub struct Lock {
 
 impl Lock {
     /// Somebody waits for a lock until the answer is dropped.
-    pub fn waiting(&self, kind: &'static str, mode: &'static str) -> UnderWay {
-        UnderWay::begin(&self.waiters, lock(kind, mode))
+    pub fn waiting(&self, kind: &'static str) -> UnderWay {
+        UnderWay::begin(&self.waiters, [lock(kind)])
     }
 
     /// A wait ended after `wait`: counts the attempt too. `outcome` is `acquired`, or why it was given up.
-    pub fn waited(&self, kind: &'static str, mode: &'static str, outcome: &'static str, wait: Duration) {
-        let [kind, mode] = lock(kind, mode);
-        let attributes = [kind, mode, KeyValue::new("outcome", outcome)];
+    pub fn waited(&self, kind: &'static str, outcome: &'static str, wait: Duration) {
+        let attributes = [lock(kind), KeyValue::new("outcome", outcome)];
         self.attempts.add(1, &attributes);
         self.wait.record(wait.as_secs_f64(), &attributes);
     }
 
     /// A lock was released after it was held for `held`.
-    pub fn held(&self, kind: &'static str, mode: &'static str, held: Duration) {
-        self.hold.record(held.as_secs_f64(), &lock(kind, mode));
+    pub fn held(&self, kind: &'static str, held: Duration) {
+        self.hold.record(held.as_secs_f64(), &[lock(kind)]);
     }
 
     /// A lock was lost while it was held.
-    pub fn lost(&self, kind: &'static str, mode: &'static str) {
-        self.lost.add(1, &lock(kind, mode));
+    pub fn lost(&self, kind: &'static str) {
+        self.lost.add(1, &[lock(kind)]);
     }
 }
 
-fn lock(kind: &'static str, mode: &'static str) -> [KeyValue; 2] {
-    [KeyValue::new("lock.kind", kind), KeyValue::new("lock.mode", mode)]
+fn lock(kind: &'static str) -> KeyValue {
+    KeyValue::new("lock.kind", kind)
 }
 
 /// Provisioning: `step` is `prepare`, `up`, `update`, `down` or a finer one.

@@ -113,7 +113,7 @@ impl SpanKind {
 ///
 /// ```
 /// use gauntlet_telemetry::names;
-/// let span = tracing::info_span!(names::LOCK_ACQUIRE.name, lock.kind = "challenge", lock.mode = "read");
+/// let span = tracing::info_span!(names::LOCK_ACQUIRE.name, lock.kind = "challenge");
 /// ```
 #[derive(Debug, PartialEq)]
 pub struct Span {
@@ -147,10 +147,10 @@ spans! {
         ["rpc.system.name", "rpc.method", "rpc.response.status_code", "server.address", "server.port", "error.type"];
     /// Waiting for a lock.
     LOCK_ACQUIRE = "lock.acquire", Internal, "each lock asked for, until it is had or given up",
-        ["lock.kind", "lock.mode", "lock.backend", "lock.contended", "lock.queue_depth", "lock.token", "challenge.id", "outcome", "error.type"];
+        ["lock.kind", "lock.backend", "lock.contended", "lock.queue_depth", "lock.token", "challenge.id", "outcome", "error.type"];
     /// Holding a lock.
     LOCK_HOLD = "lock.hold", Internal, "each lock had, until it is released",
-        ["lock.kind", "lock.mode", "lock.backend", "lock.token", "error.type"];
+        ["lock.kind", "lock.backend", "lock.token", "error.type"];
     /// An etcd transaction.
     ETCD_TXN = "etcd.txn", Client, "each etcd transaction", ["db.system.name", "db.operation.name", "server.address", "server.port", "error.type"];
     /// An etcd range read.
@@ -251,19 +251,19 @@ metrics! {
         &["db.system.name", "db.operation.name", "server.address", "server.port", "error.type"],
         "Time of a call to etcd.");
     /// Locks asked for.
-    LOCK_ATTEMPTS = Metric::new("gauntlet.lock.attempts", Counter, "{attempt}", &["lock.kind", "lock.mode", "outcome"],
+    LOCK_ATTEMPTS = Metric::new("gauntlet.lock.attempts", Counter, "{attempt}", &["lock.kind", "outcome"],
         "Locks asked for, by how it ended.");
     /// Time spent waiting for a lock.
-    LOCK_WAIT_DURATION = Metric::seconds("gauntlet.lock.wait.duration", LOCK, &["lock.kind", "lock.mode", "outcome"],
+    LOCK_WAIT_DURATION = Metric::seconds("gauntlet.lock.wait.duration", LOCK, &["lock.kind", "outcome"],
         "Time from asking for a lock to having it or giving up.");
     /// Time a lock was held.
-    LOCK_HOLD_DURATION = Metric::seconds("gauntlet.lock.hold.duration", LOCK, &["lock.kind", "lock.mode"],
+    LOCK_HOLD_DURATION = Metric::seconds("gauntlet.lock.hold.duration", LOCK, &["lock.kind"],
         "Time from having a lock to releasing it.");
     /// Who waits for a lock now.
-    LOCK_WAITERS = Metric::new("gauntlet.lock.waiters", UpDownCounter, "{waiter}", &["lock.kind", "lock.mode"],
+    LOCK_WAITERS = Metric::new("gauntlet.lock.waiters", UpDownCounter, "{waiter}", &["lock.kind"],
         "Tasks of this process that wait for a lock now.");
     /// Locks lost while held.
-    LOCK_LOST = Metric::new("gauntlet.lock.lost", Counter, "{lock}", &["lock.kind", "lock.mode"],
+    LOCK_LOST = Metric::new("gauntlet.lock.lost", Counter, "{lock}", &["lock.kind"],
         "Locks whose lease ran out, or may have, while they were held.");
     /// Time of a provisioning step.
     PROVISION_DURATION = Metric::seconds("gauntlet.provision.duration", PROVISION, &["provisioner", "step", "outcome"],

@@ -83,7 +83,7 @@ fn nothing_is_exported_or_lost_before_export_starts() {
 fn every_metric_that_is_exported_is_in_the_table() {
     let collector = Collector::start();
     let (telemetry, _) = collector.telemetry(&[]);
-    telemetry.instruments().lock.waited("instance", "write", "acquired", std::time::Duration::from_millis(3));
+    telemetry.instruments().lock.waited("instance", "acquired", std::time::Duration::from_millis(3));
     let under_way = telemetry.instruments().provision.begin("process", "up");
     telemetry.flush().unwrap();
     drop(under_way);

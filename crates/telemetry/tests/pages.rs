@@ -64,8 +64,8 @@ async fn prometheus_finds_the_names_of_the_table() {
     ]);
     telemetry.gauges().register(&[&names::CHALLENGES], async || Ok(vec![Sample::new(&names::CHALLENGES, 5)]));
     let instruments = telemetry.instruments();
-    instruments.lock.waited("challenge", "read", "acquired", std::time::Duration::from_millis(1));
-    instruments.lock.lost("challenge", "read");
+    instruments.lock.waited("challenge", "acquired", std::time::Duration::from_millis(1));
+    instruments.lock.lost("challenge");
     instruments.janitor.expired("ok", std::time::Duration::from_secs(3));
     let (status, text) = get(&telemetry, "/metrics").await;
     assert_eq!(status, 200);

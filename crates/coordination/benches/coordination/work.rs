@@ -8,7 +8,7 @@ use std::{
 
 use futures::{FutureExt as _, TryStreamExt as _};
 use gauntlet_coordination::{Coordination, kv::Kv};
-use gauntlet_domain::{Additional, By, ChallengeId, Gauntlet, LockKind, LockMode, NewChallenge, SourceId, Store as _};
+use gauntlet_domain::{Additional, By, ChallengeId, Gauntlet, LockKind, NewChallenge, SourceId, Store as _};
 use jiff::Timestamp;
 
 use crate::{
@@ -38,15 +38,12 @@ async fn rows<K: Kv>(measured: &Measured<K>, each: Duration, only: &str) -> Vec<
     for at in 0..CHALLENGES {
         new_challenge(&gauntlet, &challenge(at), 0).await;
     }
-    let own = |mode| lock(store, mode, Of::Own);
-    let one = |mode| lock(store, mode, Of::One);
     let measures = [
-        ("lock cycle", 1, Some(0.28), own(LockMode::Write)),
-        ("lock cycle", 64, Some(0.45), own(LockMode::Write)),
+        ("lock cycle", 1, Some(0.28), lock(store, Of::Own)),
+        ("lock cycle", 64, Some(0.45), lock(store, Of::Own)),
         ("create", 1, Some(0.40), create(&gauntlet)),
         ("create", 64, Some(0.30), create(&gauntlet)),
-        ("hand-over", 64, Some(0.20), one(LockMode::Write)),
-        ("readers share", 16, Some(0.20), one(LockMode::Read)),
+        ("hand-over", 64, Some(0.20), lock(store, Of::One)),
         ("renew", 64, None, renew(&gauntlet)),
         ("create and delete", 64, None, create_and_delete(&gauntlet)),
     ];
@@ -67,7 +64,7 @@ enum Of {
 }
 
 /// A lock taken and released.
-fn lock<K: Kv>(store: &Arc<Coordination<K>>, mode: LockMode, of: Of) -> Work {
+fn lock<K: Kv>(store: &Arc<Coordination<K>>, of: Of) -> Work {
     let store = store.clone();
     Arc::new(move |client, _| {
         let store = store.clone();
@@ -77,7 +74,7 @@ fn lock<K: Kv>(store: &Arc<Coordination<K>>, mode: LockMode, of: Of) -> Work {
                 Of::One => id("lock"),
             };
             let by = By { origin: None, patience: PATIENCE };
-            let held = store.acquire(LockKind::Challenge, &id, mode, &by).await.expect("a lock");
+            let held = store.lock(LockKind::Challenge, &id, &by).await.expect("a lock");
             store.release(held).await.expect("a release");
         }
         .boxed()

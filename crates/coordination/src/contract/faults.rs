@@ -360,7 +360,7 @@ pub(super) async fn shutdown_waits_for_writes_under_way(rig: &impl Rig) {
     let commit = store.commit(held, &slot, Commit::Put(Box::new(ready.clone())));
     let late = async {
         // Time enough to revoke a lease, if it were to be revoked.
-        for _ in 0..200 {
+        for _ in 0..20 {
             if other.live_keys().await.is_empty() {
                 break;
             }
@@ -371,4 +371,27 @@ pub(super) async fn shutdown_waits_for_writes_under_way(rig: &impl Rig) {
     committed.unwrap();
     assert_eq!(other.at(&slot).await.value, ready);
     other.check().await;
+}
+
+pub(super) async fn a_late_deletion_leaves_what_was_created_since(rig: &impl Rig) {
+    let (store, other) = (rig.replica("a"), rig.replica("b"));
+    let (web, slot) = (store.with("web").await, seat("web", "alice"));
+    let doings = [Begin::Delete, Begin::Update(target(9))];
+    for doing in doings {
+        store.ready(&web, slot.clone()).await;
+        store.core.kv.fail_next(Fault::LateRequest);
+        let result = store.begin(&slot, doing.clone(), &patient()).await;
+        assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
+        // Meanwhile it is deleted, and its source has another.
+        let (held, _) = other.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+        other.commit(held, &slot, Commit::Remove).await.unwrap();
+        let anew = other.ready(&web, slot.clone()).await;
+        store.core.kv.deliver().await;
+        assert_eq!(other.at(&slot).await, anew, "{doing:?}");
+        eventually("nobody owns it", || async { other.live_keys().await.is_empty() }).await;
+        // One that is asked for since is for that one.
+        let (held, _) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+        store.commit(held, &slot, Commit::Remove).await.unwrap();
+    }
+    store.check().await;
 }

@@ -64,41 +64,6 @@ pub(super) async fn locks_of_different_challenges_and_kinds_do_not_meet(rig: &im
     assert_eq!(store.live_keys().await.len(), 8);
 }
 
-pub(super) async fn readers_share_and_no_side_starves(rig: &impl Rig) {
-    let store = rig.replica("a");
-    let web = id("web");
-    let acquire = |mode, by| {
-        let core = store.core.clone();
-        async move { core.acquire(LockKind::Challenge, &id("web"), mode, &by).await }
-    };
-    let one = acquire(LockMode::Read, at_once()).await.unwrap();
-    let two = acquire(LockMode::Read, at_once()).await.unwrap();
-    assert!(matches!(acquire(LockMode::Write, at_once()).await, Err(Error::Busy { ahead: 2, .. })));
-    let mut writer = Box::pin(acquire(LockMode::Write, patient()));
-    eventually("the writer queues", || {
-        assert!(writer.as_mut().now_or_never().is_none());
-        async { store.live_keys().await.len() == 3 }
-    })
-    .await;
-    // A reader that comes later waits for the writer that waits.
-    assert!(matches!(acquire(LockMode::Read, at_once()).await, Err(Error::Busy { ahead: 1, .. })));
-    let mut reader = Box::pin(acquire(LockMode::Read, patient()));
-    eventually("the reader queues", || {
-        assert!(reader.as_mut().now_or_never().is_none());
-        async { store.live_keys().await.len() == 4 }
-    })
-    .await;
-    store.release(one).await.unwrap();
-    assert!(writer.as_mut().now_or_never().is_none());
-    store.release(two).await.unwrap();
-    let writing = writer.await.unwrap();
-    assert!(reader.as_mut().now_or_never().is_none());
-    store.release(writing).await.unwrap();
-    store.release(reader.await.unwrap()).await.unwrap();
-    store.release(store.lock(LockKind::Challenge, &web, &at_once()).await.unwrap()).await.unwrap();
-    store.check().await;
-}
-
 pub(super) async fn who_waits_learns_who_held(rig: &impl Rig) {
     let (one, two) = (rig.replica("a"), rig.replica("b"));
     let by = By { origin: Some("00-aa-bb-01".to_owned()), ..patient() };
@@ -220,7 +185,7 @@ pub(super) async fn fences_grow(rig: &impl Rig) {
     }
 }
 
-pub(super) async fn contended_writers_exclude_each_other(rig: &impl Rig) {
+pub(super) async fn who_holds_a_contended_lock_is_alone(rig: &impl Rig) {
     use std::sync::atomic::{AtomicUsize, Ordering};
     let stores = [rig.replica("a"), rig.replica("b")];
     let (inside, done) = (AtomicUsize::new(0), AtomicUsize::new(0));

@@ -10,14 +10,19 @@ use std::{
     time::Duration,
 };
 
+use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_stack::Etcd as Server;
 use gauntlet_telemetry::{db::Database, instruments::Instruments};
 use tempfile::TempDir;
-use tokio::sync::Semaphore;
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::Instant,
+};
 
+use super::model::{Server as Model, Snapshot};
 use crate::{
     Coordination, Embedded, Etcd, EtcdConfig,
-    kv::{Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Page, Txn, TxnResult},
+    kv::{Event, Events, Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Page, Txn, TxnResult},
 };
 
 /// What happens to a transaction that changes something.
@@ -330,5 +335,102 @@ impl Rig for EtcdRig {
 
     fn replica_with(&self, name: &str, ttl: Duration) -> Coordination<Self::K> {
         Coordination::over(Counted::over(&self.kv), &self.prefix, ttl, name.to_owned())
+    }
+}
+
+/// The model of etcd, in real time. It yields before each call, as one that takes its time.
+pub(super) struct Simulated {
+    server: Mutex<Model>,
+    began: Instant,
+}
+
+impl Simulated {
+    async fn call<T>(&self, call: impl FnOnce(&mut Model, Duration) -> T) -> T {
+        tokio::task::yield_now().await;
+        let now = self.began.elapsed();
+        let mut server = self.server.lock().unwrap();
+        for lease in server.overdue(now) {
+            server.revoke(lease);
+        }
+        call(&mut server, now)
+    }
+}
+
+impl Kv for Simulated {
+    type Snapshot = Snapshot;
+
+    fn name(&self) -> &'static str {
+        "simulated"
+    }
+
+    fn deadline(&self) -> Duration {
+        Duration::from_secs(60)
+    }
+
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
+        self.call(|server, _| server.txn(&txn)).await.map(|(result, _)| result)
+    }
+
+    async fn page(&self, get: Get, at: Option<Snapshot>) -> KvResult<Page<Snapshot>> {
+        self.call(|server, _| server.page(&get, at.as_ref())).await
+    }
+
+    async fn count(&self, keys: Keys, at: Option<Snapshot>) -> KvResult<u64> {
+        self.call(|server, _| server.count(&keys, at.as_ref())).await
+    }
+
+    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+        let (events, receive) = mpsc::unbounded_channel();
+        let (revision, keys) = self.call(|server, _| server.follow(&keys, events)).await;
+        Ok(Followed { revision, keys, events: Box::new(Watching(receive)) })
+    }
+
+    async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
+        Ok((self.call(|server, now| server.grant(now, ttl)).await, ttl))
+    }
+
+    async fn keep_alive(&self, lease: LeaseId) -> KvResult<()> {
+        self.call(|server, now| server.keep_alive(now, lease)).await
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> KvResult<()> {
+        self.call(|server, _| server.revoke(lease)).await;
+        Ok(())
+    }
+
+    async fn close(&self) {}
+}
+
+struct Watching(mpsc::UnboundedReceiver<KvResult<Vec<Event>>>);
+
+impl Events for Watching {
+    fn next(&mut self) -> BoxFuture<'_, KvResult<Vec<Event>>> {
+        async { self.0.recv().await.unwrap_or_else(|| Err(KvError::Unavailable("the watch ended".to_owned()))) }.boxed()
+    }
+}
+
+pub(super) struct SimulatedRig(Arc<Simulated>);
+
+impl SimulatedRig {
+    pub(super) fn start() -> Self {
+        let kv = Arc::new(Simulated { server: Mutex::default(), began: Instant::now() });
+        let ticking = Arc::downgrade(&kv);
+        // Leases run out while nobody asks for anything, too.
+        tokio::spawn(async move {
+            while let Some(kv) = ticking.upgrade() {
+                kv.call(|_, _| ()).await;
+                drop(kv);
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        });
+        Self(kv)
+    }
+}
+
+impl Rig for SimulatedRig {
+    type K = Counted<Simulated>;
+
+    fn replica_with(&self, name: &str, ttl: Duration) -> Coordination<Self::K> {
+        Coordination::over(Counted::over(&self.0), crate::PREFIX, ttl, name.to_owned())
     }
 }

@@ -4,6 +4,8 @@ use gauntlet_domain::{By, ChallengeId, LockKind, Store as _};
 use gauntlet_stack::{Etcd as Server, Process, Ready, Spec, Tool, Tools};
 use gauntlet_telemetry::Instruments;
 
+use std::path::Path;
+
 use super::*;
 use crate::Coordination;
 
@@ -252,7 +254,6 @@ fn a_wrong_configuration_is_named() {
     assert!(refused(&EtcdConfig::new([])).contains("name at least one"));
     for (url, problem) in [
         ("ftp://a:1", "neither http nor https"),
-        ("https://a:1", "no CA certificate"),
         ("localhost", "no host and port"),
         ("http://a:1/path", "no host and port"),
         ("http://a/b:1", "more than a host and a port"),
@@ -261,11 +262,49 @@ fn a_wrong_configuration_is_named() {
         let text = refused(&of(url));
         assert!(text.contains(problem) && text.contains(url), "{text}");
     }
-    let tls = EtcdTls { ca: "/nowhere/ca.pem".into(), identity: None };
+    let tls = EtcdTls { ca: Some("/nowhere/ca.pem".into()), identity: None };
     let text = refused(&EtcdConfig { tls: Some(tls), ..of("https://a:1") });
     assert!(text.contains("etcd CA certificate: /nowhere/ca.pem cannot be read"), "{text}");
     let text = refused(&EtcdConfig { username: Some("root".to_owned()), ..of("http://a:1") });
     assert!(text.contains("give both or none"), "{text}");
+    // Trusted by the system.
+    Etcd::new(&of("https://a:1"), database()).unwrap();
+}
+
+#[test]
+fn a_secret_is_not_sent_in_plain_text_unless_that_is_asked_for() {
+    let login = |url: &str| EtcdConfig {
+        username: Some("root".to_owned()),
+        password: Some("hunter2".to_owned()),
+        ..EtcdConfig::new([url.to_owned()])
+    };
+    let text = refused(&login("a:2379"));
+    assert!(text.contains("\"a:2379\"") && text.contains("https://") && !text.contains("hunter2"), "{text}");
+    for url in ["http://a:2379", "https://a:2379"] {
+        Etcd::new(&login(url), database()).unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (_, certificate, key) = certificates(dir.path());
+    let tls = || Some(EtcdTls { ca: None, identity: Some((certificate.clone(), key.clone())) });
+    Etcd::new(&EtcdConfig { tls: tls(), ..login("a:2379") }, database()).unwrap();
+    let text = refused(&EtcdConfig { tls: tls(), ..EtcdConfig::new(["http://a:2379".to_owned()]) });
+    assert!(text.contains("TLS is configured: use https"), "{text}");
+    // The key of another certificate.
+    let other = tempfile::tempdir().unwrap();
+    let tls = Some(EtcdTls { ca: None, identity: Some((certificate.clone(), certificates(other.path()).2)) });
+    let text = refused(&EtcdConfig { tls, ..EtcdConfig::new(["a:2379".to_owned()]) });
+    assert!(text.contains("etcd TLS files") && text.contains("key.pem"), "{text}");
+}
+
+#[tokio::test]
+async fn replicas_do_not_all_start_at_the_first_endpoint() {
+    let endpoints = || ["http://a:1", "http://b:1", "http://c:1"].map(str::to_owned);
+    let mut starts = std::collections::BTreeSet::new();
+    for n in 0..12 {
+        let store = Coordination::etcd(EtcdConfig::new(endpoints()), format!("manager-{n}"), database()).await.unwrap();
+        starts.insert(store.core.kv.current.load(Ordering::Relaxed));
+    }
+    assert_eq!(starts.into_iter().collect::<Vec<_>>(), [0, 1, 2]);
 }
 
 #[test]
@@ -323,8 +362,9 @@ async fn it_speaks_tls_and_shows_its_certificate() {
         spec = spec.arg(format!("--{name}={}", path.display()));
     }
     let _server = Process::run(spec).unwrap();
-    let tls = EtcdTls { ca: ca.clone(), identity: Some((certificate, key)) };
-    let config = EtcdConfig { tls: Some(tls.clone()), ..EtcdConfig::new([url]) };
+    let tls = EtcdTls { ca: Some(ca.clone()), identity: Some((certificate.clone(), key.clone())) };
+    // Without a scheme it is https.
+    let config = EtcdConfig { tls: Some(tls.clone()), ..EtcdConfig::new([format!("127.0.0.1:{client}")]) };
     let store = replica(config.clone()).await;
     store.ping().await.unwrap();
     let held = store.lock(LockKind::Challenge, &ChallengeId::new("web").unwrap(), &by()).await.unwrap();
@@ -332,9 +372,21 @@ async fn it_speaks_tls_and_shows_its_certificate() {
     store.shutdown().await;
     // Without a certificate, and trusting another authority.
     let other = tempfile::tempdir().unwrap();
-    for tls in [EtcdTls { ca, identity: None }, EtcdTls { ca: certificates(other.path()).0, ..tls }] {
+    let (other_ca, other_certificate, other_key) = certificates(other.path());
+    for tls in [EtcdTls { identity: None, ..tls.clone() }, EtcdTls { ca: Some(other_ca), ..tls.clone() }] {
         let store = replica(EtcdConfig { tls: Some(tls), ..config.clone() }).await;
         assert!(matches!(store.ping().await, Err(Error::Unavailable { what: "etcd", .. })));
         store.shutdown().await;
     }
+    // Files that are replaced are used, with no restart.
+    let (used, used_key) = (other.path().join("used.pem"), other.path().join("used-key.pem"));
+    std::fs::copy(other_certificate, &used).unwrap();
+    std::fs::copy(other_key, &used_key).unwrap();
+    let tls = EtcdTls { identity: Some((used.clone(), used_key.clone())), ..tls };
+    let store = replica(EtcdConfig { tls: Some(tls), ..config }).await;
+    assert!(matches!(store.ping().await, Err(Error::Unavailable { what: "etcd", .. })));
+    std::fs::copy(certificate, used).unwrap();
+    std::fs::copy(key, used_key).unwrap();
+    until_ok(|| store.ping()).await;
+    store.shutdown().await;
 }

@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Instant};
 use async_trait::async_trait;
 use futures::FutureExt as _;
 use gauntlet_domain::{
-    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, LockMode, Pool, Result, Slot,
-    SourceId, Store, Stored, Stranded, Stream, Survey, Version,
+    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, Pool, Result, Slot, SourceId,
+    Store, Stored, Stranded, Stream, Survey, Version,
 };
 use gauntlet_telemetry::{context, instruments::Instruments};
 use jiff::Timestamp;
@@ -29,9 +29,9 @@ struct Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        self.instruments.lock.held(self.kind.name(), LockMode::Write.name(), self.since.elapsed());
+        self.instruments.lock.held(self.kind.name(), self.since.elapsed());
         if (&mut self.lost).now_or_never().is_some() {
-            self.instruments.lock.lost(self.kind.name(), LockMode::Write.name());
+            self.instruments.lock.lost(self.kind.name());
             self.span.record("error.type", "FENCED");
             self.span.in_scope(|| context::fail_span("the lease ran out while this was held"));
         }
@@ -51,11 +51,9 @@ impl ObservedStore {
         work: impl Future<Output = Result<T>>,
         wrap: impl FnOnce(T, &dyn Fn(Held) -> Held) -> T,
     ) -> Result<T> {
-        let mode = LockMode::Write;
         let span = info_span!(
             "lock.acquire",
             lock.kind = kind.name(),
-            lock.mode = mode.name(),
             lock.backend = self.inner.backend(),
             challenge.id = %challenge,
             lock.contended = Empty,
@@ -64,7 +62,7 @@ impl ObservedStore {
             outcome = Empty,
             error.type = Empty,
         );
-        let waiting = self.instruments.lock.waiting(kind.name(), mode.name());
+        let waiting = self.instruments.lock.waiting(kind.name());
         let started = Instant::now();
         let result = work.instrument(span.clone()).await;
         drop(waiting);
@@ -72,7 +70,7 @@ impl ObservedStore {
             Ok(_) => "acquired",
             Err(error) => error.code(),
         };
-        self.instruments.lock.waited(kind.name(), mode.name(), outcome, started.elapsed());
+        self.instruments.lock.waited(kind.name(), outcome, started.elapsed());
         span.record("outcome", outcome);
         match result {
             Ok(answer) => Ok(wrap(answer, &|held| self.witnessed(&span, held))),
@@ -96,7 +94,6 @@ impl ObservedStore {
         let span = info_span!(
             "lock.hold",
             lock.kind = held.kind.name(),
-            lock.mode = LockMode::Write.name(),
             lock.backend = self.inner.backend(),
             lock.token = held.fence,
             error.type = Empty,

@@ -1,10 +1,10 @@
-//! The lock is a queue: whoever asked before and conflicts goes first, and who gives up, is dropped or loses its lease leaves nothing behind.
+//! The lock is a queue: whoever asked before goes first, and who gives up, is dropped or loses its lease leaves nothing behind.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_coordination::{Coordination, kv::Keys};
-use gauntlet_domain::{By, ChallengeId, Error, Held, LockKind, LockMode, Result, Store as _};
+use gauntlet_domain::{By, ChallengeId, Error, Held, LockKind, Result, Store as _};
 use proptest::{prelude::*, sample::Index};
 use tokio::time::Instant;
 
@@ -20,7 +20,6 @@ const PATIENCE: [Duration; 4] =
 enum Command {
     Acquire {
         replica: usize,
-        write: bool,
         patience: usize,
     },
     /// Lets one who asks come a little further.
@@ -48,8 +47,7 @@ enum Command {
 fn command() -> impl Strategy<Value = Command> {
     let index = any::<Index>;
     prop_oneof![
-        8 => (0..REPLICAS, any::<bool>(), 0..PATIENCE.len())
-            .prop_map(|(replica, write, patience)| Command::Acquire { replica, write, patience }),
+        8 => (0..REPLICAS, 0..PATIENCE.len()).prop_map(|(replica, patience)| Command::Acquire { replica, patience }),
         10 => index().prop_map(Command::Poll),
         2 => index().prop_map(Command::Cancel),
         4 => index().prop_map(Command::Release),
@@ -78,19 +76,12 @@ enum Stand {
 #[derive(Debug, Clone)]
 struct Place {
     replica: usize,
-    write: bool,
     stand: Stand,
     /// Its token, once it has one.
     created: Option<u64>,
     ends: Instant,
     /// It may fail: its lease was lost, or one of its replica's writes was not answered.
     excused: bool,
-}
-
-impl Place {
-    fn conflicts(&self, other: &Self) -> bool {
-        self.write || other.write
-    }
 }
 
 type Asking = BoxFuture<'static, Result<Held>>;
@@ -124,7 +115,7 @@ impl History {
     async fn step(&mut self, command: Command) {
         let picked = |map: &BTreeMap<usize, _>, index: Index| nth(map.keys(), index);
         match command {
-            Command::Acquire { replica, write, patience } => self.ask(replica, write, PATIENCE[patience]),
+            Command::Acquire { replica, patience } => self.ask(replica, PATIENCE[patience]),
             Command::Poll(index) => {
                 if let Some(n) = picked(&self.asking, index) {
                     self.poll(n);
@@ -180,15 +171,13 @@ impl History {
         }
     }
 
-    fn ask(&mut self, replica: usize, write: bool, patience: Duration) {
+    fn ask(&mut self, replica: usize, patience: Duration) {
         let (client, store) = &self.replicas[replica];
         let (store, id, n) = (store.clone(), self.id.clone(), self.places.len());
         let by = By { origin: Some(n.to_string()), patience };
-        let mode = if write { LockMode::Write } else { LockMode::Read };
-        self.asking.insert(n, async move { store.acquire(KIND, &id, mode, &by).await }.boxed());
+        self.asking.insert(n, async move { store.lock(KIND, &id, &by).await }.boxed());
         self.places.push(Place {
             replica,
-            write,
             stand: Stand::Queued,
             created: None,
             ends: Instant::now() + patience,
@@ -226,7 +215,6 @@ impl History {
         let place = &self.places[n];
         let blocks = |(other, before): &(usize, &Place)| {
             before.created.is_some_and(|created| Some(created) < place.created)
-                && place.conflicts(before)
                 && match before.stand {
                     Stand::Queued | Stand::Held => true,
                     // Handed over within a replica; else it must be gone.
@@ -307,7 +295,7 @@ impl History {
         for (_, store) in &self.replicas {
             assert_eq!(store.waits(1).0, 0);
             assert_eq!(store.queue(KIND, &self.id).await.unwrap(), []);
-            let held = store.acquire(KIND, &self.id, LockMode::Write, &none).await.unwrap();
+            let held = store.lock(KIND, &self.id, &none).await.unwrap();
             let last = self.places.iter().filter_map(|place| place.created).max();
             assert!(last.is_none_or(|last| held.fence > last), "tokens grow");
             store.release(held).await.unwrap();

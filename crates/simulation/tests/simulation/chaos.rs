@@ -51,7 +51,9 @@ pub async fn chaos(cluster: Arc<Cluster>) {
                     continue;
                 }
                 let lease = leases[state.rng.random_range(0..leases.len())];
-                let gone = state.etcd.revoke(lease).len();
+                let gone = state.etcd.revoke(lease);
+                state.observer.lost_early(&gone);
+                let gone = gone.len();
                 state.note(now, "etcd", format_args!("lease {lease} is lost, {gone} keys go"));
                 state.count(Event::LeaseLost);
                 if gone > 0 {
@@ -89,10 +91,10 @@ pub async fn chaos(cluster: Arc<Cluster>) {
                 let manager = manager.clone();
                 world.note(&manager.process.name, "shuts down");
                 world.lock().count(Event::Restart);
-                tokio::spawn(async move {
+                tokio::spawn(manager.process.clone().paced(async move {
                     manager.store.shutdown().await;
                     manager.process.kill("shut down");
-                });
+                }));
             }
             _ => {
                 let now = world.now();

@@ -60,6 +60,8 @@ struct Told {
     ending: u32,
     /// Until when an end that was asked for and not answered well may still come.
     unsure: Duration,
+    /// And to which instance: the one that was there when its manager gave up. None that was begun since.
+    unsure_of: Option<String>,
     /// How often an end was asked for.
     ends: u64,
 }
@@ -295,7 +297,8 @@ impl Checks {
                 }
             }
             (Some(before), Some(after)) if before.since == after.since => {
-                let asked = |told: Option<&Told>| told.is_some_and(|told| told.ending > 0 || told.unsure > now);
+                let may_come = |told: &Told| told.unsure > now && told.unsure_of.as_ref() == Some(&before.since);
+                let asked = |told: Option<&Told>| told.is_some_and(|told| told.ending > 0 || may_come(told));
                 let wanted = before.deleting
                     || seat.1 == "p"
                     || open.is_none()
@@ -362,7 +365,7 @@ impl Checks {
         let (sure, ends) = (challenge.sure(now), challenge.ends);
         let Some(s) = s else { return sure.then_some((0, ends)) };
         let told = self.seats.entry((c.to_owned(), s.to_owned())).or_default();
-        (sure && told.sure(now)).then_some((told.ends, ends))
+        (sure && told.ending == 0).then_some((told.ends, ends))
     }
 
     /// A client was told that what it had asked for is there.
@@ -400,13 +403,15 @@ impl Checks {
 
     /// The answer to that came, or never will; `sure` if nothing of it can happen any more.
     pub fn ended(&mut self, now: Duration, c: &str, s: Option<&str>, sure: bool) {
+        let there = s.and_then(|s| self.records.get(&(c.to_owned(), "s".to_owned(), s.to_owned())));
+        let there = there.map(|record| record.since.clone());
         let told = match s {
             Some(s) => self.seats.entry((c.to_owned(), s.to_owned())).or_default(),
             None => self.created.entry(c.to_owned()).or_default(),
         };
         told.ending -= 1;
         if !sure {
-            told.unsure = now + Duration::from_secs(15);
+            (told.unsure, told.unsure_of) = (now + Duration::from_secs(15), there);
         }
     }
 

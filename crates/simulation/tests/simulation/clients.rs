@@ -72,12 +72,7 @@ where
                 process.world.lock().count(Event::Dropped);
                 None
             }
-            result = async {
-                process.gate().await;
-                let result = work(manager).await;
-                process.gate().await;
-                result
-            } => Some(result),
+            result = process.clone().paced(async { work(manager).await }) => Some(result),
         };
         finally(
             &process.world,

@@ -93,6 +93,8 @@ named! {
         DoneLate = "writes done after their caller gave up",
         StaleToken = "stale tokens refused by etcd",
         StaleOrder = "stale orders refused by the machine",
+        Told = "locks that a manager was told it holds",
+        ToldBehind = "... while one that stood still or had ended held it until then",
         Ended = "instances that end by themselves",
         NeverReady = "instances that never become ready",
         Recovered = "stranded instances recovered",
@@ -200,11 +202,21 @@ pub fn pairs() -> impl Iterator<Item = (Step, Fault)> {
 }
 
 /// How often each step was taken, each fault met, and each event seen.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Coverage {
     steps: [u64; Step::ALL.len()],
     faults: [[u64; Fault::ALL.len()]; Step::ALL.len()],
     events: [u64; Event::ALL.len()],
+}
+
+impl Default for Coverage {
+    fn default() -> Self {
+        Self {
+            steps: [0; Step::ALL.len()],
+            faults: [[0; Fault::ALL.len()]; Step::ALL.len()],
+            events: [0; Event::ALL.len()],
+        }
+    }
 }
 
 impl Coverage {

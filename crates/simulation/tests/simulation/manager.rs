@@ -18,6 +18,7 @@ use super::{
     coverage::Event,
     machine::{Catalogue, Machine},
     network::Client,
+    observer::Observed,
     process::Process,
     world::World,
 };
@@ -52,7 +53,9 @@ impl Facts for Unnoted {
 impl Manager {
     pub fn start(world: &Arc<World>, name: &str, life: u64) -> Arc<Self> {
         let process = Process::new(world, name, life);
-        let store = Coordination::over(Client(process.clone()), PREFIX, LEASE, name.to_owned());
+        let (store, background) =
+            Coordination::with_background(Client(process.clone()), PREFIX, LEASE, name.to_owned());
+        tokio::spawn(process.clone().paced(background));
         let settings = Settings {
             patience: Duration::from_secs(8),
             concurrency: 4,
@@ -62,7 +65,8 @@ impl Manager {
         };
         let machine = Arc::new(Machine(process.clone()));
         let store = Arc::new(store);
-        let gauntlet = Gauntlet::new(store.clone(), machine, Arc::new(Catalogue), Arc::new(Unnoted), settings);
+        let observed = Arc::new(Observed { inner: store.clone(), process: process.clone() });
+        let gauntlet = Gauntlet::new(observed, machine, Arc::new(Catalogue), Arc::new(Unnoted), settings);
         let seed = world.lock().rng.random();
         let (pools, mut asked) = mpsc::unbounded_channel();
         let manager = Arc::new(Self {
@@ -75,7 +79,7 @@ impl Manager {
         });
         world.note(name, format_args!("starts, life {life}"));
         let reconciler = manager.clone();
-        tokio::spawn(async move {
+        tokio::spawn(manager.process.clone().paced(async move {
             loop {
                 reconciler.process.gate().await;
                 let call = reconciler.call();
@@ -105,14 +109,14 @@ impl Manager {
                 // Signals come in bursts.
                 sleep(Duration::from_millis(100)).await;
             }
-        });
+        }));
         let tender = manager.clone();
-        tokio::spawn(async move {
+        tokio::spawn(manager.process.clone().paced(async move {
             while let Some(id) = asked.recv().await {
                 tender.process.gate().await;
                 let _ = tender.gauntlet.tend_pool(&tender.call(), &id).await;
             }
-        });
+        }));
         manager
     }
 

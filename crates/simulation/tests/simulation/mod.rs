@@ -10,6 +10,7 @@ mod coverage;
 mod machine;
 mod manager;
 mod network;
+mod observer;
 mod process;
 mod world;
 
@@ -148,6 +149,8 @@ fn run(seed: u64, trace: bool) -> Outcome {
     }));
     let panics = RUN.take().unwrap_or_default();
     let mut state = world.lock();
+    // It knows processes, and they know the world.
+    drop(std::mem::take(&mut state.observer));
     let steps = state.checks.steps;
     state.coverage.event(Event::Checked, steps);
     let panicked = panics.into_iter().next().or_else(|| ran.is_err().then(|| "somewhere".to_owned()));

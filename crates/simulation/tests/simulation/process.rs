@@ -2,7 +2,10 @@
 //! before may still arrive.
 
 use std::{
+    future::poll_fn,
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
+    task::Poll,
     time::Duration,
 };
 
@@ -28,6 +31,8 @@ pub struct Process {
     pub name: String,
     pub world: Arc<World>,
     status: Mutex<(Status, bool)>,
+    /// When it last went on.
+    went_on: Mutex<Option<Duration>>,
     changed: Notify,
 }
 
@@ -47,12 +52,27 @@ impl Clock for Process {
 impl Process {
     pub fn new(world: &Arc<World>, name: &str, life: u64) -> Arc<Self> {
         let (name, world) = (name.to_owned(), world.clone());
-        Arc::new(Self { life, name, world, status: Mutex::new((Status::Running, false)), changed: Notify::new() })
+        let status = Mutex::new((Status::Running, false));
+        Arc::new(Self { life, name, world, status, went_on: Mutex::default(), changed: Notify::new() })
     }
 
     /// Returns at once if it runs, when it goes on if it stands still, and never if it has ended.
     pub async fn gate(&self) {
         self.becomes(Status::Running).await;
+    }
+
+    /// Runs something of this process. While it stands still nothing of that goes on, whichever timer fires; once it has ended nothing ever
+    /// does.
+    pub async fn paced<T>(self: Arc<Self>, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        loop {
+            self.gate().await;
+            let step =
+                poll_fn(|context| if self.runs() { work.as_mut().poll(context).map(Some) } else { Poll::Ready(None) });
+            if let Some(done) = step.await {
+                return done;
+            }
+        }
     }
 
     /// Returns when it has ended.
@@ -88,6 +108,11 @@ impl Process {
 
     pub fn runs(&self) -> bool {
         self.status().0 == Status::Running
+    }
+
+    /// Whether it goes on in this moment: not all of it has come to see what time it is.
+    pub fn goes_on_now(&self) -> bool {
+        *self.went_on.lock().unwrap_or_else(PoisonError::into_inner) == Some(self.world.now())
     }
 
     pub fn is_dead(&self) -> bool {
@@ -144,6 +169,7 @@ impl Process {
 
     pub fn thaw(&self) {
         if self.turn(&[Status::Frozen], Status::Running) {
+            *self.went_on.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.world.now());
             self.world.note(&self.name, "goes on");
         }
     }

@@ -16,6 +16,7 @@ use super::{
     checks::Checks,
     coverage::{self, Coverage, Event, Fault, Step},
     machine::Homes,
+    observer::Observer,
 };
 use crate::etcd::Server;
 
@@ -30,6 +31,7 @@ pub struct State {
     pub etcd: Server,
     pub homes: Homes,
     pub checks: Checks,
+    pub observer: Observer,
     /// Whether anything may go wrong still.
     pub faulty: bool,
     /// Etcd answers nobody.
@@ -63,6 +65,7 @@ impl World {
             etcd: Server::default(),
             homes: Homes::default(),
             checks: Checks::default(),
+            observer: Observer::default(),
             faulty: true,
             etcd_down: false,
             coverage: Coverage::default(),
