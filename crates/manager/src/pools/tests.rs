@@ -264,12 +264,15 @@ async fn what_a_create_costs_does_not_grow_with_the_instances_there_are() {
     world.idle().await;
     for (from, to) in [(0, 10), (10, 1000)] {
         for some in (from..to).collect::<Vec<_>>().chunks(64) {
-            join_all(some.iter().map(|n| async {
-                let source = format!("team-{}", *n);
-                world.create(&none, &source).await;
-                world.create(if n % 2 == 0 { &pool } else { &bounded }, &source).await;
-            }))
-            .await;
+            let (world, none) = (&world, &none);
+            let creates = some.iter().map(|n| {
+                let (source, other) = (format!("team-{n}"), if n % 2 == 0 { &pool } else { &bounded });
+                async move {
+                    world.create(none, &source).await;
+                    world.create(other, &source).await;
+                }
+            });
+            join_all(creates).await;
             world.idle().await;
         }
         assert_eq!(world.pooled(&bounded).await, 3);
