@@ -61,7 +61,7 @@ fn runs(binaries: &[Binary], file: &Path, function: &str) -> bool {
         .collect();
     if file.starts_with(CONTRACT) {
         let on = |backend: &&str| paths.contains(&format!("contract::{backend}::{function}").as_str());
-        return BACKENDS.iter().all(|backend| on(backend));
+        return BACKENDS.iter().all(on);
     }
     !paths.is_empty()
 }
@@ -112,31 +112,31 @@ mod tests {
         let named = named("a `x/y.rs::z`, and `cargo xtask test`, and `max`: `b.rs::c`");
         assert_eq!(named, [(PathBuf::from("x/y.rs"), "z"), (PathBuf::from("b.rs"), "c")]);
     }
-}
 
-/// A test that needs a component requires it, and its error names the command that adds it.
-#[test]
-fn only_xtask_installs_and_builds_components() {
-    fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
-        for entry in fs::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                sources(&path, found);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                found.push(path);
+    /// A test that needs a component requires it, and its error names the command that adds it.
+    #[test]
+    fn only_xtask_installs_and_builds_components() {
+        fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
+            for entry in fs::read_dir(dir).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    sources(&path, found);
+                } else if path.extension().is_some_and(|extension| extension == "rs") {
+                    found.push(path);
+                }
             }
         }
-    }
-    let crates = workspace_root().join("crates");
-    let mut found = Vec::new();
-    sources(&crates, &mut found);
-    assert!(found.len() > 100, "{} sources", found.len());
-    for path in found.iter().filter(|path| !path.starts_with(crates.join("stack/src"))) {
-        let source = fs::read_to_string(path).unwrap();
-        assert!(
-            !source.contains(".ensure(") && !source.contains(".ensure_packages("),
-            "{} installs or builds components: require them instead",
-            path.display()
-        );
+        let crates = workspace_root().join("crates");
+        let mut found = Vec::new();
+        sources(&crates, &mut found);
+        assert!(found.len() > 100, "{} sources", found.len());
+        for path in found.iter().filter(|path| !path.starts_with(crates.join("stack/src"))) {
+            let source = fs::read_to_string(path).unwrap();
+            assert!(
+                !source.contains(".ensure(") && !source.contains(".ensure_packages("),
+                "{} installs or builds components: require them instead",
+                path.display()
+            );
+        }
     }
 }
