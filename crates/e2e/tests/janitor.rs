@@ -32,9 +32,7 @@ fn sweeps(backend: Backend) {
             .get("/api/traces?service=gauntlet-janitor&operation=janitor.expire&limit=5&lookback=1h");
         let found: Value = found.map_err(|error| error.to_string())?;
         let trace = Trace::of(found["data"].get(0).ok_or("no trace yet")?);
-        trace
-            .find("gauntlet-manager", "api.v1.instance.InstanceManager/DeleteInstance")
-            .ok_or("not at the manager yet")?;
+        trace.find("gauntlet-manager", "gauntlet.v1.Sweeper/DeleteExpired").ok_or("not at the manager yet")?;
         trace.find("gauntlet-manager", "provision.down").ok_or("not at the provisioner yet")?;
         trace.find("gauntlet-janitor", "janitor.sweep").ok_or("no root yet")?;
         trace.whole()?;
@@ -44,8 +42,7 @@ fn sweeps(backend: Backend) {
     trace.in_the_table();
     let down = trace.find("gauntlet-manager", "provision.down").unwrap();
     let path = trace.path(down);
-    for step in ["janitor.sweep", "janitor.expire", "api.v1.instance.InstanceManager/DeleteInstance", "provision.down"]
-    {
+    for step in ["janitor.sweep", "janitor.expire", "gauntlet.v1.Sweeper/DeleteExpired", "provision.down"] {
         assert!(path.iter().any(|name| name == step), "{step} is not on the way to provision.down: {path:?}");
     }
 }

@@ -199,7 +199,7 @@ async fn list<K: Kv>(measured: &Measured<K>, challenges: usize) {
 #[allow(dead_code, reason = "of the test that includes this")]
 pub(crate) async fn smoke(backend: Backend) {
     let rows = all(backend, Duration::from_millis(64), "").await;
-    assert_eq!(rows.len(), 8);
+    assert_eq!(rows.len(), 7);
     assert!(rows.iter().all(|row| row.ours_per_s > 0.0 && row.raw_per_s > 0.0));
     Row::print(&rows);
     listing(backend, 20).await;

@@ -383,9 +383,11 @@ impl Checks {
         told.acknowledged = told.ends == ends;
     }
 
-    /// Whether a client may rely on the instance being there.
-    pub fn relied_on(&self, c: &str, s: &str) -> bool {
-        self.seats.get(&(c.to_owned(), s.to_owned())).is_some_and(|told| told.acknowledged)
+    /// Whether a client may rely on the instance being there: how often the end of it, and of its challenge, was asked for before. The same
+    /// answer twice means that it was there all the time between.
+    pub fn relied_on(&self, c: &str, s: &str) -> Option<(u64, u64)> {
+        let told = self.seats.get(&(c.to_owned(), s.to_owned())).filter(|told| told.acknowledged)?;
+        Some((told.ends, self.created.get(c).map_or(0, |challenge| challenge.ends)))
     }
 
     /// A client asks for the end of an instance, or (without a source) of a challenge.

@@ -6,6 +6,7 @@ use futures::TryStreamExt as _;
 use gauntlet_domain::{
     Additional, ChallengeId, ChallengeUpdate, Error, Instance, NewChallenge, Result, SourceId, Strategy,
 };
+use jiff::Timestamp;
 use rand::RngExt as _;
 use tokio::time::{sleep, timeout};
 
@@ -97,6 +98,11 @@ where
 
 /// Ends an instance on somebody's behalf.
 pub async fn delete(manager: Arc<Manager>, c: &'static str, s: String) -> Answer<()> {
+    end(manager, c, s, None).await
+}
+
+/// Ends an instance, if given the one that began then and has expired.
+async fn end(manager: Arc<Manager>, c: &'static str, s: String, since: Option<Timestamp>) -> Answer<()> {
     let world = manager.process.world.clone();
     world.lock().checks.ending(c, Some(&s));
     let ending = s.clone();
@@ -104,7 +110,11 @@ pub async fn delete(manager: Arc<Manager>, c: &'static str, s: String) -> Answer
         manager,
         format!("delete {c} {s}"),
         move |manager| async move {
-            let result = manager.gauntlet.delete_instance(&manager.call(), &id(c), &source(&s)).await;
+            let (call, c, s) = (manager.call(), id(c), source(&s));
+            let result = match since {
+                None => manager.gauntlet.delete_instance(&call, &c, &s).await,
+                Some(since) => manager.gauntlet.delete_expired_instance(&call, &c, &s, since).await.map(drop),
+            };
             manager.after(&result, None);
             result
         },
@@ -202,8 +212,8 @@ async fn retrieve(manager: Arc<Manager>, c: &'static str, s: &'static str) {
     let before = relied_on(&world);
     let work = move |manager: Arc<Manager>| async move { manager.gauntlet.retrieve_instance(&id(c), &source(s)).await };
     let answer = ask(manager, format!("retrieve {c} {s}"), work, |_, _| {}).await;
-    if before
-        && relied_on(&world)
+    if before.is_some()
+        && before == relied_on(&world)
         && let Answer::Told(Err(error @ (Error::InstanceNotFound(..) | Error::ChallengeNotFound(_)))) = answer
     {
         world.violated(format!("5: {c} {s} was acknowledged, and a client that looks is told {error}"));
@@ -296,7 +306,7 @@ pub async fn janitor(cluster: Arc<Cluster>) {
         for instance in instances.into_iter().filter(|instance| instance.expired(world.timestamp())) {
             let known = CHALLENGES.iter().find(|(c, ..)| *c == instance.slot.challenge.as_str());
             if let (Some((c, ..)), Some(source)) = (known, instance.slot.seat.source()) {
-                delete(cluster.any(), c, source.to_string()).await;
+                end(cluster.any(), c, source.to_string(), Some(instance.since)).await;
             }
         }
     }
