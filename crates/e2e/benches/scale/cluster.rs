@@ -22,11 +22,25 @@ const DEADLINE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(5);
 
 /// A scenario that does nothing: its instances only have to be there.
-const IDLE: &str =
-    "version: 1\nprovisioner: process\nprocess:\n  command: [\"/bin/sleep\", \"infinity\"]\nconnection_info: idle\n";
+const IDLE: &str = r#"version: 1
+provisioner: process
+process:
+  command: ["/bin/sh", "-c", "echo up; exec sleep infinity"]
+ready:
+  output: { contains: up }
+connection_info: idle
+"#;
 /// A scenario that answers on a port, as most do.
-const WEB: &str = "version: 1\nprovisioner: process\nprocess:\n  command: [\"example-web\", \"--listen\", \"127.0.0.1:{{ ports.http }}\"]\n  env: \
-                   { FLAG: none }\nports: { http: tcp }\nready:\n  tcp: { port: http }\nconnection_info: \"{{ ports.http }}\"\n";
+const WEB: &str = r#"version: 1
+provisioner: process
+process:
+  command: ["example-web", "--listen", "127.0.0.1:{{ ports.http }}"]
+  env: { FLAG: none }
+ports: { http: tcp }
+ready:
+  tcp: { port: http }
+connection_info: "{{ ports.http }}"
+"#;
 
 pub(crate) struct Cluster {
     pub(crate) challenges: ChallengeStoreClient<Channel>,
@@ -177,12 +191,14 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         // Instances outlive their manager.
+        let mut challenges = self.challenges.clone();
+        let request = DeleteChallengeRequest { id: BACKGROUND.to_owned() };
         let deleted = tokio::task::block_in_place(|| {
-            tokio::runtime::Handle::current()
-                .block_on(tokio::time::timeout(DEADLINE, self.delete_challenge(BACKGROUND)))
+            let deletion = tokio::time::timeout(DEADLINE, challenges.delete_challenge(request));
+            tokio::runtime::Handle::current().block_on(deletion)
         });
-        if deleted.is_err() {
-            eprintln!("instances are left: the manager did not delete them within {DEADLINE:?}");
+        if !matches!(deleted, Ok(Ok(_))) {
+            eprintln!("instances are left running: the manager did not delete {BACKGROUND}");
         }
     }
 }
