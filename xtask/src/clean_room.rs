@@ -84,7 +84,7 @@ impl CleanRoom {
         Tools::from_env().ensure(&[Tool::Mmdebstrap], &mut Screen(&stop))?;
         let room = home.join("room");
         // What a command that was killed left.
-        remove(&room)?;
+        remove(&room, Some(&stop))?;
         let mut unshare = Command::new("unshare");
         unshare
             .args(NAMESPACES)
@@ -108,7 +108,7 @@ impl CleanRoom {
             thread::sleep(Duration::from_millis(100));
         };
         say("removing the room");
-        remove(&room)?;
+        remove(&room, None)?;
         match status {
             Some(status) if status.success() => {
                 say(&format!("the README holds: {} s", started.elapsed().as_secs()));
@@ -222,17 +222,31 @@ fn hold(home: &Path) -> Result<File> {
     }
 }
 
-/// Removes the room. Its mounts were never seen in this namespace, so nothing but its own files is removed. What was killed just now may still
-/// be writing.
-fn remove(room: &Path) -> Result<()> {
+/// Removes the room, until asked to stop. Its mounts were never seen in this namespace, so nothing but its own files is removed. What was
+/// killed just now may still be writing.
+fn remove(room: &Path, stop: Option<&Stop>) -> Result<()> {
     let deadline = Instant::now() + LEAVES_WITHIN;
     while room.exists() {
-        match fs::remove_dir_all(room) {
-            Err(error) if Instant::now() > deadline => {
-                return Err(error).with_context(|| format!("remove {}", room.display()));
+        let mut rm = Command::new("rm");
+        // Ctrl-C is for this process.
+        rm.args(["-rf", "--"]).arg(room).process_group(0);
+        let mut child = spawn_bound(rm).context("run rm")?;
+        let removed = loop {
+            if let Some(status) = child.try_wait().context("wait for rm")? {
+                break status.success();
             }
-            Err(_) => thread::sleep(Duration::from_millis(200)),
-            Ok(()) => {}
+            if stop.is_some_and(Stop::asked) {
+                child.kill().context("kill rm")?;
+                child.wait().context("wait for rm")?;
+                bail!("given up on request: the next clean-room removes the rest of {}", room.display());
+            }
+            thread::sleep(Duration::from_millis(50));
+        };
+        if !removed {
+            if Instant::now() > deadline {
+                bail!("cannot remove {}", room.display());
+            }
+            thread::sleep(Duration::from_millis(200));
         }
     }
     Ok(())
