@@ -53,7 +53,7 @@ impl Sample {
         let mut command = mutants();
         // One of so many, from somewhere on. Its filters by name let all deletions of fields pass.
         command.args(["--sharding", "round-robin", "--shard", &format!("{shard}/{shards}")]);
-        command.args(["--in-place", "--jobs", "1", "--timeout", TIMEOUT, "--output"]).arg(&output);
+        command.args(["--in-place", "--timeout", TIMEOUT, "--output"]).arg(&output);
         // It fails when one survives; what came of each is in its files.
         let status = command.status().context("run cargo mutants")?;
         let found = Found::read(&output.join("mutants.out"))?;
