@@ -153,3 +153,16 @@ pub trait Facts: Send + Sync {
     /// Takes note of one.
     fn note(&self, fact: Fact);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outcome_tells_the_callers_fault_from_ours() {
+        let outcome = |result: Result<(), Error>| Outcome::of(&result).name();
+        assert_eq!(outcome(Ok(())), "ok");
+        assert_eq!(outcome(Err(Error::InvalidUpdateMask(Vec::new()))), "refused");
+        assert_eq!(outcome(Err(Error::Internal("disk".to_owned()))), "failed");
+    }
+}

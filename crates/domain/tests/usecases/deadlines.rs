@@ -66,3 +66,14 @@ async fn who_always_comes_second_tries_at_growing_delays_until_the_deadline() {
     world.create(BOB).await;
     assert_eq!(world.time.pauses(), [], "nobody is in the way");
 }
+
+#[tokio::test]
+async fn deletion_of_an_expired_instance_that_others_keep_changing_ends_at_the_deadline() {
+    let world = World::with_an_instance().await;
+    let (alice, since) = (SourceId::new(ALICE).unwrap(), world.stored(ALICE).await.unwrap().since);
+    world.rival(true);
+    let _ = world.time.pauses();
+    let deleted = world.gauntlet.delete_expired_instance(&world.at(10_000), &world.web, &alice, since).await;
+    assert_eq!(deleted.unwrap_err(), Error::Conflict);
+    grow_within_the_deadline(&world.time.pauses());
+}

@@ -11,4 +11,5 @@
 mod deadlines;
 mod failures;
 mod races;
+mod rules;
 mod world;

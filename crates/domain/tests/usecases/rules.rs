@@ -1,0 +1,49 @@
+//! The rules of challenges and instances where nothing goes wrong.
+
+use gauntlet_domain::{Additional, ChallengeId, Error, Fact, NewChallenge, SourceId, Store as _};
+
+use crate::world::{ALICE, World, reference};
+
+#[tokio::test]
+async fn expired_challenge_accepts_no_instance() {
+    let world = World::with_a_challenge(0).await;
+    let id = ChallengeId::new("brief").unwrap();
+    let challenge = NewChallenge {
+        id: id.clone(),
+        scenario: reference(1),
+        timeout: None,
+        until: Some(world.at(2000).now),
+        additional: Additional::new(),
+        min: 0,
+        max: 0,
+    };
+    world.gauntlet.create_challenge(&world.call, challenge).await.unwrap();
+    let create = async |second, source| {
+        let source = SourceId::new(source).unwrap();
+        world.gauntlet.create_instance(&world.at(second), &id, &source, Additional::new()).await
+    };
+    assert_eq!(create(1999, "in-time").await.unwrap().until, Some(world.at(2000).now));
+    assert_eq!(create(2000, "late").await.unwrap_err(), Error::ChallengeExpired(id.clone()));
+}
+
+#[tokio::test]
+async fn deleted_challenge_is_gone_with_its_instances() {
+    let world = World::with_an_instance().await;
+    world.gauntlet.delete_challenge(&world.call, &world.web).await.unwrap();
+    assert_eq!(world.store.challenge(&world.web).await.unwrap(), None);
+    assert_eq!(world.stored(ALICE).await, None);
+    assert_eq!(world.try_create(ALICE).await.unwrap_err(), Error::ChallengeNotFound(world.web.clone()));
+}
+
+#[tokio::test]
+async fn create_notes_a_pool_claim_only_where_there_is_a_pool() {
+    for (min, claims) in [(0, vec![]), (1, vec![false])] {
+        let world = World::with_a_challenge(min).await;
+        world.create(ALICE).await;
+        let hits = world.facts.take().into_iter().filter_map(|fact| match fact {
+            Fact::PoolClaim { hit, .. } => Some(hit),
+            _ => None,
+        });
+        assert_eq!(hits.collect::<Vec<_>>(), claims, "min {min}");
+    }
+}
