@@ -77,3 +77,16 @@ async fn deletion_of_an_expired_instance_that_others_keep_changing_ends_at_the_d
     assert_eq!(deleted.unwrap_err(), Error::Conflict);
     grow_within_the_deadline(&world.time.pauses());
 }
+
+#[tokio::test]
+async fn refill_that_always_counts_too_early_tries_until_the_deadline() {
+    let world = World::with_a_challenge(1).await;
+    world.rival(true);
+    let _ = world.time.pauses();
+    let planned = world.gauntlet.plan_pool(&world.call, &world.web, 8).await;
+    assert_eq!(planned.map(|plan| plan.jobs.len()).unwrap_err(), Error::Conflict);
+    grow_within_the_deadline(&world.time.pauses());
+    world.rival(false);
+    world.gauntlet.tend_pool(&world.call, &world.web).await.unwrap();
+    assert_eq!(world.pooled().await.len(), 1);
+}

@@ -1,6 +1,8 @@
-//! The rules of challenges and instances where nothing goes wrong.
+//! The rules of challenges and instances.
 
-use gauntlet_domain::{Additional, ChallengeId, Error, Fact, NewChallenge, SourceId, Store as _};
+use gauntlet_domain::{
+    Additional, Begin, By, ChallengeId, Error, Fact, Identity, NewChallenge, SourceId, Store as _, Strategy, Target,
+};
 
 use crate::world::{ALICE, World, reference};
 
@@ -46,4 +48,23 @@ async fn create_notes_a_pool_claim_only_where_there_is_a_pool() {
         });
         assert_eq!(hits.collect::<Vec<_>>(), claims, "min {min}");
     }
+}
+
+#[tokio::test]
+async fn update_that_recovery_finishes_gives_the_instance_a_new_end() {
+    let world = World::with_an_instance().await;
+    let instance = world.stored(ALICE).await.unwrap();
+    assert_eq!(instance.until, Some(world.at(2000).now));
+    let target = Target {
+        identity: Identity::from_bits(7),
+        scenario: instance.scenario.clone(),
+        applied: instance.applied + 1,
+        strategy: Strategy::Recreate,
+    };
+    // Released without a commit, as a crash leaves it.
+    let (held, _) = world.store.begin(&instance.slot, Begin::Update(target), &By::default()).await.unwrap();
+    world.store.release(held).await.unwrap();
+    assert_eq!(world.gauntlet.reconcile(&world.at(1500)).await.unwrap().recovered, 1);
+    let updated = world.stored(ALICE).await.unwrap();
+    assert_eq!((updated.identity, updated.until), (Identity::from_bits(7), Some(world.at(2500).now)));
 }
