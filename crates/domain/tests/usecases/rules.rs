@@ -1,14 +1,14 @@
 //! The rules of challenges and instances.
 
+use futures::TryStreamExt as _;
 use gauntlet_domain::{
     Additional, Begin, By, ChallengeId, Error, Fact, Identity, NewChallenge, SourceId, Store as _, Strategy, Target,
 };
 
 use crate::world::{ALICE, World, reference};
 
-#[tokio::test]
-async fn expired_challenge_accepts_no_instance() {
-    let world = World::with_a_challenge(0).await;
+/// A challenge that ends at 2000.
+async fn brief(world: &World, min: i64) -> ChallengeId {
     let id = ChallengeId::new("brief").unwrap();
     let challenge = NewChallenge {
         id: id.clone(),
@@ -16,10 +16,28 @@ async fn expired_challenge_accepts_no_instance() {
         timeout: None,
         until: Some(world.at(2000).now),
         additional: Additional::new(),
-        min: 0,
+        min,
         max: 0,
     };
     world.gauntlet.create_challenge(&world.call, challenge).await.unwrap();
+    id
+}
+
+#[tokio::test]
+async fn expired_challenge_drains_its_pool() {
+    let world = World::with_a_challenge(0).await;
+    let id = brief(&world, 2).await;
+    for (second, pooled) in [(1999, 2), (2000, 0)] {
+        world.gauntlet.tend_pool(&world.at(second), &id).await.unwrap();
+        let all: Vec<_> = world.store.instances_of(&id).try_collect().await.unwrap();
+        assert_eq!(all.len(), pooled, "at {second}");
+    }
+}
+
+#[tokio::test]
+async fn expired_challenge_accepts_no_instance() {
+    let world = World::with_a_challenge(0).await;
+    let id = brief(&world, 0).await;
     let create = async |second, source| {
         let source = SourceId::new(source).unwrap();
         world.gauntlet.create_instance(&world.at(second), &id, &source, Additional::new()).await
