@@ -40,7 +40,7 @@ pub struct Updated {
 }
 
 impl Gauntlet {
-    /// Registers a challenge. Its pool is filled later, by [`Gauntlet::tend_pool`].
+    /// Registers a challenge. Its pool is filled later: see [`Gauntlet::plan_pool`].
     pub async fn create_challenge(&self, call: &Call, new: NewChallenge) -> Result<Challenge> {
         let limit = i64::from(self.settings.pool_max);
         let bounds = Bounds::new(new.min, new.max)

@@ -132,7 +132,8 @@ impl Health {
         exporter: &'static str,
         target: String,
         capacity: usize,
-        (reports, hold): (&Reports, &Hold),
+        reports: &Reports,
+        hold: &Hold,
     ) -> Arc<Self> {
         Arc::new(Self {
             signal,
@@ -419,7 +420,7 @@ mod tests {
             (warned.load(Ordering::Relaxed), informed.load(Ordering::Relaxed))
         };
         let reports = Reports::default();
-        let new = |signal| Health::new(signal, "exporter", "http://nowhere".into(), 8, (&reports, &Hold::default()));
+        let new = |signal| Health::new(signal, "exporter", "http://nowhere".into(), 8, &reports, &Hold::default());
         let (traces, logs) = (new(Signal::Traces), new(Signal::Logs));
         let failure = || Err(OTelSdkError::InternalFailure("refused".into()));
         tracing::subscriber::with_default(tracing_subscriber::registry().with(lines.clone()), || {
@@ -440,13 +441,8 @@ mod tests {
 
     #[test]
     fn the_queue_holds_what_it_holds() {
-        let health = Health::new(
-            Signal::Traces,
-            "exporter",
-            "http://nowhere".into(),
-            2,
-            (&Reports::default(), &Hold::default()),
-        );
+        let health =
+            Health::new(Signal::Traces, "exporter", "http://nowhere".into(), 2, &Reports::default(), &Hold::default());
         assert_eq!([health.admit(), health.admit(), health.admit()], [true, true, false]);
         health.taken(2);
         assert!(health.admit());

@@ -68,6 +68,11 @@ pub(crate) struct Pipeline<'a> {
 }
 
 impl Pipeline<'_> {
+    /// The state of a new exporter; with the others of this process it shares when trouble was last reported, and whether export has started.
+    fn health(&self, signal: Signal, exporter: &'static str, target: String, capacity: usize) -> Arc<Health> {
+        Health::new(signal, exporter, target, capacity, &self.reports, &self.hold)
+    }
+
     pub(crate) fn sampler(&self, record_all: bool) -> Box<dyn ShouldSample> {
         let root = match self.config.sampler {
             Sampler::AlwaysOn => SdkSampler::AlwaysOn,
@@ -98,23 +103,12 @@ impl Pipeline<'_> {
             provider = match exporter {
                 Exporter::Otlp(otlp) => {
                     let kind = exporters::component(Signal::Traces, otlp.protocol);
-                    let health = Health::new(
-                        Signal::Traces,
-                        kind,
-                        otlp.endpoint.clone(),
-                        config.spans.queue,
-                        (&self.reports, &self.hold),
-                    );
+                    let health = self.health(Signal::Traces, kind, otlp.endpoint.clone(), config.spans.queue);
                     provider.with_span_processor(self.span_processor(exporters::spans(otlp)?, health))
                 }
                 Exporter::Console | Exporter::Prometheus => {
-                    let health = Health::new(
-                        Signal::Traces,
-                        "console_span_exporter",
-                        "console".into(),
-                        config.spans.queue,
-                        (&self.reports, &self.hold),
-                    );
+                    let health =
+                        self.health(Signal::Traces, "console_span_exporter", "console".into(), config.spans.queue);
                     provider
                         .with_span_processor(self.span_processor(opentelemetry_stdout::SpanExporter::default(), health))
                 }
@@ -144,23 +138,12 @@ impl Pipeline<'_> {
             provider = match exporter {
                 Exporter::Otlp(otlp) => {
                     let kind = exporters::component(Signal::Logs, otlp.protocol);
-                    let health = Health::new(
-                        Signal::Logs,
-                        kind,
-                        otlp.endpoint.clone(),
-                        config.records.queue,
-                        (&self.reports, &self.hold),
-                    );
+                    let health = self.health(Signal::Logs, kind, otlp.endpoint.clone(), config.records.queue);
                     provider.with_log_processor(self.log_processor(exporters::logs(otlp)?, health))
                 }
                 Exporter::Console | Exporter::Prometheus => {
-                    let health = Health::new(
-                        Signal::Logs,
-                        "console_log_exporter",
-                        "console".into(),
-                        config.records.queue,
-                        (&self.reports, &self.hold),
-                    );
+                    let health =
+                        self.health(Signal::Logs, "console_log_exporter", "console".into(), config.records.queue);
                     provider
                         .with_log_processor(self.log_processor(opentelemetry_stdout::LogExporter::default(), health))
                 }
@@ -195,19 +178,12 @@ impl Pipeline<'_> {
             provider = match exporter {
                 Exporter::Otlp(otlp) => {
                     let kind = exporters::component(Signal::Metrics, otlp.protocol);
-                    let health =
-                        Health::new(Signal::Metrics, kind, otlp.endpoint.clone(), 0, (&self.reports, &self.hold));
+                    let health = self.health(Signal::Metrics, kind, otlp.endpoint.clone(), 0);
                     let exporter = self.guard(exporters::metrics(otlp, config.temporality)?, limit, health);
                     provider.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
                 }
                 Exporter::Console => {
-                    let health = Health::new(
-                        Signal::Metrics,
-                        "console_metric_exporter",
-                        "console".into(),
-                        0,
-                        (&self.reports, &self.hold),
-                    );
+                    let health = self.health(Signal::Metrics, "console_metric_exporter", "console".into(), 0);
                     let exporter = self.guard(opentelemetry_stdout::MetricExporter::default(), limit, health);
                     provider.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
                 }
