@@ -35,6 +35,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "gauntlet-telemetry",
             ],
         ),
+        ("gauntlet-testing", &["gauntlet-domain"]),
         ("gauntlet-e2e", &[]),
         ("gauntlet-simulation", &[]),
         ("xtask", &["gauntlet-stack"]),
