@@ -7,9 +7,6 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// A flag or variable is wrong: EX_USAGE of sysexits.h.
-const USAGE: u8 = 64;
-
 /// Runs challenge instances on demand, and makes every step of it observable.
 #[derive(Debug, Parser)]
 #[command(name = "gauntlet", version, about, long_about, disable_help_subcommand = true)]
@@ -33,12 +30,7 @@ fn main() -> ExitCode {
     gauntlet_manager::supervise_if_requested();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => {
-            let code = if error.use_stderr() { USAGE } else { 0 };
-            // Nobody to tell when even that fails.
-            let _ = error.print();
-            return code.into();
-        }
+        Err(error) => return gauntlet_startup::print_parse_error(&error).into(),
     };
     match cli.command {
         Command::Dev(dev) => dev.run(),

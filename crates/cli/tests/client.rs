@@ -335,11 +335,11 @@ async fn a_collector_that_is_away_changes_nothing() {
 async fn wrong_usage_is_64_and_names_itself() {
     for (line, name) in [
         ("challenge create web-1", "--scenario"),
-        ("challenge create web-1 --scenario a --timeout soon", "expected a time above zero such as 30s"),
+        ("challenge create web-1 --scenario a --timeout soon", "expected a duration above zero such as 30s"),
         ("challenge create web-1 --scenario a --until tomorrow", "expected a time in RFC 3339"),
         ("challenge create web-1 --scenario a --additional a", "expected KEY=VALUE"),
         ("challenge update web-1 --timeout 1m --no-timeout", "--no-timeout"),
-        ("challenge list --url localhost", "it has no port"),
+        ("challenge list --url localhost", "the address has no port"),
         ("challenge list --output xml", "--output"),
         ("scenario push web r.lan/web:1 --password-stdin", "--username"),
         ("nonsense", "nonsense"),

@@ -3,9 +3,9 @@
 use std::{num::NonZeroUsize, time::Duration};
 
 use clap::Parser;
+use gauntlet_client::ServerAddress;
+use gauntlet_startup::duration;
 use tracing::level_filters::LevelFilter;
-
-use crate::server::Server;
 
 /// Not `Option` by name, so that clap hands the parser an empty text too.
 type Every = Option<Duration>;
@@ -20,7 +20,7 @@ type Every = Option<Duration>;
 pub struct Config {
     /// The manager's API, as host:port, http://host:port or https://host.
     #[arg(long, env = "URL", default_value = "localhost:8080", value_name = "URL")]
-    pub url: Server,
+    pub url: ServerAddress,
     /// Stay, and sweep this often, such as 30s or 1m30s; empty sweeps once.
     #[arg(long, env = "TICKER", visible_alias = "ticker", default_value = "", hide_default_value = true, value_parser = every, value_name = "DURATION")]
     pub every: Every,
@@ -41,7 +41,7 @@ pub struct Config {
 impl Config {
     /// The defaults, for the API at `url`: one sweep, four deletions at once, 30 s a call.
     #[must_use]
-    pub fn new(url: Server) -> Self {
+    pub fn new(url: ServerAddress) -> Self {
         Self {
             url,
             every: None,
@@ -51,19 +51,6 @@ impl Config {
             log_level: "info".into(),
         }
     }
-}
-
-/// Reads a time above zero as people and Go write it (`30s`, `1m30s`, `1.5h`, `250ms`), or as plain seconds (`30`).
-///
-/// # Errors
-/// When it is none, zero or negative; the text names what was given and the form to give.
-pub fn duration(text: &str) -> Result<Duration, String> {
-    let seconds = || text.parse::<u32>().ok().map(|seconds| jiff::SignedDuration::from_secs(seconds.into()));
-    seconds()
-        .or_else(|| text.parse::<jiff::SignedDuration>().ok())
-        .and_then(|duration| Duration::try_from(duration).ok())
-        .filter(|duration| !duration.is_zero())
-        .ok_or_else(|| format!("expected a time above zero such as 30s or 1m30s; got {text:?}"))
 }
 
 fn every(text: &str) -> Result<Every, String> {
@@ -89,7 +76,6 @@ fn log_level(text: &str) -> Result<String, String> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
     use clap::CommandFactory;
-    use proptest::prelude::*;
 
     use super::*;
 
@@ -112,26 +98,9 @@ mod tests {
     }
 
     #[test]
-    fn durations_as_go_writes_them_and_plain_seconds() {
-        for (text, millis) in [
-            ("30s", 30_000),
-            ("1m30s", 90_000),
-            ("1h0m0s", 3_600_000),
-            ("1.5h", 5_400_000),
-            ("250ms", 250),
-            ("45", 45_000),
-        ] {
-            assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
-        }
-        for text in ["", "0", "0s", "-3s", "soon", "1e3", "3 parsecs"] {
-            assert!(duration(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
     fn wrong_values_name_themselves_and_the_fix() {
         for (arguments, part) in [
-            (["--every", "soon"], "expected a time above zero such as 30s or 1m30s; got \"soon\""),
+            (["--every", "soon"], "expected a duration above zero such as 30s or 1m30s; got \"soon\""),
             (["--url", "localhost"], "localhost:8080"),
             (["--concurrency", "0"], "\'0\'"),
             (["--timeout", "0s"], "got \"0s\""),
@@ -147,14 +116,5 @@ mod tests {
         insta::assert_snapshot!(
             Config::command().term_width(100).mut_args(|arg| arg.hide_env_values(true)).render_long_help().to_string()
         );
-    }
-
-    proptest! {
-        #[test]
-        fn any_text_is_a_duration_above_zero_or_refused(text in ".{0,20}") {
-            if let Ok(duration) = duration(&text) {
-                prop_assert!(!duration.is_zero());
-            }
-        }
     }
 }

@@ -11,12 +11,9 @@
 //! their turn.
 
 mod config;
-mod server;
 mod service;
 mod sweep;
 
-pub use config::{Config, duration};
-pub use gauntlet_telemetry::layers::code_name;
-pub use server::{Channel, NotConnectable, NotServer, Server, within};
+pub use config::Config;
 pub use service::{Error, run};
 pub use sweep::{FINISH_WITHIN, Summary};

@@ -1,28 +1,18 @@
 //! `gauntlet-janitor`: deletes what has expired.
 
-use std::{
-    process::ExitCode,
-    sync::{Arc, atomic::AtomicBool},
-};
+use std::process::ExitCode;
 
 use clap::Parser as _;
 use gauntlet_janitor::{Config, run};
+use gauntlet_startup::{EX_USAGE, ShutdownSignals, exit_on_second_signal, print_parse_error};
 use gauntlet_telemetry::{Env, Settings, Telemetry};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-
-/// A flag or variable is wrong: EX_USAGE of sysexits.h.
-const USAGE: u8 = 64;
 
 fn main() -> ExitCode {
     let config = match Config::try_parse() {
         Ok(config) => config,
-        Err(error) => {
-            let code = if error.use_stderr() { USAGE } else { 0 };
-            // Nobody to tell when even that fails.
-            let _ = error.print();
-            return code.into();
-        }
+        Err(error) => return print_parse_error(&error).into(),
     };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -39,15 +29,16 @@ async fn sweep(config: &Config) -> ExitCode {
         log_filter: config.log_level.clone(),
         ..Settings::new("gauntlet-janitor", env!("CARGO_PKG_VERSION"))
     };
-    let telemetry = match Telemetry::start(&settings, &environment()) {
+    // A flag may have overridden LOG_LEVEL.
+    let telemetry = match Telemetry::start(&settings, &Env::process().without("LOG_LEVEL")) {
         Ok(telemetry) => telemetry,
         Err(error) => {
             eprintln!("error: {error}");
-            return USAGE.into();
+            return EX_USAGE.into();
         }
     };
     let stop = CancellationToken::new();
-    let code = match on_signal(stop.clone()) {
+    let code = match cancel_on_signal(stop.clone()) {
         Ok(listener) => {
             let result = run(config, telemetry.instruments(), stop).await;
             listener.abort();
@@ -70,29 +61,12 @@ async fn sweep(config: &Config) -> ExitCode {
     code
 }
 
-/// The environment without LOG_LEVEL, over which a flag may have gone.
-fn environment() -> Env {
-    std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .filter(|(name, _)| name != "LOG_LEVEL")
-        .collect()
-}
-
-/// Cancels `stop` at SIGTERM or SIGINT; from the second one on, each does what it does to any process.
-fn on_signal(stop: CancellationToken) -> std::io::Result<tokio::task::JoinHandle<()>> {
-    let asked = Arc::new(AtomicBool::new(false));
-    for signal in [SignalKind::terminate(), SignalKind::interrupt()].map(|kind| kind.as_raw_value()) {
-        // In this order: the first signal finds the flag unset.
-        signal_hook::flag::register_conditional_default(signal, asked.clone())?;
-        signal_hook::flag::register(signal, asked.clone())?;
-    }
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+/// Cancels `stop` at the first SIGTERM or SIGINT. From the second one on, each ends the process at once.
+fn cancel_on_signal(stop: CancellationToken) -> std::io::Result<JoinHandle<()>> {
+    exit_on_second_signal()?;
+    let mut shutdown = ShutdownSignals::listen()?;
     Ok(tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
+        shutdown.recv().await;
         tracing::info!("Stopping: deletions under way may end; a second signal ends at once");
         stop.cancel();
     }))

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
+use gauntlet_client::TlsError;
 use gauntlet_telemetry::Instruments;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Config,
-    server::NotConnectable,
     sweep::{Summary, Sweep, Sweeper, said},
 };
 
@@ -21,9 +21,9 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// There cannot be a connection, whoever listens.
+    /// TLS cannot be set up, whatever the server.
     #[error(transparent)]
-    Connect(#[from] NotConnectable),
+    Tls(#[from] TlsError),
     /// Not everything could be read, and nothing that was read before the failure was deleted.
     #[error("what has expired on {server} could not be read: {reason}")]
     Unreadable {

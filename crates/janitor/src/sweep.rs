@@ -14,6 +14,7 @@ use gauntlet_api::{
         instance::{DeleteInstanceRequest, RetrieveInstanceRequest, instance_manager_client::InstanceManagerClient},
     },
 };
+use gauntlet_client::{Channel, call_with_deadline, challenge_store};
 use gauntlet_telemetry::layers::code_name;
 use gauntlet_telemetry::{context, instruments, names};
 use jiff::Timestamp;
@@ -21,17 +22,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 use tracing::{Instrument as _, Span, field::Empty};
 
-use crate::server::{Channel, within};
-
 /// How long deletions under way may go on once the janitor is told to stop: with the rest of its shutdown less than the 10 s that Docker
 /// gives. The manager finishes those that take longer.
 pub const FINISH_WITHIN: Duration = Duration::from_secs(5);
 
 /// A server that lacks `ListExpired` may be replaced by one that has it, without a connection lost: it is asked again this often.
 const ASK_AGAIN: Duration = Duration::from_secs(300);
-
-/// A challenge comes with all its instances in one message.
-const LARGEST_CHALLENGE: usize = 64 << 20;
 
 /// What a sweep, or all sweeps of a service, came to, in instances.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -198,7 +194,7 @@ impl Sweeper {
         Self {
             index: SweeperClient::new(channel.clone()),
             offered: if v1_only { Offered::Never } else { Offered::Perhaps },
-            challenges: ChallengeStoreClient::new(channel.clone()).max_decoding_message_size(LARGEST_CHALLENGE),
+            challenges: challenge_store(channel.clone()),
             instances: InstanceManagerClient::new(channel),
             instruments,
             concurrency,
@@ -309,7 +305,7 @@ impl Sweeper {
 
     async fn list(&self, seen: &mut u64, found: &mut Vec<Expired>) -> Result<(), Status> {
         let mut client = self.index.clone();
-        within(self.timeout, ListExpiredRequest::default(), async |request| {
+        call_with_deadline(self.timeout, ListExpiredRequest::default(), async |request| {
             let mut answers = client.list_expired(request).await?.into_inner();
             while let Some(listed) = answers.message().await? {
                 *seen += 1;
@@ -322,7 +318,7 @@ impl Sweeper {
 
     async fn query(&self, seen: &mut u64, found: &mut Vec<Expired>) -> Result<(), Status> {
         let mut client = self.challenges.clone();
-        within(self.timeout, (), async |request| {
+        call_with_deadline(self.timeout, (), async |request| {
             let mut answers = client.query_challenge(request).await?.into_inner();
             while let Some(challenge) = answers.message().await? {
                 *seen += u64::try_from(challenge.instances.len()).unwrap_or(u64::MAX);
@@ -391,7 +387,8 @@ impl Sweeper {
             source_id: expired.source.clone(),
             since: Some(since),
         };
-        let answer = within(self.timeout, request, async |request| client.delete_expired(request).await).await?;
+        let answer =
+            call_with_deadline(self.timeout, request, async |request| client.delete_expired(request).await).await?;
         Ok(if answer.get_ref().deleted { Outcome::Deleted } else { Outcome::Renewed })
     }
 
@@ -400,7 +397,8 @@ impl Sweeper {
         let (challenge_id, source_id) = (expired.challenge.clone(), expired.source.clone());
         let mut client = self.instances.clone();
         let request = RetrieveInstanceRequest { challenge_id: challenge_id.clone(), source_id: source_id.clone() };
-        let answer = within(self.timeout, request, async |request| client.retrieve_instance(request).await).await?;
+        let answer =
+            call_with_deadline(self.timeout, request, async |request| client.retrieve_instance(request).await).await?;
         let (since, until) = (answer.get_ref().since, earliest(time(answer.get_ref().until), expired.challenge_until));
         // The server's clock, by which it was listed, may be ahead of ours.
         let passed = Timestamp::now().max(expired.until);
@@ -408,7 +406,7 @@ impl Sweeper {
             return Ok(Outcome::Renewed);
         }
         let request = DeleteInstanceRequest { challenge_id, source_id };
-        within(self.timeout, request, async |request| client.delete_instance(request).await).await?;
+        call_with_deadline(self.timeout, request, async |request| client.delete_instance(request).await).await?;
         Ok(Outcome::Deleted)
     }
 }

@@ -97,7 +97,7 @@ async fn wrong_values_exit_with_64_and_name_themselves() {
     for (arguments, environment, name) in [
         (&["--every", "soon"][..], ("A", ""), "--every"),
         (&[], ("TICKER", "soon"), "soon"),
-        (&[], ("URL", "localhost"), "it has no port"),
+        (&[], ("URL", "localhost"), "the address has no port"),
         (&["--nonsense"], ("A", ""), "--nonsense"),
         (&["--log-level", "loud"], ("A", ""), "--log-level"),
         (&[], ("OTEL_BSP_MAX_QUEUE_SIZE", "many"), "OTEL_BSP_MAX_QUEUE_SIZE"),

@@ -3,6 +3,7 @@
 use std::{ffi::OsString, fmt, net::SocketAddr, num::NonZeroU32, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{CommandFactory as _, Parser, error::ErrorKind};
+use gauntlet_startup::{duration, size};
 use tokio::sync::Semaphore;
 
 use crate::connections::Limits;
@@ -170,23 +171,6 @@ fn debug_address(text: &str) -> Result<DebugAddress, String> {
         .map_err(|_| format!("expected HOST:PORT such as 127.0.0.1:8081, or \"off\"; got {text:?}"))
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
-    let friendly =
-        text.parse::<jiff::SignedDuration>().ok().or_else(|| text.parse().ok().map(jiff::SignedDuration::from_secs));
-    friendly
-        .and_then(|duration| Duration::try_from(duration).ok())
-        .filter(|duration| !duration.is_zero())
-        .ok_or_else(|| format!("expected a time above zero such as 30s or 1m30s; got {text:?}"))
-}
-
-fn size(text: &str) -> Result<u64, String> {
-    const UNITS: [(&str, u64); 4] = [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("B", 1)];
-    let parsed = UNITS.iter().find_map(|(unit, bytes)| Some((text.strip_suffix(unit)?, bytes)));
-    parsed
-        .and_then(|(number, bytes)| number.trim_end().parse::<u64>().ok()?.checked_mul(*bytes))
-        .ok_or_else(|| format!("expected a size such as 500MiB or 10GiB; got {text:?}"))
-}
-
 fn ports(text: &str) -> Result<(u16, u16), String> {
     text.split_once('-')
         .and_then(|(first, last)| Some((first.trim().parse().ok()?, last.trim().parse().ok()?)))
@@ -195,14 +179,13 @@ fn ports(text: &str) -> Result<(u16, u16), String> {
 }
 
 impl Config {
-    /// Reads flags and environment. A wrong value is printed with its name and the fix, and ends the process with 64 (EX_USAGE of
-    /// sysexits.h); `--help` and `--version` end it with 0.
-    pub fn parse_or_exit() -> Self {
-        Self::checked(std::env::args_os()).unwrap_or_else(|error| {
-            let code = if error.use_stderr() { 64 } else { 0 };
-            let _ = error.print();
-            std::process::exit(code)
-        })
+    /// Reads flags and environment.
+    ///
+    /// # Errors
+    /// A wrong value, named with the expected form; also `--help` and `--version`, with their text. See
+    /// [`gauntlet_startup::print_parse_error`].
+    pub fn from_command_line() -> Result<Self, clap::Error> {
+        Self::checked(std::env::args_os())
     }
 
     /// The environment over the defaults, no flags: for a program that embeds the manager.
@@ -289,6 +272,11 @@ mod tests {
     }
 
     #[test]
+    fn scenarios_keep_ten_gibibytes_by_default() {
+        assert_eq!(parse(&[]).unwrap().scenario_keep, 10 << 30);
+    }
+
+    #[test]
     fn empty_is_as_good_as_not_given() {
         let credentials = ["--etcd-username", "", "--etcd-password", "", "--oci-username", "", "--oci-password", ""];
         let config = parse(&[&["--etcd-endpoints", ""], &credentials[..]].concat()).unwrap();
@@ -309,7 +297,7 @@ mod tests {
     #[test]
     fn wrong_values_name_themselves_and_the_fix() {
         for (arguments, part) in [
-            (["--patience", "soon"], "expected a time above zero such as 30s"),
+            (["--patience", "soon"], "expected a duration above zero such as 30s"),
             (["--instance-ports", "9-3"], "expected FIRST-LAST"),
             (["--debug-address", "8081"], "expected HOST:PORT"),
             (["--port", "70000"], "70000"),
@@ -332,23 +320,6 @@ mod tests {
             assert_eq!(parse(arguments).unwrap().etcd_deadline(), Duration::from_millis(deadline), "{arguments:?}");
         }
         assert!(parse(&["--lease-ttl", "3s", "--etcd-deadline", "3s"]).is_err());
-    }
-
-    #[test]
-    fn durations_as_go_writes_them_and_plain_seconds() {
-        assert_eq!(duration("1m30s"), Ok(Duration::from_secs(90)));
-        assert_eq!(duration("45"), Ok(Duration::from_secs(45)));
-        assert!(duration("-3s").is_err());
-    }
-
-    #[test]
-    fn sizes_have_a_unit() {
-        assert_eq!(parse(&[]).unwrap().scenario_keep, 10 << 30);
-        assert_eq!(size("0B"), Ok(0));
-        assert_eq!(size("500 MiB"), Ok(500 << 20));
-        for wrong in ["", "B", "7", "-1KiB", "1.5GiB", "99999999999GiB"] {
-            assert!(size(wrong).is_err(), "{wrong}");
-        }
     }
 
     #[test]

@@ -18,6 +18,13 @@ impl Env {
             .collect()
     }
 
+    /// The same without the variable `name`: for one that a flag may have overridden.
+    #[must_use]
+    pub fn without(mut self, name: &str) -> Self {
+        self.0.remove(name);
+        self
+    }
+
     /// The value of `name`, if it is set and not empty.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(|value| value.trim()).filter(|value| !value.is_empty())

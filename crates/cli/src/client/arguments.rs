@@ -14,7 +14,7 @@ pub(super) fn setting(text: &str) -> Result<Setting, String> {
 
 /// A length of time as the API carries it.
 pub(super) fn timeout(text: &str) -> Result<prost_types::Duration, String> {
-    let duration = gauntlet_janitor::duration(text)?;
+    let duration = gauntlet_startup::duration(text)?;
     prost_types::Duration::try_from(duration).map_err(|_| format!("expected at most 315576000000s; got {text:?}"))
 }
 

@@ -3,15 +3,15 @@
 use clap::{Args, Subcommand, ValueEnum};
 use gauntlet_api::v1::challenge::{
     CreateChallengeRequest, DeleteChallengeRequest, RetrieveChallengeRequest, UpdateChallengeRequest, UpdateStrategy,
-    challenge_store_client::ChallengeStoreClient,
 };
+use gauntlet_client::challenge_store;
 use tonic::Request;
 
 use super::{
-    LARGEST_ANSWER, Session,
+    Session,
     arguments::{Setting, moment, setting, timeout},
     failure::Failure,
-    output::shown,
+    printable::printable,
 };
 
 pub(super) const EXAMPLES: &str = "\
@@ -166,7 +166,7 @@ impl From<Update> for UpdateChallengeRequest {
 }
 
 pub(super) async fn run(session: &Session, command: Command) -> Result<(), Failure> {
-    let mut client = ChallengeStoreClient::new(session.channel.clone()).max_decoding_message_size(LARGEST_ANSWER);
+    let mut client = challenge_store(session.channel.clone());
     let output = session.output;
     match command {
         Command::Create(create) => {
@@ -195,7 +195,7 @@ pub(super) async fn run(session: &Session, command: Command) -> Result<(), Failu
             output.challenge(&updated)
         }
         Command::Delete { id } => {
-            let text = format!("Deleted challenge {}.", shown(&id));
+            let text = format!("Deleted challenge {}.", printable(&id));
             let request = DeleteChallengeRequest { id };
             session.call(request, async |request| client.delete_challenge(request).await).await?;
             output.done(&text)

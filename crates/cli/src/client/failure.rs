@@ -3,17 +3,15 @@
 use std::{fmt::Write as _, io, process::ExitCode};
 
 use anstyle::{AnsiColor, Style};
+use gauntlet_client::TlsError;
 use gauntlet_domain::Error;
-use gauntlet_janitor::{NotConnectable, code_name};
 use gauntlet_scenario::{PushError, Report};
+use gauntlet_startup::{EX_UNAVAILABLE, EX_USAGE};
+use gauntlet_telemetry::layers::code_name;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
-use super::output::shown;
-use crate::USAGE;
-
-/// What the command needs does not answer: EX_UNAVAILABLE of sysexits.h.
-const UNAVAILABLE: u8 = 69;
+use super::printable::printable;
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -22,8 +20,8 @@ pub(super) enum Failure {
     Api { server: String, status: Box<Status> },
     /// What was given does not do; says the fix.
     Usage(&'static str),
-    /// There cannot be a connection, whoever listens.
-    Connect(NotConnectable),
+    /// TLS cannot be set up, whatever the server.
+    Tls(TlsError),
     /// The API's answer has no JSON form.
     Answer(String),
     /// The directory is no sound scenario.
@@ -34,9 +32,9 @@ pub(super) enum Failure {
     Io(io::Error),
 }
 
-impl From<NotConnectable> for Failure {
-    fn from(error: NotConnectable) -> Self {
-        Self::Connect(error)
+impl From<TlsError> for Failure {
+    fn from(error: TlsError) -> Self {
+        Self::Tls(error)
     }
 }
 
@@ -61,10 +59,10 @@ impl Failure {
         anstream::eprint!("{}", self.text());
         match self {
             Self::Api { status, .. } if matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded) => {
-                UNAVAILABLE.into()
+                EX_UNAVAILABLE.into()
             }
-            Self::Usage(_) => USAGE.into(),
-            Self::Scenario(Error::Registry { .. }) => UNAVAILABLE.into(),
+            Self::Usage(_) => EX_USAGE.into(),
+            Self::Scenario(Error::Registry { .. }) => EX_UNAVAILABLE.into(),
             _ => ExitCode::FAILURE,
         }
     }
@@ -73,7 +71,7 @@ impl Failure {
         match self {
             Self::Api { server, status } => api(server, status),
             Self::Usage(problem) => said(problem, &[], None),
-            Self::Connect(error) => said(&error.to_string(), &[], None),
+            Self::Tls(error) => said(&error.to_string(), &[], None),
             Self::Answer(why) => {
                 said("The answer cannot be shown as JSON.", std::slice::from_ref(why), Some("leave --output json out"))
             }
@@ -92,9 +90,9 @@ impl Failure {
 fn said(error: &str, particulars: &[String], fix: Option<&str>) -> String {
     let red = Style::new().bold().fg_color(Some(AnsiColor::Red.into()));
     let green = Style::new().fg_color(Some(AnsiColor::Green.into()));
-    let mut text = format!("{red}error:{red:#} {}\n", shown(error));
+    let mut text = format!("{red}error:{red:#} {}\n", printable(error));
     for particular in particulars {
-        let _ = writeln!(text, "  {}", shown(particular));
+        let _ = writeln!(text, "  {}", printable(particular));
     }
     if let Some(fix) = fix {
         let _ = writeln!(text, "  {green}fix:{green:#} {fix}");

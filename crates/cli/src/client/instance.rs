@@ -11,7 +11,7 @@ use super::{
     Session,
     arguments::{Setting, setting},
     failure::Failure,
-    output::shown,
+    printable::printable,
 };
 
 pub(super) const EXAMPLES: &str = "\
@@ -78,7 +78,7 @@ pub(super) async fn run(session: &Session, command: Command) -> Result<(), Failu
             output.instance(&session.call(request, async |request| client.renew_instance(request).await).await?)
         }
         Command::Delete(Slot { challenge: challenge_id, source: source_id }) => {
-            let text = format!("Deleted instance {}/{}.", shown(&challenge_id), shown(&source_id));
+            let text = format!("Deleted instance {}/{}.", printable(&challenge_id), printable(&source_id));
             let request = DeleteInstanceRequest { challenge_id, source_id };
             session.call(request, async |request| client.delete_instance(request).await).await?;
             output.done(&text)

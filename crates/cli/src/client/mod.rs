@@ -5,12 +5,14 @@ mod challenge;
 mod failure;
 mod instance;
 mod output;
+mod printable;
 mod scenario;
 
 use std::{process::ExitCode, time::Duration};
 
 use clap::{Args, Subcommand};
-use gauntlet_janitor::{Channel, Server, within};
+use gauntlet_client::{Channel, ServerAddress, call_with_deadline};
+use gauntlet_startup::EX_USAGE;
 use gauntlet_telemetry::{Env, Instruments, Settings, Telemetry};
 use prost::{Message, Name};
 use tonic::{Request, Response, Status, Streaming};
@@ -19,12 +21,8 @@ use self::{
     failure::Failure,
     output::{Format, Output},
 };
-use crate::USAGE;
 
 const AGENT: &str = concat!("gauntlet/", env!("CARGO_PKG_VERSION"));
-
-/// A challenge comes with all its instances in one message.
-const LARGEST_ANSWER: usize = 64 << 20;
 
 /// One of these in the environment asks a command to export telemetry, which otherwise it does not: it would wait for a collector.
 const ASKS_FOR_TELEMETRY: [&str; 3] =
@@ -63,9 +61,9 @@ pub(crate) enum Command {
 pub(crate) struct Api {
     /// The manager's API, as host:port, http://host:port or https://host.
     #[arg(long, env = "URL", default_value = "localhost:8080", global = true, value_name = "URL")]
-    url: Server,
+    url: ServerAddress,
     /// How long a call may take.
-    #[arg(long, default_value = "2m", value_parser = gauntlet_janitor::duration, global = true, value_name = "DURATION")]
+    #[arg(long, default_value = "2m", value_parser = gauntlet_startup::duration, global = true, value_name = "DURATION")]
     deadline: Duration,
     /// A table for people, or the JSON of the REST API, one object a line.
     #[arg(long, short, default_value = "table", global = true, value_name = "FORMAT")]
@@ -74,7 +72,7 @@ pub(crate) struct Api {
 
 /// A way to the API, and what every call to it needs.
 struct Session {
-    server: Server,
+    server: ServerAddress,
     deadline: Duration,
     channel: Channel,
     output: Output,
@@ -87,7 +85,10 @@ impl Session {
         query: Q,
         call: impl AsyncFnOnce(Request<Q>) -> Result<Response<M>, Status>,
     ) -> Result<M, Failure> {
-        within(self.deadline, query, call).await.map(Response::into_inner).map_err(|status| self.failed(status))
+        call_with_deadline(self.deadline, query, call)
+            .await
+            .map(Response::into_inner)
+            .map_err(|status| self.failed(status))
     }
 
     /// One call whose answer is a stream, shown: as it comes in JSON, at its end as a table. What came before a failure is shown.
@@ -100,7 +101,7 @@ impl Session {
         let json = self.output.is_json();
         let mut found = Vec::new();
         let mut shown = Ok(());
-        let read = within(self.deadline, query, async |request| {
+        let read = call_with_deadline(self.deadline, query, async |request| {
             let mut answers = call(request).await?.into_inner();
             while let Some(answer) = answers.message().await? {
                 if !json {
@@ -138,7 +139,7 @@ pub(crate) fn run(command: Command) -> ExitCode {
                 Ok(telemetry) => Some(telemetry),
                 Err(error) => {
                     anstream::eprintln!("error: {error}");
-                    return USAGE.into();
+                    return EX_USAGE.into();
                 }
             }
         } else {

@@ -12,10 +12,10 @@ use gauntlet_api::{
 use jiff::{SignedDuration, Timestamp};
 use prost::{Message, Name};
 
-use super::failure::Failure;
-
-/// What stands for nothing.
-const NONE: &str = "-";
+use super::{
+    failure::Failure,
+    printable::{NONE, printable},
+};
 
 /// How answers are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -148,7 +148,7 @@ fn record(fields: Vec<(&str, String)>) -> String {
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
     let line = |(name, value): (&str, String)| {
         let gap = " ".repeat(width - name.len());
-        format!("{bold}{name}{bold:#}{gap}  {}", shown(&value))
+        format!("{bold}{name}{bold:#}{gap}  {}", printable(&value))
     };
     fields.into_iter().map(line).collect::<Vec<_>>().join("\n")
 }
@@ -157,7 +157,7 @@ fn record(fields: Vec<(&str, String)>) -> String {
 fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header);
-    table.add_rows(rows.map(|row| row.iter().map(|cell| shown(cell)).collect::<Vec<_>>()));
+    table.add_rows(rows.map(|row| row.iter().map(|cell| printable(cell)).collect::<Vec<_>>()));
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
     }
@@ -167,21 +167,6 @@ fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
         Some((header, rows)) => format!("{bold}{header}{bold:#}\n{rows}"),
         None => text,
     }
-}
-
-/// Text from outside: it cannot begin a line, nor steer a terminal.
-pub(super) fn shown(text: &str) -> String {
-    if text.is_empty() {
-        return NONE.into();
-    }
-    text.chars().fold(String::with_capacity(text.len()), |mut shown, c| {
-        if c.is_control() {
-            shown.extend(c.escape_default())
-        } else {
-            shown.push(c)
-        }
-        shown
-    })
 }
 
 fn pool(challenge: &Challenge) -> String {

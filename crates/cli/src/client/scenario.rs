@@ -8,10 +8,7 @@ use std::{
 use clap::{Args, Subcommand};
 use gauntlet_scenario::{Access, Credentials, Progress, Report};
 
-use super::{
-    failure::Failure,
-    output::{shown, write},
-};
+use super::{failure::Failure, output::write, printable::printable};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -67,7 +64,7 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
             let access = Access { insecure: push.insecure, credentials: credentials(&push)?, ..Access::default() };
             warn(&gauntlet_scenario::validate(&push.dir)?);
             let reference = gauntlet_scenario::push(&push.dir, &push.reference, &access, &progress).await?;
-            write(&shown(&reference))
+            write(&printable(&reference))
         }
     }
 }
@@ -90,7 +87,7 @@ fn credentials(push: &Push) -> Result<Option<Credentials>, Failure> {
 
 fn warn(report: &Report) {
     for warning in &report.warnings {
-        anstream::eprintln!("warning: {}", shown(warning));
+        anstream::eprintln!("warning: {}", printable(warning));
     }
 }
 
@@ -102,7 +99,7 @@ fn contents(report: &Report) -> String {
     }];
     lines.extend(report.files.iter().map(|file| {
         let executable = if file.executable { "  executable" } else { "" };
-        format!("  {:>10}  {}{executable}", file.size, shown(&file.path))
+        format!("  {:>10}  {}{executable}", file.size, printable(&file.path))
     }));
     lines.join("\n")
 }
@@ -115,7 +112,7 @@ fn progress(progress: Progress) {
     match progress {
         Progress::File { path, done, of, known } => {
             let how = if known { "there already" } else { "sent" };
-            anstream::eprintln!("{done}/{of} {} {how}", shown(&path));
+            anstream::eprintln!("{done}/{of} {} {how}", printable(&path));
         }
         Progress::Manifest { digest } => anstream::eprintln!("pushed {digest}"),
     }

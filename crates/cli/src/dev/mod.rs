@@ -16,12 +16,11 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use gauntlet_manager::Manager;
+use gauntlet_startup::{EX_USAGE, ShutdownSignals};
 use gauntlet_telemetry::{Env, ExportStart, Settings, Telemetry};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{ground::Ground, screen::Screen};
-use crate::USAGE;
 
 /// How long the players, the janitor and the screen may take to end.
 const END_WITHIN: Duration = Duration::from_secs(6);
@@ -99,7 +98,7 @@ impl Dev {
             Err(error) => {
                 // clap's texts say that they are errors.
                 tell(error.to_string().trim_end());
-                return USAGE.into();
+                return EX_USAGE.into();
             }
         };
         match result {
@@ -173,7 +172,7 @@ impl Dev {
         mut hints: Vec<String>,
         scenarios: Option<PathBuf>,
     ) -> Result<()> {
-        let mut asked = Asked::listen()?;
+        let mut shutdown = ShutdownSignals::listen_with_hangup().context("cannot listen for signals")?;
         let data = config.dir.clone();
         let manager = Manager::start(config, telemetry).await?;
         let url = url(&manager);
@@ -185,13 +184,13 @@ impl Dev {
         }
         let began = tokio::select! {
             began = self.begin(&manager, telemetry, scenarios.as_deref(), &mut hints, &stop, &tasks) => began.map(|()| true),
-            () = asked.wait() => Ok(false),
+            () = shutdown.recv() => Ok(false),
         };
         if let Ok(true) = began {
             let page = manager.debug.map(|address| format!("http://127.0.0.1:{}/", address.port()));
             let screen = Screen::new(telemetry.debug().clone(), &url, page, &hints, self.notices.clone(), live);
             tasks.spawn(screen.show(stop.clone()));
-            asked.wait().await;
+            shutdown.recv().await;
         }
         tell("\nending: the API, then the instances; Ctrl-C again ends at once");
         stop.cancel();
@@ -204,7 +203,7 @@ impl Dev {
         };
         let halted = tokio::select! {
             halted = ended => halted?,
-            () = asked.wait() => {
+            () = shutdown.recv() => {
                 // Their supervisors end them also when this process has gone.
                 let told = tokio::time::timeout(TELL_WITHIN, instances.halt()).await;
                 tell(match told {
@@ -302,25 +301,6 @@ async fn start_export(export: ExportStart, file: PathBuf, stop: CancellationToke
 /// Where the API is.
 fn url(manager: &Manager) -> String {
     format!("http://127.0.0.1:{}", manager.api.port())
-}
-
-/// The signals that ask it to end; the last is that of a terminal that is closed.
-struct Asked([Signal; 3]);
-
-impl Asked {
-    fn listen() -> Result<Self> {
-        let listen = |kind| signal(kind).context("listen for signals");
-        Ok(Self([listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?, listen(SignalKind::hangup())?]))
-    }
-
-    async fn wait(&mut self) {
-        let Self([interrupt, terminate, hangup]) = self;
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
-    }
 }
 
 /// Says a line to whoever watches; a terminal that is gone is no reason to fail.
