@@ -133,14 +133,15 @@ impl Home {
     /// Makes what is recorded survive a power cut: what it is and by which order, if that changed, and `written` beside it. Blocks.
     pub(super) fn make_lasting(&self, written: &[&str]) -> io::Result<()> {
         let label = self.unsynced.then_some(LABEL);
-        let names: Vec<&str> = label.into_iter().chain(written.iter().copied()).collect();
-        if names.is_empty() {
+        let mut paths: Vec<PathBuf> =
+            label.into_iter().chain(written.iter().copied()).map(|name| self.dir.join(name)).collect();
+        if paths.is_empty() {
             return Ok(());
         }
-        names.iter().try_for_each(|name| record::sync(&self.dir.join(name)))?;
-        record::sync(&self.dir)?;
+        paths.push(self.dir.clone());
         // The directory itself may be new.
-        self.dir.parent().map_or(Ok(()), record::sync)
+        paths.extend(self.dir.parent().map(Path::to_owned));
+        record::sync_all(&paths)
     }
 
     /// Removes everything but the label. Blocks.
@@ -340,6 +341,8 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+    use std::collections::BTreeSet;
+
     use super::*;
 
     async fn enter(dir: &Path, generation: u64) -> Result<Home> {
@@ -397,21 +400,19 @@ mod tests {
         let dir = instances(top.path());
         let home = enter(&dir, 5).await.unwrap();
         std::fs::write(home.dir.join(RECORD), "").unwrap();
-        let synced = || {
-            record::tests::SYNCED.take();
-            home.make_lasting(&[RECORD]).unwrap();
-            record::tests::SYNCED.take()
-        };
-        assert_eq!(synced(), [home.dir.join(LABEL), home.dir.join(RECORD), home.dir.clone(), dir.clone()]);
+        record::tests::synced_below(top.path());
+        home.make_lasting(&[RECORD]).unwrap();
+        let expected = BTreeSet::from([home.dir.join(LABEL), home.dir.join(RECORD), home.dir.clone(), dir.clone()]);
+        assert_eq!(record::tests::synced_below(top.path()), expected);
         let again = enter(&top.path().join("instances"), 5).await;
         assert!(again.is_err(), "locked");
         drop(again);
         let written = home.dir.clone();
         drop(home);
         let home = enter(&dir, 5).await.unwrap();
-        record::tests::SYNCED.take();
+        record::tests::synced_below(top.path());
         home.make_lasting(&[]).unwrap();
-        assert_eq!(record::tests::SYNCED.take(), Vec::<PathBuf>::new(), "nothing was written");
+        assert_eq!(record::tests::synced_below(top.path()), BTreeSet::new(), "nothing was written");
         assert_eq!(home.dir, written);
     }
 

@@ -180,8 +180,27 @@ fn replace<T: Serialize>(dir: &Path, name: &str, value: &T, synced: bool) -> io:
 /// Makes a file, or what a directory lists, survive a power cut.
 pub(super) fn sync(path: &Path) -> io::Result<()> {
     #[cfg(test)]
-    tests::SYNCED.with_borrow_mut(|synced| synced.push(path.to_owned()));
+    tests::SYNCED.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(path.to_owned());
     File::open(path)?.sync_all()
+}
+
+/// Makes several files or directories survive a power cut. All at once: the file system serves them with one flush of its journal, where
+/// one after the other waits for a flush each.
+pub(super) fn sync_all(paths: &[PathBuf]) -> io::Result<()> {
+    let Some((first, others)) = paths.split_first() else { return Ok(()) };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = others
+            .iter()
+            .map(|path| (path, std::thread::Builder::new().spawn_scoped(scope, move || sync(path))))
+            .collect();
+        threads.into_iter().fold(sync(first), |synced, (path, thread)| {
+            let also = match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread that syncs panicked"))),
+                Err(_) => sync(path),
+            };
+            synced.and(also)
+        })
+    })
 }
 
 /// Removes one, if it is there.
@@ -241,11 +260,16 @@ pub(super) fn same(file: &File, path: &Path) -> bool {
 #[cfg(test)]
 pub(super) mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+    use std::{collections::BTreeSet, sync::Mutex};
+
     use super::*;
 
-    thread_local! {
-        /// What this thread has synced.
-        pub(crate) static SYNCED: std::cell::RefCell<Vec<PathBuf>> = const { std::cell::RefCell::new(Vec::new()) };
+    /// Everything that was synced, by all tests of this process.
+    pub(crate) static SYNCED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+    /// What was synced in that directory since this was last called for it.
+    pub(crate) fn synced_below(dir: &Path) -> BTreeSet<PathBuf> {
+        SYNCED.lock().unwrap().extract_if(.., |path| path.starts_with(dir)).collect()
     }
 
     #[test]
