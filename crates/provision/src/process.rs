@@ -44,6 +44,7 @@ mod record;
 mod restart;
 pub mod shim;
 mod stop;
+mod timer;
 
 use std::{
     collections::BTreeMap,

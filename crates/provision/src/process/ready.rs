@@ -11,14 +11,19 @@ use tokio::time::Instant;
 use super::{
     Process,
     home::{Home, blocking, failed},
-    output, probe, procfs, read,
+    output, probe, procfs,
     record::{self, LOG, READY, Record, STATE, State},
     step, step_span,
+    timer::FineTimer,
 };
 
-/// The first pause between two probes. It grows with the time that has gone by, up to the scenario's interval. Below what timers can tell
-/// apart, so that the next that can be told is taken.
+/// The first pause between two probes. Pauses grow with the time since the start, up to the scenario's interval, so that a program that
+/// starts in a millisecond is not waited for longer than that.
 const FIRST_PAUSE: Duration = Duration::from_micros(100);
+/// Pauses grow to this share of the time since the start.
+const PAUSE_SHARE: u32 = 6;
+/// The shortest pause beside which it costs nothing to look for a program that has ended.
+const LOOK_PAUSE: Duration = Duration::from_millis(1);
 /// How long a supervisor may take to say that it is there.
 const START_PATIENCE: Duration = Duration::from_secs(5);
 /// One probe may take this long.
@@ -74,69 +79,74 @@ impl Process {
             return Ok(());
         }
         let began = Instant::now();
+        let timer = FineTimer::new().map_err(failed("ready", "making a timer"))?;
         loop {
             let left = readiness.timeout.saturating_sub(began.elapsed());
             let patience = left.clamp(FIRST_PAUSE, PROBE_PATIENCE);
             let answer = probe::ask(&readiness.probe, &record.ports, self.probed, &home.dir, patience).await;
-            // Asked after the probe: what answered may have been something else on that port, if ours is gone.
-            let runs = match self.look(home, &mut shim, began.elapsed()).await? {
-                Program::Begins => false,
-                Program::Runs => true,
-                Program::Ended(how) => {
-                    return Err(Error::Provision {
-                        step: "ready",
-                        detail: format!("{how}{}", said(home, record).await),
-                    });
-                }
-            };
-            match answer {
-                Ok(()) if runs => {
-                    let write = move || std::fs::write(&marked, "").map_err(failed("ready", "recording that it is"));
-                    return blocking(write).await;
-                }
-                answer if left.is_zero() => {
-                    return Err(Error::Provision {
-                        step: "ready",
-                        detail: format!(
-                            "{} was probed for {:?} and at last: {}{}",
-                            probe::describe(&readiness.probe, &record.ports, self.probed),
-                            readiness.timeout,
-                            answer.err().unwrap_or_else(|| "it answered, but its supervisor did not".to_owned()),
-                            said(home, record).await
-                        ),
-                    });
-                }
-                _ => {
-                    let pause = (began.elapsed() / 4).clamp(FIRST_PAUSE, readiness.interval.max(FIRST_PAUSE));
-                    tokio::time::sleep(pause.min(left)).await;
+            let pause = (began.elapsed() / PAUSE_SHARE).clamp(FIRST_PAUSE, readiness.interval.max(FIRST_PAUSE));
+            if answer.is_ok() || left.is_zero() || pause >= LOOK_PAUSE.min(readiness.interval) {
+                // After the probe: what answered may have been something else on that port, if ours is gone.
+                match self.look(home, &mut shim, began.elapsed(), answer.is_ok()).await? {
+                    Program::Runs if answer.is_ok() => return Ok(()),
+                    Program::Begins | Program::Runs => {}
+                    Program::Ended(how) => {
+                        return Err(Error::Provision {
+                            step: "ready",
+                            detail: format!("{how}{}", said(home, record).await),
+                        });
+                    }
                 }
             }
+            if left.is_zero() {
+                return Err(Error::Provision {
+                    step: "ready",
+                    detail: format!(
+                        "{} was probed for {:?} and at last: {}{}",
+                        probe::describe(&readiness.probe, &record.ports, self.probed),
+                        readiness.timeout,
+                        answer.err().unwrap_or_else(|| "it answered, but its supervisor did not".to_owned()),
+                        said(home, record).await
+                    ),
+                });
+            }
+            timer.sleep(pause.min(left)).await.map_err(failed("ready", "waiting for the next probe"))?;
         }
     }
 
-    /// Whether the program runs; an error if its supervisor does not.
-    async fn look(&self, home: &Home, shim: &mut Option<Shim>, since: Duration) -> Result<Program> {
+    /// Whether the program runs, and how it or its supervisor ended. One that runs and has `answered` is recorded as ready.
+    async fn look(&self, home: &Home, shim: &mut Option<Shim>, since: Duration, answered: bool) -> Result<Program> {
         let left = shim.as_mut().and_then(|shim| Some((shim.ended()?, shim.0.id())));
-        let ended = |end: record::End| Program::Ended(format!("the program {}", end.how));
-        Ok(match (read::<State>(home, STATE).await?, left) {
-            (Some(State { end: Some(end), .. }), _) => ended(end),
-            (Some(state), _) if procfs::lives(state.shim) => Program::Runs,
-            // It may have written its last, and ended, since its state was read.
-            (Some(state), _) => match read::<State>(home, STATE).await? {
-                Some(State { end: Some(end), .. }) => ended(end),
-                _ => {
-                    let pid = u32::try_from(state.shim.pid).unwrap_or(0);
-                    Program::Ended(format!("its supervisor was killed{}", logged(home, pid).await))
+        let (home, program) = (home.clone(), self.shim.clone());
+        blocking(move || {
+            let state = || record::read::<State>(&home.dir, STATE).map_err(failed("find", format!("reading {STATE}")));
+            let ended = |end: record::End| Program::Ended(format!("the program {}", end.how));
+            Ok(match (state()?, left) {
+                (Some(State { end: Some(end), .. }), _) => ended(end),
+                (Some(state), _) if procfs::lives(state.shim) => {
+                    if answered {
+                        std::fs::write(home.dir.join(READY), "").map_err(failed("ready", "recording that it is"))?;
+                    }
+                    Program::Runs
                 }
-            },
-            (None, Some((status, pid))) => Program::Ended(format!(
-                "its supervisor {} ended with {status}{}",
-                self.shim.display(),
-                logged(home, pid).await
-            )),
-            (None, None) if since < START_PATIENCE => Program::Begins,
-            (None, None) => Program::Ended(format!("its supervisor {} says nothing", self.shim.display())),
+                // It may have written its last, and ended, since its state was read.
+                (Some(last), _) => match state()? {
+                    Some(State { end: Some(end), .. }) => ended(end),
+                    _ => {
+                        let pid = u32::try_from(last.shim.pid).unwrap_or(0);
+                        Program::Ended(format!("its supervisor was killed{}", logged(&home, pid)))
+                    }
+                },
+                (None, Some((status, pid))) => Program::Ended(format!(
+                    "its supervisor {} ended with {status}{}",
+                    program.display(),
+                    logged(&home, pid)
+                )),
+                (None, None) if since < START_PATIENCE => Program::Begins,
+                (None, None) => Program::Ended(format!("its supervisor {} says nothing", program.display())),
+            })
         })
+        .await
     }
 }
 
@@ -149,10 +159,9 @@ async fn said(home: &Home, record: &Record) -> String {
     }
 }
 
-/// What that supervisor last had to say about itself.
-async fn logged(home: &Home, pid: u32) -> String {
-    let log = home.dir.join(LOG);
-    let text = blocking(move || Ok(std::fs::read_to_string(log).unwrap_or_default())).await.unwrap_or_default();
+/// What that supervisor last had to say about itself. Blocks.
+fn logged(home: &Home, pid: u32) -> String {
+    let text = std::fs::read_to_string(home.dir.join(LOG)).unwrap_or_default();
     let said = text.lines().rev().find_map(|line| Some(line.split_once(&record::log_prefix(pid))?.1));
     said.map(|said| format!(" ({said})")).unwrap_or_default()
 }
