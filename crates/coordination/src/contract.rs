@@ -21,8 +21,9 @@ use std::{
 
 use futures::TryStreamExt as _;
 use gauntlet_domain::{
-    Begin, Bounds, By, Challenge, ChallengeId, Commit, Error, Failure, Held, Identity, Instance, LockKind, Operation,
-    Phase, PhaseName, Pinned, Rollout, Seat, Slot, SourceId, Store as _, Stored, Stranded, Strategy, Target, Version,
+    Assignment, Begin, By, Challenge, ChallengeId, Commit, Error, Failure, Held, Identity, Instance, InstanceKey,
+    LockKind, Operation, Phase, PhaseName, Pinned, PoolBounds, Rollout, SourceId, Store as _, Stored, Stranded,
+    Strategy, Target, Version,
 };
 use jiff::Timestamp;
 use rig::{Fault, Rig, Tested};
@@ -179,47 +180,47 @@ pub(crate) fn challenge(name: &str) -> Challenge {
         timeout: Some(Duration::from_secs(60)),
         until: None,
         additional: BTreeMap::new(),
-        bounds: Bounds::default(),
+        bounds: PoolBounds::default(),
         revision: 1,
-        content: 1,
+        content_revision: 1,
         rollout: None,
-        closing: false,
-        origin: None,
+        deleting: false,
+        traceparent: None,
     }
 }
 
-pub(crate) fn seat(challenge: &str, name: &str) -> Slot {
-    Slot { challenge: id(challenge), seat: Seat::Source(source(name)) }
+pub(crate) fn instance_key(challenge: &str, name: &str) -> InstanceKey {
+    InstanceKey { challenge: id(challenge), assignment: Assignment::Source(source(name)) }
 }
 
-fn pool_seat(challenge: &str, bits: u64) -> Slot {
-    Slot { challenge: id(challenge), seat: Seat::Pool(Identity::from_bits(bits)) }
+fn pooled_key(challenge: &str, bits: u64) -> InstanceKey {
+    InstanceKey { challenge: id(challenge), assignment: Assignment::Pool(Identity::from_bits(bits)) }
 }
 
-pub(crate) fn instance(slot: Slot, phase: Phase) -> Instance {
-    let identity = match &slot.seat {
-        Seat::Pool(identity) => identity.clone(),
-        Seat::Source(_) => Identity::from_bits(7),
+pub(crate) fn instance(key: InstanceKey, phase: Phase) -> Instance {
+    let identity = match &key.assignment {
+        Assignment::Pool(identity) => identity.clone(),
+        Assignment::Source(_) => Identity::from_bits(7),
     };
     Instance {
-        slot,
+        key,
         identity,
         phase,
         since: at(10),
         last_renew: at(10),
         until: Some(at(70)),
         scenario: pinned(),
-        applied: 1,
+        applied_revision: 1,
         additional: BTreeMap::new(),
         connection_info: String::new(),
         flags: Vec::new(),
         target: None,
-        origin: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned()),
+        traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned()),
     }
 }
 
 fn target(bits: u64) -> Target {
-    Target { identity: Identity::from_bits(bits), scenario: pinned(), applied: 2, strategy: Strategy::BlueGreen }
+    Target { identity: Identity::from_bits(bits), scenario: pinned(), revision: 2, strategy: Strategy::BlueGreen }
 }
 
 /// Waits no longer than a test may take.
@@ -265,8 +266,8 @@ impl<T: Tested> Coordination<T> {
         self.challenge(&id(name)).await.unwrap().unwrap()
     }
 
-    async fn at(&self, slot: &Slot) -> Stored<Instance> {
-        self.instance(slot).await.unwrap().unwrap()
+    async fn at(&self, key: &InstanceKey) -> Stored<Instance> {
+        self.instance(key).await.unwrap().unwrap()
     }
 
     /// A challenge, stored.
@@ -276,12 +277,12 @@ impl<T: Tested> Coordination<T> {
     }
 
     /// An instance, through its whole creation.
-    async fn ready(&self, challenge: &Stored<Challenge>, slot: Slot) -> Stored<Instance> {
+    async fn ready(&self, challenge: &Stored<Challenge>, key: InstanceKey) -> Stored<Instance> {
         let held =
-            self.begin_create(challenge, &instance(slot.clone(), Phase::Provisioning), None, &patient()).await.unwrap();
-        let ready = instance(slot.clone(), Phase::Ready);
-        self.commit(held, &slot, Commit::Put(Box::new(ready))).await.unwrap();
-        self.at(&slot).await
+            self.begin_create(challenge, &instance(key.clone(), Phase::Provisioning), None, &patient()).await.unwrap();
+        let ready = instance(key.clone(), Phase::Ready);
+        self.commit(held, &key, Commit::Put(Box::new(ready))).await.unwrap();
+        self.at(&key).await
     }
 
     /// Stores instances as they are, and their index keys, without the steps.
@@ -290,7 +291,7 @@ impl<T: Tested> Coordination<T> {
             let layout = &self.core.layout;
             let mut then = Vec::new();
             for instance in some {
-                then.push(Op::put(layout.instance(&instance.slot), records::write_instance(instance)));
+                then.push(Op::put(layout.instance(&instance.key), records::write_instance(instance)));
                 then.extend(layout.instance_index(instance).into_iter().map(|(key, value)| Op::put(key, value)));
             }
             self.core.kv.txn(Txn { then, ..Txn::default() }).await.unwrap();
@@ -318,7 +319,7 @@ impl<T: Tested> Coordination<T> {
             expected.insert(layout.challenge(&challenge.id));
             expected.extend(layout.challenge_index(&challenge).into_iter().filter(|(_, has)| *has).map(|(key, _)| key));
             for instance in instances {
-                expected.insert(layout.instance(&instance.slot));
+                expected.insert(layout.instance(&instance.key));
                 expected.extend(layout.instance_index(&instance).into_iter().map(|(key, _)| key));
             }
         }
@@ -328,6 +329,6 @@ impl<T: Tested> Coordination<T> {
     }
 }
 
-fn keys_of(instances: &[Stored<Instance>]) -> BTreeSet<Slot> {
-    instances.iter().map(|stored| stored.value.slot.clone()).collect()
+fn keys_of(instances: &[Stored<Instance>]) -> BTreeSet<InstanceKey> {
+    instances.iter().map(|stored| stored.value.key.clone()).collect()
 }

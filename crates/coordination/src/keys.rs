@@ -20,7 +20,9 @@
 //! live locks <kind> <c> w <unique>   who holds or awaits a lock, by revision of creation; under its replica's lease
 //! ```
 
-use gauntlet_domain::{Challenge, ChallengeId, Identity, Instance, LockKind, Phase, PhaseName, Seat, Slot, SourceId};
+use gauntlet_domain::{
+    Assignment, Challenge, ChallengeId, Identity, Instance, InstanceKey, LockKind, Phase, PhaseName, SourceId,
+};
 use jiff::Timestamp;
 
 use crate::kv::Keys;
@@ -81,19 +83,19 @@ impl Layout {
         }
     }
 
-    pub(crate) fn instance(&self, slot: &Slot) -> String {
-        let (kind, name) = seat(&slot.seat);
-        self.key(&["instances", slot.challenge.as_str(), kind, name])
+    pub(crate) fn instance(&self, key: &InstanceKey) -> String {
+        let (kind, name) = assignment(&key.assignment);
+        self.key(&["instances", key.challenge.as_str(), kind, name])
     }
 
-    pub(crate) fn intent(&self, slot: &Slot) -> String {
-        let (kind, name) = seat(&slot.seat);
-        self.key(&["instances", slot.challenge.as_str(), kind, name, "intent"])
+    pub(crate) fn intent(&self, key: &InstanceKey) -> String {
+        let (kind, name) = assignment(&key.assignment);
+        self.key(&["instances", key.challenge.as_str(), kind, name, "intent"])
     }
 
     /// The record of an instance and its intent.
-    pub(crate) fn whole(&self, slot: &Slot) -> Keys {
-        let key = self.instance(slot);
+    pub(crate) fn whole(&self, key: &InstanceKey) -> Keys {
+        let key = self.instance(key);
         Keys::between(key.clone(), format!("{key}!"))
     }
 
@@ -114,12 +116,12 @@ impl Layout {
         self.under(&["instances", id.as_str(), "s"])
     }
 
-    /// The slot of an instance's key, and whether it is that of its intent.
-    pub(crate) fn read_instance(&self, key: &str) -> Option<(Slot, bool)> {
+    /// The instance that a record's key names, and whether it is that of its intent.
+    pub(crate) fn read_instance(&self, key: &str) -> Option<(InstanceKey, bool)> {
         match self.words(key)?.as_slice() {
-            [what, c, kind, name] if what == "instances" => Some((read_slot(c, kind, name)?, false)),
+            [what, c, kind, name] if what == "instances" => Some((read_instance_key(c, kind, name)?, false)),
             [what, c, kind, name, intent] if what == "instances" && intent == "intent" => {
-                Some((read_slot(c, kind, name)?, true))
+                Some((read_instance_key(c, kind, name)?, true))
             }
             _ => None,
         }
@@ -129,9 +131,9 @@ impl Layout {
         self.under(&["by-source", source.as_str()])
     }
 
-    pub(crate) fn read_by_source(&self, key: &str) -> Option<Slot> {
+    pub(crate) fn read_by_source(&self, key: &str) -> Option<InstanceKey> {
         match self.words(key)?.as_slice() {
-            [_, source, c] => read_slot(c, "s", source),
+            [_, source, c] => read_instance_key(c, "s", source),
             _ => None,
         }
     }
@@ -144,9 +146,9 @@ impl Layout {
         )
     }
 
-    pub(crate) fn working(&self, slot: &Slot) -> String {
-        let (kind, name) = seat(&slot.seat);
-        self.key(&["working", slot.challenge.as_str(), kind, name])
+    pub(crate) fn working(&self, key: &InstanceKey) -> String {
+        let (kind, name) = assignment(&key.assignment);
+        self.key(&["working", key.challenge.as_str(), kind, name])
     }
 
     /// The pooled instances of a challenge that are not ready.
@@ -166,15 +168,15 @@ impl Layout {
         self.under(&["working"])
     }
 
-    pub(crate) fn owner(&self, slot: &Slot) -> String {
-        let (kind, name) = seat(&slot.seat);
-        self.key(&["live", "owners", slot.challenge.as_str(), kind, name])
+    pub(crate) fn owner(&self, key: &InstanceKey) -> String {
+        let (kind, name) = assignment(&key.assignment);
+        self.key(&["live", "owners", key.challenge.as_str(), kind, name])
     }
 
-    /// The slot of a key of `working` or `live owners`.
-    pub(crate) fn read_slot(&self, key: &str) -> Option<Slot> {
+    /// The instance that is named by a key of `working` or `live owners`.
+    pub(crate) fn read_instance_key(&self, key: &str) -> Option<InstanceKey> {
         match self.words(key)?.as_slice() {
-            [.., c, kind, name] => read_slot(c, kind, name),
+            [.., c, kind, name] => read_instance_key(c, kind, name),
             _ => None,
         }
     }
@@ -197,10 +199,10 @@ impl Layout {
         self.under(&["pools", id.as_str()])
     }
 
-    /// The slot of a key of that index.
-    pub(crate) fn read_pooled(&self, key: &str) -> Option<Slot> {
+    /// The instance that is named by a key of that index.
+    pub(crate) fn read_pooled(&self, key: &str) -> Option<InstanceKey> {
         match self.words(key)?.as_slice() {
-            [_, c, identity] => read_slot(c, "p", identity),
+            [_, c, identity] => read_instance_key(c, "p", identity),
             _ => None,
         }
     }
@@ -234,21 +236,21 @@ impl Layout {
 
     /// The index keys of an instance and their values: they follow from the record alone.
     pub(crate) fn instance_index(&self, instance: &Instance) -> Vec<(String, String)> {
-        let c = instance.slot.challenge.as_str();
+        let c = instance.key.challenge.as_str();
         let mut index = Vec::new();
-        match &instance.slot.seat {
-            Seat::Source(source) => {
+        match &instance.key.assignment {
+            Assignment::Source(source) => {
                 index.push((self.key(&["by-source", source.as_str(), c]), String::new()));
                 if let Some(until) = instance.until {
                     index.push((self.key(&["by-expiry", &sortable(until), c, "s", source.as_str()]), String::new()));
                 }
             }
-            Seat::Pool(identity) => index.push((self.key(&["pools", c, identity.as_str()]), String::new())),
+            Assignment::Pool(identity) => index.push((self.key(&["pools", c, identity.as_str()]), String::new())),
         }
         match &instance.phase {
             Phase::Ready => {}
-            Phase::Failed(failure) => index.push((self.working(&instance.slot), failure.retry_at.to_string())),
-            working => index.push((self.working(&instance.slot), PhaseName::from(working).name().to_owned())),
+            Phase::Failed(failure) => index.push((self.working(&instance.key), failure.retry_at.to_string())),
+            working => index.push((self.working(&instance.key), PhaseName::from(working).name().to_owned())),
         }
         index
     }
@@ -257,7 +259,7 @@ impl Layout {
     pub(crate) fn challenge_index(&self, challenge: &Challenge) -> [(String, bool); 2] {
         let c = challenge.id.as_str();
         [
-            (self.key(&["rollouts", c]), challenge.rollout.is_some() || challenge.closing),
+            (self.key(&["rollouts", c]), challenge.rollout.is_some() || challenge.deleting),
             (self.key(&["pools", c]), challenge.bounds.min() > 0),
         ]
     }
@@ -268,20 +270,20 @@ impl Layout {
     }
 }
 
-fn seat(seat: &Seat) -> (&'static str, &str) {
-    match seat {
-        Seat::Source(source) => ("s", source.as_str()),
-        Seat::Pool(identity) => ("p", identity.as_str()),
+fn assignment(assignment: &Assignment) -> (&'static str, &str) {
+    match assignment {
+        Assignment::Source(source) => ("s", source.as_str()),
+        Assignment::Pool(identity) => ("p", identity.as_str()),
     }
 }
 
-fn read_slot(c: &str, kind: &str, name: &str) -> Option<Slot> {
-    let seat = match kind {
-        "s" => Seat::Source(SourceId::new(name).ok()?),
-        "p" => Seat::Pool(Identity::parse(name).ok()?),
+fn read_instance_key(c: &str, kind: &str, name: &str) -> Option<InstanceKey> {
+    let assignment = match kind {
+        "s" => Assignment::Source(SourceId::new(name).ok()?),
+        "p" => Assignment::Pool(Identity::parse(name).ok()?),
         _ => return None,
     };
-    Some(Slot { challenge: ChallengeId::new(c).ok()?, seat })
+    Some(InstanceKey { challenge: ChallengeId::new(c).ok()?, assignment })
 }
 
 /// Sorts as the times do, from year 0 on; what is earlier counts as that.
@@ -322,15 +324,18 @@ mod tests {
 
     use super::*;
 
-    fn slot(c: &str, s: &str) -> Slot {
-        Slot { challenge: ChallengeId::new(c).unwrap(), seat: Seat::Source(SourceId::new(s).unwrap()) }
+    fn key(c: &str, s: &str) -> InstanceKey {
+        InstanceKey {
+            challenge: ChallengeId::new(c).unwrap(),
+            assignment: Assignment::Source(SourceId::new(s).unwrap()),
+        }
     }
 
     #[test]
     fn keys_read_well() {
         let layout = Layout::new("gauntlet/");
-        assert_eq!(layout.instance(&slot("web 1", "team/7!")), "gauntlet/instances web!01 s team/7!1");
-        assert_eq!(layout.intent(&slot("a", "b")), "gauntlet/instances a s b intent");
+        assert_eq!(layout.instance(&key("web 1", "team/7!")), "gauntlet/instances web!01 s team/7!1");
+        assert_eq!(layout.intent(&key("a", "b")), "gauntlet/instances a s b intent");
         assert_eq!(
             layout.lock(LockKind::Rollout, &ChallengeId::new("a").unwrap(), "7-1"),
             "gauntlet/live locks rollout a w 7-1"
@@ -349,25 +354,25 @@ mod tests {
         #[test]
         fn slots_read_back(c in id(), s in id()) {
             let layout = Layout::new("gauntlet/");
-            let slot = slot(&c, &s);
-            prop_assert_eq!(layout.read_instance(&layout.instance(&slot)), Some((slot.clone(), false)));
-            prop_assert_eq!(layout.read_instance(&layout.intent(&slot)), Some((slot.clone(), true)));
-            prop_assert_eq!(layout.read_slot(&layout.owner(&slot)), Some(slot.clone()));
-            prop_assert_eq!(layout.read_slot(&layout.working(&slot)), Some(slot.clone()));
-            prop_assert_eq!(layout.read_challenge(&layout.challenge(&slot.challenge)), Some(slot.challenge));
+            let key = key(&c, &s);
+            prop_assert_eq!(layout.read_instance(&layout.instance(&key)), Some((key.clone(), false)));
+            prop_assert_eq!(layout.read_instance(&layout.intent(&key)), Some((key.clone(), true)));
+            prop_assert_eq!(layout.read_instance_key(&layout.owner(&key)), Some(key.clone()));
+            prop_assert_eq!(layout.read_instance_key(&layout.working(&key)), Some(key.clone()));
+            prop_assert_eq!(layout.read_challenge(&layout.challenge(&key.challenge)), Some(key.challenge));
         }
 
         #[test]
         fn keys_sort_as_ids_do(a in (id(), id()), b in (id(), id())) {
             let layout = Layout::new("gauntlet/");
-            let (ka, kb) = (layout.instance(&slot(&a.0, &a.1)), layout.instance(&slot(&b.0, &b.1)));
+            let (ka, kb) = (layout.instance(&key(&a.0, &a.1)), layout.instance(&key(&b.0, &b.1)));
             prop_assert_eq!(a.cmp(&b), ka.cmp(&kb));
         }
 
         #[test]
         fn ranges_hold_their_own_and_nothing_else(a in (id(), id()), b in (id(), id())) {
             let layout = Layout::new("gauntlet/");
-            let (sa, sb) = (slot(&a.0, &a.1), slot(&b.0, &b.1));
+            let (sa, sb) = (key(&a.0, &a.1), key(&b.0, &b.1));
             prop_assert_eq!(within(&layout.instances_of(&sa.challenge), &layout.instance(&sb)), a.0 == b.0);
             prop_assert_eq!(within(&layout.instances_of(&sa.challenge), &layout.intent(&sb)), a.0 == b.0);
             prop_assert_eq!(within(&layout.whole(&sa), &layout.instance(&sb)), a == b);
@@ -380,7 +385,7 @@ mod tests {
         #[test]
         fn an_intent_follows_its_record(a in (id(), id()), b in (id(), id())) {
             let layout = Layout::new("gauntlet/");
-            let (sa, sb) = (slot(&a.0, &a.1), slot(&b.0, &b.1));
+            let (sa, sb) = (key(&a.0, &a.1), key(&b.0, &b.1));
             let (record, intent, other) = (layout.instance(&sa), layout.intent(&sa), layout.instance(&sb));
             prop_assert!(a == b || other < record || other > intent);
         }

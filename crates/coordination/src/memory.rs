@@ -9,7 +9,9 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use gauntlet_domain::{Challenge, ChallengeId, Instance, Phase, Seat, Slot, SourceId, Stored, Survey, Version};
+use gauntlet_domain::{
+    Assignment, Challenge, ChallengeId, Instance, InstanceKey, Phase, SourceId, Stored, Survey, Version,
+};
 
 /// Of each kind, half of what is kept at most.
 const GENERATION: usize = 8192;
@@ -24,7 +26,7 @@ pub(crate) struct Memory {
 #[derive(Debug, Default)]
 struct State {
     challenges: Recent<ChallengeId, Seen>,
-    instances: Recent<Slot, Stored<Instance>>,
+    instances: Recent<InstanceKey, Stored<Instance>>,
 }
 
 #[derive(Debug, Clone)]
@@ -41,8 +43,8 @@ impl Memory {
         if challenge.value.bounds.min() > 0 && pooled.is_empty() {
             return None;
         }
-        let slot = Slot { challenge: id.clone(), seat: Seat::Source(source.clone()) };
-        let instance = state.instances.get(&slot).cloned();
+        let key = InstanceKey { challenge: id.clone(), assignment: Assignment::Source(source.clone()) };
+        let instance = state.instances.get(&key).cloned();
         Some(Survey { challenge: Some(challenge), instance, pooled })
     }
 
@@ -75,32 +77,32 @@ impl Memory {
 
     pub(crate) fn instance(&self, instance: &Stored<Instance>) {
         let mut state = self.lock();
-        let slot = &instance.value.slot;
-        if slot.seat.is_pool() {
+        let key = &instance.value.key;
+        if key.assignment.is_pooled() {
             let ready = instance.value.phase == Phase::Ready;
-            if let Some(seen) = state.challenges.get(&slot.challenge) {
-                seen.pooled.retain(|pooled| pooled.value.slot != *slot);
+            if let Some(seen) = state.challenges.get(&key.challenge) {
+                seen.pooled.retain(|pooled| pooled.value.key != *key);
                 if ready && seen.pooled.len() < POOLED {
                     seen.pooled.push(instance.clone());
                 }
             }
             return;
         }
-        match state.instances.get(slot) {
+        match state.instances.get(key) {
             Some(seen) if seen.version.0 > instance.version.0 => {}
             Some(seen) => seen.clone_from(instance),
-            None => state.instances.put(slot.clone(), instance.clone()),
+            None => state.instances.put(key.clone(), instance.clone()),
         }
     }
 
-    pub(crate) fn forget_instance(&self, slot: &Slot) {
+    pub(crate) fn forget_instance(&self, key: &InstanceKey) {
         let mut state = self.lock();
-        if slot.seat.is_pool() {
-            if let Some(seen) = state.challenges.get(&slot.challenge) {
-                seen.pooled.retain(|pooled| pooled.value.slot != *slot);
+        if key.assignment.is_pooled() {
+            if let Some(seen) = state.challenges.get(&key.challenge) {
+                seen.pooled.retain(|pooled| pooled.value.key != *key);
             }
         } else {
-            state.instances.remove(slot);
+            state.instances.remove(key);
         }
     }
 

@@ -7,7 +7,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use futures::stream;
-use gauntlet_domain::{Challenge, ChallengeId, Instance, Phase, Result, Slot, Stored, Survey, Version};
+use gauntlet_domain::{Challenge, ChallengeId, Instance, InstanceKey, Phase, Result, Stored, Survey, Version};
 
 use crate::{
     core::{Core, unreadable},
@@ -214,14 +214,14 @@ impl<K: Kv> Instances<K> {
 /// The instances that an index names, some at a time. The index is read at one revision, each instance as it is by then.
 pub(crate) struct Indexed<K: Kv> {
     index: Scan<K>,
-    slot: fn(&Layout, &str) -> Option<Slot>,
+    key: fn(&Layout, &str) -> Option<InstanceKey>,
     found: VecDeque<Instance>,
 }
 
 impl<K: Kv> Indexed<K> {
-    /// The instances of the slots that `slot` reads from the keys of `index`.
-    pub(crate) fn new(index: Scan<K>, slot: fn(&Layout, &str) -> Option<Slot>) -> Self {
-        Self { index, slot, found: VecDeque::new() }
+    /// The instances of the keys that `key` reads from the keys of `index`.
+    pub(crate) fn new(index: Scan<K>, key: fn(&Layout, &str) -> Option<InstanceKey>) -> Self {
+        Self { index, key, found: VecDeque::new() }
     }
 
     pub(crate) fn stream(self) -> impl futures::Stream<Item = Result<Instance>> + Send {
@@ -240,14 +240,14 @@ impl<K: Kv> Indexed<K> {
 
     async fn fill(&mut self) -> Result<()> {
         let core = self.index.core.clone();
-        let mut slots = Vec::new();
-        while slots.len() < INDEXED
+        let mut keys = Vec::new();
+        while keys.len() < INDEXED
             && let Some(kv) = self.index.next().await?
         {
-            slots.extend((self.slot)(&core.layout, &kv.key));
+            keys.extend((self.key)(&core.layout, &kv.key));
         }
-        if !slots.is_empty() {
-            let read = core.read(slots.iter().map(|slot| Op::get(core.layout.whole(slot))).collect()).await?;
+        if !keys.is_empty() {
+            let read = core.read(keys.iter().map(|key| Op::get(core.layout.whole(key))).collect()).await?;
             self.found.extend(read.reads.iter().filter_map(|group| core.readable(group)).map(|stored| stored.value));
         }
         Ok(())
@@ -280,19 +280,19 @@ impl<K: Kv> Core<K> {
     }
 
     /// What a survey for a source's seat reads.
-    pub(crate) fn survey_ops(&self, slot: &Slot) -> [Op; 3] {
+    pub(crate) fn survey_ops(&self, key: &InstanceKey) -> [Op; 3] {
         let layout = &self.layout;
         [
-            Op::get(Keys::one(layout.challenge(&slot.challenge))),
-            Op::get(layout.whole(slot)),
-            Op::Get(Get { keys: layout.pooled_of(&slot.challenge), limit: POOLED_KEYS, keys_only: false }),
+            Op::get(Keys::one(layout.challenge(&key.challenge))),
+            Op::get(layout.whole(key)),
+            Op::Get(Get { keys: layout.pooled_of(&key.challenge), limit: POOLED_KEYS, keys_only: false }),
         ]
     }
 
     /// What they read, and whether the pool has more.
-    pub(crate) fn read_survey(&self, slot: &Slot, read: &mut TxnResult) -> Result<(Survey, bool)> {
-        let challenge = self.read_challenge(&slot.challenge, read.next_read())?;
-        let instance = self.read_instance(slot, &read.next_read())?;
+    pub(crate) fn read_survey(&self, key: &InstanceKey, read: &mut TxnResult) -> Result<(Survey, bool)> {
+        let challenge = self.read_challenge(&key.challenge, read.next_read())?;
+        let instance = self.read_instance(key, &read.next_read())?;
         let listed = read.next_read();
         let cut = listed.len() == POOLED_KEYS;
         let pooled = self.ready_among(listed, cut, POOLED);
@@ -300,12 +300,12 @@ impl<K: Kv> Core<K> {
     }
 
     /// Remembers how it stood when something else was expected.
-    pub(crate) fn met(&self, slot: &Slot, survey: &Survey) {
+    pub(crate) fn met(&self, key: &InstanceKey, survey: &Survey) {
         if survey.challenge.is_none() {
-            self.memory.forget_challenge(&slot.challenge);
+            self.memory.forget_challenge(&key.challenge);
         }
         if survey.instance.is_none() {
-            self.memory.forget_instance(slot);
+            self.memory.forget_instance(key);
         }
         self.memory.survey(survey);
     }
@@ -345,11 +345,11 @@ impl<K: Kv> Core<K> {
     }
 
     /// An instance that was asked for: its record and its intent, if any.
-    pub(crate) fn read_instance(&self, slot: &Slot, kvs: &[KeyValue]) -> Result<Option<Stored<Instance>>> {
+    pub(crate) fn read_instance(&self, key: &InstanceKey, kvs: &[KeyValue]) -> Result<Option<Stored<Instance>>> {
         if kvs.is_empty() {
             return Ok(None);
         }
-        stored(slot, kvs).map(Some).map_err(|problem| unreadable(&self.layout.instance(slot), &problem))
+        stored(key, kvs).map(Some).map_err(|problem| unreadable(&self.layout.instance(key), &problem))
     }
 
     /// The instance of some neighbouring keys in a list; reported and left out if it cannot be read.
@@ -360,19 +360,19 @@ impl<K: Kv> Core<K> {
 
     fn parsed(&self, kvs: &[KeyValue]) -> Result<Stored<Instance>, Unreadable> {
         match kvs.first().and_then(|first| self.layout.read_instance(&first.key)) {
-            Some((slot, false)) => stored(&slot, kvs),
+            Some((key, false)) => stored(&key, kvs),
             _ => Err(Unreadable("the key names no instance".to_owned())),
         }
     }
 }
 
-fn stored(slot: &Slot, kvs: &[KeyValue]) -> Result<Stored<Instance>, Unreadable> {
+fn stored(key: &InstanceKey, kvs: &[KeyValue]) -> Result<Stored<Instance>, Unreadable> {
     let (record, intent) = match kvs {
         [record] => (record, None),
         [record, intent] => (record, Some(intent)),
         _ => return Err(Unreadable("more keys than a record and an intent".to_owned())),
     };
-    let mut value = records::read_instance(slot.clone(), &record.value)?;
+    let mut value = records::read_instance(key.clone(), &record.value)?;
     if let Some(intent) = intent {
         records::apply_intent(&mut value, &intent.value)?;
     }

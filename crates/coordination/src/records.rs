@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use gauntlet_domain::{
-    Additional, Bounds, Challenge, ChallengeId, Failure, Identity, Instance, Operation, Phase, Pinned, Rollout, Slot,
-    Strategy, Target,
+    Additional, Challenge, ChallengeId, Failure, Identity, Instance, InstanceKey, Operation, Phase, Pinned, PoolBounds,
+    Rollout, Strategy, Target,
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -137,8 +137,19 @@ impl Owner {
 }
 
 pub(crate) fn write_challenge(challenge: &Challenge) -> Vec<u8> {
-    let Challenge { id: _, scenario, timeout, until, additional, bounds, revision, content, rollout, closing, origin } =
-        challenge;
+    let Challenge {
+        id: _,
+        scenario,
+        timeout,
+        until,
+        additional,
+        bounds,
+        revision,
+        content_revision,
+        rollout,
+        deleting,
+        traceparent,
+    } = challenge;
     write(&ChallengeRecord {
         scenario: scenario.into(),
         timeout: timeout.map(DurationText),
@@ -147,18 +158,18 @@ pub(crate) fn write_challenge(challenge: &Challenge) -> Vec<u8> {
         min: bounds.min(),
         max: bounds.max(),
         revision: *revision,
-        content: *content,
+        content: *content_revision,
         rollout: rollout
             .as_ref()
-            .map(|rollout| RolloutRecord { strategy: rollout.strategy.into(), origin: rollout.origin.clone() }),
-        closing: *closing,
-        origin: origin.clone(),
+            .map(|rollout| RolloutRecord { strategy: rollout.strategy.into(), origin: rollout.traceparent.clone() }),
+        closing: *deleting,
+        origin: traceparent.clone(),
     })
 }
 
 pub(crate) fn read_challenge(id: ChallengeId, bytes: &[u8]) -> Result<Challenge, Unreadable> {
     let record: ChallengeRecord = read(bytes)?;
-    let bounds = Bounds::new(record.min, record.max)
+    let bounds = PoolBounds::new(record.min, record.max)
         .ok_or_else(|| Unreadable(format!("pool bounds {} and {} cannot be met", record.min, record.max)))?;
     Ok(Challenge {
         id,
@@ -168,28 +179,30 @@ pub(crate) fn read_challenge(id: ChallengeId, bytes: &[u8]) -> Result<Challenge,
         additional: record.additional,
         bounds,
         revision: record.revision,
-        content: record.content,
-        rollout: record.rollout.map(|rollout| Rollout { strategy: rollout.strategy.into(), origin: rollout.origin }),
-        closing: record.closing,
-        origin: record.origin,
+        content_revision: record.content,
+        rollout: record
+            .rollout
+            .map(|rollout| Rollout { strategy: rollout.strategy.into(), traceparent: rollout.origin }),
+        deleting: record.closing,
+        traceparent: record.origin,
     })
 }
 
 pub(crate) fn write_instance(instance: &Instance) -> Vec<u8> {
     let Instance {
-        slot: _,
+        key: _,
         identity,
         phase,
         since,
         last_renew,
         until,
         scenario,
-        applied,
+        applied_revision,
         additional,
         connection_info,
         flags,
         target,
-        origin,
+        traceparent,
     } = instance;
     write(&InstanceRecord {
         identity: IdentityText(identity.clone()),
@@ -198,31 +211,31 @@ pub(crate) fn write_instance(instance: &Instance) -> Vec<u8> {
         last_renew: *last_renew,
         until: *until,
         scenario: scenario.into(),
-        applied: *applied,
+        applied: *applied_revision,
         additional: additional.clone(),
         connection_info: connection_info.clone(),
         flags: flags.clone(),
         target: target.as_ref().map(TargetRecord::from),
-        origin: origin.clone(),
+        origin: traceparent.clone(),
     })
 }
 
-pub(crate) fn read_instance(slot: Slot, bytes: &[u8]) -> Result<Instance, Unreadable> {
+pub(crate) fn read_instance(key: InstanceKey, bytes: &[u8]) -> Result<Instance, Unreadable> {
     let record: InstanceRecord = read(bytes)?;
     Ok(Instance {
-        slot,
+        key,
         identity: record.identity.0,
         phase: record.phase.into(),
         since: record.since,
         last_renew: record.last_renew,
         until: record.until,
         scenario: record.scenario.into(),
-        applied: record.applied,
+        applied_revision: record.applied,
         additional: record.additional,
         connection_info: record.connection_info,
         flags: record.flags,
         target: record.target.map(Target::from),
-        origin: record.origin,
+        traceparent: record.origin,
     })
 }
 
@@ -263,7 +276,7 @@ impl From<&Target> for TargetRecord {
         Self {
             identity: IdentityText(target.identity.clone()),
             scenario: (&target.scenario).into(),
-            applied: target.applied,
+            applied: target.revision,
             strategy: target.strategy.into(),
         }
     }
@@ -274,7 +287,7 @@ impl From<TargetRecord> for Target {
         Self {
             identity: record.identity.0,
             scenario: record.scenario.into(),
-            applied: record.applied,
+            revision: record.applied,
             strategy: record.strategy.into(),
         }
     }

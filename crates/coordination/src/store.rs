@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, sync::atomic::Ordering};
 use async_trait::async_trait;
 use futures::{TryStreamExt as _, stream};
 use gauntlet_domain::{
-    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, Phase, PhaseName, Pool, Result,
-    Seat, Slot, SourceId, Store, Stored, Stranded, Stream, Survey, Version,
+    Assignment, Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, InstanceKey, LockKind, Phase,
+    PhaseName, Pool, Result, SourceId, Store, Stored, Stranded, Stream, Survey, Version,
 };
 use jiff::Timestamp;
 
@@ -61,9 +61,9 @@ impl<K: Kv> Store for Coordination<K> {
 
     async fn survey(&self, id: &ChallengeId, source: &SourceId) -> Result<Survey> {
         let core = &self.core;
-        let slot = Slot { challenge: id.clone(), seat: Seat::Source(source.clone()) };
-        let mut read = core.read(core.survey_ops(&slot).into()).await?;
-        let (mut survey, cut) = core.read_survey(&slot, &mut read)?;
+        let key = InstanceKey { challenge: id.clone(), assignment: Assignment::Source(source.clone()) };
+        let mut read = core.read(core.survey_ops(&key).into()).await?;
+        let (mut survey, cut) = core.read_survey(&key, &mut read)?;
         if survey.pooled.is_empty() && cut {
             // None among the first: look on. A claim compares versions, so reading later is no harm.
             let mut all = Instances::new(Scan::values(core, core.layout.pooled_of(id), None));
@@ -99,8 +99,8 @@ impl<K: Kv> Store for Coordination<K> {
                             None => scan.next().await?,
                         };
                         match next {
-                            Some(next) if next.value.slot.challenge < challenge.value.id => {}
-                            Some(next) if next.value.slot.challenge == challenge.value.id => own.push(next.value),
+                            Some(next) if next.value.key.challenge < challenge.value.id => {}
+                            Some(next) if next.value.key.challenge == challenge.value.id => own.push(next.value),
                             later => {
                                 *peeked = later;
                                 break;
@@ -114,9 +114,9 @@ impl<K: Kv> Store for Coordination<K> {
         }))
     }
 
-    async fn instance(&self, slot: &Slot) -> Result<Option<Stored<Instance>>> {
-        let mut read = self.core.read(vec![Op::get(self.core.layout.whole(slot))]).await?;
-        self.core.read_instance(slot, &read.next_read())
+    async fn instance(&self, key: &InstanceKey) -> Result<Option<Stored<Instance>>> {
+        let mut read = self.core.read(vec![Op::get(self.core.layout.whole(key))]).await?;
+        self.core.read_instance(key, &read.next_read())
     }
 
     fn instances_of(&self, id: &ChallengeId) -> Stream<'_, Stored<Instance>> {
@@ -136,7 +136,7 @@ impl<K: Kv> Store for Coordination<K> {
                 let instances = Instances::new(Scan::instances(&self.core, None));
                 Box::pin(stream::try_unfold(instances, |mut instances| async move {
                     while let Some(stored) = instances.next().await? {
-                        if !stored.value.slot.seat.is_pool() {
+                        if !stored.value.key.assignment.is_pooled() {
                             return Ok(Some((stored.value, instances)));
                         }
                     }
@@ -152,7 +152,7 @@ impl<K: Kv> Store for Coordination<K> {
 
     fn expired(&self, now: Timestamp) -> Stream<'_, Instance> {
         let index = Scan::keys(&self.core, self.core.layout.ended(now), None);
-        let expired = Indexed::new(index, Layout::read_slot).stream();
+        let expired = Indexed::new(index, Layout::read_instance_key).stream();
         // The index is of one revision, the instances are of now: one that was renewed meanwhile is not expired.
         Box::pin(expired.try_filter(move |instance| std::future::ready(instance.expired(now))))
     }
@@ -175,14 +175,14 @@ impl<K: Kv> Store for Coordination<K> {
         let records = records.iter().filter(|kv| layout.read_instance(&kv.key).is_none_or(|(_, intent)| !intent));
         let claimed = records.count().min(claimed);
         let pooled = read.next_read();
-        let working: BTreeMap<Slot, PhaseName> = read
+        let working: BTreeMap<InstanceKey, PhaseName> = read
             .next_read()
             .into_iter()
-            .filter_map(|kv| Some((layout.read_slot(&kv.key)?, Layout::read_working(&kv.value))))
+            .filter_map(|kv| Some((layout.read_instance_key(&kv.key)?, Layout::read_working(&kv.value))))
             .collect();
-        let phase = |slot: &Slot| working.get(slot).copied().unwrap_or(PhaseName::Ready);
-        let pooled = pooled.iter().filter_map(|kv| layout.read_pooled(&kv.key)).map(|slot| (phase(&slot), slot));
-        Ok(Pool { version, claimed, pooled: pooled.map(|(phase, slot)| (slot, phase)).collect() })
+        let phase = |key: &InstanceKey| working.get(key).copied().unwrap_or(PhaseName::Ready);
+        let pooled = pooled.iter().filter_map(|kv| layout.read_pooled(&kv.key)).map(|key| (phase(&key), key));
+        Ok(Pool { version, claimed, pooled: pooled.map(|(phase, key)| (key, phase)).collect() })
     }
 
     async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {
@@ -264,27 +264,27 @@ impl<K: Kv> Store for Coordination<K> {
         by: &By,
     ) -> Result<Held> {
         let (core, layout, id) = (&self.core, &self.core.layout, &challenge.value.id);
-        let (slot, bounds) = (&intent.slot, challenge.value.bounds);
-        let counts = bounds.min() > 0 && (slot.seat.is_pool() || bounds.max() > 0);
+        let (key, bounds) = (&intent.key, challenge.value.bounds);
+        let counts = bounds.min() > 0 && (key.assignment.is_pooled() || bounds.max() > 0);
         let mut patience = Patience::new(by, LockKind::Challenge, id, || format!("the challenge lock of {id:?}"));
         loop {
             let lease = core.lease().await?;
-            let live = core.live_key(lease, by, layout.owner(slot), None);
+            let live = core.live_key(lease, by, layout.owner(key), None);
             let writers = layout.queue(LockKind::Challenge, id);
-            let mut then = vec![live.put(), Op::put(layout.instance(slot), records::write_instance(intent))];
+            let mut then = vec![live.put(), Op::put(layout.instance(key), records::write_instance(intent))];
             then.extend(layout.instance_index(intent).into_iter().map(|(key, value)| Op::put(key, value)));
             then.extend(counts.then(|| Op::put(layout.pool(id), "")));
             let mut when = vec![
                 Compare::modified(layout.challenge(id), challenge.version.0),
-                Compare::absent(layout.whole(slot)),
-                Compare::absent(Keys::one(layout.owner(slot))),
+                Compare::absent(layout.whole(key)),
+                Compare::absent(Keys::one(layout.owner(key))),
                 Compare::absent(writers.clone()),
             ];
             if let Some(version) = pool {
                 when.extend([Compare::exists(layout.pool(id)), Compare::modified(layout.pool(id), version.0)]);
             }
-            let or = [Op::get(Keys::one(layout.owner(slot))), in_queue(&writers), Op::keys(Keys::one(layout.pool(id)))];
-            let txn = Txn { when, then, or: or.into_iter().chain(core.survey_ops(slot)).collect() };
+            let or = [Op::get(Keys::one(layout.owner(key))), in_queue(&writers), Op::keys(Keys::one(layout.pool(id)))];
+            let txn = Txn { when, then, or: or.into_iter().chain(core.survey_ops(key)).collect() };
             let of = Of::Instance(Box::new(intent.clone()));
             let (taken, mut result) = core.take(live, of, txn, false).await?;
             if let Some(ticket) = taken {
@@ -292,12 +292,12 @@ impl<K: Kv> Store for Coordination<K> {
             }
             let (owner, queued) = (result.next_read(), result.next_counted());
             let counted = version(&result.next_read());
-            let (survey, _) = core.read_survey(slot, &mut result)?;
+            let (survey, _) = core.read_survey(key, &mut result)?;
             if survey.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version)
                 || survey.instance.is_some()
                 || pool.is_some_and(|pool| counted != Some(pool))
             {
-                core.met(slot, &survey);
+                core.met(key, &survey);
                 return Err(Error::Conflict);
             }
             let ahead = Ahead::owner(owner).and_queue(writers, queued, result.revision);
@@ -313,7 +313,7 @@ impl<K: Kv> Store for Coordination<K> {
         by: &By,
     ) -> Result<Option<Held>> {
         let (core, layout, id) = (&self.core, &self.core.layout, &challenge.value.id);
-        let (from, to) = (&pooled.value.slot, &claimed.slot);
+        let (from, to) = (&pooled.value.key, &claimed.key);
         // Nobody else here is to try for the same one.
         core.memory.forget_instance(from);
         let mut patience = Patience::new(by, LockKind::Challenge, id, || format!("the challenge lock of {id:?}"));
@@ -374,56 +374,56 @@ impl<K: Kv> Store for Coordination<K> {
         }
     }
 
-    async fn begin(&self, slot: &Slot, begin: Begin, by: &By) -> Result<(Held, Instance)> {
+    async fn begin(&self, key: &InstanceKey, begin: Begin, by: &By) -> Result<(Held, Instance)> {
         let (core, layout) = (&self.core, &self.core.layout);
-        let mut patience = waiting_for(slot, by);
+        let mut patience = waiting_for(key, by);
         // What an owner that is gone had been doing, if the record alone does not tell.
         let mut left: Option<Stored<Instance>> = None;
         loop {
             let lease = core.lease().await?;
-            let live = core.live_key(lease, by, layout.owner(slot), None);
+            let live = core.live_key(lease, by, layout.owner(key), None);
             let mut when = vec![
-                Compare::exists(layout.instance(slot)),
+                Compare::exists(layout.instance(key)),
                 // However late this is delivered: it is not for an instance that is begun after it was sent.
-                Compare::not_created_after(layout.instance(slot), core.seen.load(Ordering::Relaxed)),
-                Compare::absent(Keys::one(layout.owner(slot))),
+                Compare::not_created_after(layout.instance(key), core.seen.load(Ordering::Relaxed)),
+                Compare::absent(Keys::one(layout.owner(key))),
             ];
-            let mut then = vec![Op::get(Keys::one(layout.working(slot))), live.put()];
+            let mut then = vec![Op::get(Keys::one(layout.working(key))), live.put()];
             match (&begin, left.take()) {
-                (Begin::Recover, _) => when.push(Compare::exists(layout.working(slot))),
+                (Begin::Recover, _) => when.push(Compare::exists(layout.working(key))),
                 // Nothing of before would be lost: the new intent goes beside a record that needs no reading.
                 (Begin::Update(_) | Begin::Delete, None) => {
                     let target = if let Begin::Update(target) = &begin { Some(target) } else { None };
-                    when.push(Compare::absent(Keys::one(layout.intent(slot))));
-                    then.push(Op::put(layout.intent(slot), records::write_intent(target)));
-                    then.push(Op::put(layout.working(slot), working_on(&begin).name()));
+                    when.push(Compare::absent(Keys::one(layout.intent(key))));
+                    then.push(Op::put(layout.intent(key), records::write_intent(target)));
+                    then.push(Op::put(layout.working(key), working_on(&begin).name()));
                 }
                 (Begin::Update(_) | Begin::Delete, Some(before)) => {
-                    when.push(not_after(layout.whole(slot), before.version));
+                    when.push(not_after(layout.whole(key), before.version));
                     let mut record = before.value;
                     begun(&mut record, &begin);
-                    then.push(Op::put(layout.instance(slot), records::write_instance(&record)));
-                    then.push(Op::delete(layout.intent(slot)));
-                    then.push(Op::put(layout.working(slot), working_on(&begin).name()));
+                    then.push(Op::put(layout.instance(key), records::write_instance(&record)));
+                    then.push(Op::delete(layout.intent(key)));
+                    then.push(Op::put(layout.working(key), working_on(&begin).name()));
                 }
             }
-            then.push(Op::get(layout.whole(slot)));
+            then.push(Op::get(layout.whole(key)));
             let or = vec![
-                Op::get(layout.whole(slot)),
-                Op::get(Keys::one(layout.owner(slot))),
-                Op::keys(Keys::one(layout.working(slot))),
+                Op::get(layout.whole(key)),
+                Op::get(Keys::one(layout.owner(key))),
+                Op::keys(Keys::one(layout.working(key))),
             ];
             // Its instance is put in below, once it is read.
-            let of = Of::Lock(LockKind::Instance, slot.challenge.clone());
+            let of = Of::Lock(LockKind::Instance, key.challenge.clone());
             let (taken, mut result) = core.take(live, of, Txn { when, then, or }, false).await?;
             if let Some(mut ticket) = taken {
                 let (working, whole) = (result.next_read(), result.next_read());
                 let was = working.first().map(|kv| Layout::read_working(&kv.value));
                 if matches!(begin, Begin::Update(_)) && was == Some(PhaseName::Deleting) {
-                    self.take_back(held(LockKind::Instance, ticket, patience), slot, working).await?;
+                    self.take_back(held(LockKind::Instance, ticket, patience), key, working).await?;
                     return Err(Error::Conflict);
                 }
-                let value = match core.read_instance(slot, &whole) {
+                let value = match core.read_instance(key, &whole) {
                     Ok(Some(stored)) => stored.value,
                     Ok(None) => return Err(Error::Conflict),
                     Err(_) if begin == Begin::Recover => {
@@ -432,7 +432,7 @@ impl<K: Kv> Store for Coordination<K> {
                         return Err(Error::Conflict);
                     }
                     Err(error) => {
-                        self.take_back(held(LockKind::Instance, ticket, patience), slot, working).await?;
+                        self.take_back(held(LockKind::Instance, ticket, patience), key, working).await?;
                         return Err(error);
                     }
                 };
@@ -444,7 +444,7 @@ impl<K: Kv> Store for Coordination<K> {
                 return Err(Error::Conflict);
             }
             if owner.is_empty() && begin != Begin::Recover {
-                let found = core.read_instance(slot, &whole)?;
+                let found = core.read_instance(key, &whole)?;
                 let goes = found.as_ref().is_some_and(|found| found.value.phase == Phase::Deleting);
                 if goes && matches!(begin, Begin::Update(_)) {
                     return Err(Error::Conflict);
@@ -456,34 +456,34 @@ impl<K: Kv> Store for Coordination<K> {
         }
     }
 
-    async fn commit(&self, held: Held, slot: &Slot, commit: Commit) -> Result<()> {
+    async fn commit(&self, held: Held, key: &InstanceKey, commit: Commit) -> Result<()> {
         let layout = &self.core.layout;
         let ticket = ticket(&held)?;
         let before = match &ticket.of {
-            Of::Instance(before) if before.slot == *slot => before,
-            other => return Err(Error::Internal(format!("an ownership of {other:?} commits nothing to {slot:?}"))),
+            Of::Instance(before) if before.key == *key => before,
+            other => return Err(Error::Internal(format!("an ownership of {other:?} commits nothing to {key:?}"))),
         };
-        let (key, intent) = (layout.instance(slot), layout.intent(slot));
+        let (record_key, intent_key) = (layout.instance(key), layout.intent(key));
         let old = layout.instance_index(before);
-        let mut then = vec![Op::delete(&ticket.live.key), Op::delete(intent)];
+        let mut then = vec![Op::delete(&ticket.live.key), Op::delete(intent_key)];
         let record = match &commit {
             Commit::Remove => {
-                then.push(Op::delete(&key));
+                then.push(Op::delete(&record_key));
                 then.extend(old.into_iter().map(|(key, _)| Op::delete(key)));
                 None
             }
-            Commit::Put(instance) if instance.slot == *slot => {
+            Commit::Put(instance) if instance.key == *key => {
                 let record = records::write_instance(instance);
-                then.push(Op::put(&key, record.clone()));
+                then.push(Op::put(&record_key, record.clone()));
                 then.extend(reindex(old, layout.instance_index(instance)));
                 Some(record)
             }
             Commit::Put(instance) => {
-                return Err(Error::Internal(format!("{:?} is not committed to {slot:?}", instance.slot)));
+                return Err(Error::Internal(format!("{:?} is not committed to {key:?}", instance.key)));
             }
         };
         let fence = held.fence;
-        let txn = Txn { when: vec![ticket.stands()], then, or: vec![Op::get(layout.whole(slot))] };
+        let txn = Txn { when: vec![ticket.stands()], then, or: vec![Op::get(layout.whole(key))] };
         let applied = move |read: &[Vec<KeyValue>]| match &record {
             None => read.first()?.is_empty().then_some(0),
             Some(record) => written_at(read.first()?, record),
@@ -494,32 +494,30 @@ impl<K: Kv> Store for Coordination<K> {
         }
         match commit {
             Commit::Put(instance) => self.core.memory.instance(&written(*instance, result.revision)),
-            Commit::Remove => self.core.memory.forget_instance(slot),
+            Commit::Remove => self.core.memory.forget_instance(key),
         }
         Ok(())
     }
 
     async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &By) -> Result<()> {
-        let (core, layout, slot) = (&self.core, &self.core.layout, &read.value.slot);
-        if instance.slot != *slot {
-            return Err(Error::Internal(format!("{:?} is not rewritten as {:?}", slot, instance.slot)));
+        let (core, layout, key) = (&self.core, &self.core.layout, &read.value.key);
+        if instance.key != *key {
+            return Err(Error::Internal(format!("{:?} is not rewritten as {:?}", key, instance.key)));
         }
-        let mut patience = waiting_for(slot, by);
+        let mut patience = waiting_for(key, by);
         let old = layout.instance_index(&read.value);
         loop {
-            let mut then = vec![
-                Op::put(layout.instance(slot), records::write_instance(instance)),
-                Op::delete(layout.intent(slot)),
-            ];
+            let mut then =
+                vec![Op::put(layout.instance(key), records::write_instance(instance)), Op::delete(layout.intent(key))];
             then.extend(reindex(old.clone(), layout.instance_index(instance)));
             let txn = Txn {
                 when: vec![
-                    Compare::exists(layout.instance(slot)),
-                    not_after(layout.whole(slot), read.version),
-                    Compare::absent(Keys::one(layout.owner(slot))),
+                    Compare::exists(layout.instance(key)),
+                    not_after(layout.whole(key), read.version),
+                    Compare::absent(Keys::one(layout.owner(key))),
                 ],
                 then,
-                or: [Op::get(Keys::one(layout.owner(slot)))].into_iter().chain(core.survey_ops(slot)).collect(),
+                or: [Op::get(Keys::one(layout.owner(key)))].into_iter().chain(core.survey_ops(key)).collect(),
             };
             let mut result = core.write(txn).await?;
             if result.succeeded {
@@ -528,7 +526,7 @@ impl<K: Kv> Store for Coordination<K> {
             }
             let owner = result.next_read();
             if owner.is_empty() {
-                core.met(slot, &core.read_survey(slot, &mut result)?.0);
+                core.met(key, &core.read_survey(key, &mut result)?.0);
                 return Err(Error::Conflict);
             }
             patience.wait(core, Ahead::owner(owner)).await?;
@@ -547,10 +545,10 @@ impl<K: Kv> Store for Coordination<K> {
         };
         let mut stranded = Vec::new();
         while let Some(kv) = working.next().await? {
-            let Some(slot) = layout.read_slot(&kv.key) else { continue };
+            let Some(key) = layout.read_instance_key(&kv.key) else { continue };
             let retry_at = std::str::from_utf8(&kv.value).ok().and_then(|text| text.parse::<Timestamp>().ok());
-            if retry_at.is_none_or(|retry_at| retry_at <= now) && !owned(&layout.owner(&slot)) {
-                stranded.push(Stranded::Instance(slot));
+            if retry_at.is_none_or(|retry_at| retry_at <= now) && !owned(&layout.owner(&key)) {
+                stranded.push(Stranded::Instance(key));
             }
         }
         for kv in Scan::keys(core, layout.rollouts(), at).all().await? {
@@ -587,14 +585,14 @@ impl<K: Kv> Store for Coordination<K> {
             ..Census::default()
         };
         while let Some(kv) = instances.next().await? {
-            if let Some((slot, false)) = layout.read_instance(&kv.key) {
-                let pooled = slot.seat.is_pool();
-                *census.instances.entry((slot.challenge, PhaseName::Ready, pooled)).or_default() += 1;
+            if let Some((key, false)) = layout.read_instance(&kv.key) {
+                let pooled = key.assignment.is_pooled();
+                *census.instances.entry((key.challenge, PhaseName::Ready, pooled)).or_default() += 1;
             }
         }
         while let Some(kv) = working.next().await? {
-            let Some(slot) = layout.read_slot(&kv.key) else { continue };
-            let (challenge, pooled) = (slot.challenge, slot.seat.is_pool());
+            let Some(key) = layout.read_instance_key(&kv.key) else { continue };
+            let (challenge, pooled) = (key.challenge, key.assignment.is_pooled());
             if let Some(ready) = census.instances.get_mut(&(challenge.clone(), PhaseName::Ready, pooled)) {
                 *ready = ready.saturating_sub(1);
                 *census.instances.entry((challenge, Layout::read_working(&kv.value), pooled)).or_default() += 1;
@@ -605,21 +603,21 @@ impl<K: Kv> Store for Coordination<K> {
     }
 }
 
-fn waiting_for(slot: &Slot, by: &By) -> Patience {
-    let what = || format!("the instance {:?} of {:?}", slot.seat, slot.challenge);
-    Patience::new(by, LockKind::Instance, &slot.challenge, what)
+fn waiting_for(key: &InstanceKey, by: &By) -> Patience {
+    let what = || format!("the instance {:?} of {:?}", key.assignment, key.challenge);
+    Patience::new(by, LockKind::Instance, &key.challenge, what)
 }
 
 impl<K: Kv> Coordination<K> {
     /// Undoes the intent that was put beside a record which proved unreadable or on its way out, and gives the ownership up. Should a crash
     /// come first, the intent stands: what was asked for is then done, by a build that can read the record.
-    async fn take_back(&self, held: Held, slot: &Slot, working: Vec<KeyValue>) -> Result<()> {
+    async fn take_back(&self, held: Held, key: &InstanceKey, working: Vec<KeyValue>) -> Result<()> {
         let layout = &self.core.layout;
         let ticket = ticket(&held)?;
-        let mut then = vec![Op::delete(&ticket.live.key), Op::delete(layout.intent(slot))];
+        let mut then = vec![Op::delete(&ticket.live.key), Op::delete(layout.intent(key))];
         then.push(match working.into_iter().next() {
             Some(before) => Op::put(before.key, before.value),
-            None => Op::delete(layout.working(slot)),
+            None => Op::delete(layout.working(key)),
         });
         let txn = Txn { when: vec![ticket.stands()], then, or: Vec::new() };
         self.core.finish(held, txn, |_| None).await.map(|_| ())

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use crate::{Additional, ChallengeId, Error, Pinned, Result, pool::Bounds};
+use crate::{Additional, ChallengeId, Error, Pinned, Result, pool::PoolBounds};
 
 /// What the platform registered, as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,18 +20,18 @@ pub struct Challenge {
     /// Handed to the scenario's templates.
     pub additional: Additional,
     /// How many instances to keep ready.
-    pub bounds: Bounds,
+    pub bounds: PoolBounds,
     /// Counts updates: an instance that has applied this revision needs no further work.
     pub revision: u64,
     /// The revision that last changed what instances run (the scenario's digest or the template values): one that has applied at least
     /// this needs no work on its resources.
-    pub content: u64,
+    pub content_revision: u64,
     /// An update that has been recorded and not yet reached every instance.
     pub rollout: Option<Rollout>,
     /// It is being deleted: no new instance, gone when the last one is.
-    pub closing: bool,
+    pub deleting: bool,
     /// The trace of the call that created it, in W3C traceparent form.
-    pub origin: Option<String>,
+    pub traceparent: Option<String>,
 }
 
 /// An update under way.
@@ -40,7 +40,7 @@ pub struct Rollout {
     /// How instances get there.
     pub strategy: Strategy,
     /// The trace of the call that asked for it, in W3C traceparent form.
-    pub origin: Option<String>,
+    pub traceparent: Option<String>,
 }
 
 /// How an update reaches a running instance.
@@ -93,7 +93,7 @@ impl Challenge {
     }
 
     /// The template values of one instance: its own over the challenge's.
-    pub fn merged(&self, own: &Additional) -> Additional {
+    pub fn merge_additional(&self, own: &Additional) -> Additional {
         let mut merged = self.additional.clone();
         merged.extend(own.iter().map(|(k, v)| (k.clone(), v.clone())));
         merged
@@ -106,12 +106,12 @@ impl Challenge {
         let min = update.min.unwrap_or(self.bounds.min());
         let max = update.max.unwrap_or(self.bounds.max());
         let above = [update.min, update.max].into_iter().flatten().any(|bound| bound > limit);
-        self.bounds = Bounds::new(min, max).filter(|_| !above).ok_or(Error::PoolOutOfBounds { min, max, limit })?;
+        self.bounds = PoolBounds::new(min, max).filter(|_| !above).ok_or(Error::PoolOutOfBounds { min, max, limit })?;
         self.revision += 1;
         let digest_changes = scenario.as_ref().is_some_and(|scenario| scenario.digest != self.scenario.digest);
         let values_change = update.additional.as_ref().is_some_and(|additional| *additional != self.additional);
         if digest_changes || values_change {
-            self.content = self.revision;
+            self.content_revision = self.revision;
         }
         if let Some(scenario) = scenario {
             self.scenario = scenario;
@@ -169,12 +169,12 @@ mod tests {
             timeout,
             until,
             additional: Additional::new(),
-            bounds: Bounds::default(),
+            bounds: PoolBounds::default(),
             revision: 1,
-            content: 1,
+            content_revision: 1,
             rollout: None,
-            closing: false,
-            origin: None,
+            deleting: false,
+            traceparent: None,
         }
     }
 
@@ -226,7 +226,7 @@ mod tests {
         #[test]
         fn updates_are_counted(updates in proptest::collection::vec((0..4u8, 0..3u8, -1..4i64, -1..4i64), 1..12)) {
             let mut challenge = challenge(None, None);
-            let (mut revision, mut content) = (1, 1);
+            let (mut revision, mut content_revision) = (1, 1);
             for (scenario, value, min, max) in updates {
                 let before = challenge.clone();
                 let additional = (value > 0).then(|| Additional::from([("v".to_owned(), value.to_string())]));
@@ -243,14 +243,14 @@ mod tests {
                 if challenge.apply(&update, pinned, 2).is_ok() {
                     revision += 1;
                     if changes {
-                        content = revision;
+                        content_revision = revision;
                     }
                     prop_assert!(challenge.bounds.max() == 0 || challenge.bounds.min() <= challenge.bounds.max());
                     prop_assert!(challenge.bounds.min() <= 2 && challenge.bounds.max() <= 2);
                 } else {
                     prop_assert_eq!(&challenge, &before, "what is refused changes nothing");
                 }
-                prop_assert_eq!((challenge.revision, challenge.content), (revision, content));
+                prop_assert_eq!((challenge.revision, challenge.content_revision), (revision, content_revision));
             }
         }
     }

@@ -4,8 +4,8 @@ use futures::TryStreamExt as _;
 use jiff::Timestamp;
 
 use crate::{
-    Additional, Begin, Bounds, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Held, Instance,
-    LockKind, Operation, Phase, Result, Rollout, Slot, Stored, Strategy, Stream, Target, instances::Fallback,
+    Additional, Begin, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Held, Instance, InstanceKey,
+    LockKind, Operation, Phase, PoolBounds, Result, Rollout, Stored, Strategy, Stream, Target, instances::Fallback,
     usecases::Deadline,
 };
 
@@ -30,7 +30,7 @@ pub struct NewChallenge {
 
 /// What an update did.
 #[derive(Debug)]
-pub struct Updated {
+pub struct UpdateReport {
     /// The challenge as it now stands.
     pub challenge: Challenge,
     /// Its claimed instances.
@@ -43,7 +43,7 @@ impl Gauntlet {
     /// Registers a challenge. Its pool is filled later: see [`Gauntlet::plan_pool`].
     pub async fn create_challenge(&self, call: &Call, new: NewChallenge) -> Result<Challenge> {
         let limit = i64::from(self.settings.pool_max);
-        let bounds = Bounds::new(new.min, new.max)
+        let bounds = PoolBounds::new(new.min, new.max)
             .filter(|_| new.min <= limit && new.max <= limit)
             .ok_or(Error::PoolOutOfBounds { min: new.min, max: new.max, limit })?;
         // Before the scenario is fetched: asking for a known id is cheap.
@@ -59,10 +59,10 @@ impl Gauntlet {
             additional: new.additional,
             bounds,
             revision: 1,
-            content: 1,
+            content_revision: 1,
             rollout: None,
-            closing: false,
-            origin: call.origin.clone(),
+            deleting: false,
+            traceparent: call.traceparent.clone(),
         };
         self.store.insert_challenge(&challenge).await?;
         Ok(challenge)
@@ -89,8 +89,13 @@ impl Gauntlet {
 
     /// Changes a challenge and brings its instances there, several at once. The change is recorded first: a crash afterwards leaves a
     /// rollout that [`Gauntlet::reconcile`] finishes. The failure of one instance is reported and does not hold up the others.
-    pub async fn update_challenge(&self, call: &Call, id: &ChallengeId, update: ChallengeUpdate) -> Result<Updated> {
-        if self.store.challenge(id).await?.is_none_or(|stored| stored.value.closing) {
+    pub async fn update_challenge(
+        &self,
+        call: &Call,
+        id: &ChallengeId,
+        update: ChallengeUpdate,
+    ) -> Result<UpdateReport> {
+        if self.store.challenge(id).await?.is_none_or(|stored| stored.value.deleting) {
             return Err(Error::ChallengeNotFound(id.clone()));
         }
         let scenario = match &update.scenario {
@@ -102,7 +107,7 @@ impl Gauntlet {
         let changed = self
             .change(call, deadline, id, |challenge| {
                 challenge.apply(&update, scenario, self.settings.pool_max)?;
-                challenge.rollout = Some(Rollout { strategy: update.strategy, origin: call.origin.clone() });
+                challenge.rollout = Some(Rollout { strategy: update.strategy, traceparent: call.traceparent.clone() });
                 Ok(())
             })
             .await;
@@ -114,11 +119,11 @@ impl Gauntlet {
             }
         };
         let (challenge, failures) = self.roll_out(call, rollout, challenge).await?;
-        Ok(Updated { instances: self.visible_instances(id).await?, challenge, failures })
+        Ok(UpdateReport { instances: self.visible_instances(id).await?, challenge, failures })
     }
 
     /// Takes a challenge and all its instances down; it is gone when this answers. If something cannot be taken down the challenge stays,
-    /// closing, and is tried again by [`Gauntlet::reconcile`] or another delete.
+    /// marked as deleting, and is tried again by [`Gauntlet::reconcile`] or another delete.
     pub async fn delete_challenge(&self, call: &Call, id: &ChallengeId) -> Result<()> {
         if self.store.challenge(id).await?.is_none() {
             return Err(Error::ChallengeNotFound(id.clone()));
@@ -126,13 +131,13 @@ impl Gauntlet {
         let deadline = self.deadline(call);
         // Closed before the rollout lock: an update under way finds no new instance to wait for.
         self.change(call, deadline, id, |challenge| {
-            challenge.closing = true;
+            challenge.deleting = true;
             Ok(())
         })
         .await?;
         let rollout = self.store.lock(LockKind::Rollout, id, &self.by(call, deadline)).await?;
         match self.store.challenge(id).await? {
-            Some(stored) if stored.value.closing => self.close(call, rollout, id).await,
+            Some(stored) if stored.value.deleting => self.close(call, rollout, id).await,
             // Another deletion was first; what is there by now was created since.
             _ => self.store.release(rollout).await,
         }
@@ -205,24 +210,24 @@ impl Gauntlet {
         strategy: Strategy,
         listed: Stored<Instance>,
     ) -> Result<()> {
-        let (slot, deadline) = (listed.value.slot.clone(), self.deadline(call));
+        let (key, deadline) = (listed.value.key.clone(), self.deadline(call));
         let (mut next, mut conflicts) = (Some(listed), 0);
         // Gone, or claimed meanwhile (which is only done with what is up to date): nothing to do.
         while let Some(current) = next {
             let instance = &current.value;
             // What is on its way out is not brought back: if nobody is at it any more, recovery takes it down.
-            if instance.applied >= challenge.revision || instance.phase == Phase::Deleting {
+            if instance.applied_revision >= challenge.revision || instance.phase == Phase::Deleting {
                 return Ok(());
             }
             let was_ready = instance.phase == Phase::Ready;
             // From the last renewal, if that was since: it stands.
             let ends = |instance: &Instance| {
-                if slot.seat.is_pool() { None } else { challenge.renewal(instance.last_renew, call.now).1 }
+                if key.assignment.is_pooled() { None } else { challenge.renewal(instance.last_renew, call.now).1 }
             };
-            let result = if was_ready && instance.applied >= challenge.content {
+            let result = if was_ready && instance.applied_revision >= challenge.content_revision {
                 let scenario = challenge.scenario.clone();
                 let until = ends(instance);
-                let rewritten = Instance { applied: challenge.revision, scenario, until, ..instance.clone() };
+                let rewritten = Instance { applied_revision: challenge.revision, scenario, until, ..instance.clone() };
                 self.store.rewrite(&current, &rewritten, &self.by(call, deadline)).await
             } else {
                 let (identity, strategy) = match (&instance.target, strategy) {
@@ -234,12 +239,12 @@ impl Gauntlet {
                     (_, Strategy::BlueGreen | Strategy::Recreate) => (call.identity(), strategy),
                 };
                 let target =
-                    Target { identity, scenario: challenge.scenario.clone(), applied: challenge.revision, strategy };
-                match self.store.begin(&slot, Begin::Update(target), &self.by(call, deadline)).await {
+                    Target { identity, scenario: challenge.scenario.clone(), revision: challenge.revision, strategy };
+                match self.store.begin(&key, Begin::Update(target), &self.by(call, deadline)).await {
                     Err(error) => Err(error),
                     Ok((held, begun)) => {
                         let begun = Instance { until: ends(&begun), ..begun };
-                        let fallback = match (was_ready, slot.seat.is_pool()) {
+                        let fallback = match (was_ready, key.assignment.is_pooled()) {
                             // Kept as it was it would be handed out as what it is not; the pool brings up another.
                             (_, true) => Fallback::TakeDown,
                             (true, false) => Fallback::KeepOld,
@@ -255,7 +260,7 @@ impl Gauntlet {
                         deadline.pause(call, conflicts).await?;
                     }
                     conflicts += 1;
-                    next = self.store.instance(&slot).await?;
+                    next = self.store.instance(&key).await?;
                 }
                 result => return self.counted(&challenge.id, Operation::Update, result),
             }
@@ -263,10 +268,10 @@ impl Gauntlet {
         Ok(())
     }
 
-    /// Takes every instance of a closing challenge down, then the challenge.
+    /// Takes every instance of a challenge that is being deleted down, then the challenge.
     pub(crate) async fn close(&self, call: &Call, rollout: Held, id: &ChallengeId) -> Result<()> {
         let instances: Vec<_> = self.store.instances_of(id).try_collect().await?;
-        let jobs = self.each(instances, |stored| self.remove(call, stored.value.slot));
+        let jobs = self.each(instances, |stored| self.remove(call, stored.value.key));
         let results = rollout.guard(async { Ok(jobs.await) }).await?;
         let removed = async {
             results.into_iter().collect::<Result<()>>()?;
@@ -275,7 +280,7 @@ impl Gauntlet {
             let by = self.by(call, self.deadline(call));
             let held = self.store.lock(LockKind::Challenge, id, &by).await?;
             match self.store.challenge(id).await? {
-                Some(stored) if stored.value.closing => self.store.remove_challenge(held, id).await,
+                Some(stored) if stored.value.deleting => self.store.remove_challenge(held, id).await,
                 // Gone, and perhaps created anew by now, while this was held up: that is not the one that was to go.
                 _ => self.store.release(held).await,
             }
@@ -286,12 +291,12 @@ impl Gauntlet {
     }
 
     /// Takes one stored instance down, whoever has it; one that is gone meanwhile is success.
-    pub(crate) async fn remove(&self, call: &Call, slot: Slot) -> Result<()> {
-        let result = match self.store.begin(&slot, Begin::Delete, &self.by(call, self.deadline(call))).await {
+    pub(crate) async fn remove(&self, call: &Call, key: InstanceKey) -> Result<()> {
+        let result = match self.store.begin(&key, Begin::Delete, &self.by(call, self.deadline(call))).await {
             Err(Error::Conflict) => return Ok(()),
             Err(error) => Err(error),
             Ok((held, instance)) => self.take_down(call, held, instance, Operation::Delete).await,
         };
-        self.counted(&slot.challenge, Operation::Delete, result)
+        self.counted(&key.challenge, Operation::Delete, result)
     }
 }

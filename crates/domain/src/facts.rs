@@ -29,7 +29,7 @@ impl Operation {
 
 /// How it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Outcome {
+pub enum OperationOutcome {
     /// As asked.
     Ok,
     /// The request could not be granted.
@@ -38,7 +38,7 @@ pub enum Outcome {
     Failed(&'static str),
 }
 
-impl Outcome {
+impl OperationOutcome {
     /// The outcome of a result.
     pub fn of<T>(result: &Result<T, Error>) -> Self {
         match result {
@@ -100,7 +100,7 @@ impl From<&crate::Phase> for PhaseName {
 
 /// What recovery did with work that a crash had left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Action {
+pub enum RecoveryAction {
     /// Finished it: the instance runs.
     Adopted,
     /// Undid it: nothing runs.
@@ -109,7 +109,7 @@ pub enum Action {
     Restarted,
 }
 
-impl Action {
+impl RecoveryAction {
     /// Its name on metrics.
     pub fn name(self) -> &'static str {
         match self {
@@ -130,7 +130,7 @@ pub enum Fact {
         /// What was done.
         operation: Operation,
         /// How it ended.
-        outcome: Outcome,
+        outcome: OperationOutcome,
     },
     /// A create looked into a pool.
     PoolClaim {
@@ -144,14 +144,14 @@ pub enum Fact {
         /// The phase it was left in.
         phase: PhaseName,
         /// What was done.
-        action: Action,
+        action: RecoveryAction,
     },
 }
 
 /// Where facts go. Must not block.
 pub trait Facts: Send + Sync {
     /// Takes note of one.
-    fn note(&self, fact: Fact);
+    fn record(&self, fact: Fact);
 }
 
 #[cfg(test)]
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn outcome_tells_the_callers_fault_from_ours() {
-        let outcome = |result: Result<(), Error>| Outcome::of(&result).name();
+        let outcome = |result: Result<(), Error>| OperationOutcome::of(&result).name();
         assert_eq!(outcome(Ok(())), "ok");
         assert_eq!(outcome(Err(Error::InvalidUpdateMask(Vec::new()))), "refused");
         assert_eq!(outcome(Err(Error::Internal("disk".to_owned()))), "failed");

@@ -11,23 +11,23 @@ pub type Additional = BTreeMap<String, String>;
 
 /// Where an instance is kept: one seat per (challenge, source), and one per pooled instance.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Slot {
+pub struct InstanceKey {
     /// The challenge.
     pub challenge: ChallengeId,
     /// The seat within it.
-    pub seat: Seat,
+    pub assignment: Assignment,
 }
 
 /// A seat within a challenge.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Seat {
+pub enum Assignment {
     /// Claimed by a source.
     Source(SourceId),
     /// In the pool, under the identity it was first given (an update may give its resources another).
     Pool(Identity),
 }
 
-impl Seat {
+impl Assignment {
     /// The source, when claimed.
     pub fn source(&self) -> Option<&SourceId> {
         match self {
@@ -37,7 +37,7 @@ impl Seat {
     }
 
     /// Whether nobody has claimed it yet.
-    pub fn is_pool(&self) -> bool {
+    pub fn is_pooled(&self) -> bool {
         matches!(self, Self::Pool(_))
     }
 }
@@ -46,7 +46,7 @@ impl Seat {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Instance {
     /// Where it is kept.
-    pub slot: Slot,
+    pub key: InstanceKey,
     /// What its resources are labelled with.
     pub identity: Identity,
     /// What is being done with it, or went wrong.
@@ -60,7 +60,7 @@ pub struct Instance {
     /// The scenario it runs.
     pub scenario: Pinned,
     /// The challenge revision it has applied.
-    pub applied: u64,
+    pub applied_revision: u64,
     /// Its own template values, over the challenge's.
     pub additional: Additional,
     /// How players reach it.
@@ -70,7 +70,7 @@ pub struct Instance {
     /// An update that has been recorded and not yet applied: what it is to become.
     pub target: Option<Target>,
     /// The trace of the call that created it, in W3C traceparent form.
-    pub origin: Option<String>,
+    pub traceparent: Option<String>,
 }
 
 /// What an instance is to become.
@@ -81,7 +81,7 @@ pub struct Target {
     /// The scenario it will run.
     pub scenario: Pinned,
     /// The challenge revision it will have applied.
-    pub applied: u64,
+    pub revision: u64,
     /// How it gets there.
     pub strategy: Strategy,
 }
@@ -131,11 +131,13 @@ impl Instance {
 
     /// Whether the v1 API shows it: claimed, and past its first provisioning.
     pub fn is_visible(&self) -> bool {
-        !self.slot.seat.is_pool() && self.phase != Phase::Provisioning && (self.phase == Phase::Ready || self.has_run())
+        !self.key.assignment.is_pooled()
+            && self.phase != Phase::Provisioning
+            && (self.phase == Phase::Ready || self.has_run())
     }
 
     /// Whether it is what a create left that failed and could not be undone.
-    pub(crate) fn is_left_over(&self) -> bool {
+    pub(crate) fn is_failed_create(&self) -> bool {
         matches!(self.phase, Phase::Failed(_)) && !self.has_run()
     }
 
@@ -144,16 +146,16 @@ impl Instance {
         !self.connection_info.is_empty() || !self.flags.is_empty()
     }
 
-    pub(crate) fn become_ready(&mut self, outputs: Outputs) {
+    pub(crate) fn mark_ready(&mut self, outputs: Outputs) {
         self.connection_info = outputs.connection_info;
         self.flags = outputs.flags;
         self.phase = Phase::Ready;
     }
 
-    pub(crate) fn reach(&mut self, target: Target) {
+    pub(crate) fn apply_target(&mut self, target: Target) {
         self.identity = target.identity;
         self.scenario = target.scenario;
-        self.applied = target.applied;
+        self.applied_revision = target.revision;
         self.target = None;
     }
 

@@ -4,9 +4,9 @@ use futures::TryStreamExt as _;
 use jiff::Timestamp;
 
 use crate::{
-    Additional, Begin, By, Call, Challenge, ChallengeId, Commit, Error, Fact, Failure, Gauntlet, Held, Identity,
-    Instance, Operation, Order, Outputs, Phase, Pinned, Result, Seat, Slot, SourceId, Stored, Strategy, Stream, Survey,
-    Target, expiry, usecases::Deadline,
+    Additional, Assignment, Begin, By, Call, Challenge, ChallengeId, Commit, Error, Fact, Failure, Gauntlet, Held,
+    Identity, Instance, InstanceKey, Operation, Order, Outputs, Phase, Pinned, Result, SourceId, Stored, Strategy,
+    Stream, Survey, Target, expiry, usecases::Deadline,
 };
 
 /// How many attempts may go by what is remembered. Each conflict leaves what it met, so a second one is worth it, at once.
@@ -47,31 +47,31 @@ impl Gauntlet {
                 }
             };
             let fresh = Instance {
-                slot: Slot { challenge: id.clone(), seat: Seat::Source(source.clone()) },
+                key: InstanceKey { challenge: id.clone(), assignment: Assignment::Source(source.clone()) },
                 identity: call.identity(),
                 phase: Phase::Provisioning,
                 since: call.now,
                 last_renew: call.now,
                 until: challenge.value.expiry(call.now),
                 scenario: challenge.value.scenario.clone(),
-                applied: challenge.value.revision,
+                applied_revision: challenge.value.revision,
                 additional: additional.clone(),
                 connection_info: String::new(),
                 flags: Vec::new(),
                 target: None,
-                origin: call.origin.clone(),
+                traceparent: call.traceparent.clone(),
             };
             let keeps_pool = challenge.value.bounds.min() > 0;
             // One that an update has not reached yet is left to the update.
-            pooled.retain(|stored| stored.value.applied >= challenge.value.content);
+            pooled.retain(|stored| stored.value.applied_revision >= challenge.value.content_revision);
             if !pooled.is_empty() {
-                let chosen = pooled.swap_remove((call.entropy.bits() % pooled.len() as u64) as usize);
+                let chosen = pooled.swap_remove((call.entropy.next_u64() % pooled.len() as u64) as usize);
                 let claimed = claimed(&chosen.value, fresh.clone());
                 match self.store.claim(&challenge, &chosen, &claimed, &self.by(call, deadline)).await {
                     Err(Error::Conflict) => continue,
                     Err(error) => return Err(error),
                     Ok(held) => {
-                        self.facts.note(Fact::PoolClaim { challenge: id.clone(), hit: true });
+                        self.facts.record(Fact::PoolClaim { challenge: id.clone(), hit: true });
                         return match held {
                             None => Ok(claimed),
                             Some(held) => {
@@ -86,7 +86,7 @@ impl Gauntlet {
                 Err(error) => return Err(error),
                 Ok(held) => {
                     if keeps_pool {
-                        self.facts.note(Fact::PoolClaim { challenge: id.clone(), hit: false });
+                        self.facts.record(Fact::PoolClaim { challenge: id.clone(), hit: false });
                     }
                     return self.bring_up(call, held, &challenge.value, fresh).await;
                 }
@@ -96,8 +96,8 @@ impl Gauntlet {
     }
 
     /// Finishes what a create left that could not be undone; somebody else may be at it.
-    async fn undo(&self, call: &Call, left: &Slot) -> Result<()> {
-        match self.store.begin(left, Begin::Recover, &By { origin: call.origin.clone(), ..By::default() }).await {
+    async fn undo(&self, call: &Call, left: &InstanceKey) -> Result<()> {
+        match self.store.begin(left, Begin::Recover, &By { origin: call.traceparent.clone(), ..By::default() }).await {
             Err(Error::Conflict) => Ok(()),
             Err(error) => Err(error),
             Ok((held, instance)) => self.recover_instance(call, held, instance).await,
@@ -181,9 +181,9 @@ impl Gauntlet {
     }
 
     async fn delete(&self, call: &Call, challenge: &ChallengeId, source: &SourceId) -> Result<()> {
-        let slot = Slot { challenge: challenge.clone(), seat: Seat::Source(source.clone()) };
+        let key = InstanceKey { challenge: challenge.clone(), assignment: Assignment::Source(source.clone()) };
         let by = self.by(call, self.deadline(call));
-        match self.store.begin(&slot, Begin::Delete, &by).await {
+        match self.store.begin(&key, Begin::Delete, &by).await {
             Ok((held, instance)) => self.take_down(call, held, instance, Operation::Delete).await,
             Err(Error::Conflict) => Err(match self.store.challenge(challenge).await? {
                 None => Error::ChallengeNotFound(challenge.clone()),
@@ -220,14 +220,14 @@ impl Gauntlet {
         source: &SourceId,
         since: Timestamp,
     ) -> Result<bool> {
-        let slot = Slot { challenge: challenge.clone(), seat: Seat::Source(source.clone()) };
+        let key = InstanceKey { challenge: challenge.clone(), assignment: Assignment::Source(source.clone()) };
         let deadline = self.deadline(call);
         let mut marked = false;
         for attempt in 0.. {
             if attempt > 0 {
                 deadline.pause(call, attempt).await?;
             }
-            let Some(stored) = self.store.instance(&slot).await? else {
+            let Some(stored) = self.store.instance(&key).await? else {
                 return if marked { Ok(true) } else { Err(Error::InstanceNotFound(challenge.clone(), source.clone())) };
             };
             // Once marked nothing revives it: an instance of another time is its successor.
@@ -241,7 +241,7 @@ impl Gauntlet {
                 other => other?,
             }
             marked = true;
-            match self.store.begin(&slot, Begin::Recover, &self.by(call, deadline)).await {
+            match self.store.begin(&key, Begin::Recover, &self.by(call, deadline)).await {
                 Ok((held, instance)) if instance.since == since => {
                     return self.take_down(call, held, instance, Operation::Delete).await.map(|()| true);
                 }
@@ -265,7 +265,7 @@ impl Gauntlet {
         let up = held.guard(self.up(&held, challenge, &instance, &instance.identity, &instance.scenario));
         match up.await {
             Ok(outputs) => {
-                instance.become_ready(outputs);
+                instance.mark_ready(outputs);
                 self.settle(held, instance).await
             }
             // Not ours any more: whoever recovers it decides.
@@ -290,12 +290,12 @@ impl Gauntlet {
     pub(crate) async fn take_down(&self, call: &Call, held: Held, instance: Instance, during: Operation) -> Result<()> {
         let down = held.guard(async {
             for identity in instance.identities() {
-                self.provisioner.down(&instance.slot.challenge, identity, held.fence).await?;
+                self.provisioner.down(&instance.key.challenge, identity, held.fence).await?;
             }
             Ok(())
         });
         match down.await {
-            Ok(()) => self.store.commit(held, &instance.slot, Commit::Remove).await,
+            Ok(()) => self.store.commit(held, &instance.key, Commit::Remove).await,
             Err(error @ Error::Fenced(_)) => Err(error),
             Err(error) => {
                 let mut instance = instance;
@@ -349,7 +349,7 @@ impl Gauntlet {
                     Ok(outputs) => held.guard(self.down(&held, &instance)).await.map(|()| outputs),
                     Err(error @ Error::Fenced(_)) => Err(error),
                     Err(error) => {
-                        let undo = self.provisioner.down(&instance.slot.challenge, &target.identity, held.fence);
+                        let undo = self.provisioner.down(&instance.key.challenge, &target.identity, held.fence);
                         untouched = held.guard(undo).await.is_ok();
                         Err(error)
                     }
@@ -358,7 +358,7 @@ impl Gauntlet {
             Strategy::Recreate => {
                 held.guard(async {
                     for identity in instance.identities() {
-                        self.provisioner.down(&instance.slot.challenge, identity, held.fence).await?;
+                        self.provisioner.down(&instance.key.challenge, identity, held.fence).await?;
                     }
                     self.up(&held, challenge, &instance, &target.identity, &target.scenario).await
                 })
@@ -367,8 +367,8 @@ impl Gauntlet {
         };
         match moved {
             Ok(outputs) => {
-                instance.reach(target);
-                instance.become_ready(outputs);
+                instance.apply_target(target);
+                instance.mark_ready(outputs);
                 self.settle(held, instance).await
             }
             Err(error @ Error::Fenced(_)) => Err(error),
@@ -397,7 +397,7 @@ impl Gauntlet {
     }
 
     async fn down(&self, held: &Held, instance: &Instance) -> Result<()> {
-        self.provisioner.down(&instance.slot.challenge, &instance.identity, held.fence).await
+        self.provisioner.down(&instance.key.challenge, &instance.identity, held.fence).await
     }
 
     async fn order(
@@ -408,7 +408,7 @@ impl Gauntlet {
         identity: &Identity,
         scenario: &Pinned,
     ) -> Result<Order> {
-        let plan = self.scenarios.plan(scenario, identity, &challenge.merged(&instance.additional)).await?;
+        let plan = self.scenarios.plan(scenario, identity, &challenge.merge_additional(&instance.additional)).await?;
         Ok(Order {
             challenge: challenge.id.clone(),
             identity: identity.clone(),
@@ -419,7 +419,7 @@ impl Gauntlet {
     }
 
     async fn settle(&self, held: Held, instance: Instance) -> Result<Instance> {
-        self.store.commit(held, &instance.slot, Commit::Put(Box::new(instance.clone()))).await?;
+        self.store.commit(held, &instance.key, Commit::Put(Box::new(instance.clone()))).await?;
         Ok(instance)
     }
 
@@ -431,9 +431,9 @@ impl Gauntlet {
         };
         let delay = self
             .settings
-            .retry_first
+            .retry_initial_delay
             .saturating_mul(1 << attempts.saturating_sub(1).min(16))
-            .min(self.settings.retry_longest);
+            .min(self.settings.retry_max_delay);
         let retry_at = expiry(call.now, Some(call.jitter(delay)), None).unwrap_or(call.now);
         instance.phase = Phase::Failed(Failure { during, reason: error.to_string(), since, attempts, retry_at });
         match self.settle(held, instance).await {
@@ -448,21 +448,21 @@ enum Allowed {
     /// Now: the challenge and its pool.
     Now(Box<Stored<Challenge>>, Vec<Stored<Instance>>),
     /// Once what an earlier create left in its seat is taken down.
-    AfterUndoing(Slot),
+    AfterUndoing(InstanceKey),
 }
 
 fn may_create(survey: Survey, call: &Call, id: &ChallengeId, source: &SourceId) -> Result<Allowed> {
     let Survey { challenge, instance, pooled } = survey;
-    let challenge = challenge.filter(|c| !c.value.closing).ok_or_else(|| Error::ChallengeNotFound(id.clone()))?;
+    let challenge = challenge.filter(|c| !c.value.deleting).ok_or_else(|| Error::ChallengeNotFound(id.clone()))?;
     let left = instance.map(|stored| stored.value);
-    if left.as_ref().is_some_and(|left| !left.is_left_over()) {
+    if left.as_ref().is_some_and(|left| !left.is_failed_create()) {
         return Err(Error::InstanceExists(id.clone(), source.clone()));
     }
     if challenge.value.expired(call.now) {
         return Err(Error::ChallengeExpired(id.clone()));
     }
     Ok(match left {
-        Some(left) => Allowed::AfterUndoing(left.slot),
+        Some(left) => Allowed::AfterUndoing(left.key),
         None => Allowed::Now(Box::new(challenge), pooled),
     })
 }
@@ -505,7 +505,7 @@ fn claimed(pooled: &Instance, fresh: Instance) -> Instance {
     let target = (!fresh.additional.is_empty()).then(|| Target {
         identity: pooled.identity.clone(),
         scenario: fresh.scenario.clone(),
-        applied: fresh.applied,
+        revision: fresh.applied_revision,
         strategy: Strategy::UpdateInPlace,
     });
     Instance {

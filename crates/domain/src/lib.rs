@@ -25,15 +25,15 @@ mod store;
 mod usecases;
 
 pub use challenge::{Challenge, ChallengeUpdate, Rollout, Strategy, expiry};
-pub use challenges::{NewChallenge, Updated};
+pub use challenges::{NewChallenge, UpdateReport};
 pub use error::{Error, Result};
-pub use facts::{Action, Fact, Facts, Operation, Outcome, PhaseName};
+pub use facts::{Fact, Facts, Operation, OperationOutcome, PhaseName, RecoveryAction};
 pub use id::{ChallengeId, Identity, InvalidId, SourceId};
-pub use instance::{Additional, Failure, Instance, Phase, Seat, Slot, Target};
+pub use instance::{Additional, Assignment, Failure, Instance, InstanceKey, Phase, Target};
 pub use plan::{Limits, Place, Plan, PortSpec, Probe, Protocol, Readiness, Workload};
-pub use pool::{Bounds, shortfall};
+pub use pool::{PoolBounds, shortfall};
 pub use provisioner::{Found, Order, Outputs, Provisioner};
-pub use reconcile::Reconciled;
+pub use reconcile::ReconcileReport;
 pub use replenish::{PoolJob, PoolPlan};
 pub use scenarios::{Pinned, Scenarios};
 pub use store::{

@@ -2,12 +2,12 @@
 
 /// How many unclaimed instances to keep (`min`) while claimed and pooled together stay within `max` (0 is no bound).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Bounds {
+pub struct PoolBounds {
     min: i64,
     max: i64,
 }
 
-impl Bounds {
+impl PoolBounds {
     /// Both zero or more, and `max` either 0 or at least `min`; otherwise `None`.
     pub fn new(min: i64, max: i64) -> Option<Self> {
         (min >= 0 && max >= 0 && (max == 0 || max >= min)).then_some(Self { min, max })
@@ -31,8 +31,8 @@ impl Bounds {
 }
 
 /// How many pooled instances are missing (positive) or too many (negative), `claimed` and `pooled` counted whatever their phase. An
-/// expired or closing challenge (`open` false) keeps none.
-pub fn shortfall(bounds: Bounds, claimed: usize, pooled: usize, open: bool) -> i64 {
+/// expired challenge, or one that is being deleted, (`open` false) keeps none.
+pub fn shortfall(bounds: PoolBounds, claimed: usize, pooled: usize, open: bool) -> i64 {
     let pooled = i64::try_from(pooled).unwrap_or(i64::MAX);
     let claimed = i64::try_from(claimed).unwrap_or(i64::MAX);
     let wanted = match (open, bounds.max) {
@@ -51,15 +51,15 @@ mod tests {
 
     #[test]
     fn refuses_what_cannot_be_met() {
-        assert!(Bounds::new(-1, 0).is_none());
-        assert!(Bounds::new(0, -1).is_none());
-        assert!(Bounds::new(3, 2).is_none());
-        assert!(Bounds::new(3, 0).is_some());
+        assert!(PoolBounds::new(-1, 0).is_none());
+        assert!(PoolBounds::new(0, -1).is_none());
+        assert!(PoolBounds::new(3, 2).is_none());
+        assert!(PoolBounds::new(3, 0).is_some());
     }
 
-    fn bounds() -> impl Strategy<Value = Bounds> {
+    fn bounds() -> impl Strategy<Value = PoolBounds> {
         (0i64..12, 0i64..12, any::<bool>())
-            .prop_map(|(min, room, bounded)| Bounds::new(min, if bounded { min + room } else { 0 }).unwrap())
+            .prop_map(|(min, room, bounded)| PoolBounds::new(min, if bounded { min + room } else { 0 }).unwrap())
     }
 
     proptest! {
@@ -79,9 +79,9 @@ mod tests {
         #[test]
         fn capped_bounds_can_be_met_and_stay_bounded(min in 0i64.., room in 0i64.., bounded: bool, limit in 0i64..) {
             let max = if bounded { min.saturating_add(room) } else { 0 };
-            let bounds = Bounds::new(min, max).unwrap();
+            let bounds = PoolBounds::new(min, max).unwrap();
             let capped = bounds.capped(limit);
-            prop_assert!(Bounds::new(capped.min(), capped.max()).is_some());
+            prop_assert!(PoolBounds::new(capped.min(), capped.max()).is_some());
             prop_assert!(capped.min() <= limit && capped.max() <= limit);
             prop_assert_eq!(capped.capped(limit), capped);
             if min <= limit && max <= limit {
@@ -91,7 +91,7 @@ mod tests {
 
         #[test]
         fn counts_that_are_out_of_this_world_do_not_wrap(min: i64, max: i64, claimed: usize, pooled: usize, open: bool) {
-            if let Some(bounds) = Bounds::new(min, max) {
+            if let Some(bounds) = PoolBounds::new(min, max) {
                 let after = i128::from(shortfall(bounds, claimed, pooled, open)) + pooled.min(i64::MAX as usize) as i128;
                 prop_assert!((0..=i128::from(bounds.min())).contains(&after));
             }

@@ -5,21 +5,21 @@ use std::collections::BTreeMap;
 use futures::TryStreamExt as _;
 
 use crate::{
-    Action, Begin, By, Call, ChallengeId, Error, Fact, Found, Gauntlet, Held, Identity, Instance, LockKind, Operation,
-    Phase, PhaseName, Result, Stored, Stranded, Strategy, Target, instances::Fallback,
+    Begin, By, Call, ChallengeId, Error, Fact, Found, Gauntlet, Held, Identity, Instance, LockKind, Operation, Phase,
+    PhaseName, RecoveryAction, Result, Stored, Stranded, Strategy, Target, instances::Fallback,
 };
 
 /// What one pass did.
 #[derive(Debug, Default)]
-pub struct Reconciled {
+pub struct ReconcileReport {
     /// Stranded instances that were finished or undone.
     pub recovered: usize,
     /// Updates and deletions of challenges that were carried on.
     pub resumed: usize,
     /// Ready instances that no longer ran and do again.
-    pub revived: usize,
+    pub restarted: usize,
     /// Resources without a record that were taken down.
-    pub orphans: usize,
+    pub orphans_removed: usize,
     /// Challenges whose pools are to be looked at ([`Gauntlet::plan_pool`]): those that keep a pool or have pooled instances.
     pub pools: Vec<ChallengeId>,
     /// What did not work; each is tried again in a later pass.
@@ -29,10 +29,10 @@ pub struct Reconciled {
 impl Gauntlet {
     /// One pass over everything that nobody owns. Idempotent, and harmless beside other replicas doing the same: each piece of work is
     /// owned before it is touched. Fails only if it could read nothing.
-    pub async fn reconcile(&self, call: &Call) -> Result<Reconciled> {
+    pub async fn reconcile(&self, call: &Call) -> Result<ReconcileReport> {
         // Listed before the records are read: whatever is brought up was recorded before, so what has no record then is an orphan.
         let found = self.provisioner.list().await?;
-        let mut done = Reconciled::default();
+        let mut done = ReconcileReport::default();
 
         let results = self.each(self.store.stranded(call.now).await?, |stranded| self.recover(call, stranded)).await;
         for result in results {
@@ -49,8 +49,8 @@ impl Gauntlet {
     }
 
     /// Brings up again what was found to have ended by itself, if it should run: what [`Gauntlet::reconcile`] does, for that one alone.
-    pub async fn bring_back(&self, call: &Call, found: Found) -> Result<Reconciled> {
-        let mut done = Reconciled::default();
+    pub async fn reconcile_instance(&self, call: &Call, found: Found) -> Result<ReconcileReport> {
+        let mut done = ReconcileReport::default();
         self.examine(call, vec![found], &mut done).await?;
         Ok(done)
     }
@@ -58,7 +58,7 @@ impl Gauntlet {
     /// Answers what was recovered, or `None` if somebody else had it; or all that did not work.
     async fn recover(&self, call: &Call, stranded: Stranded) -> Result<Option<Stranded>, Vec<Error>> {
         let failures = match &stranded {
-            Stranded::Instance(slot) => match self.store.begin(slot, Begin::Recover, &at_once(call)).await {
+            Stranded::Instance(key) => match self.store.begin(key, Begin::Recover, &at_once(call)).await {
                 Err(Error::Conflict | Error::Busy { .. }) => return Ok(None),
                 Err(error) => vec![error],
                 Ok((held, instance)) => self.recover_instance(call, held, instance).await.err().into_iter().collect(),
@@ -79,32 +79,33 @@ impl Gauntlet {
             Phase::Failed(failure) => failure.during == Operation::Update,
             Phase::Ready | Phase::Deleting => false,
         };
-        let challenge = self.store.challenge(&instance.slot.challenge).await?.map(|stored| stored.value);
-        let (result, action) = match challenge.filter(|challenge| adopt && !challenge.closing) {
+        let challenge = self.store.challenge(&instance.key.challenge).await?.map(|stored| stored.value);
+        let (result, action) = match challenge.filter(|challenge| adopt && !challenge.deleting) {
             None => {
                 let during = match &instance.phase {
                     Phase::Provisioning => Operation::Create,
                     Phase::Failed(failure) if failure.during == Operation::Create => Operation::Create,
                     _ => Operation::Delete,
                 };
-                (self.take_down(call, held, instance, during).await, Action::TakenDown)
+                (self.take_down(call, held, instance, during).await, RecoveryAction::TakenDown)
             }
             Some(challenge) => {
                 let adopted = match &instance.target {
                     Some(target) => {
                         // An update gives a new end, which the intent does not say.
-                        let updated = target.applied > instance.applied && !instance.slot.seat.is_pool();
+                        let updated =
+                            target.revision > instance.applied_revision && !instance.key.assignment.is_pooled();
                         let until = if updated { challenge.expiry(call.now) } else { instance.until };
                         let instance = Instance { until, ..instance };
                         self.move_to_target(call, held, &challenge, instance, Fallback::Retry).await
                     }
                     None => self.bring_up(call, held, &challenge, instance).await,
                 };
-                (adopted.map(|_| ()), Action::Adopted)
+                (adopted.map(|_| ()), RecoveryAction::Adopted)
             }
         };
         if result.is_ok() {
-            self.facts.note(Fact::Recovered { phase, action });
+            self.facts.record(Fact::Recovered { phase, action });
         }
         result
     }
@@ -112,7 +113,7 @@ impl Gauntlet {
     /// Answers what failed with single instances.
     async fn resume(&self, call: &Call, rollout: Held, id: &ChallengeId) -> Result<Vec<Error>> {
         match self.store.challenge(id).await?.map(|stored| stored.value) {
-            Some(challenge) if challenge.closing => self.close(call, rollout, id).await?,
+            Some(challenge) if challenge.deleting => self.close(call, rollout, id).await?,
             Some(challenge) if challenge.rollout.is_some() => {
                 return self.roll_out(call, rollout, challenge).await.map(|(_, failures)| failures);
             }
@@ -122,7 +123,7 @@ impl Gauntlet {
     }
 
     /// Takes down what has no record, and brings back what should run and does not.
-    async fn examine(&self, call: &Call, found: Vec<Found>, done: &mut Reconciled) -> Result<()> {
+    async fn examine(&self, call: &Call, found: Vec<Found>, done: &mut ReconcileReport) -> Result<()> {
         let mut by_challenge: BTreeMap<ChallengeId, Vec<Found>> = BTreeMap::new();
         for found in found {
             by_challenge.entry(found.challenge.clone()).or_default().push(found);
@@ -147,7 +148,7 @@ impl Gauntlet {
             let ended = ended.map(|stored| (*stored).clone()).collect();
             for result in self.each(ended, |stored| self.revive(call, stored)).await {
                 match result {
-                    Ok(revived) => done.revived += usize::from(revived),
+                    Ok(revived) => done.restarted += usize::from(revived),
                     Err(error) => done.failures.push(error),
                 }
             }
@@ -156,7 +157,7 @@ impl Gauntlet {
             });
             for result in downs.await {
                 match result {
-                    Ok(()) => done.orphans += 1,
+                    Ok(()) => done.orphans_removed += 1,
                     Err(error) => done.failures.push(error),
                 }
             }
@@ -168,20 +169,20 @@ impl Gauntlet {
     async fn revive(&self, call: &Call, stored: Stored<Instance>) -> Result<bool> {
         let instance = &stored.value;
         let Some(challenge) =
-            self.store.challenge(&instance.slot.challenge).await?.filter(|challenge| !challenge.value.closing)
+            self.store.challenge(&instance.key.challenge).await?.filter(|challenge| !challenge.value.deleting)
         else {
             return Ok(false);
         };
         let same = Target {
             identity: instance.identity.clone(),
             scenario: instance.scenario.clone(),
-            applied: instance.applied,
+            revision: instance.applied_revision,
             strategy: Strategy::UpdateInPlace,
         };
         // Only if it is still what was read: meanwhile it may have become another, whose place the old one must not take.
         let marked = Instance { phase: Phase::Updating, target: Some(same), ..instance.clone() };
         let begun = match self.store.rewrite(&stored, &marked, &at_once(call)).await {
-            Ok(()) => self.store.begin(&instance.slot, Begin::Recover, &at_once(call)).await,
+            Ok(()) => self.store.begin(&instance.key, Begin::Recover, &at_once(call)).await,
             Err(error) => Err(error),
         };
         let (held, begun) = match begun {
@@ -193,12 +194,12 @@ impl Gauntlet {
             return Ok(false);
         }
         self.move_to_target(call, held, &challenge.value, begun, Fallback::Retry).await?;
-        self.facts.note(Fact::Recovered { phase: PhaseName::Ready, action: Action::Restarted });
+        self.facts.record(Fact::Recovered { phase: PhaseName::Ready, action: RecoveryAction::Restarted });
         Ok(true)
     }
 }
 
 /// Without waiting for whoever owns it.
 fn at_once(call: &Call) -> By {
-    By { origin: call.origin.clone(), ..By::default() }
+    By { origin: call.traceparent.clone(), ..By::default() }
 }

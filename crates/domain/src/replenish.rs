@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use crate::{
-    Additional, Call, Challenge, ChallengeId, Error, Gauntlet, Held, Instance, Operation, Phase, PhaseName, Result,
-    Seat, Slot, Stored, Version, shortfall, usecases::Deadline,
+    Additional, Assignment, Call, Challenge, ChallengeId, Error, Gauntlet, Held, Instance, InstanceKey, Operation,
+    Phase, PhaseName, Result, Stored, Version, shortfall, usecases::Deadline,
 };
 
 /// One piece of pool maintenance, for [`Gauntlet::run_pool_job`].
@@ -17,7 +17,7 @@ enum Job {
     /// Recorded and owned; to be brought up.
     Fill { challenge: Arc<Challenge>, held: Held, intent: Box<Instance> },
     /// To be taken down.
-    Drain(Slot),
+    Drain(InstanceKey),
 }
 
 /// What brings a pool to its bounds.
@@ -56,7 +56,7 @@ impl Gauntlet {
     /// Does one piece of what was planned.
     pub async fn run_pool_job(&self, call: &Call, job: PoolJob) -> Result<()> {
         match job.0 {
-            Job::Drain(slot) => self.remove(call, slot).await,
+            Job::Drain(key) => self.remove(call, key).await,
             Job::Fill { challenge, held, intent } => {
                 let result = self.bring_up(call, held, &challenge, *intent).await.map(|_| ());
                 self.counted(&challenge.id, Operation::Create, result)
@@ -66,7 +66,7 @@ impl Gauntlet {
 
     /// Brings one challenge's pool to its bounds, a few instances at a time, and waits until they are ready. Stops at the first batch with a
     /// failure.
-    pub async fn tend_pool(&self, call: &Call, id: &ChallengeId) -> Result<()> {
+    pub async fn maintain_pool(&self, call: &Call, id: &ChallengeId) -> Result<()> {
         loop {
             let plan = self.plan_pool(call, id, self.settings.concurrency.max(1)).await?;
             let idle = plan.jobs.is_empty();
@@ -95,14 +95,14 @@ impl Gauntlet {
         let cut = pool.pooled.len() >= read;
         let mut pooled = pool.pooled;
         pooled.retain(|(_, phase)| *phase != PhaseName::Deleting);
-        let open = !challenge.value.closing && !challenge.value.expired(call.now);
+        let open = !challenge.value.deleting && !challenge.value.expired(call.now);
         let missing = shortfall(bounds, pool.claimed, pooled.len(), open);
         if missing < 0 {
             // What does not run goes first.
             pooled.sort_by_key(|(_, phase)| *phase == PhaseName::Ready);
             let excess = size(-missing);
             plan.more = cut || excess > most;
-            plan.jobs.extend(pooled.into_iter().take(excess.min(most)).map(|(slot, _)| PoolJob(Job::Drain(slot))));
+            plan.jobs.extend(pooled.into_iter().take(excess.min(most)).map(|(key, _)| PoolJob(Job::Drain(key))));
         } else if cut {
             // So many are being taken down that nothing follows from the rest.
             plan.more = missing > 0;
@@ -142,18 +142,18 @@ fn size(count: i64) -> usize {
 fn pooled_intent(call: &Call, challenge: &Challenge) -> Instance {
     let identity = call.identity();
     Instance {
-        slot: Slot { challenge: challenge.id.clone(), seat: Seat::Pool(identity.clone()) },
+        key: InstanceKey { challenge: challenge.id.clone(), assignment: Assignment::Pool(identity.clone()) },
         identity,
         phase: Phase::Provisioning,
         since: call.now,
         last_renew: call.now,
         until: None,
         scenario: challenge.scenario.clone(),
-        applied: challenge.revision,
+        applied_revision: challenge.revision,
         additional: Additional::new(),
         connection_info: String::new(),
         flags: Vec::new(),
         target: None,
-        origin: call.origin.clone(),
+        traceparent: call.traceparent.clone(),
     }
 }

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use futures::future::BoxFuture;
 use jiff::Timestamp;
 
-use crate::{Challenge, ChallengeId, Error, Instance, PhaseName, Result, Slot, SourceId, Target};
+use crate::{Challenge, ChallengeId, Error, Instance, InstanceKey, PhaseName, Result, SourceId, Target};
 
 /// A stream of records; one that does not parse is reported by the adapter and skipped, it hides no other.
 pub type Stream<'a, T> = Pin<Box<dyn futures::Stream<Item = Result<T>> + Send + 'a>>;
@@ -139,7 +139,7 @@ impl Survey {
     /// Whether challenge and instance are of the same update, which tells parts that were seen at different times.
     pub fn agrees(&self) -> bool {
         let revision = self.challenge.as_ref().map(|challenge| challenge.value.revision);
-        self.instance.as_ref().is_none_or(|instance| Some(instance.value.applied) == revision)
+        self.instance.as_ref().is_none_or(|instance| Some(instance.value.applied_revision) == revision)
     }
 }
 
@@ -151,7 +151,7 @@ pub struct Pool {
     /// Claimed instances, in whatever phase, counted no further than was asked for.
     pub claimed: usize,
     /// Pooled instances and their phases, read no further than was asked for.
-    pub pooled: Vec<(Slot, PhaseName)>,
+    pub pooled: Vec<(InstanceKey, PhaseName)>,
 }
 
 /// What is about to be done with a stored instance.
@@ -178,7 +178,7 @@ pub enum Commit {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stranded {
     /// An instance in a working phase without an owner, or failed and due for another try.
-    Instance(Slot),
+    Instance(InstanceKey),
     /// A challenge whose update or deletion has not reached every instance.
     Challenge(ChallengeId),
 }
@@ -227,7 +227,7 @@ pub trait Store: Send + Sync {
     fn challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)>;
 
     /// Reads one instance.
-    async fn instance(&self, slot: &Slot) -> Result<Option<Stored<Instance>>>;
+    async fn instance(&self, key: &InstanceKey) -> Result<Option<Stored<Instance>>>;
 
     /// All instances of a challenge, pooled ones too.
     fn instances_of(&self, id: &ChallengeId) -> Stream<'_, Stored<Instance>>;
@@ -285,10 +285,10 @@ pub trait Store: Send + Sync {
     /// Takes the ownership of a stored instance and records what is about to be done; answers the record as it now stands.
     /// [`Error::Conflict`] if nothing is stored there or as [`Begin`] says, [`Error::Busy`] when patience ends. A record that cannot be read stays as it is:
     /// [`Error::Internal`] names it, or [`Error::Conflict`] for [`Begin::Recover`], as it is somebody else's to recover.
-    async fn begin(&self, slot: &Slot, begin: Begin, by: &By) -> Result<(Held, Instance)>;
+    async fn begin(&self, key: &InstanceKey, begin: Begin, by: &By) -> Result<(Held, Instance)>;
 
     /// Records an outcome and gives the ownership up. [`Error::Fenced`] if the ownership was lost: nothing was written.
-    async fn commit(&self, held: Held, slot: &Slot, commit: Commit) -> Result<()>;
+    async fn commit(&self, held: Held, key: &InstanceKey, commit: Commit) -> Result<()>;
 
     /// Writes an instance that nobody owns, if it is still at that version (a renewal, or an update that touches no resource). Waits while
     /// somebody owns it; [`Error::Conflict`] if it changed.

@@ -6,12 +6,12 @@ use async_trait::async_trait;
 use futures::StreamExt as _;
 use jiff::Timestamp;
 
-use crate::{By, Fact, Facts, Identity, Operation, Outcome, Provisioner, Result, Scenarios, Store};
+use crate::{By, Fact, Facts, Identity, Operation, OperationOutcome, Provisioner, Result, Scenarios, Store};
 
 /// Randomness, handed in.
 pub trait Entropy: Send + Sync {
     /// 64 random bits, from a source that cannot be guessed.
-    fn bits(&self) -> u64;
+    fn next_u64(&self) -> u64;
 }
 
 /// The time that passes, handed in: for deadlines, and for pauses between attempts.
@@ -30,7 +30,7 @@ pub struct Call {
     /// The time the call is taken to happen at.
     pub now: Timestamp,
     /// The trace of the call, in W3C traceparent form.
-    pub origin: Option<String>,
+    pub traceparent: Option<String>,
     /// Randomness.
     pub entropy: Arc<dyn Entropy>,
     /// The time that passes.
@@ -64,13 +64,13 @@ impl Deadline {
 
 impl Call {
     pub(crate) fn identity(&self) -> Identity {
-        Identity::from_bits(self.entropy.bits())
+        Identity::from_bits(self.entropy.next_u64())
     }
 
     /// Between half of `delay` and the whole of it.
     pub(crate) fn jitter(&self, delay: Duration) -> Duration {
         let half = delay / 2;
-        half + half.mul_f64((self.entropy.bits() >> 11) as f64 / (1u64 << 53) as f64)
+        half + half.mul_f64((self.entropy.next_u64() >> 11) as f64 / (1u64 << 53) as f64)
     }
 }
 
@@ -78,13 +78,13 @@ impl Call {
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// How long a call waits in all for whoever owns what it needs.
-    pub patience: Duration,
+    pub lock_timeout: Duration,
     /// How many instances of one challenge are worked on at once.
     pub concurrency: usize,
     /// The delay before the first retry of a failed instance; doubles with each try.
-    pub retry_first: Duration,
+    pub retry_initial_delay: Duration,
     /// The longest delay between two tries.
-    pub retry_longest: Duration,
+    pub retry_max_delay: Duration,
     /// The most that a challenge's `min` or `max` may be. One that was stored with more is treated as if it had this.
     pub pool_max: u32,
 }
@@ -92,10 +92,10 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            patience: Duration::from_secs(30),
+            lock_timeout: Duration::from_secs(30),
             concurrency: 8,
-            retry_first: Duration::from_secs(5),
-            retry_longest: Duration::from_secs(300),
+            retry_initial_delay: Duration::from_secs(5),
+            retry_max_delay: Duration::from_secs(300),
             pool_max: 1000,
         }
     }
@@ -130,12 +130,12 @@ impl Gauntlet {
 
     /// From now on.
     pub(crate) fn deadline(&self, call: &Call) -> Deadline {
-        Deadline(call.clock.elapsed().saturating_add(self.settings.patience))
+        Deadline(call.clock.elapsed().saturating_add(self.settings.lock_timeout))
     }
 
     /// Whoever is waited for is waited for until then, and not at all after it.
     pub(crate) fn by(&self, call: &Call, deadline: Deadline) -> By {
-        By { origin: call.origin.clone(), patience: deadline.left(call) }
+        By { origin: call.traceparent.clone(), patience: deadline.left(call) }
     }
 
     pub(crate) fn counted<T>(
@@ -144,8 +144,8 @@ impl Gauntlet {
         operation: Operation,
         result: Result<T>,
     ) -> Result<T> {
-        let outcome = Outcome::of(&result);
-        self.facts.note(Fact::InstanceOperation { challenge: challenge.clone(), operation, outcome });
+        let outcome = OperationOutcome::of(&result);
+        self.facts.record(Fact::InstanceOperation { challenge: challenge.clone(), operation, outcome });
         result
     }
 

@@ -14,7 +14,7 @@ use std::sync::{
 
 use futures::StreamExt as _;
 use gauntlet_coordination::kv::Kv;
-use gauntlet_domain::{Additional, ChallengeId, Error, Gauntlet, Instance, Phase, Seat, Slot, SourceId};
+use gauntlet_domain::{Additional, Assignment, ChallengeId, Error, Gauntlet, Instance, InstanceKey, Phase, SourceId};
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 
 use self::{
@@ -105,10 +105,10 @@ async fn record<K: Kv>(world: &World<K>, number: u64) -> History {
     });
     futures::future::join_all(clients).await;
     // At last all is quiet, and everybody sees the same.
-    let slot = Slot { challenge: challenge.clone(), seat: Seat::Source(source.clone()) };
+    let key = InstanceKey { challenge: challenge.clone(), assignment: Assignment::Source(source.clone()) };
     world
         .until("the seat is at rest", || async {
-            let stored = world.judge().store().instance(&slot).await.unwrap();
+            let stored = world.judge().store().instance(&key).await.unwrap();
             stored.is_none_or(|stored| stored.value.phase == Phase::Ready)
         })
         .await;

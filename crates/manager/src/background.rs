@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use gauntlet_domain::{ChallengeId, Error, Gauntlet, Reconciled, Result};
+use gauntlet_domain::{ChallengeId, Error, Gauntlet, ReconcileReport, Result};
 use gauntlet_telemetry::context;
 use tokio::sync::{Notify, watch};
 use tracing::{Instrument as _, field::Empty, info_span};
@@ -100,7 +100,7 @@ impl Background {
 }
 
 /// Does a pass in its span. Answers whether it has been over all that it is for, whatever came of each.
-pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<Reconciled>>, pools: &Pools) -> bool {
+pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<ReconcileReport>>, pools: &Pools) -> bool {
     let span = info_span!(
         parent: None,
         "reconcile",
@@ -117,15 +117,15 @@ pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<Reconciled>>
                 let span = tracing::Span::current();
                 span.record("reconcile.recovered", done.recovered);
                 span.record("reconcile.resumed", done.resumed);
-                span.record("reconcile.revived", done.revived);
-                span.record("reconcile.orphans", done.orphans);
+                span.record("reconcile.revived", done.restarted);
+                span.record("reconcile.orphans", done.orphans_removed);
                 span.record("reconcile.failures", done.failures.len());
-                if done.recovered + done.resumed + done.revived + done.orphans > 0 {
+                if done.recovered + done.resumed + done.restarted + done.orphans_removed > 0 {
                     tracing::info!(
                         recovered = done.recovered,
-                        revived = done.revived,
+                        revived = done.restarted,
                         resumed = done.resumed,
-                        orphans = done.orphans,
+                        orphans = done.orphans_removed,
                         "reconciled"
                     );
                 }

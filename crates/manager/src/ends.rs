@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream::FuturesUnordered};
-use gauntlet_domain::{Found, Gauntlet, Reconciled, Result};
+use gauntlet_domain::{Found, Gauntlet, ReconcileReport, Result};
 use gauntlet_provision::process::Ends;
 
 use crate::{background::run_reconcile, operations::call_now, pools::Pools, tasks::Tasks};
@@ -34,11 +34,11 @@ pub(crate) fn start(tasks: &Tasks, gauntlet: &Gauntlet, pools: &Arc<Pools>, mut 
 }
 
 /// One that ended the moment it was ready may not be recorded as ready yet: it is looked at twice.
-async fn bring_back(gauntlet: &Gauntlet, found: Found) -> Result<Reconciled> {
-    let done = gauntlet.bring_back(&call_now(), found.clone()).await?;
-    if done.revived + done.orphans + done.failures.len() > 0 {
+async fn bring_back(gauntlet: &Gauntlet, found: Found) -> Result<ReconcileReport> {
+    let done = gauntlet.reconcile_instance(&call_now(), found.clone()).await?;
+    if done.restarted + done.orphans_removed + done.failures.len() > 0 {
         return Ok(done);
     }
     tokio::time::sleep(PAUSE).await;
-    gauntlet.bring_back(&call_now(), found).await
+    gauntlet.reconcile_instance(&call_now(), found).await
 }

@@ -86,7 +86,8 @@ mod tests {
 
     use gauntlet_coordination::Coordination;
     use gauntlet_domain::{
-        Bounds, By, Challenge, ChallengeId, Identity, Instance, Phase, Pinned, Seat, Slot, SourceId, Strategy, Target,
+        Assignment, By, Challenge, ChallengeId, Identity, Instance, InstanceKey, Phase, Pinned, PoolBounds, SourceId,
+        Strategy, Target,
     };
 
     use super::*;
@@ -107,34 +108,34 @@ mod tests {
             timeout: None,
             until: None,
             additional: BTreeMap::new(),
-            bounds: Bounds::default(),
+            bounds: PoolBounds::default(),
             revision: 1,
-            content: 1,
+            content_revision: 1,
             rollout: None,
-            closing: false,
-            origin: None,
+            deleting: false,
+            traceparent: None,
         };
         store.insert_challenge(&challenge).await.unwrap();
         let target = Target {
             identity: Identity::from_bits(2),
             scenario: pinned("target"),
-            applied: 2,
+            revision: 2,
             strategy: Strategy::BlueGreen,
         };
         let instance = Instance {
-            slot: Slot { challenge: id.clone(), seat: Seat::Source(SourceId::new("me").unwrap()) },
+            key: InstanceKey { challenge: id.clone(), assignment: Assignment::Source(SourceId::new("me").unwrap()) },
             identity: Identity::from_bits(1),
             phase: Phase::Provisioning,
             since: Timestamp::UNIX_EPOCH,
             last_renew: Timestamp::UNIX_EPOCH,
             until: None,
             scenario: pinned("instance"),
-            applied: 1,
+            applied_revision: 1,
             additional: BTreeMap::new(),
             connection_info: String::new(),
             flags: Vec::new(),
             target: Some(target),
-            origin: None,
+            traceparent: None,
         };
         let stored = store.challenge(&id).await.unwrap().unwrap();
         let _held = store.begin_create(&stored, &instance, None, &By::default()).await.unwrap();

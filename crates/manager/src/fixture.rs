@@ -136,7 +136,7 @@ fn redacted(body: &str) -> String {
 pub(crate) struct Noted(Mutex<Vec<Fact>>);
 
 impl Facts for Noted {
-    fn note(&self, fact: Fact) {
+    fn record(&self, fact: Fact) {
         self.0.lock().unwrap().push(fact);
     }
 }

@@ -72,7 +72,7 @@ impl Manager {
         let scenarios = ObservedScenarios::new(Arc::new(library.clone()), instances.name(), instruments.clone());
         let store: Arc<dyn Store> = Arc::new(ObservedStore::new(backend.store(), instruments.clone()));
 
-        let settings = Settings { patience: config.patience, pool_max: config.pool_max, ..Settings::default() };
+        let settings = Settings { lock_timeout: config.patience, pool_max: config.pool_max, ..Settings::default() };
         let (signals, background) = background::signals();
         let facts = SignallingFacts { inner: Arc::new(CountedFacts(instruments.clone())), signals: signals.clone() };
         let facts = Arc::new(facts);

@@ -8,7 +8,7 @@ use std::{
 use async_trait::async_trait;
 use gauntlet_domain::{
     Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Clock, Entropy, Error, Gauntlet, Instance, NewChallenge,
-    Result, SourceId, Stream, Updated,
+    Result, SourceId, Stream, UpdateReport,
 };
 use gauntlet_telemetry::context;
 use jiff::Timestamp;
@@ -19,7 +19,7 @@ use crate::{background::Signals, tasks::Tasks};
 pub(crate) struct OsEntropy;
 
 impl Entropy for OsEntropy {
-    fn bits(&self) -> u64 {
+    fn next_u64(&self) -> u64 {
         rand::random()
     }
 }
@@ -43,7 +43,7 @@ impl Clock for RuntimeClock {
 pub(crate) fn call_now() -> Call {
     Call {
         now: Timestamp::now(),
-        origin: context::current_traceparent(),
+        traceparent: context::current_traceparent(),
         entropy: Arc::new(OsEntropy),
         clock: Arc::new(RuntimeClock),
     }
@@ -97,7 +97,7 @@ impl Operations {
         self.gauntlet.query_challenges()
     }
 
-    pub(crate) async fn update_challenge(&self, id: ChallengeId, update: ChallengeUpdate) -> Result<Updated> {
+    pub(crate) async fn update_challenge(&self, id: ChallengeId, update: ChallengeUpdate) -> Result<UpdateReport> {
         let updated =
             self.run(|gauntlet, call| async move { gauntlet.update_challenge(&call, &id, update).await }).await?;
         for error in &updated.failures {

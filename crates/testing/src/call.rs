@@ -21,7 +21,7 @@ pub const NOW: i64 = 1000;
 pub fn call() -> Call {
     Call {
         now: timestamp(NOW),
-        origin: None,
+        traceparent: None,
         entropy: Arc::new(CountingEntropy::default()),
         clock: Arc::new(ManualClock::default()),
     }
@@ -30,7 +30,7 @@ pub fn call() -> Call {
 /// A call that happens now: on the [`SystemClock`], with identities that are unique in this process.
 pub fn call_now() -> Call {
     static ENTROPY: LazyLock<Arc<CountingEntropy>> = LazyLock::new(|| Arc::new(CountingEntropy::starting_at(1)));
-    Call { now: Timestamp::now(), origin: None, entropy: ENTROPY.clone(), clock: Arc::new(SystemClock) }
+    Call { now: Timestamp::now(), traceparent: None, entropy: ENTROPY.clone(), clock: Arc::new(SystemClock) }
 }
 
 /// Counts up, so that identities are predictable and never repeat. Jitter computed from small numbers is always the smallest.
@@ -45,7 +45,7 @@ impl CountingEntropy {
 }
 
 impl Entropy for CountingEntropy {
-    fn bits(&self) -> u64 {
+    fn next_u64(&self) -> u64 {
         self.0.fetch_add(1, Ordering::Relaxed)
     }
 }
@@ -62,7 +62,7 @@ impl SeededEntropy {
 }
 
 impl Entropy for SeededEntropy {
-    fn bits(&self) -> u64 {
+    fn next_u64(&self) -> u64 {
         const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
         let mut bits = self.0.fetch_add(STEP, Ordering::Relaxed).wrapping_add(STEP);
         bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -137,6 +137,6 @@ mod tests {
     #[test]
     fn a_seed_gives_the_reference_sequence_of_splitmix64() {
         let entropy = SeededEntropy::new(1_234_567);
-        assert_eq!([entropy.bits(), entropy.bits()], [6_457_827_717_110_365_317, 3_203_168_211_198_807_973]);
+        assert_eq!([entropy.next_u64(), entropy.next_u64()], [6_457_827_717_110_365_317, 3_203_168_211_198_807_973]);
     }
 }

@@ -9,7 +9,8 @@
 use std::time::Duration;
 
 use gauntlet_domain::{
-    Additional, Bounds, Challenge, ChallengeId, Identity, Instance, NewChallenge, Phase, Pinned, Seat, Slot, SourceId,
+    Additional, Assignment, Challenge, ChallengeId, Identity, Instance, InstanceKey, NewChallenge, Phase, Pinned,
+    PoolBounds, SourceId,
 };
 use jiff::Timestamp;
 
@@ -62,12 +63,12 @@ pub fn challenge(id: &str) -> Challenge {
         timeout: Some(Duration::from_secs(60)),
         until: None,
         additional: Additional::new(),
-        bounds: Bounds::default(),
+        bounds: PoolBounds::default(),
         revision: 1,
-        content: 1,
+        content_revision: 1,
         rollout: None,
-        closing: false,
-        origin: None,
+        deleting: false,
+        traceparent: None,
     }
 }
 
@@ -84,36 +85,36 @@ pub fn new_challenge(id: &str, min: i64) -> NewChallenge {
     }
 }
 
-/// The slot of a source's instance.
-pub fn source_slot(challenge: &str, source: &str) -> Slot {
-    Slot { challenge: challenge_id(challenge), seat: Seat::Source(source_id(source)) }
+/// The key of a source's instance.
+pub fn source_key(challenge: &str, source: &str) -> InstanceKey {
+    InstanceKey { challenge: challenge_id(challenge), assignment: Assignment::Source(source_id(source)) }
 }
 
-/// The slot of a pooled instance, by the bits of its identity.
-pub fn pool_slot(challenge: &str, bits: u64) -> Slot {
-    Slot { challenge: challenge_id(challenge), seat: Seat::Pool(Identity::from_bits(bits)) }
+/// The key of a pooled instance, by the bits of its identity.
+pub fn pool_key(challenge: &str, bits: u64) -> InstanceKey {
+    InstanceKey { challenge: challenge_id(challenge), assignment: Assignment::Pool(Identity::from_bits(bits)) }
 }
 
-/// A stored instance of revision 1, created at second 10 and due to end at second 70. A pooled one has its slot's identity, any other the
+/// A stored instance of revision 1, created at second 10 and due to end at second 70. A pooled one has the identity in its key, any other the
 /// identity of the bits 7.
-pub fn instance(slot: Slot, phase: Phase) -> Instance {
-    let identity = match &slot.seat {
-        Seat::Pool(identity) => identity.clone(),
-        Seat::Source(_) => Identity::from_bits(7),
+pub fn instance(key: InstanceKey, phase: Phase) -> Instance {
+    let identity = match &key.assignment {
+        Assignment::Pool(identity) => identity.clone(),
+        Assignment::Source(_) => Identity::from_bits(7),
     };
     Instance {
-        slot,
+        key,
         identity,
         phase,
         since: timestamp(10),
         last_renew: timestamp(10),
         until: Some(timestamp(70)),
         scenario: pinned(REFERENCE),
-        applied: 1,
+        applied_revision: 1,
         additional: Additional::new(),
         connection_info: String::new(),
         flags: Vec::new(),
         target: None,
-        origin: Some(TRACEPARENT.to_owned()),
+        traceparent: Some(TRACEPARENT.to_owned()),
     }
 }

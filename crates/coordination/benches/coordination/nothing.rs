@@ -17,7 +17,7 @@ use jiff::Timestamp;
 
 /// A call that happens now.
 pub(crate) fn call() -> Call {
-    Call { now: Timestamp::now(), origin: None, entropy: Arc::new(Counter), clock: Arc::new(Counter) }
+    Call { now: Timestamp::now(), traceparent: None, entropy: Arc::new(Counter), clock: Arc::new(Counter) }
 }
 
 /// The use cases on a store.
@@ -29,7 +29,7 @@ pub(crate) fn gauntlet(store: Arc<dyn Store>) -> Gauntlet {
 struct Counter;
 
 impl Entropy for Counter {
-    fn bits(&self) -> u64 {
+    fn next_u64(&self) -> u64 {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         NEXT.fetch_add(1, Ordering::Relaxed)
     }
@@ -52,7 +52,7 @@ impl Clock for Counter {
 pub(crate) struct Nothing;
 
 impl Facts for Nothing {
-    fn note(&self, _: Fact) {}
+    fn record(&self, _: Fact) {}
 }
 
 impl Plan for Nothing {

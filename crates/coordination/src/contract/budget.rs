@@ -32,28 +32,28 @@ pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
     store.release(held).await.unwrap();
     spent("a lock is released", &[("txn", 1)]);
 
-    let slot = seat("web", "alice");
+    let key = instance_key("web", "alice");
     let survey = store.survey(&id("web"), &source("alice")).await.unwrap();
     spent("what a create needs to know", &[("txn", 1)]);
     let web = survey.challenge.unwrap();
-    let intent = instance(slot.clone(), Phase::Provisioning);
+    let intent = instance(key.clone(), Phase::Provisioning);
     let held = store.begin_create(&web, &intent, None, &patient()).await.unwrap();
-    store.commit(held, &slot, Commit::Put(Box::new(instance(slot.clone(), Phase::Ready)))).await.unwrap();
+    store.commit(held, &key, Commit::Put(Box::new(instance(key.clone(), Phase::Ready)))).await.unwrap();
     spent("a create", &[("txn", 2)]);
 
-    let stored = store.at(&slot).await;
+    let stored = store.at(&key).await;
     store.core.kv.reset();
     store.rewrite(&stored, &Instance { until: Some(at(500)), ..stored.value.clone() }, &patient()).await.unwrap();
     spent("a renewal", &[("txn", 1)]);
 
-    let (held, _) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
-    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    let (held, _) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
+    store.commit(held, &key, Commit::Remove).await.unwrap();
     spent("a delete", &[("txn", 2)]);
 
-    store.put(&[instance(pool_seat("web", 1), Phase::Ready)]).await;
-    let pooled = store.at(&pool_seat("web", 1)).await;
+    store.put(&[instance(pooled_key("web", 1), Phase::Ready)]).await;
+    let pooled = store.at(&pooled_key("web", 1)).await;
     store.core.kv.reset();
-    store.claim(&web, &pooled, &instance(slot.clone(), Phase::Ready), &patient()).await.unwrap();
+    store.claim(&web, &pooled, &instance(key.clone(), Phase::Ready), &patient()).await.unwrap();
     spent("a claim", &[("txn", 1)]);
 
     store.pool(&id("web"), 1000, 1000).await.unwrap();
@@ -63,7 +63,8 @@ pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
     store.update_challenge(held, &web.value).await.unwrap();
     spent("a change of a challenge", &[("txn", 2)]);
 
-    let all: Vec<Instance> = (0..900).map(|n| instance(seat("web", &format!("team-{n}")), Phase::Ready)).collect();
+    let all: Vec<Instance> =
+        (0..900).map(|n| instance(instance_key("web", &format!("team-{n}")), Phase::Ready)).collect();
     store.put(&all).await;
     store.core.kv.reset();
     let listed: Vec<_> = store.instances_by_source(None).try_collect().await.unwrap();
@@ -112,7 +113,7 @@ pub(super) async fn each_use_case_keeps_its_budget(rig: &impl Rig) {
     spent("a delete", &[("txn", 2)]);
 
     gauntlet.create_challenge(&call(), new("pooled", 3)).await.unwrap();
-    gauntlet.tend_pool(&call(), &id("pooled")).await.unwrap();
+    gauntlet.maintain_pool(&call(), &id("pooled")).await.unwrap();
     store.core.kv.reset();
     for who in ["alice", "bob", "carol"] {
         create("pooled", who).await;
@@ -153,12 +154,12 @@ pub(super) async fn a_commit_that_was_resolved_costs_nothing_later(rig: &impl Ri
         gauntlet.create_instance(&call(), &id("web"), &source(who), BTreeMap::new()).await.unwrap();
         assert_eq!(store.core.kv.calls(), BTreeMap::from([("txn", 2)]), "{who}");
     }
-    let slot = seat("web", "carol");
-    let intent = instance(slot.clone(), Phase::Provisioning);
+    let key = instance_key("web", "carol");
+    let intent = instance(key.clone(), Phase::Provisioning);
     let held = store.begin_create(&store.stored("web").await, &intent, None, &patient()).await.unwrap();
     store.core.kv.fail_next(Fault::LostAnswer);
-    let ready = Instance { applied: 2, until: None, ..instance(slot.clone(), Phase::Ready) };
-    store.commit(held, &slot, Commit::Put(Box::new(ready))).await.unwrap();
+    let ready = Instance { applied_revision: 2, until: None, ..instance(key.clone(), Phase::Ready) };
+    store.commit(held, &key, Commit::Put(Box::new(ready))).await.unwrap();
     for which in ["a renewal", "another"] {
         store.core.kv.reset();
         gauntlet.renew_instance(&call(), &id("web"), &source("carol")).await.unwrap();
@@ -171,7 +172,7 @@ pub(super) async fn what_is_remembered_is_never_trusted(rig: &impl Rig) {
     let (one, two) = (gauntlet(a.clone()), gauntlet(b.clone()));
     let (web, alice) = (id("web"), source("alice"));
     one.create_challenge(&call(), new("web", 2)).await.unwrap();
-    one.tend_pool(&call(), &web).await.unwrap();
+    one.maintain_pool(&call(), &web).await.unwrap();
     assert_eq!(a.recall(&web, &alice).unwrap().pooled.len(), 2);
     // All that the first one knows is changed by the second: the pool is used up, the challenge has another timeout, the instance is gone.
     two.create_instance(&call(), &web, &source("bob"), BTreeMap::new()).await.unwrap();

@@ -16,22 +16,22 @@ fn failed(retry_at: Timestamp) -> Phase {
 pub(super) async fn a_lost_lease_cannot_commit(rig: &impl Rig) {
     let (store, other) = (rig.replica("a"), rig.replica("b"));
     let web = store.with("web").await;
-    let ready = store.ready(&web, seat("web", "alice")).await;
-    let slot = ready.value.slot.clone();
-    let (held, begun) = store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap();
+    let ready = store.ready(&web, instance_key("web", "alice")).await;
+    let key = ready.value.key.clone();
+    let (held, begun) = store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap();
     let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.revoke().await;
-    let committed = store.commit(held, &slot, Commit::Put(Box::new(ready.value.clone()))).await;
+    let committed = store.commit(held, &key, Commit::Put(Box::new(ready.value.clone()))).await;
     assert!(matches!(committed, Err(Error::Fenced(_))), "{committed:?}");
     let updated = store.update_challenge(lock, &Challenge { revision: 5, ..web.value.clone() }).await;
     assert!(matches!(updated, Err(Error::Fenced(_))), "{updated:?}");
     assert_eq!(other.stored("web").await, web);
-    assert_eq!(other.at(&slot).await.value, begun, "nothing was written");
+    assert_eq!(other.at(&key).await.value, begun, "nothing was written");
     // Somebody else carries on, and the loser does not disturb it.
-    let (held, _) = other.begin(&slot, Begin::Recover, &patient()).await.unwrap();
+    let (held, _) = other.begin(&key, Begin::Recover, &patient()).await.unwrap();
     let lock = other.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
     other.remove_challenge(lock, &id("web")).await.unwrap_err();
-    other.commit(held, &slot, Commit::Put(Box::new(ready.value))).await.unwrap();
+    other.commit(held, &key, Commit::Put(Box::new(ready.value))).await.unwrap();
     other.check().await;
 }
 
@@ -57,7 +57,7 @@ pub(super) async fn the_first_to_meet_a_lost_lease_goes_on_under_the_next(rig: &
     let lock = store.lock(LockKind::Rollout, &id("web"), &at_once()).await.unwrap();
     store.release(lock).await.unwrap();
     store.revoke().await;
-    let alice = store.ready(&web, seat("web", "alice")).await;
+    let alice = store.ready(&web, instance_key("web", "alice")).await;
     // Somebody is ahead, too, and one waits already when another learns that the lease is gone.
     let theirs = other.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
     store.revoke().await;
@@ -67,9 +67,9 @@ pub(super) async fn the_first_to_meet_a_lost_lease_goes_on_under_the_next(rig: &
         store.release(held).await
     };
     let create = async {
-        let bob = instance(seat("web", "bob"), Phase::Provisioning);
+        let bob = instance(instance_key("web", "bob"), Phase::Provisioning);
         let held = store.begin_create(&web, &bob, None, &patient()).await.unwrap();
-        store.commit(held, &bob.slot, Commit::Remove).await
+        store.commit(held, &bob.key, Commit::Remove).await
     };
     let hands_on = async {
         eventually("both wait", || async { store.waits(2).0 == 2 }).await;
@@ -78,28 +78,28 @@ pub(super) async fn the_first_to_meet_a_lost_lease_goes_on_under_the_next(rig: &
     let (waited, created, handed_on) = futures::join!(waits, create, hands_on);
     waited.and(created).and(handed_on).unwrap();
     store.revoke().await;
-    let (held, _) = store.begin(&alice.value.slot, Begin::Delete, &at_once()).await.unwrap();
-    store.commit(held, &alice.value.slot, Commit::Remove).await.unwrap();
+    let (held, _) = store.begin(&alice.value.key, Begin::Delete, &at_once()).await.unwrap();
+    store.commit(held, &alice.value.key, Commit::Remove).await.unwrap();
     store.check().await;
 }
 
 pub(super) async fn a_crash_leaves_work_that_is_found(rig: &impl Rig) {
     let (store, other) = (rig.replica("a"), rig.replica("b"));
     let web = store.with("web").await;
-    let creating = instance(seat("web", "alice"), Phase::Provisioning);
-    let deleting = store.ready(&web, seat("web", "bob")).await.value.slot;
-    store.ready(&web, seat("web", "carol")).await;
+    let creating = instance(instance_key("web", "alice"), Phase::Provisioning);
+    let deleting = store.ready(&web, instance_key("web", "bob")).await.value.key;
+    store.ready(&web, instance_key("web", "carol")).await;
     let one = store.begin_create(&web, &creating, None, &patient()).await.unwrap();
     let (two, _) = store.begin(&deleting, Begin::Delete, &patient()).await.unwrap();
     assert!(other.stranded(at(0)).await.unwrap().is_empty(), "somebody is at it");
     store.revoke().await;
-    let expected = [&creating.slot, &deleting].map(|slot| Stranded::Instance(slot.clone()));
+    let expected = [&creating.key, &deleting].map(|key| Stranded::Instance(key.clone()));
     eventually("all is stranded", || async { other.stranded(at(0)).await.unwrap() == expected }).await;
-    let (held, left) = other.begin(&creating.slot, Begin::Recover, &at_once()).await.unwrap();
+    let (held, left) = other.begin(&creating.key, Begin::Recover, &at_once()).await.unwrap();
     assert_eq!(left, creating);
     assert_eq!(other.stranded(at(0)).await.unwrap(), expected[1..]);
-    assert_eq!(store.begin(&creating.slot, Begin::Recover, &at_once()).await.unwrap_err(), Error::Conflict);
-    other.commit(held, &creating.slot, Commit::Remove).await.unwrap();
+    assert_eq!(store.begin(&creating.key, Begin::Recover, &at_once()).await.unwrap_err(), Error::Conflict);
+    other.commit(held, &creating.key, Commit::Remove).await.unwrap();
     let (held, left) = other.begin(&deleting, Begin::Recover, &at_once()).await.unwrap();
     assert_eq!(left.phase, Phase::Deleting);
     other.commit(held, &deleting, Commit::Remove).await.unwrap();
@@ -111,24 +111,24 @@ pub(super) async fn a_crash_leaves_work_that_is_found(rig: &impl Rig) {
 pub(super) async fn a_failure_is_found_when_it_is_due(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    let slot = store.ready(&web, seat("web", "alice")).await.value.slot;
-    let (held, begun) = store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap();
+    let key = store.ready(&web, instance_key("web", "alice")).await.value.key;
+    let (held, begun) = store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap();
     let down = Instance { phase: failed(at(100)), ..begun };
-    store.commit(held, &slot, Commit::Put(Box::new(down.clone()))).await.unwrap();
-    assert_eq!(store.at(&slot).await.value, down);
+    store.commit(held, &key, Commit::Put(Box::new(down.clone()))).await.unwrap();
+    assert_eq!(store.at(&key).await.value, down);
     assert!(store.stranded(at(99)).await.unwrap().is_empty());
-    assert_eq!(store.stranded(at(100)).await.unwrap(), vec![Stranded::Instance(slot.clone())]);
-    let (held, again) = store.begin(&slot, Begin::Recover, &at_once()).await.unwrap();
+    assert_eq!(store.stranded(at(100)).await.unwrap(), vec![Stranded::Instance(key.clone())]);
+    let (held, again) = store.begin(&key, Begin::Recover, &at_once()).await.unwrap();
     assert_eq!(again, down, "its phase stays");
     assert!(store.stranded(at(100)).await.unwrap().is_empty());
     let down = Instance { phase: failed(at(200)), ..down };
-    store.commit(held, &slot, Commit::Put(Box::new(down))).await.unwrap();
+    store.commit(held, &key, Commit::Put(Box::new(down))).await.unwrap();
     assert!(store.stranded(at(199)).await.unwrap().is_empty());
     store.check().await;
     // A failed one can be deleted; its target is not forgotten.
-    let (held, begun) = store.begin(&slot, Begin::Delete, &at_once()).await.unwrap();
+    let (held, begun) = store.begin(&key, Begin::Delete, &at_once()).await.unwrap();
     assert_eq!(begun.target, Some(target(9)));
-    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.commit(held, &key, Commit::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -138,7 +138,8 @@ pub(super) async fn an_unfinished_rollout_is_found(rig: &impl Rig) {
     let web = store.with("web").await.value;
     let rollout = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    let started = Challenge { rollout: Some(Rollout { strategy: Strategy::BlueGreen, origin: None }), ..web.clone() };
+    let started =
+        Challenge { rollout: Some(Rollout { strategy: Strategy::BlueGreen, traceparent: None }), ..web.clone() };
     store.update_challenge(held, &started).await.unwrap();
     assert_eq!(store.stored("web").await.value, started);
     assert!(store.stranded(at(0)).await.unwrap().is_empty(), "somebody is at it");
@@ -146,7 +147,7 @@ pub(super) async fn an_unfinished_rollout_is_found(rig: &impl Rig) {
     let found = [Stranded::Challenge(id("web"))];
     eventually("found", || async { store.stranded(at(0)).await.unwrap() == found }).await;
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    store.update_challenge(held, &Challenge { closing: true, ..web.clone() }).await.unwrap();
+    store.update_challenge(held, &Challenge { deleting: true, ..web.clone() }).await.unwrap();
     assert_eq!(store.stranded(at(0)).await.unwrap(), found);
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.update_challenge(held, &web).await.unwrap();
@@ -158,17 +159,17 @@ pub(super) async fn an_unknown_commit_is_resolved(rig: &impl Rig) {
     let store = rig.replica("a");
     for (name, fault) in [("answer", Fault::LostAnswer), ("request", Fault::LostRequest)] {
         let web = store.with(name).await;
-        let slot = seat(name, "alice");
-        let intent = instance(slot.clone(), Phase::Provisioning);
+        let key = instance_key(name, "alice");
+        let intent = instance(key.clone(), Phase::Provisioning);
         let held = store.begin_create(&web, &intent, None, &patient()).await.unwrap();
         store.core.kv.fail_next(fault);
-        let ready = instance(slot.clone(), Phase::Ready);
-        store.commit(held, &slot, Commit::Put(Box::new(ready.clone()))).await.unwrap();
-        assert_eq!(store.at(&slot).await.value, ready);
-        let (held, _) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+        let ready = instance(key.clone(), Phase::Ready);
+        store.commit(held, &key, Commit::Put(Box::new(ready.clone()))).await.unwrap();
+        assert_eq!(store.at(&key).await.value, ready);
+        let (held, _) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
         store.core.kv.fail_next(fault);
-        store.commit(held, &slot, Commit::Remove).await.unwrap();
-        assert_eq!(store.instance(&slot).await.unwrap(), None);
+        store.commit(held, &key, Commit::Remove).await.unwrap();
+        assert_eq!(store.instance(&key).await.unwrap(), None);
         let lock = || async { store.lock(LockKind::Challenge, &id(name), &at_once()).await.unwrap() };
         let held = lock().await;
         store.core.kv.fail_next(fault);
@@ -189,16 +190,16 @@ pub(super) async fn an_unknown_commit_is_resolved(rig: &impl Rig) {
 pub(super) async fn a_commit_that_stays_unknown_is_left_to_recovery(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    let slot = seat("web", "alice");
-    let intent = instance(slot.clone(), Phase::Provisioning);
+    let key = instance_key("web", "alice");
+    let intent = instance(key.clone(), Phase::Provisioning);
     let held = store.begin_create(&web, &intent, None, &patient()).await.unwrap();
     store.core.kv.fail_next(Fault::LostRequest);
     store.core.kv.fail_next(Fault::LostRequest);
-    let result = store.commit(held, &slot, Commit::Remove).await;
+    let result = store.commit(held, &key, Commit::Remove).await;
     assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
-    eventually("found", || async { store.stranded(at(0)).await.unwrap() == [Stranded::Instance(slot.clone())] }).await;
-    let (held, _) = store.begin(&slot, Begin::Recover, &at_once()).await.unwrap();
-    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    eventually("found", || async { store.stranded(at(0)).await.unwrap() == [Stranded::Instance(key.clone())] }).await;
+    let (held, _) = store.begin(&key, Begin::Recover, &at_once()).await.unwrap();
+    store.commit(held, &key, Commit::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -215,16 +216,16 @@ pub(super) async fn an_unknown_acquisition_is_given_up(rig: &impl Rig) {
         let result = store.lock(LockKind::Challenge, &id("web"), &patient()).await;
         assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
         eventually("given up", given_up).await;
-        let slot = seat("web", "alice");
+        let key = instance_key("web", "alice");
         store.core.kv.reset();
         store.core.kv.fail_next(fault);
-        let intent = instance(slot.clone(), Phase::Provisioning);
+        let intent = instance(key.clone(), Phase::Provisioning);
         let result = store.begin_create(&web, &intent, None, &patient()).await;
         assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
         eventually("given up", given_up).await;
-        if store.instance(&slot).await.unwrap().is_some() {
-            let (held, _) = store.begin(&slot, Begin::Recover, &at_once()).await.unwrap();
-            store.commit(held, &slot, Commit::Remove).await.unwrap();
+        if store.instance(&key).await.unwrap().is_some() {
+            let (held, _) = store.begin(&key, Begin::Recover, &at_once()).await.unwrap();
+            store.commit(held, &key, Commit::Remove).await.unwrap();
         }
     }
     store.check().await;
@@ -243,12 +244,12 @@ pub(super) async fn a_commit_of_another_store_is_refused(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
     let held = Held::new(LockKind::Instance, 1, gauntlet_domain::Waited::default(), Box::new(Foreign));
-    let result = store.commit(held, &seat("web", "alice"), Commit::Remove).await;
+    let result = store.commit(held, &instance_key("web", "alice"), Commit::Remove).await;
     assert!(matches!(result, Err(Error::Internal(_))));
     // Nor does an ownership commit to another seat.
-    let bob = store.ready(&web, seat("web", "bob")).await;
-    let (held, _) = store.begin(&bob.value.slot, Begin::Delete, &patient()).await.unwrap();
-    assert!(matches!(store.commit(held, &seat("web", "alice"), Commit::Remove).await, Err(Error::Internal(_))));
+    let bob = store.ready(&web, instance_key("web", "bob")).await;
+    let (held, _) = store.begin(&bob.value.key, Begin::Delete, &patient()).await.unwrap();
+    assert!(matches!(store.commit(held, &instance_key("web", "alice"), Commit::Remove).await, Err(Error::Internal(_))));
 }
 
 pub(super) async fn shutdown_gives_up_what_is_owned(rig: &impl Rig) {
@@ -270,28 +271,28 @@ pub(super) async fn a_dropped_store_gives_up_what_it_owned(rig: &impl Rig) {
 
 pub(super) async fn an_acquisition_that_comes_to_be_late_is_given_up(rig: &impl Rig) {
     let (store, other) = (rig.replica("a"), rig.replica("b"));
-    let (web, slot) = (store.with("web").await, seat("web", "alice"));
-    store.ready(&web, slot.clone()).await;
+    let (web, key) = (store.with("web").await, instance_key("web", "alice"));
+    store.ready(&web, key.clone()).await;
     store.core.kv.hurry(Duration::from_millis(50));
     store.core.kv.reset();
     store.core.kv.fail_next(Fault::LateRequest);
-    let result = store.begin(&slot, Begin::Delete, &patient()).await;
+    let result = store.begin(&key, Begin::Delete, &patient()).await;
     assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
     // A network that was cut delivers what it held back, long after it was given up.
     let looked = || store.core.kv.calls().get("txn").is_some_and(|calls| *calls > 2);
     eventually("it was looked for again", || async { looked() }).await;
     store.core.kv.deliver().await;
-    assert_eq!(other.at(&slot).await.value.phase, Phase::Deleting, "it has come to be");
+    assert_eq!(other.at(&key).await.value.phase, Phase::Deleting, "it has come to be");
     eventually("nobody owns it", || async { other.live_keys().await.is_empty() }).await;
-    let (held, _) = other.begin(&slot, Begin::Recover, &at_once()).await.unwrap();
-    other.commit(held, &slot, Commit::Remove).await.unwrap();
+    let (held, _) = other.begin(&key, Begin::Recover, &at_once()).await.unwrap();
+    other.commit(held, &key, Commit::Remove).await.unwrap();
     other.check().await;
 }
 
 pub(super) async fn a_lease_that_is_not_kept_alive_runs_out(rig: &impl Rig) {
     let store = rig.replica("a");
     let (kv, layout) = (&store.core.kv, &store.core.layout);
-    let [alice, bob] = ["alice", "bob"].map(|who| layout.owner(&seat("web", who)));
+    let [alice, bob] = ["alice", "bob"].map(|who| layout.owner(&instance_key("web", who)));
     let put = |key: &str, lease| Txn {
         then: vec![Op::Put { key: key.to_owned(), value: Vec::new(), lease: Some(lease) }],
         ..Txn::default()
@@ -353,11 +354,11 @@ pub(super) async fn shutdown_does_not_wait_for_a_hung_keep_alive(rig: &impl Rig)
 
 pub(super) async fn shutdown_waits_for_writes_under_way(rig: &impl Rig) {
     let (store, other) = (rig.replica("a"), rig.replica("b"));
-    let (web, slot) = (store.with("web").await, seat("web", "alice"));
-    let held = store.begin_create(&web, &instance(slot.clone(), Phase::Provisioning), None, &patient()).await.unwrap();
+    let (web, key) = (store.with("web").await, instance_key("web", "alice"));
+    let held = store.begin_create(&web, &instance(key.clone(), Phase::Provisioning), None, &patient()).await.unwrap();
     store.core.kv.fail_next(Fault::Held);
-    let ready = instance(slot.clone(), Phase::Ready);
-    let commit = store.commit(held, &slot, Commit::Put(Box::new(ready.clone())));
+    let ready = instance(key.clone(), Phase::Ready);
+    let commit = store.commit(held, &key, Commit::Put(Box::new(ready.clone())));
     let late = async {
         // Time enough to revoke a lease, if it were to be revoked.
         for _ in 0..20 {
@@ -369,29 +370,29 @@ pub(super) async fn shutdown_waits_for_writes_under_way(rig: &impl Rig) {
     };
     let (committed, (), ()) = tokio::join!(commit, store.shutdown(), late);
     committed.unwrap();
-    assert_eq!(other.at(&slot).await.value, ready);
+    assert_eq!(other.at(&key).await.value, ready);
     other.check().await;
 }
 
 pub(super) async fn a_late_deletion_leaves_what_was_created_since(rig: &impl Rig) {
     let (store, other) = (rig.replica("a"), rig.replica("b"));
-    let (web, slot) = (store.with("web").await, seat("web", "alice"));
+    let (web, key) = (store.with("web").await, instance_key("web", "alice"));
     let doings = [Begin::Delete, Begin::Update(target(9))];
     for doing in doings {
-        store.ready(&web, slot.clone()).await;
+        store.ready(&web, key.clone()).await;
         store.core.kv.fail_next(Fault::LateRequest);
-        let result = store.begin(&slot, doing.clone(), &patient()).await;
+        let result = store.begin(&key, doing.clone(), &patient()).await;
         assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
         // Meanwhile it is deleted, and its source has another.
-        let (held, _) = other.begin(&slot, Begin::Delete, &patient()).await.unwrap();
-        other.commit(held, &slot, Commit::Remove).await.unwrap();
-        let anew = other.ready(&web, slot.clone()).await;
+        let (held, _) = other.begin(&key, Begin::Delete, &patient()).await.unwrap();
+        other.commit(held, &key, Commit::Remove).await.unwrap();
+        let anew = other.ready(&web, key.clone()).await;
         store.core.kv.deliver().await;
-        assert_eq!(other.at(&slot).await, anew, "{doing:?}");
+        assert_eq!(other.at(&key).await, anew, "{doing:?}");
         eventually("nobody owns it", || async { other.live_keys().await.is_empty() }).await;
         // One that is asked for since is for that one.
-        let (held, _) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
-        store.commit(held, &slot, Commit::Remove).await.unwrap();
+        let (held, _) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
+        store.commit(held, &key, Commit::Remove).await.unwrap();
     }
     store.check().await;
 }

@@ -7,11 +7,11 @@ use super::*;
 pub(super) async fn a_seat_is_taken_once(rig: &impl Rig) {
     let stores = [rig.replica("a"), rig.replica("b")];
     let web = stores[0].with("web").await;
-    let slot = seat("web", "alice");
+    let key = instance_key("web", "alice");
     let tries = (0..16).map(|n| {
-        let (store, web, slot) = (&stores[n % 2], &web, &slot);
+        let (store, web, key) = (&stores[n % 2], &web, &key);
         async move {
-            let intent = instance(slot.clone(), Phase::Provisioning);
+            let intent = instance(key.clone(), Phase::Provisioning);
             store.begin_create(web, &intent, None, &patient()).await
         }
     });
@@ -26,10 +26,10 @@ pub(super) async fn a_seat_is_taken_once(rig: &impl Rig) {
     assert_eq!((taken.len(), conflicts), (1, 15));
     let held = taken.remove(0);
     assert_eq!(held.kind, LockKind::Instance);
-    assert_eq!(stores[1].at(&slot).await.value.phase, Phase::Provisioning);
-    stores[0].commit(held, &slot, Commit::Remove).await.unwrap();
+    assert_eq!(stores[1].at(&key).await.value.phase, Phase::Provisioning);
+    stores[0].commit(held, &key, Commit::Remove).await.unwrap();
     stores[0].check().await;
-    stores[0].ready(&web, slot).await;
+    stores[0].ready(&web, key).await;
     stores[0].check().await;
 }
 
@@ -38,11 +38,11 @@ pub(super) async fn a_changed_challenge_conflicts(rig: &impl Rig) {
     let old = store.with("web").await;
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.update_challenge(held, &Challenge { revision: 2, ..old.value.clone() }).await.unwrap();
-    let intent = instance(seat("web", "alice"), Phase::Provisioning);
+    let intent = instance(instance_key("web", "alice"), Phase::Provisioning);
     assert_eq!(store.begin_create(&old, &intent, None, &patient()).await.unwrap_err(), Error::Conflict);
-    assert_eq!(store.instance(&intent.slot).await.unwrap(), None);
+    assert_eq!(store.instance(&intent.key).await.unwrap(), None);
     let gone = Stored { value: challenge("gone"), ..old };
-    let intent = instance(seat("gone", "alice"), Phase::Provisioning);
+    let intent = instance(instance_key("gone", "alice"), Phase::Provisioning);
     assert_eq!(store.begin_create(&gone, &intent, None, &patient()).await.unwrap_err(), Error::Conflict);
     store.check().await;
 }
@@ -50,11 +50,11 @@ pub(super) async fn a_changed_challenge_conflicts(rig: &impl Rig) {
 pub(super) async fn a_create_waits_for_the_challenge_lock(rig: &impl Rig) {
     let (store, other) = (rig.replica("a"), rig.replica("b"));
     let web = store.with("web").await;
-    let intent = instance(seat("web", "alice"), Phase::Provisioning);
+    let intent = instance(instance_key("web", "alice"), Phase::Provisioning);
     let lock = other.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     assert!(matches!(store.begin_create(&web, &intent, None, &short()).await, Err(Error::Busy { ahead: 1, .. })));
     assert!(matches!(store.begin_create(&web, &intent, None, &at_once()).await, Err(Error::Busy { .. })));
-    assert_eq!(store.instance(&intent.slot).await.unwrap(), None);
+    assert_eq!(store.instance(&intent.key).await.unwrap(), None);
     let by = patient();
     let mut waiting = Box::pin(store.begin_create(&web, &intent, None, &by));
     for _ in 0..20 {
@@ -65,18 +65,18 @@ pub(super) async fn a_create_waits_for_the_challenge_lock(rig: &impl Rig) {
     let held = waiting.await.unwrap();
     assert!(held.waited.contended);
     assert_eq!(held.waited.holder, patient().origin);
-    store.commit(held, &intent.slot, Commit::Remove).await.unwrap();
+    store.commit(held, &intent.key, Commit::Remove).await.unwrap();
     // The rollout lock is no matter to it.
     let rollout = other.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
     let held = store.begin_create(&web, &intent, None, &at_once()).await.unwrap();
-    store.commit(held, &intent.slot, Commit::Remove).await.unwrap();
+    store.commit(held, &intent.key, Commit::Remove).await.unwrap();
     other.release(rollout).await.unwrap();
     store.check().await;
 }
 
 /// A challenge with bounds, stored.
 async fn bounded<T: Tested>(store: &Coordination<T>, name: &str, min: i64, max: i64) -> Stored<Challenge> {
-    let bounds = Bounds::new(min, max).unwrap();
+    let bounds = PoolBounds::new(min, max).unwrap();
     store.insert_challenge(&Challenge { bounds, ..challenge(name) }).await.unwrap();
     store.stored(name).await
 }
@@ -84,7 +84,7 @@ async fn bounded<T: Tested>(store: &Coordination<T>, name: &str, min: i64, max: 
 pub(super) async fn an_instance_begins_only_in_the_pool_that_was_counted(rig: &impl Rig) {
     let (store, other) = (rig.replica("a"), rig.replica("b"));
     let web = bounded(&store, "web", 2, 3).await;
-    let pooled = |bits| Instance { until: None, ..instance(pool_seat("web", bits), Phase::Provisioning) };
+    let pooled = |bits| Instance { until: None, ..instance(pooled_key("web", bits), Phase::Provisioning) };
     let counted = store.pool(&id("web"), 3, 9).await.unwrap();
     let first = store.begin_create(&web, &pooled(1), Some(counted.version), &at_once()).await.unwrap();
     // Whoever counted before has not counted that one.
@@ -92,9 +92,9 @@ pub(super) async fn an_instance_begins_only_in_the_pool_that_was_counted(rig: &i
     assert_eq!(again.unwrap_err(), Error::Conflict);
     let next = other.pool(&id("web"), 3, 9).await.unwrap();
     assert_eq!(next.version, Version(first.fence));
-    assert_eq!(next.pooled, [(pool_seat("web", 1), PhaseName::Provisioning)]);
+    assert_eq!(next.pooled, [(pooled_key("web", 1), PhaseName::Provisioning)]);
     // Nor one that a source takes beside the pool.
-    let alice = seat("web", "alice");
+    let alice = instance_key("web", "alice");
     let taken =
         store.begin_create(&web, &instance(alice.clone(), Phase::Provisioning), None, &at_once()).await.unwrap();
     let beside = other.begin_create(&web, &pooled(2), Some(next.version), &at_once()).await;
@@ -103,12 +103,12 @@ pub(super) async fn an_instance_begins_only_in_the_pool_that_was_counted(rig: &i
     let counted = other.pool(&id("web"), 3, 9).await.unwrap();
     assert_eq!((counted.claimed, counted.pooled.len()), (1, 1));
     let ready = Instance { phase: Phase::Ready, ..pooled(1) };
-    store.commit(first, &ready.slot, Commit::Put(Box::new(ready.clone()))).await.unwrap();
+    store.commit(first, &ready.key, Commit::Put(Box::new(ready.clone()))).await.unwrap();
     store.commit(taken, &alice, Commit::Put(Box::new(instance(alice.clone(), Phase::Ready)))).await.unwrap();
-    let stored = store.at(&ready.slot).await;
-    store.claim(&web, &stored, &instance(seat("web", "bob"), Phase::Ready), &at_once()).await.unwrap();
+    let stored = store.at(&ready.key).await;
+    store.claim(&web, &stored, &instance(instance_key("web", "bob"), Phase::Ready), &at_once()).await.unwrap();
     let second = other.begin_create(&web, &pooled(2), Some(counted.version), &at_once()).await.unwrap();
-    other.commit(second, &pooled(2).slot, Commit::Remove).await.unwrap();
+    other.commit(second, &pooled(2).key, Commit::Remove).await.unwrap();
     // A change of the challenge is told by the challenge.
     let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.update_challenge(lock, &Challenge { revision: 2, ..web.value.clone() }).await.unwrap();
@@ -122,15 +122,15 @@ pub(super) async fn creates_beside_a_pool_without_an_upper_bound_do_not_hold_it_
     let store = rig.replica("a");
     let web = bounded(&store, "web", 2, 0).await;
     let counted = store.pool(&id("web"), 0, 9).await.unwrap();
-    store.ready(&web, seat("web", "alice")).await;
-    let pooled = Instance { until: None, ..instance(pool_seat("web", 1), Phase::Provisioning) };
+    store.ready(&web, instance_key("web", "alice")).await;
+    let pooled = Instance { until: None, ..instance(pooled_key("web", 1), Phase::Provisioning) };
     let held = store.begin_create(&web, &pooled, Some(counted.version), &at_once()).await.unwrap();
-    store.commit(held, &pooled.slot, Commit::Remove).await.unwrap();
+    store.commit(held, &pooled.key, Commit::Remove).await.unwrap();
     // One that keeps no pool has no version to begin by.
     let none = store.with("none").await;
-    store.ready(&none, seat("none", "alice")).await;
+    store.ready(&none, instance_key("none", "alice")).await;
     let counted = store.pool(&id("none"), 0, 9).await.unwrap();
-    let pooled = Instance { until: None, ..instance(pool_seat("none", 1), Phase::Provisioning) };
+    let pooled = Instance { until: None, ..instance(pooled_key("none", 1), Phase::Provisioning) };
     let refused = store.begin_create(&none, &pooled, Some(counted.version), &at_once()).await;
     assert_eq!(refused.unwrap_err(), Error::Conflict);
     store.check().await;
@@ -142,12 +142,12 @@ pub(super) async fn closing_and_creating_never_miss_each_other(rig: &impl Rig) {
         let name = format!("web-{round}");
         let read = stores[0].with(&name).await;
         let create = async {
-            let intent = instance(seat(&name, "alice"), Phase::Provisioning);
+            let intent = instance(instance_key(&name, "alice"), Phase::Provisioning);
             stores[0].begin_create(&read, &intent, None, &patient()).await
         };
         let close = async {
             let held = stores[1].lock(LockKind::Challenge, &id(&name), &patient()).await.unwrap();
-            let closed = Challenge { closing: true, ..read.value.clone() };
+            let closed = Challenge { deleting: true, ..read.value.clone() };
             stores[1].update_challenge(held, &closed).await.unwrap();
             // Whatever was begun before is seen, and nothing is begun after.
             let all: Vec<_> = stores[1].instances_of(&id(&name)).try_collect().await.unwrap();
@@ -157,12 +157,12 @@ pub(super) async fn closing_and_creating_never_miss_each_other(rig: &impl Rig) {
         match created {
             Ok(held) => {
                 assert_eq!(seen, 1);
-                stores[0].commit(held, &seat(&name, "alice"), Commit::Remove).await.unwrap();
+                stores[0].commit(held, &instance_key(&name, "alice"), Commit::Remove).await.unwrap();
             }
             Err(Error::Conflict) => assert_eq!(seen, 0),
             Err(error) => panic!("{error}"),
         }
-        assert_eq!(stores[0].instance(&seat(&name, "alice")).await.unwrap(), None);
+        assert_eq!(stores[0].instance(&instance_key(&name, "alice")).await.unwrap(), None);
     }
     stores[0].check().await;
 }
@@ -171,7 +171,7 @@ pub(super) async fn a_pooled_instance_is_claimed_once(rig: &impl Rig) {
     let stores = [rig.replica("a"), rig.replica("b")];
     stores[0].with("web").await;
     let pool: Vec<Instance> =
-        (1..=4).map(|bits| Instance { until: None, ..instance(pool_seat("web", bits), Phase::Ready) }).collect();
+        (1..=4).map(|bits| Instance { until: None, ..instance(pooled_key("web", bits), Phase::Ready) }).collect();
     stores[0].put(&pool).await;
     let claimers = (0..16).map(|n| {
         let store = &stores[n % 2];
@@ -183,8 +183,8 @@ pub(super) async fn a_pooled_instance_is_claimed_once(rig: &impl Rig) {
                 else {
                     return None;
                 };
-                let slot = Slot { challenge: id("web"), seat: Seat::Source(who.clone()) };
-                let claimed = Instance { identity: pooled.value.identity.clone(), ..instance(slot, Phase::Ready) };
+                let key = InstanceKey { challenge: id("web"), assignment: Assignment::Source(who.clone()) };
+                let claimed = Instance { identity: pooled.value.identity.clone(), ..instance(key, Phase::Ready) };
                 match store.claim(&web, pooled, &claimed, &patient()).await {
                     Ok(None) => return Some(claimed.identity),
                     Ok(Some(held)) => panic!("owned: {held:?}"),
@@ -199,65 +199,65 @@ pub(super) async fn a_pooled_instance_is_claimed_once(rig: &impl Rig) {
     assert_eq!(hits.iter().collect::<BTreeSet<_>>().len(), 4);
     let all: Vec<_> = stores[1].instances_of(&id("web")).try_collect().await.unwrap();
     assert_eq!(all.len(), 4);
-    assert!(all.iter().all(|stored| !stored.value.slot.seat.is_pool()));
+    assert!(all.iter().all(|stored| !stored.value.key.assignment.is_pooled()));
     stores[0].check().await;
 }
 
 pub(super) async fn a_claim_with_values_is_owned(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    store.put(&[Instance { until: None, ..instance(pool_seat("web", 1), Phase::Ready) }]).await;
-    let pooled = store.at(&pool_seat("web", 1)).await;
-    let slot = seat("web", "alice");
-    let claimed = Instance { target: Some(target(1)), ..instance(slot.clone(), Phase::Updating) };
+    store.put(&[Instance { until: None, ..instance(pooled_key("web", 1), Phase::Ready) }]).await;
+    let pooled = store.at(&pooled_key("web", 1)).await;
+    let key = instance_key("web", "alice");
+    let claimed = Instance { target: Some(target(1)), ..instance(key.clone(), Phase::Updating) };
     let held = store.claim(&web, &pooled, &claimed, &patient()).await.unwrap().unwrap();
-    assert_eq!(store.at(&slot).await.value, claimed);
-    assert_eq!(store.instance(&pooled.value.slot).await.unwrap(), None);
-    let ready = instance(slot.clone(), Phase::Ready);
-    store.commit(held, &slot, Commit::Put(Box::new(ready))).await.unwrap();
+    assert_eq!(store.at(&key).await.value, claimed);
+    assert_eq!(store.instance(&pooled.value.key).await.unwrap(), None);
+    let ready = instance(key.clone(), Phase::Ready);
+    store.commit(held, &key, Commit::Put(Box::new(ready))).await.unwrap();
     store.check().await;
 }
 
 pub(super) async fn a_claim_of_what_changed_conflicts(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    store.put(&[Instance { until: None, ..instance(pool_seat("web", 1), Phase::Ready) }]).await;
-    let pooled = store.at(&pool_seat("web", 1)).await;
-    let claimed = instance(seat("web", "alice"), Phase::Ready);
+    store.put(&[Instance { until: None, ..instance(pooled_key("web", 1), Phase::Ready) }]).await;
+    let pooled = store.at(&pooled_key("web", 1)).await;
+    let claimed = instance(instance_key("web", "alice"), Phase::Ready);
     // Being taken down.
-    let (held, _) = store.begin(&pooled.value.slot, Begin::Delete, &patient()).await.unwrap();
+    let (held, _) = store.begin(&pooled.value.key, Begin::Delete, &patient()).await.unwrap();
     assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
-    store.commit(held, &pooled.value.slot, Commit::Remove).await.unwrap();
+    store.commit(held, &pooled.value.key, Commit::Remove).await.unwrap();
     assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
     // The seat is taken.
-    store.put(&[Instance { until: None, ..instance(pool_seat("web", 1), Phase::Ready) }]).await;
-    let pooled = store.at(&pool_seat("web", 1)).await;
-    store.ready(&web, seat("web", "alice")).await;
+    store.put(&[Instance { until: None, ..instance(pooled_key("web", 1), Phase::Ready) }]).await;
+    let pooled = store.at(&pooled_key("web", 1)).await;
+    store.ready(&web, instance_key("web", "alice")).await;
     assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
     // The challenge is being changed.
-    let claimed = instance(seat("web", "bob"), Phase::Ready);
+    let claimed = instance(instance_key("web", "bob"), Phase::Ready);
     let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     assert!(matches!(store.claim(&web, &pooled, &claimed, &short()).await, Err(Error::Busy { .. })));
     store.update_challenge(lock, &Challenge { revision: 2, ..web.value.clone() }).await.unwrap();
     assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
-    assert_eq!(store.at(&pooled.value.slot).await, pooled);
+    assert_eq!(store.at(&pooled.value.key).await, pooled);
     store.check().await;
 }
 
 pub(super) async fn a_delete_takes_the_instance_as_it_is(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    let ready = store.ready(&web, seat("web", "alice")).await;
-    let slot = ready.value.slot.clone();
-    let (held, begun) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+    let ready = store.ready(&web, instance_key("web", "alice")).await;
+    let key = ready.value.key.clone();
+    let (held, begun) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
     assert_eq!(begun, Instance { phase: Phase::Deleting, ..ready.value.clone() });
-    let now = store.at(&slot).await;
+    let now = store.at(&key).await;
     assert_eq!(now.value, begun);
     assert!(now.version.0 > ready.version.0);
     let listed: Vec<_> = store.instances_of(&id("web")).try_collect().await.unwrap();
     assert_eq!(listed, vec![now]);
-    store.commit(held, &slot, Commit::Remove).await.unwrap();
-    assert_eq!(store.instance(&slot).await.unwrap(), None);
+    store.commit(held, &key, Commit::Remove).await.unwrap();
+    assert_eq!(store.instance(&key).await.unwrap(), None);
     store.check().await;
     assert_eq!(store.all_keys().await.len(), 1, "the challenge is left");
 }
@@ -265,53 +265,53 @@ pub(super) async fn a_delete_takes_the_instance_as_it_is(rig: &impl Rig) {
 pub(super) async fn an_update_sets_the_target(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    let ready = store.ready(&web, seat("web", "alice")).await.value;
-    let slot = ready.slot.clone();
-    let (held, begun) = store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap();
+    let ready = store.ready(&web, instance_key("web", "alice")).await.value;
+    let key = ready.key.clone();
+    let (held, begun) = store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap();
     assert_eq!(begun, Instance { phase: Phase::Updating, target: Some(target(9)), ..ready.clone() });
-    assert_eq!(store.at(&slot).await.value, begun);
+    assert_eq!(store.at(&key).await.value, begun);
     let done = Instance { until: Some(at(500)), identity: Identity::from_bits(9), ..ready };
-    store.commit(held, &slot, Commit::Put(Box::new(done.clone()))).await.unwrap();
-    assert_eq!(store.at(&slot).await.value, done);
+    store.commit(held, &key, Commit::Put(Box::new(done.clone()))).await.unwrap();
+    assert_eq!(store.at(&key).await.value, done);
     store.check().await;
 }
 
 pub(super) async fn an_owner_is_waited_for(rig: &impl Rig) {
     let (store, other) = (rig.replica("a"), rig.replica("b"));
     let web = store.with("web").await;
-    let ready = store.ready(&web, seat("web", "alice")).await.value;
-    let slot = ready.slot.clone();
-    let (held, _) = store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap();
-    assert!(matches!(other.begin(&slot, Begin::Delete, &short()).await, Err(Error::Busy { ahead: 1, .. })));
-    assert_eq!(other.begin(&slot, Begin::Recover, &patient()).await.unwrap_err(), Error::Conflict);
+    let ready = store.ready(&web, instance_key("web", "alice")).await.value;
+    let key = ready.key.clone();
+    let (held, _) = store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap();
+    assert!(matches!(other.begin(&key, Begin::Delete, &short()).await, Err(Error::Busy { ahead: 1, .. })));
+    assert_eq!(other.begin(&key, Begin::Recover, &patient()).await.unwrap_err(), Error::Conflict);
     let by = patient();
-    let mut waiting = Box::pin(other.begin(&slot, Begin::Delete, &by));
+    let mut waiting = Box::pin(other.begin(&key, Begin::Delete, &by));
     for _ in 0..20 {
         assert!(waiting.as_mut().now_or_never().is_none());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    store.commit(held, &slot, Commit::Put(Box::new(ready))).await.unwrap();
+    store.commit(held, &key, Commit::Put(Box::new(ready))).await.unwrap();
     let (held, begun) = waiting.await.unwrap();
     assert!(held.waited.contended);
     assert_eq!(held.waited.holder, patient().origin);
     assert_eq!(begun.phase, Phase::Deleting);
-    other.commit(held, &slot, Commit::Remove).await.unwrap();
+    other.commit(held, &key, Commit::Remove).await.unwrap();
     store.check().await;
 }
 
 pub(super) async fn what_an_owner_left_is_kept_by_the_next(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    let slot = store.ready(&web, seat("web", "alice")).await.value.slot;
-    drop(store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap());
-    let (held, begun) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+    let key = store.ready(&web, instance_key("web", "alice")).await.value.key;
+    drop(store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap());
+    let (held, begun) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
     assert_eq!(begun.phase, Phase::Deleting);
     assert_eq!(begun.target, Some(target(9)), "its resources must go too");
     drop(held);
     eventually("given up", || async { store.live_keys().await.is_empty() }).await;
-    let (held, recovered) = store.begin(&slot, Begin::Recover, &patient()).await.unwrap();
+    let (held, recovered) = store.begin(&key, Begin::Recover, &patient()).await.unwrap();
     assert_eq!(recovered, begun);
-    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.commit(held, &key, Commit::Remove).await.unwrap();
     store.check().await;
     assert_eq!(store.all_keys().await.len(), 1);
 }
@@ -319,17 +319,17 @@ pub(super) async fn what_an_owner_left_is_kept_by_the_next(rig: &impl Rig) {
 pub(super) async fn what_was_being_deleted_is_not_updated(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    let slot = store.ready(&web, seat("web", "alice")).await.value.slot;
+    let key = store.ready(&web, instance_key("web", "alice")).await.value.key;
     // The first deletion is an intent beside the record, the second is in the record.
     for _ in 0..2 {
-        drop(store.begin(&slot, Begin::Delete, &patient()).await.unwrap());
-        assert_eq!(store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap_err(), Error::Conflict);
-        let left = store.at(&slot).await.value;
+        drop(store.begin(&key, Begin::Delete, &patient()).await.unwrap());
+        assert_eq!(store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap_err(), Error::Conflict);
+        let left = store.at(&key).await.value;
         assert_eq!((left.phase, left.target), (Phase::Deleting, None));
-        assert_eq!(store.stranded(at(0)).await.unwrap(), [Stranded::Instance(slot.clone())]);
+        assert_eq!(store.stranded(at(0)).await.unwrap(), [Stranded::Instance(key.clone())]);
     }
-    let (held, _) = store.begin(&slot, Begin::Recover, &patient()).await.unwrap();
-    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    let (held, _) = store.begin(&key, Begin::Recover, &patient()).await.unwrap();
+    store.commit(held, &key, Commit::Remove).await.unwrap();
     store.check().await;
     assert_eq!(store.all_keys().await.len(), 1);
 }
@@ -337,23 +337,23 @@ pub(super) async fn what_was_being_deleted_is_not_updated(rig: &impl Rig) {
 pub(super) async fn a_rewrite_needs_the_version_it_read(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    let read = store.ready(&web, seat("web", "alice")).await;
+    let read = store.ready(&web, instance_key("web", "alice")).await;
     let renewed = Instance { until: Some(at(900)), ..read.value.clone() };
     store.rewrite(&read, &renewed, &patient()).await.unwrap();
-    assert_eq!(store.at(&read.value.slot).await.value, renewed);
+    assert_eq!(store.at(&read.value.key).await.value, renewed);
     assert_eq!(store.rewrite(&read, &renewed, &patient()).await.unwrap_err(), Error::Conflict);
     // What an owner left behind is written over as it was read.
-    let slot = read.value.slot.clone();
-    drop(store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap());
+    let key = read.value.key.clone();
+    drop(store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap());
     eventually("given up", || async { store.live_keys().await.is_empty() }).await;
-    let left = store.at(&slot).await;
+    let left = store.at(&key).await;
     let renewed = Instance { until: Some(at(1000)), ..left.value.clone() };
     store.rewrite(&left, &renewed, &patient()).await.unwrap();
-    assert_eq!(store.at(&slot).await.value, renewed);
+    assert_eq!(store.at(&key).await.value, renewed);
     store.check().await;
-    let (held, _) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
-    let left = store.at(&slot).await;
-    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    let (held, _) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
+    let left = store.at(&key).await;
+    store.commit(held, &key, Commit::Remove).await.unwrap();
     assert_eq!(store.rewrite(&left, &left.value, &patient()).await.unwrap_err(), Error::Conflict);
     store.check().await;
 }
@@ -361,13 +361,13 @@ pub(super) async fn a_rewrite_needs_the_version_it_read(rig: &impl Rig) {
 pub(super) async fn a_rewrite_waits_for_the_owner(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    let read = store.ready(&web, seat("web", "alice")).await;
-    let slot = read.value.slot.clone();
-    let (held, _) = store.begin(&slot, Begin::Update(target(9)), &patient()).await.unwrap();
+    let read = store.ready(&web, instance_key("web", "alice")).await;
+    let key = read.value.key.clone();
+    let (held, _) = store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap();
     assert!(matches!(store.rewrite(&read, &read.value, &short()).await, Err(Error::Busy { .. })));
     let by = patient();
     let waiting = store.rewrite(&read, &read.value, &by);
-    let commit = store.commit(held, &slot, Commit::Put(Box::new(read.value.clone())));
+    let commit = store.commit(held, &key, Commit::Put(Box::new(read.value.clone())));
     let (rewritten, committed) = tokio::join!(waiting, commit);
     committed.unwrap();
     assert_eq!(rewritten.unwrap_err(), Error::Conflict);
@@ -378,25 +378,25 @@ pub(super) async fn nothing_begins_where_nothing_is(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
     for begin in [Begin::Delete, Begin::Update(target(9)), Begin::Recover] {
-        let result = store.begin(&seat("web", "alice"), begin, &patient()).await;
+        let result = store.begin(&instance_key("web", "alice"), begin, &patient()).await;
         assert_eq!(result.unwrap_err(), Error::Conflict);
     }
-    let ready = store.ready(&web, seat("web", "alice")).await;
-    assert_eq!(store.begin(&ready.value.slot, Begin::Recover, &patient()).await.unwrap_err(), Error::Conflict);
+    let ready = store.ready(&web, instance_key("web", "alice")).await;
+    assert_eq!(store.begin(&ready.value.key, Begin::Recover, &patient()).await.unwrap_err(), Error::Conflict);
     store.check().await;
 }
 
 pub(super) async fn a_dropped_ownership_is_given_up(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    let slot = seat("web", "alice");
-    drop(store.begin_create(&web, &instance(slot.clone(), Phase::Provisioning), None, &patient()).await.unwrap());
+    let key = instance_key("web", "alice");
+    drop(store.begin_create(&web, &instance(key.clone(), Phase::Provisioning), None, &patient()).await.unwrap());
     eventually("given up", || async { store.live_keys().await.is_empty() }).await;
-    assert_eq!(store.stranded(at(0)).await.unwrap(), vec![Stranded::Instance(slot.clone())]);
-    let (held, left) = store.begin(&slot, Begin::Recover, &at_once()).await.unwrap();
+    assert_eq!(store.stranded(at(0)).await.unwrap(), vec![Stranded::Instance(key.clone())]);
+    let (held, left) = store.begin(&key, Begin::Recover, &at_once()).await.unwrap();
     assert_eq!(left.phase, Phase::Provisioning);
     assert!(store.stranded(at(0)).await.unwrap().is_empty());
-    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.commit(held, &key, Commit::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -404,8 +404,8 @@ pub(super) async fn a_cancelled_begin_leaves_no_owner(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
     for polls in 0..12 {
-        let slot = seat("web", &format!("team-{polls}"));
-        let intent = instance(slot.clone(), Phase::Provisioning);
+        let key = instance_key("web", &format!("team-{polls}"));
+        let intent = instance(key.clone(), Phase::Provisioning);
         let by = patient();
         let mut begin = Box::pin(store.begin_create(&web, &intent, None, &by));
         for _ in 0..polls {
@@ -427,8 +427,8 @@ pub(super) async fn a_create_that_waits_reads_some_of_those_ahead(rig: &impl Rig
     const QUEUED: usize = 60;
     let (store, queued, holder) = (rig.replica("a"), rig.replica("b"), rig.replica("c"));
     let (web, by) = (store.with("web").await, patient());
-    store.put(&[instance(pool_seat("web", 1), Phase::Ready)]).await;
-    let pooled = store.at(&pool_seat("web", 1)).await;
+    store.put(&[instance(pooled_key("web", 1), Phase::Ready)]).await;
+    let pooled = store.at(&pooled_key("web", 1)).await;
     // Their keys sort before that of whoever holds the lock.
     queued.core.lease().await.unwrap();
     let held = holder.lock(LockKind::Challenge, &id("web"), &by).await.unwrap();
@@ -440,11 +440,11 @@ pub(super) async fn a_create_that_waits_reads_some_of_those_ahead(rig: &impl Rig
     })
     .await;
     store.core.kv.reset();
-    let new = instance(seat("web", "alice"), Phase::Provisioning);
+    let new = instance(instance_key("web", "alice"), Phase::Provisioning);
     let busy = store.begin_create(&web, &new, None, &short()).await.unwrap_err();
     let Error::Busy { what, ahead, .. } = &busy else { panic!("{busy:?}") };
     assert!(what.contains("(held by c since ") && *ahead == QUEUED as u64 + 1, "{busy}");
-    let claimed = Instance { slot: seat("web", "bob"), ..pooled.value.clone() };
+    let claimed = Instance { key: instance_key("web", "bob"), ..pooled.value.clone() };
     let busy = store.claim(&web, &pooled, &claimed, &short()).await.unwrap_err();
     assert!(matches!(&busy, Error::Busy { ahead, .. } if *ahead == QUEUED as u64 + 1), "{busy}");
     assert!(store.core.kv.largest() <= 20, "{} keys read at once", store.core.kv.largest());
@@ -468,5 +468,5 @@ pub(super) async fn a_create_that_waits_reads_some_of_those_ahead(rig: &impl Rig
     let (created, ()) = tokio::join!(create, go_on);
     let created = created.unwrap();
     assert_eq!(created.waited.queue_depth, QUEUED as u64 + 1);
-    store.commit(created, &new.slot, Commit::Remove).await.unwrap();
+    store.commit(created, &new.key, Commit::Remove).await.unwrap();
 }

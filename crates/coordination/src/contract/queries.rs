@@ -10,10 +10,10 @@ pub(super) async fn a_challenge_is_inserted_once(rig: &impl Rig) {
         timeout: Some(Duration::new(u64::MAX, 999_999_999)),
         until: Some(at(1_000_000)),
         additional: BTreeMap::from([("a key / of \u{1F600}".to_owned(), "\"value\"\n".to_owned())]),
-        bounds: Bounds::new(2, 5).unwrap(),
-        rollout: Some(Rollout { strategy: Strategy::Recreate, origin: None }),
-        closing: true,
-        origin: Some("00-aa-bb-01".to_owned()),
+        bounds: PoolBounds::new(2, 5).unwrap(),
+        rollout: Some(Rollout { strategy: Strategy::Recreate, traceparent: None }),
+        deleting: true,
+        traceparent: Some("00-aa-bb-01".to_owned()),
         ..challenge("web")
     };
     let results = futures::future::join_all((0..8).map(|_| store.insert_challenge(&full))).await;
@@ -29,7 +29,7 @@ pub(super) async fn a_challenge_changes_under_its_lock(rig: &impl Rig) {
     let store = rig.replica("a");
     let read = store.with("web").await;
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    let changed = Challenge { bounds: Bounds::new(3, 0).unwrap(), closing: true, ..read.value.clone() };
+    let changed = Challenge { bounds: PoolBounds::new(3, 0).unwrap(), deleting: true, ..read.value.clone() };
     store.update_challenge(held, &changed).await.unwrap();
     let now = store.stored("web").await;
     assert_eq!(now.value, changed);
@@ -52,15 +52,15 @@ pub(super) async fn a_challenge_changes_under_its_lock(rig: &impl Rig) {
 pub(super) async fn a_challenge_with_instances_is_not_removed(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    let slot = store.ready(&web, seat("web", "alice")).await.value.slot;
+    let key = store.ready(&web, instance_key("web", "alice")).await.value.key;
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     assert_eq!(store.remove_challenge(held, &id("web")).await, Err(Error::Conflict));
     eventually("the lock is given up", || async { store.live_keys().await.is_empty() }).await;
-    let (held, _) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
-    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    let (held, _) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
+    store.commit(held, &key, Commit::Remove).await.unwrap();
     // Its neighbours do not count.
     let other = store.with("web 2").await;
-    store.ready(&other, seat("web 2", "alice")).await;
+    store.ready(&other, instance_key("web 2", "alice")).await;
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.remove_challenge(held, &id("web")).await.unwrap();
     assert_eq!(store.challenge(&id("web")).await.unwrap(), None);
@@ -73,18 +73,18 @@ pub(super) async fn a_survey_answers_all_at_once(rig: &impl Rig) {
     let empty = store.survey(&id("web"), &source("alice")).await.unwrap();
     assert!(empty.challenge.is_none() && empty.instance.is_none() && empty.pooled.is_empty());
     let web = store.with("web").await;
-    let mine = store.ready(&web, seat("web", "alice")).await;
-    store.ready(&web, seat("web", "bob")).await;
+    let mine = store.ready(&web, instance_key("web", "alice")).await;
+    store.ready(&web, instance_key("web", "bob")).await;
     let pool: Vec<Instance> =
-        (0..40).map(|bits| Instance { until: None, ..instance(pool_seat("web", bits), Phase::Ready) }).collect();
+        (0..40).map(|bits| Instance { until: None, ..instance(pooled_key("web", bits), Phase::Ready) }).collect();
     store.put(&pool).await;
-    let (held, _) = store.begin(&pool[3].slot, Begin::Delete, &patient()).await.unwrap();
+    let (held, _) = store.begin(&pool[3].key, Begin::Delete, &patient()).await.unwrap();
     let survey = store.survey(&id("web"), &source("alice")).await.unwrap();
     assert_eq!(survey.challenge, Some(web));
     assert_eq!(survey.instance, Some(mine));
     assert_eq!(survey.pooled.len(), 16);
-    assert!(survey.pooled.iter().all(|stored| stored.value.phase == Phase::Ready && stored.value.slot != pool[3].slot));
-    store.commit(held, &pool[3].slot, Commit::Remove).await.unwrap();
+    assert!(survey.pooled.iter().all(|stored| stored.value.phase == Phase::Ready && stored.value.key != pool[3].key));
+    store.commit(held, &pool[3].key, Commit::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -92,14 +92,14 @@ pub(super) async fn a_survey_finds_the_ready_behind_the_others(rig: &impl Rig) {
     let store = rig.replica("a");
     store.with("web").await;
     let phase = |bits| if bits == 90 { Phase::Ready } else { Phase::Provisioning };
-    let pool: Vec<Instance> = (0..100).map(|bits| instance(pool_seat("web", bits), phase(bits))).collect();
+    let pool: Vec<Instance> = (0..100).map(|bits| instance(pooled_key("web", bits), phase(bits))).collect();
     store.put(&pool).await;
     let survey = store.survey(&id("web"), &source("alice")).await.unwrap();
-    assert_eq!(keys_of(&survey.pooled), BTreeSet::from([pool_seat("web", 90)]));
+    assert_eq!(keys_of(&survey.pooled), BTreeSet::from([pooled_key("web", 90)]));
 }
 
 fn many(challenge: &str, count: usize) -> Vec<Instance> {
-    (0..count).map(|n| instance(seat(challenge, &format!("team-{n:05}")), Phase::Ready)).collect()
+    (0..count).map(|n| instance(instance_key(challenge, &format!("team-{n:05}")), Phase::Ready)).collect()
 }
 
 pub(super) async fn all_is_listed_over_many_pages(rig: &impl Rig) {
@@ -110,16 +110,16 @@ pub(super) async fn all_is_listed_over_many_pages(rig: &impl Rig) {
     // Pages end between a record and its intent, too.
     let mut held = Vec::new();
     for at in [254, 255, 256, 510] {
-        held.push((store.begin(&all[at].slot, Begin::Delete, &patient()).await.unwrap().0, all[at].slot.clone()));
+        held.push((store.begin(&all[at].key, Begin::Delete, &patient()).await.unwrap().0, all[at].key.clone()));
     }
     let listed: Vec<_> = store.instances_of(&id("web")).try_collect().await.unwrap();
     assert_eq!(listed.len(), 1300);
-    assert_eq!(keys_of(&listed), all.iter().map(|instance| instance.slot.clone()).collect());
+    assert_eq!(keys_of(&listed), all.iter().map(|instance| instance.key.clone()).collect());
     assert_eq!(listed.iter().filter(|stored| stored.value.phase == Phase::Deleting).count(), 4);
     let everyone: Vec<_> = store.instances_by_source(None).try_collect().await.unwrap();
     assert_eq!(everyone.len(), 1300);
-    for (held, slot) in held {
-        store.commit(held, &slot, Commit::Remove).await.unwrap();
+    for (held, key) in held {
+        store.commit(held, &key, Commit::Remove).await.unwrap();
     }
     assert_eq!(store.census(at(0)).await.unwrap().instances.values().sum::<u64>(), 1296);
     store.check().await;
@@ -147,18 +147,21 @@ pub(super) async fn a_source_finds_its_own(rig: &impl Rig) {
         let name = format!("web-{n:02}");
         let web = store.with(&name).await;
         store
-            .put(&[instance(seat(&name, "alice"), Phase::Ready), instance(seat(&name, "alice 2"), Phase::Ready)])
+            .put(&[
+                instance(instance_key(&name, "alice"), Phase::Ready),
+                instance(instance_key(&name, "alice 2"), Phase::Ready),
+            ])
             .await;
-        store.put(&[instance(pool_seat(&name, n), Phase::Ready)]).await;
+        store.put(&[instance(pooled_key(&name, n), Phase::Ready)]).await;
         if n == 7 {
-            store.ready(&web, seat(&name, "bob")).await;
+            store.ready(&web, instance_key(&name, "bob")).await;
         }
     }
     let own = |who: &'static str| {
         let store = &store;
         async move {
             let own: Vec<_> = store.instances_by_source(Some(&source(who))).try_collect().await.unwrap();
-            assert!(own.iter().all(|instance| instance.slot.seat == Seat::Source(source(who))));
+            assert!(own.iter().all(|instance| instance.key.assignment == Assignment::Source(source(who))));
             own.len()
         }
     };
@@ -171,10 +174,10 @@ pub(super) async fn a_source_finds_its_own(rig: &impl Rig) {
 pub(super) async fn the_expired_are_found(rig: &impl Rig) {
     let store = rig.replica("a");
     store.with("web").await;
-    let ending = |name: String, until| Instance { until, ..instance(seat("web", &name), Phase::Ready) };
+    let ending = |name: String, until| Instance { until, ..instance(instance_key("web", &name), Phase::Ready) };
     let all: Vec<_> = (0..200).map(|n| ending(format!("team-{n:03}"), Some(at(1000 - n)))).collect();
     store.put(&all).await;
-    store.put(&[ending("never".to_owned(), None), instance(pool_seat("web", 1), Phase::Ready)]).await;
+    store.put(&[ending("never".to_owned(), None), instance(pooled_key("web", 1), Phase::Ready)]).await;
     let expired = |now| store.expired(at(now)).map_ok(|instance| instance.until.unwrap()).try_collect::<Vec<_>>();
     assert_eq!(expired(800).await.unwrap(), []);
     assert_eq!(expired(850).await.unwrap(), (801..=850).map(at).collect::<Vec<_>>(), "the longest overdue first");
@@ -182,7 +185,7 @@ pub(super) async fn the_expired_are_found(rig: &impl Rig) {
     // What is renewed while the index is walked is left out.
     let mut walk = store.expired(at(5000));
     walk.next().await.unwrap().unwrap();
-    let late = store.at(&all[0].slot).await;
+    let late = store.at(&all[0].key).await;
     store.rewrite(&late, &Instance { until: Some(at(6000)), ..late.value.clone() }, &patient()).await.unwrap();
     assert_eq!(walk.try_collect::<Vec<_>>().await.unwrap().len(), 198);
     store.check().await;
@@ -220,13 +223,13 @@ pub(super) async fn a_list_is_of_one_revision(rig: &impl Rig) {
     let mut listing = store.instances_of(&id("web"));
     listing.next().await.unwrap().unwrap();
     // Late ones, and a late removal, behind the first page.
-    store.put(&[instance(seat("web", "zoe"), Phase::Ready)]).await;
-    let last = seat("web", "team-00599");
+    store.put(&[instance(instance_key("web", "zoe"), Phase::Ready)]).await;
+    let last = instance_key("web", "team-00599");
     let (held, _) = store.begin(&last, Begin::Delete, &patient()).await.unwrap();
     store.commit(held, &last, Commit::Remove).await.unwrap();
     let rest: Vec<_> = listing.try_collect().await.unwrap();
     assert_eq!(rest.len(), 599);
-    assert!(keys_of(&rest).contains(&last) && !keys_of(&rest).contains(&seat("web", "zoe")));
+    assert!(keys_of(&rest).contains(&last) && !keys_of(&rest).contains(&instance_key("web", "zoe")));
 }
 
 pub(super) async fn a_list_goes_on_where_its_revision_is_compacted(rig: &impl Rig) {
@@ -236,10 +239,10 @@ pub(super) async fn a_list_goes_on_where_its_revision_is_compacted(rig: &impl Ri
         store.with(name).await;
         store.put(&many(name, 1000)).await;
     }
-    let changed = many("web-2", 1000)[500].slot.clone();
+    let changed = many("web-2", 1000)[500].key.clone();
     let (mut seen, mut all) = (Vec::new(), store.instances_by_source(None));
     while let Some(instance) = all.try_next().await.unwrap() {
-        seen.push(instance.slot);
+        seen.push(instance.key);
         if seen.len() % 400 == 0 {
             store.core.kv.compact();
         }
@@ -248,7 +251,8 @@ pub(super) async fn a_list_goes_on_where_its_revision_is_compacted(rig: &impl Ri
             drop(store.begin(&changed, Begin::Delete, &patient()).await.unwrap());
         }
     }
-    let expected: Vec<Slot> = names.iter().flat_map(|name| many(name, 1000)).map(|instance| instance.slot).collect();
+    let expected: Vec<InstanceKey> =
+        names.iter().flat_map(|name| many(name, 1000)).map(|instance| instance.key).collect();
     assert_eq!(seen, expected, "each once, and none left out");
     let mut listing = store.challenges();
     let mut listed = Vec::new();
@@ -259,21 +263,21 @@ pub(super) async fn a_list_goes_on_where_its_revision_is_compacted(rig: &impl Ri
     assert_eq!(listed, names.map(|name| (name.to_owned(), 1000)));
     // The record of one page and the intent of the next would be of two revisions.
     for at in 0..600 {
-        let slot = many("web", 1000)[at].slot.clone();
+        let key = many("web", 1000)[at].key.clone();
         let mut all = store.instances_of(&id("web"));
         if at % 128 > 2 && at % 128 < 126 {
             continue;
         }
-        let before = store.at(&slot).await;
+        let before = store.at(&key).await;
         drop(all.next().await.unwrap().unwrap());
         let again = Instance { connection_info: "changed".to_owned(), ..before.value };
-        store.rewrite(&store.at(&slot).await, &again, &patient()).await.unwrap();
-        let (held, begun) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+        store.rewrite(&store.at(&key).await, &again, &patient()).await.unwrap();
+        let (held, begun) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
         store.core.kv.compact();
         let told: Vec<_> =
-            all.try_filter(|stored| std::future::ready(stored.value.slot == slot)).try_collect().await.unwrap();
+            all.try_filter(|stored| std::future::ready(stored.value.key == key)).try_collect().await.unwrap();
         assert!(told.iter().all(|told| told.value.phase != Phase::Deleting || told.value == begun), "{told:?}");
-        store.commit(held, &slot, Commit::Put(Box::new(instance(slot.clone(), Phase::Ready)))).await.unwrap();
+        store.commit(held, &key, Commit::Put(Box::new(instance(key.clone(), Phase::Ready)))).await.unwrap();
     }
     store.core.kv.reset();
     assert_eq!(store.census(at(0)).await.unwrap().challenges, 3);
@@ -288,11 +292,11 @@ pub(super) async fn a_census_counts(rig: &impl Rig) {
     assert_eq!(store.census(at(0)).await.unwrap(), gauntlet_domain::Census::default());
     let web = store.with("web").await;
     store.with("other").await;
-    store.ready(&web, seat("web", "alice")).await;
-    let slot = store.ready(&web, seat("web", "bob")).await.value.slot;
-    store.put(&[Instance { until: None, ..instance(pool_seat("web", 1), Phase::Ready) }]).await;
-    store.put(&[Instance { until: None, ..instance(seat("web", "carol"), Phase::Ready) }]).await;
-    let (held, _) = store.begin(&slot, Begin::Delete, &patient()).await.unwrap();
+    store.ready(&web, instance_key("web", "alice")).await;
+    let key = store.ready(&web, instance_key("web", "bob")).await.value.key;
+    store.put(&[Instance { until: None, ..instance(pooled_key("web", 1), Phase::Ready) }]).await;
+    store.put(&[Instance { until: None, ..instance(instance_key("web", "carol"), Phase::Ready) }]).await;
+    let (held, _) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
     let census = store.census(at(70)).await.unwrap();
     assert_eq!((census.challenges, census.overdue), (2, 2));
     let expected = [
@@ -302,7 +306,7 @@ pub(super) async fn a_census_counts(rig: &impl Rig) {
     ];
     assert_eq!(census.instances, expected.into_iter().collect());
     assert_eq!(store.census(at(69)).await.unwrap().overdue, 0);
-    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.commit(held, &key, Commit::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -311,35 +315,37 @@ pub(super) async fn pools_are_found(rig: &impl Rig) {
     store.with("none").await;
     store.with("leftover").await;
     store
-        .put(&[instance(pool_seat("leftover", 1), Phase::Ready), instance(pool_seat("leftover", 2), Phase::Ready)])
+        .put(&[instance(pooled_key("leftover", 1), Phase::Ready), instance(pooled_key("leftover", 2), Phase::Ready)])
         .await;
-    let kept = Challenge { bounds: Bounds::new(1, 2).unwrap(), ..challenge("kept") };
+    let kept = Challenge { bounds: PoolBounds::new(1, 2).unwrap(), ..challenge("kept") };
     store.insert_challenge(&kept).await.unwrap();
-    store.put(&[instance(pool_seat("kept", 3), Phase::Ready)]).await;
+    store.put(&[instance(pooled_key("kept", 3), Phase::Ready)]).await;
     assert_eq!(store.pools().await.unwrap(), vec![id("kept"), id("leftover")]);
     store.check().await;
 }
 
 pub(super) async fn a_pool_is_counted_by_its_keys(rig: &impl Rig) {
     let store = rig.replica("a");
-    let web = Challenge { bounds: Bounds::new(2, 5).unwrap(), ..challenge("web") };
+    let web = Challenge { bounds: PoolBounds::new(2, 5).unwrap(), ..challenge("web") };
     store.insert_challenge(&web).await.unwrap();
-    let sources = ["alice", "bob", "carol"].map(|who| instance(seat("web", who), Phase::Ready));
+    let sources = ["alice", "bob", "carol"].map(|who| instance(instance_key("web", who), Phase::Ready));
     store.put(&sources).await;
     let phases = [Phase::Ready, Phase::Provisioning, Phase::Deleting, Phase::Ready, Phase::Updating];
-    let pooled: Vec<_> = (1..).zip(phases).map(|(bits, phase)| instance(pool_seat("web", bits), phase)).collect();
+    let pooled: Vec<_> = (1..).zip(phases).map(|(bits, phase)| instance(pooled_key("web", bits), phase)).collect();
     store.put(&pooled).await;
     // What an owner is at, and what cannot be read, counts as it stands in the keys.
-    let _owned = store.begin(&seat("web", "bob"), Begin::Delete, &patient()).await.unwrap();
-    let _drained = store.begin(&pool_seat("web", 1), Begin::Delete, &patient()).await.unwrap();
-    store.garble(store.core.layout.instance(&pool_seat("web", 4)), "not json").await;
-    store.garble(store.core.layout.instance(&seat("web", "carol")), "not json").await;
+    let _owned = store.begin(&instance_key("web", "bob"), Begin::Delete, &patient()).await.unwrap();
+    let _drained = store.begin(&pooled_key("web", 1), Begin::Delete, &patient()).await.unwrap();
+    store.garble(store.core.layout.instance(&pooled_key("web", 4)), "not json").await;
+    store.garble(store.core.layout.instance(&instance_key("web", "carol")), "not json").await;
     // Neighbours of the same letters do not.
-    store.put(&[instance(seat("web-1", "x"), Phase::Ready), instance(pool_seat("web-1", 9), Phase::Ready)]).await;
+    store
+        .put(&[instance(instance_key("web-1", "x"), Phase::Ready), instance(pooled_key("web-1", 9), Phase::Ready)])
+        .await;
     let pool = store.pool(&id("web"), 5, 9).await.unwrap();
     let names =
         [PhaseName::Deleting, PhaseName::Provisioning, PhaseName::Deleting, PhaseName::Ready, PhaseName::Updating];
-    let expected: Vec<_> = (1..).zip(names).map(|(bits, phase)| (pool_seat("web", bits), phase)).collect();
+    let expected: Vec<_> = (1..).zip(names).map(|(bits, phase)| (pooled_key("web", bits), phase)).collect();
     assert_eq!((pool.claimed, pool.pooled), (3, expected.clone()));
     let part = store.pool(&id("web"), 2, 3).await.unwrap();
     assert_eq!((part.claimed, part.pooled, part.version), (2, expected[..3].to_vec(), pool.version));
@@ -350,16 +356,16 @@ pub(super) async fn the_unreadable_hides_no_other(rig: &impl Rig) {
     for name in ["a", "b", "c"] {
         let stored = store.with(name).await;
         for who in ["x", "y", "z"] {
-            store.ready(&stored, seat(name, who)).await;
+            store.ready(&stored, instance_key(name, who)).await;
         }
     }
-    store.put(&[1, 2, 3].map(|bits| instance(pool_seat("a", bits), Phase::Ready))).await;
+    store.put(&[1, 2, 3].map(|bits| instance(pooled_key("a", bits), Phase::Ready))).await;
     let layout = store.core.layout.clone();
     store.garble(layout.challenge(&id("b")), "{\"v\":2}").await;
-    store.garble(layout.instance(&seat("a", "y")), "not json").await;
-    store.garble(layout.instance(&seat("c", "x")), "{\"v\":1,\"identity\":\"0000000000000007\"}").await;
-    store.garble(layout.intent(&seat("c", "z")), "{}").await;
-    store.garble(layout.instance(&pool_seat("a", 2)), "").await;
+    store.garble(layout.instance(&instance_key("a", "y")), "not json").await;
+    store.garble(layout.instance(&instance_key("c", "x")), "{\"v\":1,\"identity\":\"0000000000000007\"}").await;
+    store.garble(layout.intent(&instance_key("c", "z")), "{}").await;
+    store.garble(layout.instance(&pooled_key("a", 2)), "").await;
 
     let listed: Vec<_> = store.challenges().try_collect().await.unwrap();
     let names: Vec<_> = listed.iter().map(|(c, instances)| (c.id.as_str(), instances.len())).collect();
@@ -371,9 +377,9 @@ pub(super) async fn the_unreadable_hides_no_other(rig: &impl Rig) {
 
     let text = store.challenge(&id("b")).await.unwrap_err().to_string();
     assert!(text.contains("version 2") && text.contains("challenges b"), "{text}");
-    assert!(matches!(store.instance(&seat("a", "y")).await, Err(Error::Internal(_))));
+    assert!(matches!(store.instance(&instance_key("a", "y")).await, Err(Error::Internal(_))));
     assert!(matches!(store.survey(&id("a"), &source("y")).await, Err(Error::Internal(_))));
-    assert!(matches!(store.begin(&seat("a", "y"), Begin::Delete, &patient()).await, Err(Error::Internal(_))));
+    assert!(matches!(store.begin(&instance_key("a", "y"), Begin::Delete, &patient()).await, Err(Error::Internal(_))));
     eventually("nothing is owned", || async { store.live_keys().await.is_empty() }).await;
 }
 
@@ -434,13 +440,13 @@ pub(super) async fn any_text_is_an_id(rig: &impl Rig) {
     for name in texts {
         let stored = store.with(name).await;
         for who in texts {
-            store.ready(&stored, seat(name, who)).await;
+            store.ready(&stored, instance_key(name, who)).await;
         }
     }
     store.check().await;
     for name in texts {
         let all: Vec<_> = store.instances_of(&id(name)).try_collect().await.unwrap();
-        assert_eq!(keys_of(&all), texts.iter().map(|who| seat(name, who)).collect());
+        assert_eq!(keys_of(&all), texts.iter().map(|who| instance_key(name, who)).collect());
         let own: Vec<_> = store.instances_by_source(Some(&source(name))).try_collect().await.unwrap();
         assert_eq!(own.len(), texts.len());
     }

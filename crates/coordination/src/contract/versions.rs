@@ -62,8 +62,8 @@ fn on<T: Tested>(store: &Arc<Coordination<T>>, machine: &Arc<Machine>) -> Gauntl
     Gauntlet::new(store.clone(), machine.clone(), Arc::new(Nothing), Arc::new(Nothing), Settings::default())
 }
 
-fn instance_with(slot: Slot, phase: Phase, bits: u64) -> Instance {
-    Instance { identity: Identity::from_bits(bits), ..instance(slot, phase) }
+fn instance_with(key: InstanceKey, phase: Phase, bits: u64) -> Instance {
+    Instance { identity: Identity::from_bits(bits), ..instance(key, phase) }
 }
 
 #[expect(private_bounds, reason = "for the tests here alone")]
@@ -78,13 +78,13 @@ impl<T: Tested> Coordination<T> {
     /// Stores an instance as a newer build would.
     async fn put_newer(&self, instance: &Instance) {
         self.put(std::slice::from_ref(instance)).await;
-        self.garble(self.core.layout.instance(&instance.slot), NEWER).await;
+        self.garble(self.core.layout.instance(&instance.key), NEWER).await;
     }
 
     /// Removes it, as a newer build would.
     async fn remove_newer(&self, instance: &Instance) {
         let layout = &self.core.layout;
-        let mut then = vec![Op::delete(layout.instance(&instance.slot))];
+        let mut then = vec![Op::delete(layout.instance(&instance.key))];
         then.extend(layout.instance_index(instance).into_iter().map(|(key, _)| Op::delete(key)));
         self.core.kv.txn(Txn { then, ..Txn::default() }).await.unwrap();
     }
@@ -105,16 +105,16 @@ pub(super) async fn a_newer_instance_is_left_alone(rig: &impl Rig) {
     let machine = Machine::running(&[("web", 7), ("web", 9), ("other", 99)]);
     let gauntlet = on(&store, &machine);
     let web = store.with("web").await;
-    let alice = instance_with(seat("web", "alice"), Phase::Ready, 7);
-    let carol = instance_with(seat("web", "carol"), Phase::Updating, 9);
-    store.put(&[instance_with(seat("web", "bob"), Phase::Ready, 8)]).await;
+    let alice = instance_with(instance_key("web", "alice"), Phase::Ready, 7);
+    let carol = instance_with(instance_key("web", "carol"), Phase::Updating, 9);
+    store.put(&[instance_with(instance_key("web", "bob"), Phase::Ready, 8)]).await;
     store.put_newer(&alice).await;
     store.put_newer(&carol).await;
     let before = store.contents().await;
 
     // Queries leave them out, and only them.
     let all: Vec<_> = gauntlet.query_instances(None).try_collect().await.unwrap();
-    assert_eq!(all.iter().map(|instance| instance.slot.clone()).collect::<Vec<_>>(), [seat("web", "bob")]);
+    assert_eq!(all.iter().map(|instance| instance.key.clone()).collect::<Vec<_>>(), [instance_key("web", "bob")]);
     let expired: Vec<_> = gauntlet.expired_instances(at(5000)).try_collect().await.unwrap();
     assert_eq!(expired, all);
     assert_eq!(gauntlet.query_instances(Some(&source("alice"))).try_collect::<Vec<_>>().await.unwrap(), []);
@@ -127,13 +127,13 @@ pub(super) async fn a_newer_instance_is_left_alone(rig: &impl Rig) {
     names(gauntlet.renew_instance(&call(), &web_id, &who).await, "web s alice");
     names(gauntlet.delete_instance(&call(), &web_id, &who).await, "web s alice");
     names(gauntlet.delete_instance(&call(), &web_id, &source("carol")).await, "web s carol");
-    let intent = instance(seat("web", "alice"), Phase::Provisioning);
+    let intent = instance(instance_key("web", "alice"), Phase::Provisioning);
     assert!(store.begin_create(&web, &intent, None, &patient()).await.is_err());
     assert_eq!(store.contents().await, before);
 
     // Nothing of theirs is taken for an orphan, nor its work for stranded; what is an orphan goes.
     let done = gauntlet.reconcile(&call()).await.unwrap();
-    assert_eq!((done.recovered, done.orphans, done.failures.len()), (0, 1, 1), "{done:?}");
+    assert_eq!((done.recovered, done.orphans_removed, done.failures.len()), (0, 1, 1), "{done:?}");
     names(Err::<(), _>(done.failures[0].clone()), "web s alice");
     assert_eq!(machine.downs(), [Identity::from_bits(99)]);
     assert_eq!(store.contents().await, before);
@@ -141,17 +141,17 @@ pub(super) async fn a_newer_instance_is_left_alone(rig: &impl Rig) {
     // An update reaches the others, and stays on record for those that it did not reach.
     let update = ChallengeUpdate { timeout: Some(None), ..ChallengeUpdate::default() };
     let updated = gauntlet.update_challenge(&call(), &web_id, update).await.unwrap();
-    assert_eq!((updated.instances[0].applied, updated.failures.len()), (2, 1));
+    assert_eq!((updated.instances[0].applied_revision, updated.failures.len()), (2, 1));
     assert!(store.stored("web").await.value.rollout.is_some());
 
     // A deletion takes the others down and does not claim the rest.
     names(gauntlet.delete_challenge(&call(), &web_id).await, "web s alice");
     assert_eq!(machine.downs(), [Identity::from_bits(8)]);
     let left = store.contents().await;
-    for slot in [&alice.slot, &carol.slot] {
-        assert_eq!(left[&store.core.layout.instance(slot)], NEWER.as_bytes());
+    for key in [&alice.key, &carol.key] {
+        assert_eq!(left[&store.core.layout.instance(key)], NEWER.as_bytes());
     }
-    assert!(store.stored("web").await.value.closing);
+    assert!(store.stored("web").await.value.deleting);
 
     // Once the newer build has done its part the deletion is finished.
     store.remove_newer(&alice).await;
@@ -165,10 +165,10 @@ pub(super) async fn a_newer_instance_is_left_alone(rig: &impl Rig) {
 pub(super) async fn a_newer_pooled_instance_counts(rig: &impl Rig) {
     let store = Arc::new(rig.replica("a"));
     let gauntlet = on(&store, &Machine::running(&[]));
-    store.insert_challenge(&Challenge { bounds: Bounds::new(1, 1).unwrap(), ..challenge("web") }).await.unwrap();
-    store.put_newer(&Instance { until: None, ..instance(pool_seat("web", 1), Phase::Ready) }).await;
+    store.insert_challenge(&Challenge { bounds: PoolBounds::new(1, 1).unwrap(), ..challenge("web") }).await.unwrap();
+    store.put_newer(&Instance { until: None, ..instance(pooled_key("web", 1), Phase::Ready) }).await;
     let before = store.contents().await;
-    gauntlet.tend_pool(&call(), &id("web")).await.unwrap();
+    gauntlet.maintain_pool(&call(), &id("web")).await.unwrap();
     assert_eq!(store.contents().await, before, "no second one");
 }
 
@@ -176,7 +176,7 @@ pub(super) async fn a_newer_challenge_is_left_alone(rig: &impl Rig) {
     let store = Arc::new(rig.replica("a"));
     let gauntlet = on(&store, &Machine::running(&[("web", 7)]));
     store.with("web").await;
-    store.put(&[instance_with(seat("web", "alice"), Phase::Updating, 7)]).await;
+    store.put(&[instance_with(instance_key("web", "alice"), Phase::Updating, 7)]).await;
     store.garble(store.core.layout.challenge(&id("web")), NEWER).await;
     let before = store.contents().await;
     let web = id("web");
@@ -186,6 +186,6 @@ pub(super) async fn a_newer_challenge_is_left_alone(rig: &impl Rig) {
     names(gauntlet.update_challenge(&call(), &web, ChallengeUpdate::default()).await, "challenges web");
     names(gauntlet.delete_challenge(&call(), &web).await, "challenges web");
     let done = gauntlet.reconcile(&call()).await.unwrap();
-    assert_eq!((done.recovered, done.orphans), (0, 0), "{done:?}");
+    assert_eq!((done.recovered, done.orphans_removed), (0, 0), "{done:?}");
     assert_eq!(store.contents().await, before);
 }

@@ -9,7 +9,7 @@ use gauntlet_domain::{Begin, By, Commit, LockKind, Store as _, Stranded};
 use super::*;
 use crate::{
     Coordination,
-    contract::{at, challenge, id, instance, seat},
+    contract::{at, challenge, id, instance, instance_key},
 };
 
 fn put(key: &str, lease: Option<LeaseId>) -> Txn {
@@ -156,7 +156,7 @@ fn what_is_no_store_is_told_by_its_path() {
 async fn a_file_of_version_1_opens_and_goes_on() {
     let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/embedded/tests/version-1.redb");
     let open = |path: PathBuf| async move { Coordination::embedded(&path, "a".to_owned()).await.unwrap() };
-    let (by, alice, bob) = (By::default(), seat("web", "alice"), seat("web", "bob"));
+    let (by, alice, bob) = (By::default(), instance_key("web", "alice"), instance_key("web", "bob"));
     let ready = instance(alice.clone(), gauntlet_domain::Phase::Ready);
     let begun = instance(bob.clone(), gauntlet_domain::Phase::Provisioning);
     if !kept.exists() {
@@ -299,11 +299,11 @@ async fn a_restart_keeps_records_and_finds_what_was_under_way() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     let open = || async { Coordination::embedded(&path, "a".to_owned()).await.unwrap() };
-    let (by, slot) = (By::default(), seat("web", "alice"));
+    let (by, key) = (By::default(), instance_key("web", "alice"));
     let store = open().await;
     store.insert_challenge(&challenge("web")).await.unwrap();
     let web = store.challenge(&id("web")).await.unwrap().unwrap();
-    let intent = instance(slot.clone(), gauntlet_domain::Phase::Provisioning);
+    let intent = instance(key.clone(), gauntlet_domain::Phase::Provisioning);
     let owner = store.begin_create(&web, &intent, None, &by).await.unwrap();
     let lock = store.lock(LockKind::Rollout, &id("web"), &by).await.unwrap();
     // As a crash would: nothing is given up in order.
@@ -311,17 +311,17 @@ async fn a_restart_keeps_records_and_finds_what_was_under_way() {
     drop(store);
     let store = open().await;
     assert_eq!(store.challenge(&id("web")).await.unwrap().unwrap(), web);
-    assert_eq!(store.stranded(at(0)).await.unwrap(), vec![Stranded::Instance(slot.clone())]);
+    assert_eq!(store.stranded(at(0)).await.unwrap(), vec![Stranded::Instance(key.clone())]);
     let again = store.lock(LockKind::Rollout, &id("web"), &by).await.unwrap();
     assert!(again.fence > lock.fence && again.fence > owner.fence);
-    let (held, left) = store.begin(&slot, Begin::Recover, &by).await.unwrap();
+    let (held, left) = store.begin(&key, Begin::Recover, &by).await.unwrap();
     assert_eq!(left, intent);
-    store.commit(held, &slot, Commit::Remove).await.unwrap();
+    store.commit(held, &key, Commit::Remove).await.unwrap();
     store.shutdown().await;
     assert!(store.ping().await.is_err());
     assert!(store.insert_challenge(&challenge("late")).await.is_err());
     let store = open().await;
-    assert_eq!(store.instance(&slot).await.unwrap(), None);
+    assert_eq!(store.instance(&key).await.unwrap(), None);
     store.shutdown().await;
 }
 

@@ -167,7 +167,7 @@ async fn etcd_counts_what_the_budgets_say() {
     spent("delete", 2, 0).await;
     let pooled = ChallengeId::new("pooled").unwrap();
     gauntlet.create_challenge(&call(), new(&pooled, 2)).await.unwrap();
-    gauntlet.tend_pool(&call(), &pooled).await.unwrap();
+    gauntlet.maintain_pool(&call(), &pooled).await.unwrap();
     before.replace(served(&server).await);
     gauntlet.create_instance(&call(), &pooled, &alice, Default::default()).await.unwrap();
     spent("claim", 1, 0).await;
@@ -211,11 +211,11 @@ async fn lists_of_many_pages_go_on_while_etcd_is_compacted() {
     let store = replica(EtcdConfig::new([server.url()])).await;
     let mut admin = Client::connect([server.url()], None).await.unwrap();
     store.insert_challenge(&crate::contract::challenge("web")).await.unwrap();
-    let slots: Vec<_> = (0..INSTANCES).map(|n| crate::contract::seat("web", &format!("team-{n:04}"))).collect();
-    for some in slots.chunks(100) {
-        let record = |slot: &gauntlet_domain::Slot| {
-            let instance = crate::contract::instance(slot.clone(), gauntlet_domain::Phase::Ready);
-            Op::put(store.core.layout.instance(slot), crate::records::write_instance(&instance))
+    let keys: Vec<_> = (0..INSTANCES).map(|n| crate::contract::instance_key("web", &format!("team-{n:04}"))).collect();
+    for some in keys.chunks(100) {
+        let record = |key: &gauntlet_domain::InstanceKey| {
+            let instance = crate::contract::instance(key.clone(), gauntlet_domain::Phase::Ready);
+            Op::put(store.core.layout.instance(key), crate::records::write_instance(&instance))
         };
         store.core.kv.txn(Txn { then: some.iter().map(record).collect(), ..Txn::default() }).await.unwrap();
     }
@@ -228,9 +228,9 @@ async fn lists_of_many_pages_go_on_while_etcd_is_compacted() {
         if seen.len() % 200 == 0 {
             compact().await;
         }
-        seen.push(instance.slot);
+        seen.push(instance.key);
     }
-    assert!(seen == slots, "each once, in order: {} of them", seen.len());
+    assert!(seen == keys, "each once, in order: {} of them", seen.len());
     let mut listing = store.challenges();
     compact().await;
     let (_, own) = listing.try_next().await.unwrap().unwrap();

@@ -1,7 +1,7 @@
 //! The records' form is an interface: what one build writes, the next must read.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use gauntlet_domain::{Seat, SourceId};
+use gauntlet_domain::{Assignment, SourceId};
 use proptest::{collection, option, prelude::*, strategy::Strategy as Generate};
 
 use super::{Strategy, *};
@@ -18,8 +18,8 @@ fn id() -> ChallengeId {
     ChallengeId::new("web").unwrap()
 }
 
-fn slot() -> Slot {
-    Slot { challenge: id(), seat: Seat::Source(SourceId::new("alice").unwrap()) }
+fn key() -> InstanceKey {
+    InstanceKey { challenge: id(), assignment: Assignment::Source(SourceId::new("alice").unwrap()) }
 }
 
 fn full_challenge() -> Challenge {
@@ -29,18 +29,18 @@ fn full_challenge() -> Challenge {
         timeout: Some(Duration::new(90, 5)),
         until: Some(at(1_700_000_000)),
         additional: Additional::from([("key".to_owned(), "value".to_owned())]),
-        bounds: Bounds::new(2, 5).unwrap(),
+        bounds: PoolBounds::new(2, 5).unwrap(),
         revision: 3,
-        content: 2,
-        rollout: Some(Rollout { strategy: Strategy::BlueGreen, origin: Some("00-aa-bb-01".to_owned()) }),
-        closing: false,
-        origin: None,
+        content_revision: 2,
+        rollout: Some(Rollout { strategy: Strategy::BlueGreen, traceparent: Some("00-aa-bb-01".to_owned()) }),
+        deleting: false,
+        traceparent: None,
     }
 }
 
 fn full_instance() -> Instance {
     Instance {
-        slot: slot(),
+        key: key(),
         identity: Identity::from_bits(7),
         phase: Phase::Failed(Failure {
             during: Operation::Update,
@@ -53,17 +53,17 @@ fn full_instance() -> Instance {
         last_renew: at(15),
         until: Some(at(70)),
         scenario: pinned(),
-        applied: 2,
+        applied_revision: 2,
         additional: Additional::new(),
         connection_info: "http://ctf.test:31337".to_owned(),
         flags: vec!["CTF{one}".to_owned()],
         target: Some(Target {
             identity: Identity::from_bits(8),
             scenario: pinned(),
-            applied: 3,
+            revision: 3,
             strategy: Strategy::Recreate,
         }),
-        origin: Some("00-aa-bb-01".to_owned()),
+        traceparent: Some("00-aa-bb-01".to_owned()),
     }
 }
 
@@ -199,10 +199,10 @@ fn a_pinned() -> impl Generate<Value = Pinned> {
 }
 
 fn a_target() -> impl Generate<Value = Target> {
-    (any::<u64>(), a_pinned(), any::<u64>(), strategy()).prop_map(|(bits, scenario, applied, strategy)| Target {
+    (any::<u64>(), a_pinned(), any::<u64>(), strategy()).prop_map(|(bits, scenario, revision, strategy)| Target {
         identity: Identity::from_bits(bits),
         scenario,
-        applied,
+        revision,
         strategy,
     })
 }
@@ -224,14 +224,14 @@ prop_compose! {
     fn a_challenge()(
         scenario in a_pinned(), timeout in option::of(any::<Duration>()), until in option::of(timestamp()),
         additional in additional(), min in 0i64..9, room in option::of(0i64..9), counts in any::<(u64, u64)>(),
-        rollout in option::of((strategy(), any::<Option<String>>())), closing: bool, origin: Option<String>,
+        rollout in option::of((strategy(), any::<Option<String>>())), deleting: bool, traceparent: Option<String>,
     ) -> Challenge {
         Challenge {
             id: id(), scenario, timeout, until, additional,
-            bounds: Bounds::new(min, room.map_or(0, |room| min + room)).unwrap(),
-            revision: counts.0, content: counts.1,
-            rollout: rollout.map(|(strategy, origin)| Rollout { strategy, origin }),
-            closing, origin,
+            bounds: PoolBounds::new(min, room.map_or(0, |room| min + room)).unwrap(),
+            revision: counts.0, content_revision: counts.1,
+            rollout: rollout.map(|(strategy, traceparent)| Rollout { strategy, traceparent }),
+            deleting, traceparent,
         }
     }
 }
@@ -239,12 +239,12 @@ prop_compose! {
 prop_compose! {
     fn an_instance()(
         bits: u64, phase in phase(), times in (timestamp(), timestamp(), option::of(timestamp())), scenario in a_pinned(),
-        applied: u64, additional in additional(), connection_info: String, flags: Vec<String>,
-        target in option::of(a_target()), origin: Option<String>,
+        applied_revision: u64, additional in additional(), connection_info: String, flags: Vec<String>,
+        target in option::of(a_target()), traceparent: Option<String>,
     ) -> Instance {
         Instance {
-            slot: slot(), identity: Identity::from_bits(bits), phase, since: times.0, last_renew: times.1, until: times.2,
-            scenario, applied, additional, connection_info, flags, target, origin,
+            key: key(), identity: Identity::from_bits(bits), phase, since: times.0, last_renew: times.1, until: times.2,
+            scenario, applied_revision, additional, connection_info, flags, target, traceparent,
         }
     }
 }
@@ -257,7 +257,7 @@ proptest! {
 
     #[test]
     fn instances_read_back(instance in an_instance()) {
-        prop_assert_eq!(read_instance(slot(), &write_instance(&instance)).unwrap(), instance);
+        prop_assert_eq!(read_instance(key(), &write_instance(&instance)).unwrap(), instance);
     }
 
     #[test]
@@ -274,7 +274,7 @@ proptest! {
     fn no_bytes_break_the_reader(bytes: Vec<u8>, text in "\\{\"v\":1[a-z0-9:,\"{}]{0,40}") {
         for bytes in [bytes.as_slice(), text.as_bytes()] {
             let _ = read_challenge(id(), bytes);
-            let _ = read_instance(slot(), bytes);
+            let _ = read_instance(key(), bytes);
             let _ = apply_intent(&mut full_instance(), bytes);
             let _ = Owner::read(bytes);
         }

@@ -87,6 +87,6 @@ async fn refill_that_always_counts_too_early_tries_until_the_deadline() {
     assert_eq!(planned.map(|plan| plan.jobs.len()).unwrap_err(), Error::Conflict);
     grow_within_the_deadline(&world.time.pauses());
     world.rival(false);
-    world.gauntlet.tend_pool(&world.call, &world.web).await.unwrap();
+    world.gauntlet.maintain_pool(&world.call, &world.web).await.unwrap();
     assert_eq!(world.pooled().await.len(), 1);
 }

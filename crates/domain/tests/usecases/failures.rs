@@ -4,8 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use futures::TryStreamExt as _;
 use gauntlet_domain::{
-    Additional, Call, ChallengeUpdate, Entropy, Error, Fact, Instance, Operation, Outcome, Phase, PhaseName, Settings,
-    SourceId, Store as _, Strategy,
+    Additional, Call, ChallengeUpdate, Entropy, Error, Fact, Instance, Operation, OperationOutcome, Phase, PhaseName,
+    Settings, SourceId, Store as _, Strategy,
 };
 
 use crate::world::{ALICE, World, digest, reference};
@@ -40,32 +40,32 @@ async fn every_delete_is_counted() {
         |outcome| vec![Fact::InstanceOperation { challenge: world.web.clone(), operation: Operation::Delete, outcome }];
     world.facts.take();
     world.delete(ALICE).await.unwrap();
-    assert_eq!(world.facts.take(), deleted(Outcome::Ok));
+    assert_eq!(world.facts.take(), deleted(OperationOutcome::Ok));
     world.delete(ALICE).await.unwrap_err();
-    assert_eq!(world.facts.take(), deleted(Outcome::Refused("INSTANCE_NOT_FOUND")));
+    assert_eq!(world.facts.take(), deleted(OperationOutcome::Refused("INSTANCE_NOT_FOUND")));
     // Nothing is there, and whether its challenge is cannot be read.
     world.hide_challenges();
     assert!(matches!(world.delete(ALICE).await, Err(Error::Unavailable { .. })));
-    assert_eq!(world.facts.take(), deleted(Outcome::Failed("UNAVAILABLE")));
+    assert_eq!(world.facts.take(), deleted(OperationOutcome::Failed("UNAVAILABLE")));
 }
 
 /// The same each time.
 struct Bits(u64);
 
 impl Entropy for Bits {
-    fn bits(&self) -> u64 {
+    fn next_u64(&self) -> u64 {
         self.0
     }
 }
 
 #[tokio::test]
 async fn tries_come_at_longer_and_longer_delays_up_to_a_bound_and_not_all_at_once() {
-    let Settings { retry_first, retry_longest, .. } = Settings::default();
+    let Settings { retry_initial_delay, retry_max_delay, .. } = Settings::default();
     for (bits, share) in [(0, 0.5), (1 << 63, 0.75), (u64::MAX, 1.0)] {
         let world = World::with_an_instance().await;
         world.machine.refuse(["down"]);
         assert!(world.delete(ALICE).await.is_err());
-        let mut delay = retry_first;
+        let mut delay = retry_initial_delay;
         for attempt in 1..=20 {
             let Some(Phase::Failed(failed)) = world.stored(ALICE).await.map(|kept| kept.phase) else {
                 panic!("it is kept")
@@ -76,11 +76,11 @@ async fn tries_come_at_longer_and_longer_delays_up_to_a_bound_and_not_all_at_onc
             let Some(Phase::Failed(next)) = world.stored(ALICE).await.map(|kept| kept.phase) else {
                 panic!("it is kept")
             };
-            delay = (delay * 2).min(retry_longest);
+            delay = (delay * 2).min(retry_max_delay);
             let expected = failed.retry_at + delay.mul_f64(share);
             assert!(next.retry_at.duration_since(expected).abs() < Duration::from_millis(1).try_into().unwrap());
         }
-        assert_eq!(delay, retry_longest);
+        assert_eq!(delay, retry_max_delay);
     }
 }
 
@@ -148,7 +148,7 @@ async fn what_a_create_could_not_undo_can_be_deleted() {
 #[tokio::test]
 async fn a_claim_that_could_not_be_undone_is_shown_to_no_player() {
     let world = World::with_a_challenge(1).await;
-    world.gauntlet.tend_pool(&world.call, &world.web).await.unwrap();
+    world.gauntlet.maintain_pool(&world.call, &world.web).await.unwrap();
     world.machine.refuse(["update", "down"]);
     let (alice, own) = (SourceId::new(ALICE).unwrap(), Additional::from([("a".to_owned(), "b".to_owned())]));
     assert!(world.gauntlet.create_instance(&world.call, &world.web, &alice, own).await.is_err());
@@ -189,27 +189,27 @@ async fn a_failed_update_is_not_taken_for_applied() {
     let updated = world.gauntlet.update_challenge(&world.call, &world.web, update).await.unwrap();
     assert_eq!(updated.failures.len(), 1);
     let kept = world.stored(ALICE).await.unwrap();
-    assert_eq!((kept.phase, kept.applied, kept.scenario.digest), (Phase::Ready, 1, digest(1)));
+    assert_eq!((kept.phase, kept.applied_revision, kept.scenario.digest), (Phase::Ready, 1, digest(1)));
     // An update of something else brings it to what it has missed.
     world.machine.refuse([]);
     let timeout = ChallengeUpdate { timeout: Some(None), ..ChallengeUpdate::default() };
     let updated = world.gauntlet.update_challenge(&world.call, &world.web, timeout).await.unwrap();
     assert_eq!(updated.failures, []);
     let after = world.stored(ALICE).await.unwrap();
-    assert_eq!((after.applied, &after.scenario.digest), (3, &digest(2)));
+    assert_eq!((after.applied_revision, &after.scenario.digest), (3, &digest(2)));
     assert_eq!(world.machine.running(), [(after.identity, digest(2))]);
 }
 
 #[tokio::test]
 async fn a_pooled_instance_whose_update_failed_is_not_handed_out() {
     let world = World::with_a_challenge(1).await;
-    world.gauntlet.tend_pool(&world.call, &world.web).await.unwrap();
+    world.gauntlet.maintain_pool(&world.call, &world.web).await.unwrap();
     world.machine.refuse(["up"]);
     let update = update(2, Strategy::BlueGreen);
     let updated = world.gauntlet.update_challenge(&world.call, &world.web, update).await.unwrap();
     assert_eq!(updated.failures.len(), 1);
     world.machine.refuse([]);
-    world.gauntlet.tend_pool(&world.call, &world.web).await.unwrap();
+    world.gauntlet.maintain_pool(&world.call, &world.web).await.unwrap();
     // Another is in its place, and that one is handed out.
     let pooled = world.pooled().await;
     assert_eq!(pooled.len(), 1);

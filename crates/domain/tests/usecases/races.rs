@@ -19,7 +19,7 @@ async fn a_delayed_renewal_takes_nothing_back() {
     for scenario in [None, Some(reference(2))] {
         let update = ChallengeUpdate { scenario, ..ChallengeUpdate::default() };
         let updated = world.gauntlet.update_challenge(&early, &world.web, update).await.unwrap();
-        assert_eq!((updated.failures, updated.instances[0].applied), (Vec::new(), updated.challenge.revision));
+        assert_eq!((updated.failures, updated.instances[0].applied_revision), (Vec::new(), updated.challenge.revision));
         assert_eq!(world.stored(ALICE).await.unwrap().until, Some(world.at(1200 + TIMEOUT).now));
     }
 }
@@ -39,7 +39,7 @@ async fn what_ended_is_not_revived_in_the_place_of_another() {
     assert_ne!(anew.identity, before.identity);
     first.open();
     let done = within("reconciling", reconciled).await.unwrap().unwrap();
-    assert_eq!((done.revived, done.failures), (1, Vec::new()));
+    assert_eq!((done.restarted, done.failures), (1, Vec::new()));
     assert_eq!(world.stored(BOB).await, Some(anew.clone()));
     assert_eq!(world.machine.running(), [(alice.identity, digest(1)), (anew.identity, digest(1))]);
 }
@@ -56,13 +56,13 @@ async fn one_that_is_told_to_have_ended_is_brought_back_and_no_other() {
         generation: 1,
         alive: false,
     };
-    let done = world.gauntlet.bring_back(&world.at(1), told(&alice.identity)).await.unwrap();
-    assert_eq!((done.revived, done.failures), (1, Vec::new()));
+    let done = world.gauntlet.reconcile_instance(&world.at(1), told(&alice.identity)).await.unwrap();
+    assert_eq!((done.restarted, done.failures), (1, Vec::new()));
     assert_eq!(world.machine.running(), [(alice.identity, digest(1))]);
     // What was deleted meanwhile is taken down, not brought back.
     world.delete(BOB).await.unwrap();
-    let done = world.gauntlet.bring_back(&world.at(2), told(&bob.identity)).await.unwrap();
-    assert_eq!((done.revived, done.orphans, done.failures), (0, 1, Vec::new()));
+    let done = world.gauntlet.reconcile_instance(&world.at(2), told(&bob.identity)).await.unwrap();
+    assert_eq!((done.restarted, done.orphans_removed, done.failures), (0, 1, Vec::new()));
 }
 
 #[tokio::test]
@@ -110,7 +110,7 @@ async fn a_deletion_that_was_held_up_removes_no_challenge_created_anew() {
     world.create_challenge(0).await;
     world.store.release(last).await.unwrap();
     assert_eq!(within("deleting", deleted).await.unwrap(), Ok(()));
-    assert!(!world.store.challenge(&world.web).await.unwrap().unwrap().value.closing);
+    assert!(!world.store.challenge(&world.web).await.unwrap().unwrap().value.deleting);
 }
 
 #[tokio::test]

@@ -28,7 +28,7 @@ async fn expired_challenge_drains_its_pool() {
     let world = World::with_a_challenge(0).await;
     let id = brief(&world, 2).await;
     for (second, pooled) in [(1999, 2), (2000, 0)] {
-        world.gauntlet.tend_pool(&world.at(second), &id).await.unwrap();
+        world.gauntlet.maintain_pool(&world.at(second), &id).await.unwrap();
         let all: Vec<_> = world.store.instances_of(&id).try_collect().await.unwrap();
         assert_eq!(all.len(), pooled, "at {second}");
     }
@@ -76,11 +76,11 @@ async fn update_that_recovery_finishes_gives_the_instance_a_new_end() {
     let target = Target {
         identity: Identity::from_bits(7),
         scenario: instance.scenario.clone(),
-        applied: instance.applied + 1,
+        revision: instance.applied_revision + 1,
         strategy: Strategy::Recreate,
     };
     // Released without a commit, as a crash leaves it.
-    let (held, _) = world.store.begin(&instance.slot, Begin::Update(target), &By::default()).await.unwrap();
+    let (held, _) = world.store.begin(&instance.key, Begin::Update(target), &By::default()).await.unwrap();
     world.store.release(held).await.unwrap();
     assert_eq!(world.gauntlet.reconcile(&world.at(1500)).await.unwrap().recovered, 1);
     let updated = world.stored(ALICE).await.unwrap();

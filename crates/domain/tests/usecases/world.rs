@@ -16,9 +16,9 @@ use gauntlet_coordination::{
     kv::{Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Test, Txn, TxnResult},
 };
 use gauntlet_domain::{
-    Additional, By, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Found, Gauntlet, Held, Identity, Instance,
-    LockKind, NewChallenge, Order, Outputs, Pinned, Place, Plan, PortSpec, Provisioner, Result, Scenarios, Seat,
-    Settings, Slot, SourceId, Store as _, Workload,
+    Additional, Assignment, By, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Found, Gauntlet, Held, Identity,
+    Instance, InstanceKey, LockKind, NewChallenge, Order, Outputs, Pinned, Place, Plan, PortSpec, Provisioner, Result,
+    Scenarios, Settings, SourceId, Store as _, Workload,
 };
 use jiff::Timestamp;
 use tempfile::TempDir;
@@ -213,7 +213,7 @@ impl Noted {
 }
 
 impl Facts for Noted {
-    fn note(&self, fact: Fact) {
+    fn record(&self, fact: Fact) {
         self.0.lock().unwrap().push(fact);
     }
 }
@@ -222,7 +222,7 @@ impl Facts for Noted {
 struct Counter(AtomicU64);
 
 impl Entropy for Counter {
-    fn bits(&self) -> u64 {
+    fn next_u64(&self) -> u64 {
         self.0.fetch_add(1, Ordering::Relaxed)
     }
 }
@@ -361,12 +361,12 @@ impl World {
         let store = Arc::new(Coordination::over(kv, "test/", LONG, "a".to_owned()));
         let machine = Arc::new(Machine::default());
         let (scenarios, facts) = (Arc::new(Library), Arc::new(Noted::default()));
-        let settings = Settings { concurrency: 1, patience: PATIENCE, ..Settings::default() };
+        let settings = Settings { concurrency: 1, lock_timeout: PATIENCE, ..Settings::default() };
         let gauntlet = Gauntlet::new(store.clone(), machine.clone(), scenarios, facts.clone(), settings);
         let time = Arc::new(Time::default());
         let call = Call {
             now: Timestamp::from_second(1000).unwrap(),
-            origin: None,
+            traceparent: None,
             entropy: Arc::new(Counter::default()),
             clock: time.clone(),
         };
@@ -416,14 +416,14 @@ impl World {
     }
 
     pub async fn stored(&self, source: &str) -> Option<Instance> {
-        let seat = Seat::Source(SourceId::new(source).unwrap());
-        let slot = Slot { challenge: self.web.clone(), seat };
-        self.store.instance(&slot).await.unwrap().map(|stored| stored.value)
+        let seat = Assignment::Source(SourceId::new(source).unwrap());
+        let key = InstanceKey { challenge: self.web.clone(), assignment: seat };
+        self.store.instance(&key).await.unwrap().map(|stored| stored.value)
     }
 
     pub async fn pooled(&self) -> Vec<Instance> {
         let all: Vec<_> = self.store.instances_of(&self.web).try_collect().await.unwrap();
-        all.into_iter().map(|stored| stored.value).filter(|instance| instance.slot.seat.is_pool()).collect()
+        all.into_iter().map(|stored| stored.value).filter(|instance| instance.key.assignment.is_pooled()).collect()
     }
 
     /// Runs a use case beside the test.

@@ -31,7 +31,7 @@ const EPOCH: i64 = 1_700_000_000_000_000;
 /// A call that happens at its number.
 pub(super) fn call(number: u64) -> Call {
     let now = Timestamp::from_microsecond(EPOCH + number as i64).unwrap();
-    Call { now, origin: None, entropy: Arc::new(Random), clock: Arc::new(Random) }
+    Call { now, traceparent: None, entropy: Arc::new(Random), clock: Arc::new(Random) }
 }
 
 #[async_trait]
@@ -54,7 +54,7 @@ pub(super) fn at(time: Timestamp) -> u64 {
 struct Random;
 
 impl Entropy for Random {
-    fn bits(&self) -> u64 {
+    fn next_u64(&self) -> u64 {
         rand::random()
     }
 }
@@ -228,7 +228,7 @@ impl Scenarios for Nothing {
 }
 
 impl Facts for Nothing {
-    fn note(&self, _: Fact) {}
+    fn record(&self, _: Fact) {}
 }
 
 /// One replica.
@@ -254,7 +254,7 @@ impl<K: Kv> World<K> {
         let replica = |name: &str, faults: Arc<Faults>| {
             let faulty = Faulty { inner: kv.clone(), faults };
             let store = Arc::new(Coordination::over(faulty, "linear/", Duration::from_secs(2), name.to_owned()));
-            let settings = Settings { patience: Duration::from_secs(10), ..Settings::default() };
+            let settings = Settings { lock_timeout: Duration::from_secs(10), ..Settings::default() };
             let gauntlet = Gauntlet::new(store.clone(), names.clone(), Arc::new(Nothing), Arc::new(Nothing), settings);
             let reconciler = tokio::spawn(reconcile(gauntlet.clone()));
             Replica { gauntlet, store, reconciler }
@@ -329,7 +329,7 @@ async fn reconcile(gauntlet: Gauntlet) {
         // What fails is tried again in the next pass.
         let done = gauntlet.reconcile(&call(0)).await;
         for id in done.into_iter().flat_map(|done| done.pools) {
-            let _ = gauntlet.tend_pool(&call(0), &id).await;
+            let _ = gauntlet.maintain_pool(&call(0), &id).await;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

@@ -190,8 +190,8 @@ pub(super) fn instance(instance: Instance) -> pbi::Instance {
         _ => None,
     };
     pbi::Instance {
-        challenge_id: instance.slot.challenge.as_str().to_owned(),
-        source_id: instance.slot.seat.source().map(|source| source.as_str().to_owned()).unwrap_or_default(),
+        challenge_id: instance.key.challenge.as_str().to_owned(),
+        source_id: instance.key.assignment.source().map(|source| source.as_str().to_owned()).unwrap_or_default(),
         since: Some(timestamp(instance.since)),
         last_renew: Some(timestamp(instance.last_renew)),
         until: instance.until.map(timestamp),

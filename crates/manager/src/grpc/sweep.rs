@@ -40,8 +40,8 @@ impl Sweeper for Handlers {
 
 fn expired(instance: Instance) -> ExpiredInstance {
     ExpiredInstance {
-        challenge_id: instance.slot.challenge.as_str().to_owned(),
-        source_id: instance.slot.seat.source().map(|source| source.as_str().to_owned()).unwrap_or_default(),
+        challenge_id: instance.key.challenge.as_str().to_owned(),
+        source_id: instance.key.assignment.source().map(|source| source.as_str().to_owned()).unwrap_or_default(),
         until: instance.until.map(convert::timestamp),
         since: Some(convert::timestamp(instance.since)),
     }

@@ -14,11 +14,11 @@ pub(crate) struct SignallingFacts {
 }
 
 impl Facts for SignallingFacts {
-    fn note(&self, fact: Fact) {
+    fn record(&self, fact: Fact) {
         if let Fact::PoolClaim { challenge, .. } = &fact {
             self.signals.pool(challenge);
         }
-        self.inner.note(fact);
+        self.inner.record(fact);
     }
 }
 
@@ -26,7 +26,7 @@ impl Facts for SignallingFacts {
 pub(crate) struct CountedFacts(pub(crate) Instruments);
 
 impl Facts for CountedFacts {
-    fn note(&self, fact: Fact) {
+    fn record(&self, fact: Fact) {
         match fact {
             Fact::InstanceOperation { challenge, operation, outcome } => {
                 self.0.instance.operation(challenge.as_str(), operation.name(), outcome.name());

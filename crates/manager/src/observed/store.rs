@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Instant};
 use async_trait::async_trait;
 use futures::FutureExt as _;
 use gauntlet_domain::{
-    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, LockKind, Pool, Result, Slot, SourceId,
-    Store, Stored, Stranded, Stream, Survey, Version,
+    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, InstanceKey, LockKind, Pool, Result,
+    SourceId, Store, Stored, Stranded, Stream, Survey, Version,
 };
 use gauntlet_telemetry::{context, instruments::Instruments};
 use jiff::Timestamp;
@@ -139,8 +139,8 @@ impl Store for ObservedStore {
         self.inner.challenges()
     }
 
-    async fn instance(&self, slot: &Slot) -> Result<Option<Stored<Instance>>> {
-        self.inner.instance(slot).await
+    async fn instance(&self, key: &InstanceKey) -> Result<Option<Stored<Instance>>> {
+        self.inner.instance(key).await
     }
 
     fn instances_of(&self, id: &ChallengeId) -> Stream<'_, Stored<Instance>> {
@@ -187,7 +187,7 @@ impl Store for ObservedStore {
         by: &By,
     ) -> Result<Held> {
         let begin = self.inner.begin_create(challenge, intent, pool, by);
-        self.acquire(LockKind::Instance, &intent.slot.challenge, begin, |held, wrap| wrap(held)).await
+        self.acquire(LockKind::Instance, &intent.key.challenge, begin, |held, wrap| wrap(held)).await
     }
 
     async fn claim(
@@ -198,23 +198,23 @@ impl Store for ObservedStore {
         by: &By,
     ) -> Result<Option<Held>> {
         let claim = self.inner.claim(challenge, pooled, claimed, by);
-        self.acquire(LockKind::Instance, &claimed.slot.challenge, claim, |held, wrap| held.map(wrap)).await
+        self.acquire(LockKind::Instance, &claimed.key.challenge, claim, |held, wrap| held.map(wrap)).await
     }
 
-    async fn begin(&self, slot: &Slot, begin: Begin, by: &By) -> Result<(Held, Instance)> {
+    async fn begin(&self, key: &InstanceKey, begin: Begin, by: &By) -> Result<(Held, Instance)> {
         let begin = async {
-            let (held, instance) = self.inner.begin(slot, begin, by).await?;
+            let (held, instance) = self.inner.begin(key, begin, by).await?;
             // From an instance's end, or its recovery, to its beginning.
-            if let Some(origin) = &instance.origin {
-                context::link_to(origin);
+            if let Some(traceparent) = &instance.traceparent {
+                context::link_to(traceparent);
             }
             Ok((held, instance))
         };
-        self.acquire(LockKind::Instance, &slot.challenge, begin, |(held, instance), wrap| (wrap(held), instance)).await
+        self.acquire(LockKind::Instance, &key.challenge, begin, |(held, instance), wrap| (wrap(held), instance)).await
     }
 
-    async fn commit(&self, held: Held, slot: &Slot, commit: Commit) -> Result<()> {
-        self.inner.commit(held, slot, commit).await
+    async fn commit(&self, held: Held, key: &InstanceKey, commit: Commit) -> Result<()> {
+        self.inner.commit(held, key, commit).await
     }
 
     async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &By) -> Result<()> {

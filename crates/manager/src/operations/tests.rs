@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use gauntlet_domain::{Fact, Operation, Outcome};
+use gauntlet_domain::{Fact, Operation, OperationOutcome};
 use tracing::{
     Event, Level, Metadata, Subscriber,
     field::{Field, Visit},
@@ -70,7 +70,7 @@ async fn each_instance_that_an_update_does_not_reach_is_logged_and_counted_and_t
         "{logged:?}"
     );
     let failed = |fact: &&Fact| {
-        let outcome = Outcome::Failed("PROVISION_FAILED");
+        let outcome = OperationOutcome::Failed("PROVISION_FAILED");
         matches!(fact, Fact::InstanceOperation { operation: Operation::Update, outcome: of, .. } if *of == outcome)
     };
     assert_eq!(api.facts().iter().filter(failed).count(), 3);

@@ -12,8 +12,8 @@ use gauntlet_coordination::{
     kv::{Followed, Get, Keys, Kv, KvResult, LeaseId, Page, Txn, TxnResult},
 };
 use gauntlet_domain::{
-    Additional, Bounds, Call, Challenge, Fact, Facts, Found, Identity, NewChallenge, Order, Outputs, Pinned,
-    Place as At, Plan, PortSpec, Provisioner, Result, Scenarios, Settings, SourceId, Store as _, Workload,
+    Additional, Call, Challenge, Fact, Facts, Found, Identity, NewChallenge, Order, Outputs, Pinned, Place as At, Plan,
+    PoolBounds, PortSpec, Provisioner, Result, Scenarios, Settings, SourceId, Store as _, Workload,
 };
 use tempfile::TempDir;
 use tokio::{
@@ -168,7 +168,7 @@ impl Plan for Library {
 struct Uncounted;
 
 impl Facts for Uncounted {
-    fn note(&self, _: Fact) {}
+    fn record(&self, _: Fact) {}
 }
 
 struct World {
@@ -228,7 +228,7 @@ impl World {
 
     async fn pooled(&self, challenge: &ChallengeId) -> usize {
         let all: Vec<_> = self.store.instances_of(challenge).try_collect().await.unwrap();
-        all.iter().filter(|stored| stored.value.slot.seat.is_pool()).count()
+        all.iter().filter(|stored| stored.value.key.assignment.is_pooled()).count()
     }
 
     fn is_idle(&self) -> bool {
@@ -347,7 +347,7 @@ async fn a_bound_from_before_there_was_a_limit_is_cut_to_it() {
     let world = World::looking_after_pools(Settings { pool_max: 20, ..Settings::default() });
     let web = world.challenge("web", 0, 0).await;
     let stored = world.store.challenge(&web).await.unwrap().unwrap().value;
-    let old = Challenge { id: id("old"), bounds: Bounds::new(9_000_000_000_000_000_000, 0).unwrap(), ..stored };
+    let old = Challenge { id: id("old"), bounds: PoolBounds::new(9_000_000_000_000_000_000, 0).unwrap(), ..stored };
     world.store.insert_challenge(&old).await.unwrap();
     world.pools.ask(&old.id, None);
     // It is created from meanwhile.

@@ -6,8 +6,9 @@ use std::{collections::BTreeMap, sync::Arc};
 use futures::TryStreamExt as _;
 use gauntlet_coordination::Coordination;
 use gauntlet_domain::{
-    Additional, Begin, Bounds, By, Challenge, ChallengeId, Commit, Error, Failure, Held, Identity, Instance, LockKind,
-    Operation, Phase, PhaseName, Pinned, Result, Seat, Slot, SourceId, Store as _, Stored, Stranded, Target,
+    Additional, Assignment, Begin, By, Challenge, ChallengeId, Commit, Error, Failure, Held, Identity, Instance,
+    InstanceKey, LockKind, Operation, Phase, PhaseName, Pinned, PoolBounds, Result, SourceId, Store as _, Stored,
+    Stranded, Target,
 };
 use jiff::Timestamp;
 use proptest::{prelude::*, sample::Index, strategy::Strategy};
@@ -145,7 +146,7 @@ struct History {
     replicas: Vec<Replica>,
     id: ChallengeId,
     revision: u64,
-    model: BTreeMap<Slot, Known>,
+    model: BTreeMap<InstanceKey, Known>,
     kept: Vec<Kept>,
 }
 
@@ -185,50 +186,50 @@ impl History {
             timeout: None,
             until: None,
             additional: Additional::new(),
-            bounds: Bounds::default(),
+            bounds: PoolBounds::default(),
             revision: self.revision,
-            content: 1,
+            content_revision: 1,
             rollout: None,
-            closing: false,
-            origin: None,
+            deleting: false,
+            traceparent: None,
         };
         self.replicas[replica].1.insert_challenge(&challenge).await
     }
 
-    fn slot(&self, seat: usize) -> Slot {
-        let seat = match seat {
-            0..SOURCES => Seat::Source(SourceId::new(format!("s{seat}")).unwrap()),
-            _ => Seat::Pool(Identity::from_bits(seat as u64)),
+    fn key(&self, seat: usize) -> InstanceKey {
+        let assignment = match seat {
+            0..SOURCES => Assignment::Source(SourceId::new(format!("s{seat}")).unwrap()),
+            _ => Assignment::Pool(Identity::from_bits(seat as u64)),
         };
-        Slot { challenge: self.id.clone(), seat }
+        InstanceKey { challenge: self.id.clone(), assignment }
     }
 
     fn fresh(&self, seat: usize, number: usize) -> Instance {
-        let slot = self.slot(seat);
-        let identity = match &slot.seat {
-            Seat::Pool(identity) => identity.clone(),
-            Seat::Source(_) => Identity::from_bits(100 + number as u64),
+        let key = self.key(seat);
+        let identity = match &key.assignment {
+            Assignment::Pool(identity) => identity.clone(),
+            Assignment::Source(_) => Identity::from_bits(100 + number as u64),
         };
-        let until = (!slot.seat.is_pool()).then(|| at(120));
+        let until = (!key.assignment.is_pooled()).then(|| at(120));
         Instance {
-            slot,
+            key,
             identity,
             phase: Phase::Provisioning,
             since: at(1),
             last_renew: at(1),
             until,
             scenario: pinned(),
-            applied: 1,
+            applied_revision: 1,
             additional: Additional::new(),
             connection_info: String::new(),
             flags: Vec::new(),
             target: None,
-            origin: None,
+            traceparent: None,
         }
     }
 
-    fn owned(&self, slot: &Slot) -> bool {
-        self.kept.iter().any(|kept| kept.instance.slot == *slot && !kept.lost)
+    fn owned(&self, key: &InstanceKey) -> bool {
+        self.kept.iter().any(|kept| kept.instance.key == *key && !kept.lost)
     }
 
     async fn step(&mut self, number: usize, replica: usize, command: Command) {
@@ -237,7 +238,7 @@ impl History {
         match command {
             Command::Create { seat, remembered, then } => {
                 let intent = self.fresh(seat, number);
-                let remembered = intent.slot.seat.source().filter(|_| remembered);
+                let remembered = intent.key.assignment.source().filter(|_| remembered);
                 // From before what this replica has just read.
                 let other = &self.replicas[(replica + 1) % REPLICAS].1;
                 let (store, survey) = match remembered {
@@ -245,7 +246,7 @@ impl History {
                     None => (store, None),
                 };
                 let challenge = survey.and_then(|survey| survey.challenge).unwrap_or(now.clone());
-                let free = challenge.version == now.version && !self.model.contains_key(&intent.slot);
+                let free = challenge.version == now.version && !self.model.contains_key(&intent.key);
                 let replica = if remembered.is_some() { (replica + 1) % REPLICAS } else { replica };
                 match store.begin_create(&challenge, &intent, None, &by()).await {
                     Err(Error::Conflict) => assert!(!free),
@@ -261,31 +262,31 @@ impl History {
                 let target = Target {
                     identity: Identity::from_bits(1000 + number as u64),
                     scenario: pinned(),
-                    applied: 1,
+                    revision: 1,
                     strategy: gauntlet_domain::Strategy::BlueGreen,
                 };
                 self.begin(replica, seat, Begin::Update(target), then).await;
             }
             Command::Recover { seat, then } => self.begin(replica, seat, Begin::Recover, then).await,
             Command::Renew { seat, second } => {
-                let slot = self.slot(seat);
-                let Some(read) = store.instance(&slot).await.unwrap() else {
-                    assert!(!self.model.contains_key(&slot));
+                let key = self.key(seat);
+                let Some(read) = store.instance(&key).await.unwrap() else {
+                    assert!(!self.model.contains_key(&key));
                     return;
                 };
                 let renewed = Instance { until: Some(at(second)), ..read.value.clone() };
                 match store.rewrite(&read, &renewed, &by()).await {
-                    Err(Error::Busy { .. }) => assert!(self.owned(&slot)),
+                    Err(Error::Busy { .. }) => assert!(self.owned(&key)),
                     renewal => {
-                        assert_eq!((renewal, self.owned(&slot)), (Ok(()), false));
+                        assert_eq!((renewal, self.owned(&key)), (Ok(()), false));
                         // What was read first is of yesterday now.
                         assert_eq!(store.rewrite(&read, &renewed, &by()).await, Err(Error::Conflict));
-                        self.model.get_mut(&slot).unwrap().until = Some(second);
+                        self.model.get_mut(&key).unwrap().until = Some(second);
                     }
                 }
             }
             Command::Claim { pool, seat, values, then } => {
-                let (from, to) = (self.slot(pool), self.fresh(seat, number));
+                let (from, to) = (self.key(pool), self.fresh(seat, number));
                 let pooled = store.instance(&from).await.unwrap();
                 let Some(pooled) = pooled.filter(|read| read.value.phase == Phase::Ready) else {
                     assert!(self.model.get(&from).is_none_or(|known| known.phase != PhaseName::Ready));
@@ -333,16 +334,16 @@ impl History {
     }
 
     async fn begin(&mut self, replica: usize, seat: usize, begin: Begin, then: Then) {
-        let slot = self.slot(seat);
-        let known = self.model.get(&slot).cloned();
-        let owned = self.owned(&slot);
+        let key = self.key(seat);
+        let known = self.model.get(&key).cloned();
+        let owned = self.owned(&key);
         let phase = known.as_ref().map(|known| known.phase);
         let allowed = match &begin {
             Begin::Recover => phase.is_some_and(|phase| phase != PhaseName::Ready),
             Begin::Update(_) => phase.is_some_and(|phase| phase != PhaseName::Deleting),
             Begin::Delete => phase.is_some(),
         };
-        match self.replicas[replica].1.begin(&slot, begin.clone(), &by()).await {
+        match self.replicas[replica].1.begin(&key, begin.clone(), &by()).await {
             Err(Error::Busy { .. }) => assert!(owned),
             Err(Error::Conflict) => assert!(!allowed || (owned && begin == Begin::Recover), "{begin:?} {known:?}"),
             Err(error) => panic!("{error}"),
@@ -374,21 +375,21 @@ impl History {
         values: bool,
         then: Then,
     ) {
-        let (from, identity) = (&pooled.value.slot, pooled.value.identity.clone());
+        let (from, identity) = (&pooled.value.key, pooled.value.identity.clone());
         let target = Target {
             identity: identity.clone(),
             scenario: pinned(),
-            applied: 1,
+            revision: 1,
             strategy: gauntlet_domain::Strategy::UpdateInPlace,
         };
         let phase = if values { Phase::Updating } else { Phase::Ready };
         let claimed = Instance { identity, phase, target: values.then_some(target), ..to };
         match self.replicas[replica].1.claim(challenge, pooled, &claimed, &by()).await {
-            Err(Error::Conflict) => assert!(self.model.contains_key(&claimed.slot)),
+            Err(Error::Conflict) => assert!(self.model.contains_key(&claimed.key)),
             Err(error) => panic!("{error}"),
             Ok(held) => {
-                assert!(self.model.remove(from).is_some() && !self.model.contains_key(&claimed.slot));
-                self.model.insert(claimed.slot.clone(), Known::of(&claimed));
+                assert!(self.model.remove(from).is_some() && !self.model.contains_key(&claimed.key));
+                self.model.insert(claimed.key.clone(), Known::of(&claimed));
                 assert_eq!(held.is_some(), values);
                 if let Some(held) = held {
                     self.owns(replica, held, claimed, then).await;
@@ -399,7 +400,7 @@ impl History {
 
     /// An ownership was taken.
     async fn owns(&mut self, replica: usize, held: Held, instance: Instance, then: Then) {
-        self.model.insert(instance.slot.clone(), Known::of(&instance));
+        self.model.insert(instance.key.clone(), Known::of(&instance));
         let kept = Kept { replica, held, instance, lost: false };
         match then {
             Then::Keep => self.kept.push(kept),
@@ -410,7 +411,7 @@ impl History {
     /// Ends an ownership.
     async fn end(&mut self, kept: Kept, then: Then) {
         let Kept { replica, held, mut instance, lost } = kept;
-        let slot = instance.slot.clone();
+        let key = instance.key.clone();
         let store = self.replicas[replica].1.clone();
         let commit = match then {
             // The second time it is not kept.
@@ -430,13 +431,13 @@ impl History {
                 Commit::Put(Box::new(instance.clone()))
             }
         };
-        match store.commit(held, &slot, commit).await {
+        match store.commit(held, &key, commit).await {
             Err(Error::Fenced(_)) => assert!(lost),
             committed => {
                 assert_eq!((committed, lost), (Ok(()), false));
                 match then {
-                    Then::Gone => self.model.remove(&slot),
-                    _ => self.model.insert(slot, Known::of(&instance)),
+                    Then::Gone => self.model.remove(&key),
+                    _ => self.model.insert(key, Known::of(&instance)),
                 };
             }
         }
@@ -445,11 +446,11 @@ impl History {
     /// All that a replica answers follows from the model.
     async fn compare(&self, replica: usize) {
         let (store, id, model) = (&self.replicas[replica].1, &self.id, &self.model);
-        let known = |all: Vec<Instance>| -> BTreeMap<Slot, Known> {
-            all.into_iter().map(|instance| (instance.slot.clone(), Known::of(&instance))).collect()
+        let known = |all: Vec<Instance>| -> BTreeMap<InstanceKey, Known> {
+            all.into_iter().map(|instance| (instance.key.clone(), Known::of(&instance))).collect()
         };
-        let only = |wanted: &dyn Fn(&Slot, &Known) -> bool| -> BTreeMap<Slot, Known> {
-            model.iter().filter(|(slot, known)| wanted(slot, known)).map(|(s, k)| (s.clone(), k.clone())).collect()
+        let only = |wanted: &dyn Fn(&InstanceKey, &Known) -> bool| -> BTreeMap<InstanceKey, Known> {
+            model.iter().filter(|(key, known)| wanted(key, known)).map(|(s, k)| (s.clone(), k.clone())).collect()
         };
         let all: Vec<Stored<Instance>> = store.instances_of(id).try_collect().await.unwrap();
         assert_eq!(known(all.into_iter().map(|stored| stored.value).collect()), *model);
@@ -458,36 +459,39 @@ impl History {
         assert_eq!((challenge.revision, known(own), challenges.len()), (self.revision, model.clone(), 0));
 
         let claimed = store.instances_by_source(None).try_collect().await.unwrap();
-        assert_eq!(known(claimed), only(&|slot, _| !slot.seat.is_pool()));
+        assert_eq!(known(claimed), only(&|key, _| !key.assignment.is_pooled()));
         for seat in 0..SOURCES {
-            let slot = self.slot(seat);
-            let source = slot.seat.source().unwrap();
+            let key = self.key(seat);
+            let source = key.assignment.source().unwrap();
             let own = store.instances_by_source(Some(source)).try_collect().await.unwrap();
-            assert_eq!(known(own), only(&|of, _| *of == slot));
+            assert_eq!(known(own), only(&|of, _| *of == key));
             let survey = store.survey(id, source).await.unwrap();
             assert_eq!(survey.challenge.unwrap().value.revision, self.revision);
-            assert_eq!(survey.instance.map(|stored| Known::of(&stored.value)), model.get(&slot).cloned());
+            assert_eq!(survey.instance.map(|stored| Known::of(&stored.value)), model.get(&key).cloned());
             let pooled = survey.pooled.into_iter().map(|stored| stored.value).collect();
-            assert_eq!(known(pooled), only(&|slot, known| slot.seat.is_pool() && known.phase == PhaseName::Ready));
+            assert_eq!(
+                known(pooled),
+                only(&|key, known| key.assignment.is_pooled() && known.phase == PhaseName::Ready)
+            );
         }
-        let overdue = only(&|slot, known| !slot.seat.is_pool() && known.until.is_some_and(|until| until <= NOW));
+        let overdue = only(&|key, known| !key.assignment.is_pooled() && known.until.is_some_and(|until| until <= NOW));
         let expired: Vec<Instance> = store.expired(at(NOW)).try_collect().await.unwrap();
         assert!(expired.is_sorted_by_key(|instance| instance.until));
         assert_eq!(known(expired), overdue);
 
         let stranded = store.stranded(at(NOW)).await.unwrap();
-        let left = only(&|slot, known| {
-            known.phase != PhaseName::Ready && known.retry.is_none_or(|retry| retry <= NOW) && !self.owned(slot)
+        let left = only(&|key, known| {
+            known.phase != PhaseName::Ready && known.retry.is_none_or(|retry| retry <= NOW) && !self.owned(key)
         });
         assert_eq!(stranded.len(), left.len());
-        assert!(left.keys().all(|slot| stranded.contains(&Stranded::Instance(slot.clone()))), "{stranded:?} {left:?}");
-        let pooled = model.keys().any(|slot| slot.seat.is_pool());
+        assert!(left.keys().all(|key| stranded.contains(&Stranded::Instance(key.clone()))), "{stranded:?} {left:?}");
+        let pooled = model.keys().any(|key| key.assignment.is_pooled());
         assert_eq!(store.pools().await.unwrap(), if pooled { vec![id.clone()] } else { Vec::new() });
 
         let census = store.census(at(NOW)).await.unwrap();
         let mut counted = BTreeMap::new();
-        for (slot, known) in model {
-            *counted.entry((id.clone(), known.phase, slot.seat.is_pool())).or_insert(0) += 1;
+        for (key, known) in model {
+            *counted.entry((id.clone(), known.phase, key.assignment.is_pooled())).or_insert(0) += 1;
         }
         assert_eq!((census.challenges, census.instances), (1, counted));
         assert_eq!(census.overdue, overdue.len() as u64);

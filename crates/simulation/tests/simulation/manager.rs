@@ -39,7 +39,7 @@ pub struct Manager {
 struct Chance(Mutex<SmallRng>);
 
 impl Entropy for Chance {
-    fn bits(&self) -> u64 {
+    fn next_u64(&self) -> u64 {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).next_u64()
     }
 }
@@ -47,7 +47,7 @@ impl Entropy for Chance {
 struct Unnoted;
 
 impl Facts for Unnoted {
-    fn note(&self, _: Fact) {}
+    fn record(&self, _: Fact) {}
 }
 
 impl Manager {
@@ -57,10 +57,10 @@ impl Manager {
             Coordination::with_background(Client(process.clone()), PREFIX, LEASE, name.to_owned());
         tokio::spawn(process.clone().paced(background));
         let settings = Settings {
-            patience: Duration::from_secs(8),
+            lock_timeout: Duration::from_secs(8),
             concurrency: 4,
-            retry_first: Duration::from_secs(1),
-            retry_longest: Duration::from_secs(10),
+            retry_initial_delay: Duration::from_secs(1),
+            retry_max_delay: Duration::from_secs(10),
             ..Settings::default()
         };
         let machine = Arc::new(Machine(process.clone()));
@@ -88,18 +88,18 @@ impl Manager {
                     let _ = reconciler.pools.send(id.clone());
                 }
                 if let Ok(done) = done
-                    && done.recovered + done.resumed + done.revived + done.orphans + done.failures.len() > 0
+                    && done.recovered + done.resumed + done.restarted + done.orphans_removed + done.failures.len() > 0
                 {
                     let failures: Vec<_> = done.failures.iter().map(Error::code).collect();
-                    let counts = (done.recovered, done.resumed, done.revived, done.orphans);
+                    let counts = (done.recovered, done.resumed, done.restarted, done.orphans_removed);
                     let world = &reconciler.process.world;
                     world.note(&reconciler.process.name, format_args!("reconciled {counts:?} {failures:?}"));
                     let coverage = &mut world.lock().coverage;
                     for (event, count) in [
                         (Event::Recovered, done.recovered),
                         (Event::Resumed, done.resumed),
-                        (Event::Revived, done.revived),
-                        (Event::Orphan, done.orphans),
+                        (Event::Revived, done.restarted),
+                        (Event::Orphan, done.orphans_removed),
                     ] {
                         coverage.event(event, count as u64);
                     }
@@ -114,7 +114,7 @@ impl Manager {
         tokio::spawn(manager.process.clone().paced(async move {
             while let Some(id) = asked.recv().await {
                 tender.process.gate().await;
-                let _ = tender.gauntlet.tend_pool(&tender.call(), &id).await;
+                let _ = tender.gauntlet.maintain_pool(&tender.call(), &id).await;
             }
         }));
         manager
@@ -124,7 +124,7 @@ impl Manager {
     pub fn call(&self) -> Call {
         Call {
             now: self.process.world.timestamp(),
-            origin: None,
+            traceparent: None,
             entropy: self.chance.clone(),
             clock: self.process.clone(),
         }

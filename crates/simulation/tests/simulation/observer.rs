@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_coordination::Coordination;
 use gauntlet_domain::{
-    Begin, By, Census, Challenge, ChallengeId, Commit, Held, Instance, LockKind, Pool, Result, Slot, SourceId, Store,
-    Stored, Stranded, Stream, Survey, Version,
+    Begin, By, Census, Challenge, ChallengeId, Commit, Held, Instance, InstanceKey, LockKind, Pool, Result, SourceId,
+    Store, Stored, Stranded, Stream, Survey, Version,
 };
 use jiff::Timestamp;
 
@@ -137,8 +137,8 @@ impl Store for Observed {
         self.inner.challenges()
     }
 
-    async fn instance(&self, slot: &Slot) -> Result<Option<Stored<Instance>>> {
-        self.inner.instance(slot).await
+    async fn instance(&self, key: &InstanceKey) -> Result<Option<Stored<Instance>>> {
+        self.inner.instance(key).await
     }
 
     fn instances_of(&self, id: &ChallengeId) -> Stream<'_, Stored<Instance>> {
@@ -218,12 +218,12 @@ impl Store for Observed {
         self.inner.claim(challenge, pooled, claimed, by).await
     }
 
-    async fn begin(&self, slot: &Slot, begin: Begin, by: &By) -> Result<(Held, Instance)> {
-        self.inner.begin(slot, begin, by).await
+    async fn begin(&self, key: &InstanceKey, begin: Begin, by: &By) -> Result<(Held, Instance)> {
+        self.inner.begin(key, begin, by).await
     }
 
-    async fn commit(&self, held: Held, slot: &Slot, commit: Commit) -> Result<()> {
-        self.inner.commit(held, slot, commit).await
+    async fn commit(&self, held: Held, key: &InstanceKey, commit: Commit) -> Result<()> {
+        self.inner.commit(held, key, commit).await
     }
 
     async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &By) -> Result<()> {

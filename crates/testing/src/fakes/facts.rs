@@ -19,7 +19,7 @@ impl RecordedFacts {
 }
 
 impl Facts for RecordedFacts {
-    fn note(&self, fact: Fact) {
+    fn record(&self, fact: Fact) {
         self.0.lock().unwrap().push(fact);
     }
 }
@@ -29,5 +29,5 @@ impl Facts for RecordedFacts {
 pub struct IgnoredFacts;
 
 impl Facts for IgnoredFacts {
-    fn note(&self, _: Fact) {}
+    fn record(&self, _: Fact) {}
 }
