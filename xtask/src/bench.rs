@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: what is fast, measured beside what is below it.
+//! `cargo xtask bench`: benchmarks that compare Gauntlet with what it is built on.
 
 use std::process::ExitCode;
 
@@ -6,23 +6,23 @@ use anyhow::Result;
 use clap::Subcommand;
 use gauntlet_stack::{Tool, Tools};
 
+use crate::command::{cargo, run};
 use crate::console::say;
-use crate::test::{cargo, run};
 
-/// What to measure
+/// Run a benchmark
 #[derive(Debug, Subcommand)]
 pub(crate) enum Bench {
-    /// Locks, creates and renewals beside one raw transaction of their store; also written to target/bench/coordination.json
+    /// Locks, creates and renewals, each compared with one raw transaction of the same store; results also in target/bench/coordination.json
     #[command(disable_help_flag = true)]
     Coordination {
-        /// Handed to the benchmark: `--help` says what there is
+        /// Arguments of the benchmark; --help lists them
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
-    /// Operations beside 0, 1,000 and 4,000 running instances, in one run; also written to target/bench/scale.json
+    /// Operations while 0, 1,000 and 4,000 instances run; results also in target/bench/scale.json
     #[command(disable_help_flag = true)]
     Scale {
-        /// Handed to the benchmark: `--help` says what there is
+        /// Arguments of the benchmark; --help lists them
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
@@ -34,7 +34,7 @@ impl Bench {
         let (package, bench, arguments) = match self {
             Self::Coordination { arguments } => ("gauntlet-coordination", "coordination", arguments),
             Self::Scale { arguments } => {
-                // The programs that it runs.
+                // The benchmark runs the programs of the workspace.
                 run(cargo().args(["build", "--release", "--bins"]))?;
                 ("gauntlet-e2e", "scale", arguments)
             }

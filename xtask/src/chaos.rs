@@ -1,57 +1,44 @@
 //! `cargo xtask chaos`: the simulation, for any number of seeds.
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use clap::Args;
-use gauntlet_stack::workspace_root;
 
-use crate::test::cargo;
-use crate::{binary, runner};
+use crate::test_binary;
 
 const SEEDS: &str = "simulation::seeds";
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Prints how far it is, and in the end how often each fault met each step. The first seed that violates an invariant ends \
-                  it, with its last events and the command that replays it. Ctrl-C ends it at any time; `--from` goes on elsewhere."
+    after_help = "Prints its progress and, at the end, how often each fault met each step. It stops at the first seed that violates an \
+                  invariant, and prints the last events and the command that replays the seed. Ctrl-C stops it at any time; continue with --from."
 )]
 pub(crate) struct Chaos {
-    /// How many seeds to run
+    /// Number of seeds to run
     #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
-    /// The first of them
+    /// First seed
     #[arg(long, value_name = "SEED", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..1 << 60))]
     from: u64,
-    /// Run this seed alone, and print every event as it happens
+    /// Run only this seed, and print every event
     #[arg(long, value_name = "SEED", conflicts_with_all = ["seeds", "from"])]
     replay: Option<u64>,
 }
 
 impl Chaos {
-    /// Succeeds if no invariant was violated. The test says all there is to say.
+    /// Fails if an invariant was violated. The test itself prints the report.
     pub(crate) fn run(self) -> Result<ExitCode> {
         let (from, seeds) = self.replay.map_or((self.from, self.seeds), |seed| (seed, 1));
-        let mut here = cargo();
-        here.current_dir(workspace_root());
-        let target = ["--test".to_owned(), "simulation".to_owned()];
-        let Some(test) = binary::of_tests(here, "gauntlet-simulation", &target)? else {
-            bail!("the tests do not build: the errors are above");
-        };
-        runner::require(&test, SEEDS)?;
-        let mut command = Command::new(test);
-        command
-            .args([SEEDS, "--exact", "--nocapture"])
+        let mut simulation = test_binary::single_test("gauntlet-simulation", "simulation", SEEDS)?;
+        simulation
             .env("GAUNTLET_SEEDS", seeds.to_string())
             .env("GAUNTLET_FROM", from.to_string())
-            .env_remove("GAUNTLET_TRACE")
-            // The panic's message is all there is to see.
-            .env("RUST_BACKTRACE", "0")
-            .current_dir(workspace_root().join("crates/simulation"));
+            .env_remove("GAUNTLET_TRACE");
         if self.replay.is_some() {
-            command.env("GAUNTLET_TRACE", "1");
+            simulation.env("GAUNTLET_TRACE", "1");
         }
-        let status = command.status().context("run the simulation")?;
+        let status = simulation.status().context("run the simulation")?;
         Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }

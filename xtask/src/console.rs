@@ -1,4 +1,4 @@
-//! What a person sees, and the signals that they send.
+//! Output on the terminal, and signals from it.
 
 use std::io::{IsTerminal as _, stderr};
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use gauntlet_stack::Progress;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-/// Prints one line, told apart from the output of the commands around it.
+/// Prints a line with a prefix that distinguishes it from the output of other commands.
 pub(crate) fn say(line: &str) {
     if stderr().is_terminal() {
         eprintln!("\x1b[36m>\x1b[0m {line}");
@@ -17,7 +17,7 @@ pub(crate) fn say(line: &str) {
     }
 }
 
-/// Progress on the screen, given up when the process is asked to end.
+/// Progress that is printed, and cancelled when the process is asked to stop.
 pub(crate) struct Screen<'a>(pub(crate) &'a Stop);
 
 impl Progress for Screen<'_> {
@@ -26,11 +26,11 @@ impl Progress for Screen<'_> {
     }
 
     fn cancelled(&self) -> bool {
-        self.0.asked()
+        self.0.is_requested()
     }
 }
 
-/// Whether the process was asked to end, and how. From the first of these on, such signals no longer end the process by themselves.
+/// A request to stop, by signal or from within the process. Clones share it.
 #[derive(Clone)]
 pub(crate) struct Stop {
     interrupted: Arc<AtomicBool>,
@@ -38,6 +38,7 @@ pub(crate) struct Stop {
 }
 
 impl Stop {
+    /// Listens for signals. From now on SIGINT, SIGTERM and SIGHUP no longer terminate the process.
     pub(crate) fn listen() -> Result<Stop> {
         let stop = Stop { interrupted: Arc::default(), terminated: Arc::default() };
         for (signal, flag) in [(SIGINT, &stop.interrupted), (SIGTERM, &stop.terminated), (SIGHUP, &stop.terminated)] {
@@ -46,18 +47,18 @@ impl Stop {
         Ok(stop)
     }
 
-    /// By Ctrl-C, SIGTERM or a terminal that went away.
-    pub(crate) fn asked(&self) -> bool {
-        self.interrupted.load(Ordering::Relaxed) || self.terminated()
+    /// Whether a stop was requested in any way.
+    pub(crate) fn is_requested(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed) || self.is_terminated()
     }
 
-    /// By SIGTERM or a terminal that went away: nobody else has told the children.
-    pub(crate) fn terminated(&self) -> bool {
+    /// Whether the request did not come from Ctrl-C, which a terminal also sends to the children.
+    pub(crate) fn is_terminated(&self) -> bool {
         self.terminated.load(Ordering::Relaxed)
     }
 
-    /// From within the process.
-    pub(crate) fn ask(&self) {
+    /// Requests a stop from within the process.
+    pub(crate) fn request(&self) {
         self.terminated.store(true, Ordering::Relaxed);
     }
 }

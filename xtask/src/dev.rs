@@ -1,6 +1,6 @@
-//! `cargo xtask dev`
+//! `cargo xtask dev`: manager, janitor and example challenges in the foreground, the observability stack beside them.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File};
 use std::io::{ErrorKind, IsTerminal as _, Write as _, stderr, stdin};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -15,33 +15,34 @@ use clap::{Args, ValueEnum};
 use gauntlet_stack::{Etcd, Port, Ports, Progress, Tool, Tools, process::spawn_bound, tools, workspace_root};
 use rustix::process::{Pid, Signal};
 
+use crate::command::{cargo, run};
 use crate::console::{Screen, Stop, say};
+use crate::lock::try_lock;
 use crate::stack::{PortChoice, bring_up, running};
-use crate::test::{cargo, run};
 
 #[derive(Debug, Args)]
 pub(crate) struct Dev {
-    /// Leave out collector, Jaeger, Prometheus and Alertmanager
+    /// Do not start collector, Jaeger, Prometheus and Alertmanager
     #[arg(long)]
     no_stack: bool,
     /// Install and build what the stack needs without asking
     #[arg(long, short)]
     yes: bool,
-    /// Where state is kept
+    /// Where state is stored
     #[arg(long, value_enum, default_value_t = Backend::Embedded)]
     backend: Backend,
     #[command(flatten)]
     choice: PortChoice,
-    /// Handed to `gauntlet dev` as they are
+    /// Arguments for `gauntlet dev`
     #[arg(last = true)]
     rest: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Backend {
-    /// In a file of this process
+    /// In a file
     Embedded,
-    /// In a real etcd, started beside it
+    /// In an etcd that this command starts
     Etcd,
 }
 
@@ -50,9 +51,9 @@ impl Dev {
         let root = workspace_root();
         let data = root.join(".data");
         fs::create_dir_all(&data).with_context(|| format!("create {}", data.display()))?;
-        let _held = hold(&data)?;
+        let _lock = lock(&data)?;
         let tools = Tools::from_env();
-        // Before anything starts: the question is the only thing that waits for a person.
+        // Before anything starts, because this may ask the user.
         let has_stack = !self.no_stack && self.may_add_stack(&tools)?;
         let stop = Stop::listen()?;
         let notices = Notices::create(data.join("notices.log"), stop.clone())?;
@@ -64,28 +65,28 @@ impl Dev {
             _ => {}
         }
 
-        // The main job sends its last telemetry while it ends: the collector outlives it.
+        // The collector outlives `gauntlet dev`, which exports its last telemetry while it shuts down.
         let has_ended = Arc::new(AtomicBool::new(false));
-        let beside = has_stack.then(|| {
+        let stack = has_stack.then(|| {
             let (ports, mut notices, ready) = (self.choice.ports(), notices.clone(), collector_ready.clone());
             let has_ended = Arc::clone(&has_ended);
-            thread::spawn(move || beside(ports, &mut notices, &ready, &has_ended))
+            thread::spawn(move || run_stack(ports, &mut notices, &ready, &has_ended))
         });
         let export_after = has_stack.then_some(collector_ready.as_path());
         let outcome = self.foreground(&tools, &notices, &stop, &data, export_after);
-        // A build that is still going on is given up; a stack that is up is ended by who waits for this.
-        stop.ask();
+        // Cancels a stack that is still being built. One that is running is stopped by its thread.
+        stop.request();
         has_ended.store(true, Ordering::Relaxed);
-        if let Some(beside) = beside {
-            say("ending the stack");
-            if beside.join().is_err() {
-                say("the thread that runs the stack has panicked");
+        if let Some(stack) = stack {
+            say("stopping the stack");
+            if stack.join().is_err() {
+                say("the thread that runs the stack panicked");
             }
         }
         outcome
     }
 
-    /// Says what the stack needs that is not there, and asks once on a terminal. Whether the stack is to come up.
+    /// Returns whether to start the stack. If something must be installed or built for it, prints that and asks, if there is a terminal.
     fn may_add_stack(&self, tools: &Tools) -> Result<bool> {
         if running()?.is_some() {
             return Ok(true);
@@ -96,23 +97,23 @@ impl Dev {
         }
         if !plan.obstacles.is_empty() {
             let missing = plan.obstacles.join("; ");
-            say(&format!("collector, Jaeger, Prometheus and Alertmanager are left out; missing: {missing}"));
+            say(&format!("starting without collector, Jaeger, Prometheus and Alertmanager; missing: {missing}"));
             return Ok(false);
         }
         say(
-            "the stack beside it (collector, Jaeger, Prometheus, Alertmanager; --no-stack leaves it out) needs, in the background:",
+            "the observability stack (collector, Jaeger, Prometheus, Alertmanager) needs, in the background (--no-stack skips it):",
         );
         for line in plan.lines() {
             say(&format!("  {line}"));
         }
-        let is_wanted = self.yes || !stdin().is_terminal() || !stderr().is_terminal() || agreed()?;
+        let is_wanted = self.yes || !stdin().is_terminal() || !stderr().is_terminal() || confirm()?;
         if !is_wanted {
-            say("without the stack");
+            say("continuing without the stack");
         }
         Ok(is_wanted)
     }
 
-    /// Builds and runs the main job; the stack comes up meanwhile.
+    /// Builds and runs `gauntlet dev`, while the stack starts.
     fn foreground(
         &self,
         tools: &Tools,
@@ -139,7 +140,7 @@ impl Dev {
             Backend::Etcd => {
                 tools.ensure(&[Tool::Etcd], &mut Screen(stop))?;
                 let etcd = Etcd::start(data.join("etcd"))?;
-                say(&format!("etcd ready: {}", etcd.url()));
+                say(&format!("etcd is ready at {}", etcd.url()));
                 Some(etcd)
             }
         };
@@ -153,11 +154,11 @@ impl Dev {
             let ports = running()?.unwrap_or_else(|| self.choice.ports());
             export_to(&mut gauntlet, ports.get(Port::OtlpGrpc), ready);
         }
-        if stop.asked() {
+        if stop.is_requested() {
             return Ok(ExitCode::SUCCESS);
         }
         notices.on_screen.store(false, Ordering::Relaxed);
-        // In the group of the terminal: it reads keys, and Ctrl-C reaches it without our doing.
+        // It stays in the terminal's process group, because it reads keys. The terminal sends it Ctrl-C directly.
         let child = spawn_bound(gauntlet).context("run gauntlet dev")?;
         let status = wait(child, stop)?;
         notices.on_screen.store(true, Ordering::Relaxed);
@@ -165,11 +166,11 @@ impl Dev {
     }
 }
 
-/// Asks whether to go on; Enter is yes.
-fn agreed() -> Result<bool> {
-    eprint!("> Go on? [Y/n] ");
+/// Asks whether to continue. Enter means yes.
+fn confirm() -> Result<bool> {
+    eprint!("> Continue? [Y/n] ");
     let mut answer = String::new();
-    // A terminal that went away answers nothing at all.
+    // A closed terminal reads as an empty answer without a newline.
     let length = stdin().read_line(&mut answer).context("read the answer")?;
     Ok(length > 0 && is_yes(&answer))
 }
@@ -178,7 +179,7 @@ fn is_yes(answer: &str) -> bool {
     matches!(answer.trim().to_lowercase().as_str(), "" | "y" | "yes")
 }
 
-/// Sends telemetry to our collector once the file is there. A collector of the user's own, named by the environment, is sent to at once.
+/// Exports telemetry to the stack's collector once the file `ready` exists. A collector set in the environment is used instead, at once.
 fn export_to(gauntlet: &mut Command, port: u16, ready: &Path) {
     let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     if !is_set("OTEL_EXPORTER_OTLP_ENDPOINT") {
@@ -192,71 +193,66 @@ fn export_to(gauntlet: &mut Command, port: u16, ready: &Path) {
     }
 }
 
-/// Keeps a second `cargo xtask dev` from the data of the first, before either has built anything.
-fn hold(data: &Path) -> Result<File> {
-    let path = data.join("xtask.lock");
-    let cannot = || format!("lock {}", path.display());
-    let file = OpenOptions::new().create(true).append(true).open(&path).with_context(cannot)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            bail!("cargo xtask dev already runs on {}: end it with Ctrl-C in its terminal", data.display())
-        }
-        Err(TryLockError::Error(error)) => Err(error).with_context(cannot),
-    }
+/// Locks the data directory, before anything is built.
+fn lock(data: &Path) -> Result<File> {
+    let Some(lock) = try_lock(&data.join("xtask.lock"))? else {
+        bail!("cargo xtask dev is already running on {}; stop it with Ctrl-C in its terminal", data.display())
+    };
+    Ok(lock)
 }
 
-/// Brings the stack up beside the main job and keeps it until the main job has ended. `ready` exists once the collector can be sent to.
-fn beside(ports: Ports, notices: &mut Notices, ready: &Path, has_ended: &AtomicBool) {
+/// Starts the stack, and runs it until `gauntlet dev` has ended. Creates the file `ready` once the collector accepts telemetry.
+fn run_stack(ports: Ports, notices: &mut Notices, ready: &Path, has_ended: &AtomicBool) {
     let stop = notices.stop.clone();
     let outcome = match bring_up(ports, notices) {
-        Ok(Some(held)) => mark(ready).map(|()| held.keep(|| has_ended.load(Ordering::Relaxed), notices)),
-        Ok(None) => use_running(&stop, notices, ready),
+        Ok(Some(running)) => {
+            create_marker(ready).map(|()| running.watch(|| has_ended.load(Ordering::Relaxed), notices))
+        }
+        Ok(None) => wait_for_running_stack(&stop, notices, ready),
         Err(error) => Err(error),
     };
     match outcome {
-        Err(error) if !stop.asked() => notices.report(&format!("the stack is not up: {error:#}")),
+        Err(error) if !stop.is_requested() => notices.report(&format!("the stack did not start: {error:#}")),
         _ => {}
     }
 }
 
-/// Waits until the stack that another command runs is up.
-fn use_running(stop: &Stop, notices: &mut Notices, ready: &Path) -> Result<()> {
-    notices.report("the stack runs already (cargo xtask stack status): using that");
-    while !stop.asked() {
+/// Waits until the stack of another command is ready.
+fn wait_for_running_stack(stop: &Stop, notices: &mut Notices, ready: &Path) -> Result<()> {
+    notices.report("using the stack that is already running (cargo xtask stack status)");
+    while !stop.is_requested() {
         if running()?.is_some() {
-            return mark(ready);
+            return create_marker(ready);
         }
         thread::sleep(Duration::from_millis(200));
     }
     Ok(())
 }
 
-fn mark(ready: &Path) -> Result<()> {
+fn create_marker(ready: &Path) -> Result<()> {
     fs::write(ready, "").with_context(|| format!("write {}", ready.display()))
 }
 
-/// Waits for the main job. Ctrl-C in a terminal has reached it too; what it can't know of, or does not follow, it is told.
+/// Waits for `gauntlet dev`. After a request to stop it gets SIGTERM, unless the terminal has sent it Ctrl-C and it exits by itself.
 fn wait(mut child: Child, stop: &Stop) -> Result<ExitStatus> {
-    const TO_ITSELF: Duration = Duration::from_secs(5);
-    const TO_END: Duration = Duration::from_secs(20);
-    let pid =
-        i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("the process id of gauntlet dev is not one")?;
-    let mut asked_at = None;
-    let mut told = false;
+    const INTERRUPT_TIMEOUT: Duration = Duration::from_secs(5);
+    const TERMINATE_TIMEOUT: Duration = Duration::from_secs(20);
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("gauntlet dev has no valid process id")?;
+    let mut requested_at = None;
+    let mut is_terminated = false;
     loop {
         if let Some(status) = child.try_wait().context("wait for gauntlet dev")? {
             return Ok(status);
         }
-        if stop.asked() {
-            let since = asked_at.get_or_insert_with(Instant::now).elapsed();
-            if !told && (stop.terminated() || since > TO_ITSELF) {
-                told = true;
-                // Fails only when it has just ended.
+        if stop.is_requested() {
+            let since = requested_at.get_or_insert_with(Instant::now).elapsed();
+            if !is_terminated && (stop.is_terminated() || since > INTERRUPT_TIMEOUT) {
+                is_terminated = true;
+                // Fails only if it has just exited.
                 let _ = rustix::process::kill_process(pid, Signal::TERM);
             }
-            if since > TO_ITSELF + TO_END {
-                say("gauntlet dev does not end: killing it");
+            if since > INTERRUPT_TIMEOUT + TERMINATE_TIMEOUT {
+                say("gauntlet dev does not stop: killing it");
                 child.kill().context("kill gauntlet dev")?;
             }
         }
@@ -267,13 +263,13 @@ fn wait(mut child: Child, stop: &Stop) -> Result<ExitStatus> {
 fn exit_code(status: ExitStatus, stop: &Stop) -> ExitCode {
     match status.code() {
         Some(code) => u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from),
-        // Ended by the very signal that asked for it.
-        None if stop.asked() && status.signal().is_some() => ExitCode::SUCCESS,
+        // Terminated by the signal that requested the stop.
+        None if stop.is_requested() && status.signal().is_some() => ExitCode::SUCCESS,
         None => ExitCode::FAILURE,
     }
 }
 
-/// What goes on beside the main job: on the screen, or appended to a file that `gauntlet dev` shows while it owns the screen.
+/// Progress of the stack: printed, or appended to a file that `gauntlet dev` shows while it owns the terminal.
 #[derive(Clone)]
 struct Notices {
     path: PathBuf,
@@ -294,13 +290,13 @@ impl Progress for Notices {
         if self.on_screen.load(Ordering::Relaxed) {
             say(line);
         } else if let Ok(mut file) = self.file.lock() {
-            // One line a write; a full disk must not end the stack.
+            // One write for each line. Errors are ignored: a full disk must not stop the stack.
             let _ = file.write_all(format!("{line}\n").as_bytes());
         }
     }
 
     fn cancelled(&self) -> bool {
-        self.stop.asked()
+        self.stop.is_requested()
     }
 }
 
@@ -310,17 +306,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn enter_agrees_and_other_words_do_not() {
+    fn enter_and_yes_confirm_and_other_answers_do_not() {
         assert!(["\n", "y\n", "Yes\n"].into_iter().all(is_yes));
         assert!(!["n\n", "no\n", "what\n"].into_iter().any(is_yes));
     }
 
     #[test]
-    fn our_collector_is_not_sent_to_before_it_is_ready() {
+    fn export_waits_until_the_collector_is_ready() {
         let mut gauntlet = Command::new("gauntlet");
         export_to(&mut gauntlet, 4317, Path::new("/data/collector-ready"));
         let set = |wanted: &str| gauntlet.get_envs().find(|(name, _)| *name == wanted).and_then(|(_, value)| value);
-        // The environment of the tests may name a collector.
+        // The environment of this test may set a collector.
         if std::env::var_os("OTEL_EXPORTER_OTLP_ENDPOINT").is_none() {
             assert_eq!(set("OTEL_EXPORTER_OTLP_ENDPOINT").unwrap(), "http://127.0.0.1:4317");
             assert_eq!(set("GAUNTLET_DEV_EXPORT_AFTER").unwrap(), "/data/collector-ready");

@@ -1,4 +1,4 @@
-//! `cargo xtask doctor`
+//! `cargo xtask doctor`: which toolchains and components are installed, which are missing, and how to get them.
 
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -14,11 +14,11 @@ pub(crate) fn run() -> Result<ExitCode> {
     println!("Toolchains");
     for (name, argument, hint) in [
         ("cargo", "--version", "install Rust with rustup"),
-        ("go", "version", "install Go 1.26 or newer: etcd, the collector and Jaeger are built with it"),
-        ("git", "--version", "install Debian's package git"),
+        ("go", "version", "install Go 1.26 or newer; it builds etcd, the collector and Jaeger"),
+        ("git", "--version", "install the Debian package git"),
     ] {
         match first_line(name, argument) {
-            Some(version) => row(true, name, number(&version), ""),
+            Some(version) => row(true, name, version_number(&version), ""),
             None => {
                 row(false, name, "missing", "");
                 missing.push(format!("{name}: {hint}"));
@@ -30,8 +30,8 @@ pub(crate) fn run() -> Result<ExitCode> {
     for tool in Tool::ALL {
         match tools.find(tool) {
             Some(path) => {
-                let version = tool.version(&path).unwrap_or_else(|| "does not say its version".to_owned());
-                row(true, tool.binary(), number(&version), &path.display().to_string());
+                let version = tool.version(&path).unwrap_or_else(|| "unknown version".to_owned());
+                row(true, tool.binary(), version_number(&version), &path.display().to_string());
                 if let Some(why) = pages::missing_from(&tools, tool, &path) {
                     pages.push((tool.binary(), why.to_owned()));
                 }
@@ -56,10 +56,10 @@ pub(crate) fn run() -> Result<ExitCode> {
     }
     println!("Optional");
     match first_line("docker", "info") {
-        Some(_) => row(true, "docker", "an engine answers", "deploy/compose runs the same stack"),
-        None => row(false, "docker", "no engine answers", "not needed: cargo xtask stack runs without"),
+        Some(_) => row(true, "docker", "running", "not needed; deploy/compose runs the same stack with it"),
+        None => row(false, "docker", "not running", "not needed; cargo xtask stack works without it"),
     }
-    println!("Builds are kept in {}", tools.cache.display());
+    println!("Built components are in {}", tools.cache.display());
     if missing.is_empty() {
         println!("Nothing is missing.");
         return Ok(ExitCode::SUCCESS);
@@ -68,17 +68,17 @@ pub(crate) fn run() -> Result<ExitCode> {
     for line in missing {
         println!("  {line}");
     }
-    println!("`cargo xtask dev --no-stack` needs cargo alone.");
+    println!("`cargo xtask dev --no-stack` needs only cargo.");
     Ok(ExitCode::FAILURE)
 }
 
-fn row(there: bool, name: &str, version: &str, place: &str) {
-    let mark = if there { "ok" } else { "--" };
-    println!("  {mark} {name:<24} {version:<18} {place}");
+fn row(is_found: bool, name: &str, version: &str, detail: &str) {
+    let mark = if is_found { "ok" } else { "--" };
+    println!("  {mark} {name:<24} {version:<18} {detail}");
 }
 
-/// The first thing in a text that looks like a version; the text if nothing does.
-fn number(text: &str) -> &str {
+/// The first part of a text that looks like a version number, or the text if there is none.
+fn version_number(text: &str) -> &str {
     let mut numbers = text.split(|c: char| !(c.is_ascii_digit() || c == '.')).map(|number| number.trim_matches('.'));
     numbers.find(|number| number.contains('.')).unwrap_or(text)
 }
@@ -91,18 +91,18 @@ fn first_line(program: impl AsRef<Path>, argument: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::number;
+    use super::version_number;
 
     #[test]
-    fn versions_are_found_in_what_programs_say() {
-        for (said, version) in [
+    fn version_numbers_are_found_in_program_output() {
+        for (output, version) in [
             ("cargo 1.95.0 (f2d3ce0bd 2026-03-21)", "1.95.0"),
             ("/usr/bin/docker-registry github.com/docker/distribution 2.8.2+ds1", "2.8.2"),
             (r#"{"gitCommit":"","gitVersion":"v2.13.0","buildDate":""}"#, "2.13.0"),
             ("ip utility, iproute2-6.1.0, libbpf 1.1.2", "6.1.0"),
-            ("does not say its version", "does not say its version"),
+            ("unknown version", "unknown version"),
         ] {
-            assert_eq!(number(said), version);
+            assert_eq!(version_number(output), version);
         }
     }
 }

@@ -1,27 +1,28 @@
-//! Set-up, tests and the observability stack: `cargo xtask --help`.
+//! The developer commands of Gauntlet: `cargo xtask --help`.
 
 mod bench;
-mod binary;
 mod chaos;
 mod clean_room;
+mod command;
 mod console;
 mod dev;
 mod doctor;
 mod faults;
 mod guarantees;
+mod lock;
 mod mutants;
 mod protoc;
 mod runner;
-mod sample;
 mod setup;
 mod stack;
 mod test;
+mod test_binary;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Set-up, tests and the observability stack of Gauntlet
+/// Developer commands of Gauntlet: run it, test it, and run the observability stack
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {
@@ -31,28 +32,28 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Build and run everything on this machine: manager, janitor, example challenges, and the observability stack beside them
+    /// Build and run Gauntlet on this machine: manager, janitor, example challenges and the observability stack
     Dev(dev::Dev),
-    /// Install what is missing, then run every check and every test
+    /// Run every check and every test, after installing what they need
     Test(test::Test),
-    /// Simulate managers, etcd and a machine with every fault there is, one seed after another
+    /// Run the simulation: managers, etcd and machines with injected faults, reproducible by seed
     Chaos(chaos::Chaos),
-    /// Managers and an etcd cluster, all real, under load: kill, pause and cut off one after the other, and see what was promised kept
+    /// Inject faults into real managers and a real etcd cluster under load, and check that no promise is broken
     #[command(after_help = faults::HELP)]
     Faults(faults::Faults),
-    /// Break coordination on purpose, in each known way in a copy of the checkout, and see a test notice it
+    /// Introduce known coordination bugs into a copy of the checkout, and check that a test detects each
     Mutants(mutants::Mutants),
-    /// Measure
+    /// Run benchmarks
     #[command(subcommand)]
     Bench(bench::Bench),
-    /// The observability stack: collector, Jaeger, Prometheus, Alertmanager
+    /// Start, stop or check the observability stack: collector, Jaeger, Prometheus, Alertmanager
     #[command(subcommand)]
     Stack(stack::Command),
-    /// Run the README's commands on a bare Debian, as somebody who comes to it new
+    /// Run the README's commands on a minimal Debian, as a newcomer would
     CleanRoom(clean_room::CleanRoom),
-    /// Say what is there, what is missing, and what to do
+    /// Show which tools are installed, which are missing, and how to get them
     Doctor,
-    /// Prepare this checkout for plain `cargo build` and for editors; every other command does it too
+    /// Prepare this checkout for plain `cargo build` and for editors; every other command does this too
     Setup(setup::Setup),
 }
 

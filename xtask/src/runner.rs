@@ -1,8 +1,8 @@
-//! Runs the tests of the workspace: each binary by itself, so that a test that hangs is named and ended, and that nothing ran is seen.
+//! Runs the tests of the workspace, each binary by itself: a test that hangs is named and killed, and a run without any test is a failure.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
@@ -12,43 +12,44 @@ use anyhow::{Context as _, Result, bail};
 use gauntlet_stack::{process::spawn_bound, workspace_root};
 use serde_json::Value;
 
+use crate::command::cargo;
 use crate::console::say;
-use crate::test::cargo;
+use crate::test_binary::list;
 
-/// For so long a binary may run without one of its tests ending. Waits within tests give up long before.
-const STALLED: Duration = Duration::from_secs(600);
+/// How long a binary may run without finishing a test. Waits within tests time out long before.
+const STALL_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// A binary of tests, and the tests in it.
+/// A test binary and its tests.
 #[derive(Debug)]
 pub(crate) struct Binary {
     executable: PathBuf,
-    /// Where its package is: there it runs.
+    /// The directory of its package, in which it runs.
     package: PathBuf,
-    /// The file of its crate's root, relative to the checkout.
+    /// The root file of its crate, relative to the checkout.
     pub(crate) root: PathBuf,
-    /// The tests that run unless they are asked not to: none that is ignored.
+    /// The tests that run by default, which excludes ignored ones.
     pub(crate) tests: BTreeSet<String>,
 }
 
-/// Builds the tests of the workspace, and lists them.
+/// Builds and lists the tests of the workspace.
 pub(crate) fn binaries() -> Result<Vec<Binary>> {
     let mut build = cargo();
     build.args(["test", "--workspace", "--no-run", "--message-format", "json-render-diagnostics"]);
     let built = build.current_dir(workspace_root()).stderr(Stdio::inherit()).output().context("run cargo")?;
     if !built.status.success() {
-        bail!("the tests do not build: the errors are above");
+        bail!("the tests do not compile; the errors are above");
     }
     let messages = String::from_utf8_lossy(&built.stdout).into_owned();
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let mut binaries: Vec<Binary> =
-        messages.filter_map(|message| Binary::of(&message).transpose()).collect::<Result<_>>()?;
+        messages.filter_map(|message| Binary::from_message(&message).transpose()).collect::<Result<_>>()?;
     binaries.sort_by(|a, b| a.root.cmp(&b.root));
     Ok(binaries)
 }
 
 impl Binary {
-    /// The one that a message of cargo's is about, if it is about one.
-    fn of(message: &Value) -> Result<Option<Binary>> {
+    /// The test binary that a message of cargo announces, if it announces one.
+    fn from_message(message: &Value) -> Result<Option<Binary>> {
         let text = |at: &str| message.pointer(at).and_then(Value::as_str).map(PathBuf::from);
         let (Some(executable), Some(manifest), Some(root)) =
             (text("/executable"), text("/manifest_path"), text("/target/src_path"))
@@ -67,15 +68,14 @@ impl Binary {
         Ok(Some(Binary { executable, package, root, tests }))
     }
 
-    /// One that has these tests and cannot be run.
+    /// A binary with these tests that cannot be run.
     #[cfg(test)]
-    pub(crate) fn listed<'a>(root: &str, tests: impl Iterator<Item = &'a str>) -> Binary {
-        let nowhere = PathBuf::new();
+    pub(crate) fn fake<'a>(root: &str, tests: impl Iterator<Item = &'a str>) -> Binary {
         let tests = tests.map(str::to_owned).collect();
-        Binary { executable: nowhere.clone(), package: nowhere, root: root.into(), tests }
+        Binary { executable: PathBuf::new(), package: PathBuf::new(), root: root.into(), tests }
     }
 
-    /// Runs those of its tests whose name contains the filter, and answers how many there are and whether all passed.
+    /// Runs the tests whose name contains the filter. Returns their number and whether all passed.
     fn run(&self, filter: Option<&str>) -> Result<(usize, bool)> {
         let mut unfinished: BTreeSet<&str> = self.tests.iter().map(String::as_str).collect();
         unfinished.retain(|test| filter.is_none_or(|filter| test.contains(filter)));
@@ -86,30 +86,33 @@ impl Binary {
         say(&self.root.display().to_string());
         let mut command = Command::new(&self.executable);
         command.args(filter).current_dir(&self.package).env("CARGO_MANIFEST_DIR", &self.package);
-        Ok((count, watch(command, unfinished, STALLED)?))
+        Ok((count, watch(command, unfinished, STALL_TIMEOUT)?))
     }
 }
 
-/// Runs a binary, its output on the screen, and answers whether all its tests passed. It is ended when none of them ends for too long.
-fn watch(mut command: Command, mut unfinished: BTreeSet<&str>, stalled: Duration) -> Result<bool> {
+/// Runs a binary with its output on the terminal, and returns whether all its tests passed.
+///
+/// # Errors
+/// When no test finished for `stall_timeout`. The binary is killed, and the error names the tests that were running.
+fn watch(mut command: Command, mut unfinished: BTreeSet<&str>, stall_timeout: Duration) -> Result<bool> {
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = spawn_bound(command).context("run the tests")?;
-    let output = child.stdout.take().context("its output is not piped")?;
-    let (lines, said) = channel();
+    let output = child.stdout.take().context("the output of the tests is not piped")?;
+    let (lines, received) = channel();
     let reader = thread::spawn(move || {
         for line in lines_of(output) {
-            // An error means that nobody reads on.
+            // Fails once the loop below has stopped.
             let _ = lines.send(line);
         }
     });
     let mut slow = BTreeSet::new();
     loop {
-        match said.recv_timeout(stalled) {
+        match received.recv_timeout(stall_timeout) {
             Ok(line) => {
                 println!("{line}");
-                match outcome(&line) {
-                    Some((test, Said::Slow)) => drop(slow.insert(test.to_owned())),
-                    Some((test, Said::Ended)) => {
+                match event(&line) {
+                    Some((test, Event::Slow)) => drop(slow.insert(test.to_owned())),
+                    Some((test, Event::Finished)) => {
                         slow.remove(test);
                         unfinished.remove(test);
                     }
@@ -118,16 +121,20 @@ fn watch(mut command: Command, mut unfinished: BTreeSet<&str>, stalled: Duration
             }
             Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) => {
-                child.kill().context("end the tests")?;
+                child.kill().context("kill the tests")?;
                 child.wait().context("wait for the tests")?;
-                // What has been running for a minute is said by the binary; the others have not begun.
+                // The binary prints which tests have been running for a minute. The others have probably not started.
                 let running: Vec<&str> = unfinished.iter().copied().filter(|test| slow.contains(*test)).collect();
                 let running = if running.is_empty() { unfinished.into_iter().collect() } else { running };
-                bail!("no test has ended for {} s: ended; still running: {}", stalled.as_secs(), running.join(", "));
+                bail!(
+                    "killed, because no test finished for {} s; still running: {}",
+                    stall_timeout.as_secs(),
+                    running.join(", ")
+                );
             }
         }
     }
-    // It has nothing left to read.
+    // The output is closed, so the reader has finished.
     let _ = reader.join();
     Ok(child.wait().context("wait for the tests")?.success())
 }
@@ -136,43 +143,24 @@ fn lines_of(output: impl Read) -> impl Iterator<Item = String> {
     BufReader::new(output).split(b'\n').map_while(Result::ok).map(|line| String::from_utf8_lossy(&line).into_owned())
 }
 
-enum Said {
-    Ended,
+enum Event {
+    Finished,
+    /// The test has been running for a minute.
     Slow,
 }
 
-/// What a line of a test binary's says of a test.
-fn outcome(line: &str) -> Option<(&str, Said)> {
+/// The test and the event that a line of a test binary reports.
+fn event(line: &str) -> Option<(&str, Event)> {
     let line = line.strip_prefix("test ")?;
     if let Some((test, _)) = line.split_once(" has been running for over ") {
-        return Some((test, Said::Slow));
+        return Some((test, Event::Slow));
     }
     let (test, _) = line.split_once(" ... ")?;
-    // Of one that must panic.
-    Some((test.strip_suffix(" - should panic").unwrap_or(test), Said::Ended))
+    // A test that must panic has this suffix.
+    Some((test.strip_suffix(" - should panic").unwrap_or(test), Event::Finished))
 }
 
-/// The tests that a binary would run with these arguments.
-pub(crate) fn list(executable: &Path, arguments: &[&str]) -> Result<BTreeSet<String>> {
-    let doing = || format!("list the tests of {}", executable.display());
-    let listed = Command::new(executable).args(arguments).arg("--list").stdin(Stdio::null()).output();
-    let listed = listed.with_context(doing)?;
-    if !listed.status.success() {
-        bail!("{}: {}", doing(), String::from_utf8_lossy(&listed.stderr));
-    }
-    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
-    Ok(listed.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
-}
-
-/// Fails unless the binary has a test of exactly that name: without it, to run it is to run nothing and to succeed.
-pub(crate) fn require(executable: &Path, test: &str) -> Result<()> {
-    if list(executable, &["--exact", test])?.is_empty() {
-        bail!("{} has no test {test}", executable.display());
-    }
-    Ok(())
-}
-
-/// Runs the tests whose name contains the filter, all of them without one; fails if one fails, or if there is none.
+/// Runs the tests whose name contains the filter, or all. Fails if a test fails, or if there is none.
 pub(crate) fn run(binaries: &[Binary], filter: Option<&str>) -> Result<()> {
     let (mut ran, mut failed) = (0, Vec::new());
     for binary in binaries {
@@ -193,8 +181,8 @@ pub(crate) fn run(binaries: &[Binary], filter: Option<&str>) -> Result<()> {
         bail!("tests failed: {}", failed.join(", "));
     }
     match filter {
-        Some(filter) if ran == 0 => bail!("no test has {filter:?} in its name"),
-        _ if ran == 0 => bail!("there are no tests"),
+        Some(filter) if ran == 0 => bail!("no test name contains {filter:?}"),
+        _ if ran == 0 => bail!("the workspace has no tests"),
         _ => {
             say(&format!("{ran} tests passed"));
             Ok(())
@@ -207,41 +195,31 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
 
-    fn script(script: &str, stalled: Duration) -> Result<bool> {
+    fn watch_script(script: &str, stall_timeout: Duration) -> Result<bool> {
         let mut command = Command::new("sh");
         command.args(["-c", script]);
-        watch(command, BTreeSet::from(["a", "b", "c"]), stalled)
+        watch(command, BTreeSet::from(["a", "b", "c"]), stall_timeout)
     }
 
     #[test]
-    fn a_test_that_hangs_is_named() {
+    fn hanging_test_is_named() {
         let hangs = "echo 'test a ... ok'; echo 'test b has been running for over 60 seconds'; exec sleep 1000";
-        let error = script(hangs, Duration::from_millis(300)).unwrap_err().to_string();
+        let error = watch_script(hangs, Duration::from_millis(300)).unwrap_err().to_string();
         assert!(error.ends_with("still running: b"), "{error}");
         let error =
-            script("echo 'test a ... ok'; exec sleep 1000", Duration::from_millis(300)).unwrap_err().to_string();
+            watch_script("echo 'test a ... ok'; exec sleep 1000", Duration::from_millis(300)).unwrap_err().to_string();
         assert!(error.ends_with("still running: b, c"), "{error}");
     }
 
     #[test]
-    fn a_binary_passes_or_fails() {
-        assert!(script("echo 'test a ... ok'", Duration::from_secs(60)).unwrap());
-        assert!(!script("echo 'test a ... FAILED'; exit 101", Duration::from_secs(60)).unwrap());
+    fn exit_status_decides_whether_a_binary_passes() {
+        assert!(watch_script("echo 'test a ... ok'", Duration::from_secs(60)).unwrap());
+        assert!(!watch_script("echo 'test a ... FAILED'; exit 101", Duration::from_secs(60)).unwrap());
     }
 
     #[test]
-    fn that_nothing_ran_is_a_failure() {
+    fn run_without_tests_is_a_failure() {
         assert!(run(&[], Some("word")).unwrap_err().to_string().contains("\"word\""));
         assert!(run(&[], None).is_err());
-    }
-
-    #[test]
-    fn the_tests_of_this_binary_are_listed() {
-        let this = std::env::current_exe().unwrap();
-        const THIS: &str = "runner::tests::the_tests_of_this_binary_are_listed";
-        let (listed, this) = (list(&this, &[]).unwrap(), this);
-        assert!(listed.contains(THIS), "{listed:?}");
-        require(&this, THIS).unwrap();
-        assert!(require(&this, "runner::tests").is_err(), "only a part of a name");
     }
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask setup`
+//! `cargo xtask setup`: everything that plain `cargo build` and editors need, and optionally the tests.
 
 use std::process::ExitCode;
 
@@ -16,6 +16,7 @@ pub(crate) struct Setup {
 }
 
 impl Setup {
+    /// `main` has already installed protoc, as it does for every command.
     pub(crate) fn run(self) -> Result<ExitCode> {
         if self.tools {
             Tools::from_env().ensure(tools::TESTS, &mut Screen(&Stop::listen()?))?;

@@ -1,24 +1,24 @@
-//! What README.md tells a newcomer to type.
+//! The commands in README.md.
 
 use std::fs;
 
 use anyhow::{Context as _, Result};
 use gauntlet_stack::workspace_root;
 
-/// The address that the README's lines have.
+/// The address of the API in the README's commands.
 const ADDRESS: &str = "localhost:8080";
 
 #[derive(Debug)]
 pub(super) struct Readme {
-    /// Its first command.
+    /// The first command, which starts Gauntlet.
     pub(super) start: String,
-    /// Its second command.
+    /// The second command, which runs the tests.
     pub(super) test: String,
-    /// The line that creates an instance.
+    /// The call that creates an instance.
     pub(super) create: String,
     /// The other calls of the API, in order.
     pub(super) others: Vec<String>,
-    /// Debian packages that it asks for.
+    /// The Debian packages that it lists.
     pub(super) packages: Vec<String>,
 }
 
@@ -26,7 +26,7 @@ impl Readme {
     pub(super) fn read() -> Result<Readme> {
         let path = workspace_root().join("README.md");
         let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-        Readme::parse(&text).context("README.md no longer has its commands where clean-room looks for them")
+        Readme::parse(&text).context("README.md does not contain the commands that clean-room looks for")
     }
 
     fn parse(text: &str) -> Option<Readme> {
@@ -43,8 +43,8 @@ impl Readme {
         Some(Readme { start, test, create: creates.pop()?, others, packages })
     }
 
-    /// A line for an API on another port; a refusal is a failure.
-    pub(super) fn at(&self, line: &str, port: u16) -> String {
+    /// A call of the API on another port. It fails when the API responds with an error.
+    pub(super) fn with_port(&self, line: &str, port: u16) -> String {
         line.replace(ADDRESS, &format!("localhost:{port}")).replacen("curl -s", "curl -sf", 1)
     }
 }
@@ -55,11 +55,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_readme_has_the_commands() {
+    fn readme_contains_the_commands() {
         let readme = Readme::read().unwrap();
         assert_eq!((readme.start.as_str(), readme.test.as_str()), ("cargo xtask dev", "cargo xtask test"));
         assert!(readme.packages.iter().any(|package| package == "build-essential"), "{readme:?}");
         assert!(readme.others.len() >= 3, "{readme:?}");
-        assert!(readme.at(&readme.create, 1234).contains("localhost:1234/api/v1/instance -d"), "{readme:?}");
+        assert!(readme.with_port(&readme.create, 1234).contains("localhost:1234/api/v1/instance -d"), "{readme:?}");
     }
 }
