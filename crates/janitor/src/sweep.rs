@@ -356,7 +356,7 @@ impl Sweeper {
             };
             Span::current().record("outcome", outcome.as_str());
             let lag = Duration::try_from(Timestamp::now().duration_since(expired.until)).unwrap_or_default();
-            self.instruments.expired(outcome.as_str(), lag);
+            self.instruments.record_expiry(outcome.as_str(), lag);
             result
         }
         .instrument(span)

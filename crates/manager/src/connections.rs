@@ -70,7 +70,7 @@ pub(crate) struct Port {
 
 impl Port {
     fn refused(&self, reason: &'static str) {
-        self.refusals.refused(self.name, reason);
+        self.refusals.record_refusal(self.name, reason);
         tracing::debug!(server = self.name, reason, "refused a client");
     }
 }

@@ -14,9 +14,9 @@ pub(crate) fn register(gauges: &Gauges, store: Arc<dyn Store>) {
             let census = store.census(Timestamp::now()).await?;
             let instances = census.instances.into_iter().map(|((challenge, phase, pool), count)| {
                 Sample::new(&names::INSTANCES, count)
-                    .with("challenge", challenge.as_str())
-                    .with("state", phase.name())
-                    .with("pool", if pool { "true" } else { "false" })
+                    .with_attribute("challenge", challenge.as_str())
+                    .with_attribute("state", phase.name())
+                    .with_attribute("pool", if pool { "true" } else { "false" })
             });
             let totals = [
                 Sample::new(&names::CHALLENGES, census.challenges),

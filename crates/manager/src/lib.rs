@@ -79,10 +79,10 @@ impl Manager {
         let gauntlet = Gauntlet::new(store.clone(), Arc::new(provisioner), Arc::new(scenarios), facts, settings);
 
         gauges::register(telemetry.gauges(), backend.store());
-        telemetry.debug().panel("locks", backend.waits());
+        telemetry.debug().add_panel("locks", backend.waits());
         let who =
             serde_json::json!({ "replica": replica, "store": store.backend(), "version": env!("CARGO_PKG_VERSION") });
-        telemetry.debug().panel("manager", move || who.clone());
+        telemetry.debug().add_panel("manager", move || who.clone());
         let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals));
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let asked =

@@ -174,7 +174,7 @@ async fn look(pools: &Arc<Pools>, gauntlet: &Gauntlet, tasks: &Tasks, turn: Turn
     let Turn { challenge, origin, room } = turn;
     let span = info_span!(parent: None, "pool.refill", challenge.id = %challenge, error.type = Empty);
     if let Some(origin) = &origin {
-        context::link(&span, origin);
+        context::link_span(&span, origin);
     }
     async {
         let plan = gauntlet.plan_pool(&call_now(), &challenge, room).await.unwrap_or_else(|error| {

@@ -7,7 +7,7 @@ use tonic::{Code, Status};
 
 /// The answer to a client. What is ours to know (hosts, paths, causes) is logged here and marked on the span, and not in the answer.
 pub(crate) fn status(error: &Error) -> Status {
-    context::attribute("gauntlet.error.code", error.code());
+    context::set_attribute("gauntlet.error.code", error.code());
     if error.is_fault() {
         tracing::error!(error.type = error.code(), %error, "call failed");
         context::fail_span(error.to_string());
@@ -50,7 +50,7 @@ pub(crate) fn refused(status: Status) -> Status {
         Code::InvalidArgument => "INVALID_ARGUMENT",
         _ => "INTERNAL_ERROR",
     };
-    context::attribute("gauntlet.error.code", code);
+    context::set_attribute("gauntlet.error.code", code);
     tracing::debug!(error.type = code, message = status.message(), "request refused");
     status
 }

@@ -1,16 +1,13 @@
-//! Calls to a database: a CLIENT span and a duration for each.
-
-use std::time::Instant;
+//! Calls to etcd: a CLIENT span and a duration for each.
 
 use opentelemetry::KeyValue;
-use opentelemetry::trace::Status;
 use tracing::Instrument;
-use tracing_opentelemetry::OpenTelemetrySpanExt;
 
+use crate::call::{Call, server_attributes};
 use crate::instruments::Instruments;
 use crate::names;
 
-/// What is asked of etcd.
+/// The kind of an etcd call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// A transaction.
@@ -21,9 +18,9 @@ pub enum Operation {
     Put,
     /// A delete outside a transaction.
     Delete,
-    /// A lease granted, kept alive or revoked.
+    /// Granting, keeping alive or revoking a lease.
     Lease,
-    /// A watch opened.
+    /// Opening a watch.
     Watch,
 }
 
@@ -64,14 +61,16 @@ impl Database {
         Self { instruments: instruments.clone() }
     }
 
-    /// Runs `call`, one call to the endpoint `server` (`host:port`), in a span named after `operation`; outside of any span it is measured
-    /// only.
+    /// Runs one call to the endpoint `server` (`host:port`) and measures it. Within a span it also gets a span of its own, named after
+    /// `operation`.
     ///
-    /// `error_type` gives the short code of a failed call (`UNAVAILABLE`), never a text of high cardinality. A call
-    /// that is dropped before it ends is recorded with the error type `cancelled`.
+    /// `error_type` returns the error code of a failed call, such as `UNAVAILABLE`. It must be of low cardinality.
     ///
     /// # Errors
-    /// Those of `call`, untouched.
+    /// Those of `call`, unchanged.
+    ///
+    /// # Cancel safety
+    /// As safe as `call`. A dropped call is recorded with the error type `cancelled`.
     pub async fn call<T, E>(
         &self,
         operation: Operation,
@@ -79,10 +78,9 @@ impl Database {
         error_type: impl FnOnce(&E) -> &'static str,
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
-        let (address, port) = split(server);
-        // What a replica does for itself (its lease, its watch) belongs to no trace: it is measured, and makes no traces of one span.
-        let background = tracing::Span::current().is_none();
-        let span = if background {
+        let (address, port) = split_port(server);
+        // A replica's own lease and watch belong to no trace. A span for each of their calls would be a trace of one span.
+        let span = if tracing::Span::current().is_none() {
             tracing::Span::none()
         } else {
             tracing::info_span!(
@@ -95,13 +93,11 @@ impl Database {
                 server.port = port,
             )
         };
-        let mut observed = Observed {
-            instruments: &self.instruments,
-            span: span.clone(),
-            operation,
-            address,
-            port,
-            started: Instant::now(),
+        let mut attributes =
+            vec![KeyValue::new("db.system.name", "etcd"), KeyValue::new("db.operation.name", operation.as_str())];
+        attributes.extend(server_attributes(Some(address), port));
+        let mut observed = ObservedCall {
+            call: Call::start(span.clone(), &self.instruments.calls.database, attributes),
             error: Some("cancelled"),
         };
         let result = call.instrument(span).await;
@@ -110,38 +106,24 @@ impl Database {
     }
 }
 
-/// Records when it is dropped, so that a cancelled call is recorded too.
-struct Observed<'a> {
-    instruments: &'a Instruments,
-    span: tracing::Span,
-    operation: Operation,
-    address: &'a str,
-    port: Option<u16>,
-    started: Instant,
+/// Records its call when dropped, so that a cancelled call is recorded too.
+struct ObservedCall {
+    call: Call,
     error: Option<&'static str>,
 }
 
-impl Drop for Observed<'_> {
+impl Drop for ObservedCall {
     fn drop(&mut self) {
-        let mut attributes = vec![
-            KeyValue::new("db.system.name", "etcd"),
-            KeyValue::new("db.operation.name", self.operation.as_str()),
-            KeyValue::new("server.address", self.address.to_owned()),
-        ];
-        if let Some(port) = self.port {
-            attributes.push(KeyValue::new("server.port", i64::from(port)));
-        }
         if let Some(error) = self.error {
-            self.span.set_attribute("error.type", error);
-            self.span.set_status(Status::error(error));
-            attributes.push(KeyValue::new("error.type", error));
+            self.call.set_attribute("error.type", error);
+            self.call.fail(error);
         }
-        self.instruments.calls.database.record(self.started.elapsed().as_secs_f64(), &attributes);
+        self.call.record_duration();
     }
 }
 
-/// `host:port` in its parts; what has no port is a host.
-fn split(server: &str) -> (&str, Option<u16>) {
+/// Splits `host:port`. Text without a port is a host.
+fn split_port(server: &str) -> (&str, Option<u16>) {
     match server.rsplit_once(':') {
         Some((host, port)) => port.parse().map_or((server, None), |port| (host, Some(port))),
         None => (server, None),

@@ -1,59 +1,72 @@
-//! The exporters that the environment asks for.
+//! The exporters that the configuration selects.
 
 use std::path::Path;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use opentelemetry_otlp::tonic_types::metadata::MetadataMap;
 use opentelemetry_otlp::tonic_types::transport::{Certificate, ClientTlsConfig, Identity};
-use opentelemetry_otlp::{WithExportConfig, WithHttpConfig, WithTonicConfig};
+use opentelemetry_otlp::{
+    LogExporter, MetricExporter, SpanExporter, WithExportConfig, WithHttpConfig, WithTonicConfig,
+};
 use opentelemetry_sdk::metrics::Temporality;
 
-use crate::config::{Otlp, Protocol, Signal};
-use crate::start::Error;
+use crate::config::{Exporter, Otlp, Protocol, Signal};
+use crate::error::Error;
 
-/// The `otel.component.type` of an OTLP exporter.
-pub(crate) fn component(signal: Signal, protocol: Protocol) -> &'static str {
+/// The `otel.component.type` of an exporter.
+pub(crate) fn component(signal: Signal, exporter: &Exporter) -> &'static str {
+    let protocol = match exporter {
+        Exporter::Otlp(otlp) => Some(otlp.protocol),
+        Exporter::Console | Exporter::Prometheus => None,
+    };
     match (signal, protocol) {
-        (Signal::Traces, Protocol::Grpc) => "otlp_grpc_span_exporter",
-        (Signal::Traces, Protocol::HttpProtobuf) => "otlp_http_span_exporter",
-        (Signal::Metrics, Protocol::Grpc) => "otlp_grpc_metric_exporter",
-        (Signal::Metrics, Protocol::HttpProtobuf) => "otlp_http_metric_exporter",
-        (Signal::Logs, Protocol::Grpc) => "otlp_grpc_log_exporter",
-        (Signal::Logs, Protocol::HttpProtobuf) => "otlp_http_log_exporter",
+        (Signal::Traces, Some(Protocol::Grpc)) => "otlp_grpc_span_exporter",
+        (Signal::Traces, Some(Protocol::HttpProtobuf)) => "otlp_http_span_exporter",
+        (Signal::Traces, None) => "console_span_exporter",
+        (Signal::Metrics, Some(Protocol::Grpc)) => "otlp_grpc_metric_exporter",
+        (Signal::Metrics, Some(Protocol::HttpProtobuf)) => "otlp_http_metric_exporter",
+        (Signal::Metrics, None) => "console_metric_exporter",
+        (Signal::Logs, Some(Protocol::Grpc)) => "otlp_grpc_log_exporter",
+        (Signal::Logs, Some(Protocol::HttpProtobuf)) => "otlp_http_log_exporter",
+        (Signal::Logs, None) => "console_log_exporter",
     }
 }
 
-pub(crate) fn spans(otlp: &Otlp) -> Result<opentelemetry_otlp::SpanExporter, Error> {
-    let builder = opentelemetry_otlp::SpanExporter::builder();
-    match otlp.protocol {
-        Protocol::Grpc => grpc(builder.with_tonic(), otlp)?.build(),
-        Protocol::HttpProtobuf => http(builder.with_http(), otlp)?.build(),
+/// The exporter's destination, for messages and the debug page.
+pub(crate) fn target(exporter: &Exporter) -> String {
+    match exporter {
+        Exporter::Otlp(otlp) => otlp.endpoint.clone(),
+        Exporter::Console | Exporter::Prometheus => "console".to_owned(),
     }
-    .map_err(|error| Error::exporter(otlp, error))
 }
 
-pub(crate) fn logs(otlp: &Otlp) -> Result<opentelemetry_otlp::LogExporter, Error> {
-    let builder = opentelemetry_otlp::LogExporter::builder();
-    match otlp.protocol {
-        Protocol::Grpc => grpc(builder.with_tonic(), otlp)?.build(),
-        Protocol::HttpProtobuf => http(builder.with_http(), otlp)?.build(),
-    }
-    .map_err(|error| Error::exporter(otlp, error))
+/// The SDK has one builder for each signal, with the same methods and no common trait.
+macro_rules! build {
+    ($builder:expr, $otlp:expr) => {
+        match $otlp.protocol {
+            Protocol::Grpc => grpc($builder.with_tonic(), $otlp)?.build(),
+            Protocol::HttpProtobuf => http($builder.with_http(), $otlp)?.build(),
+        }
+        .map_err(|error| Error::exporter($otlp, error))
+    };
 }
 
-pub(crate) fn metrics(otlp: &Otlp, temporality: Temporality) -> Result<opentelemetry_otlp::MetricExporter, Error> {
-    let builder = opentelemetry_otlp::MetricExporter::builder().with_temporality(temporality);
-    match otlp.protocol {
-        Protocol::Grpc => grpc(builder.with_tonic(), otlp)?.build(),
-        Protocol::HttpProtobuf => http(builder.with_http(), otlp)?.build(),
-    }
-    .map_err(|error| Error::exporter(otlp, error))
+pub(crate) fn spans(otlp: &Otlp) -> Result<SpanExporter, Error> {
+    build!(SpanExporter::builder(), otlp)
+}
+
+pub(crate) fn logs(otlp: &Otlp) -> Result<LogExporter, Error> {
+    build!(LogExporter::builder(), otlp)
+}
+
+pub(crate) fn metrics(otlp: &Otlp, temporality: Temporality) -> Result<MetricExporter, Error> {
+    build!(MetricExporter::builder().with_temporality(temporality), otlp)
 }
 
 fn grpc<B: WithExportConfig + WithTonicConfig>(builder: B, otlp: &Otlp) -> Result<B, Error> {
     let mut headers = HeaderMap::new();
     for (name, value) in &otlp.headers {
-        // Both were checked when the environment was read.
+        // The configuration has already rejected invalid names and values.
         if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
             headers.insert(name, value);
         }
@@ -80,7 +93,7 @@ fn grpc<B: WithExportConfig + WithTonicConfig>(builder: B, otlp: &Otlp) -> Resul
 }
 
 fn http<B: WithExportConfig + WithHttpConfig>(builder: B, otlp: &Otlp) -> Result<B, Error> {
-    // Fails only where somebody chose a provider before, which then is used.
+    // Fails only when the process has a provider already; that one is then used.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut client = reqwest::Client::builder().timeout(otlp.timeout).redirect(reqwest::redirect::Policy::none());
     if let Some(path) = &otlp.certificate {

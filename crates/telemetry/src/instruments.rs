@@ -1,8 +1,7 @@
-//! The instruments, built from the table of names, and the plain methods that record on them.
+//! The instruments, built from the table of metrics, with a method for each event that is measured.
 //!
-//! Code that measures says what happened (`lock.waited(..)`), never which instrument to touch. All methods are
-//! cheap, never block and never fail. Labels that are `&'static str` come from closed sets, so that
-//! cardinality stays bounded; a challenge's id is the one open label.
+//! No method blocks or fails. Labels of type `&'static str` come from closed sets, so cardinality stays bounded. The only open label is the
+//! challenge's id.
 
 use std::time::Duration;
 
@@ -13,20 +12,27 @@ use crate::names::{self, Metric};
 
 pub(crate) const SCOPE: &str = "gauntlet";
 
-/// Every instrument, by area. Clones share the instruments.
+/// Starts building an instrument from its row. The SDK has one builder for each kind, with the same methods and no common trait.
+macro_rules! instrument {
+    ($meter:expr, $kind:ident, $row:expr) => {
+        $meter.$kind($row.name).with_unit($row.unit).with_description($row.description)
+    };
+}
+pub(crate) use instrument;
+
+/// All instruments, by area. Clones share them.
 #[derive(Clone, Debug)]
 pub struct Instruments {
-    /// Calls served and made.
     pub(crate) calls: Calls,
     /// Locks.
     pub lock: Lock,
-    /// Provisioning.
+    /// Provisioning steps.
     pub provision: Provision,
     /// Pools.
     pub pool: Pool,
     /// Operations on instances.
     pub instance: Instance,
-    /// Ports that are served.
+    /// Servers.
     pub server: Server,
     /// The janitor.
     pub janitor: Janitor,
@@ -35,7 +41,7 @@ pub struct Instruments {
 }
 
 impl Instruments {
-    /// Instruments on `provider`.
+    /// Creates the instruments of `provider`.
     pub fn new(provider: &dyn MeterProvider) -> Self {
         let meter = provider.meter(SCOPE);
         Self {
@@ -49,12 +55,12 @@ impl Instruments {
                 attempts: counter(&meter, &names::LOCK_ATTEMPTS),
                 wait: histogram(&meter, &names::LOCK_WAIT_DURATION),
                 hold: histogram(&meter, &names::LOCK_HOLD_DURATION),
-                waiters: up_down(&meter, &names::LOCK_WAITERS),
+                waiters: up_down_counter(&meter, &names::LOCK_WAITERS),
                 lost: counter(&meter, &names::LOCK_LOST),
             },
             provision: Provision {
                 duration: histogram(&meter, &names::PROVISION_DURATION),
-                active: up_down(&meter, &names::PROVISION_ACTIVE),
+                active: up_down_counter(&meter, &names::PROVISION_ACTIVE),
             },
             pool: Pool { claims: counter(&meter, &names::POOL_CLAIMS) },
             instance: Instance { operations: counter(&meter, &names::INSTANCE_OPERATIONS) },
@@ -73,24 +79,27 @@ impl Instruments {
     }
 }
 
-fn counter(meter: &Meter, row: &'static Metric) -> Counter<u64> {
-    meter.u64_counter(row.name).with_unit(row.unit).with_description(row.description).build()
+pub(crate) fn counter(meter: &Meter, row: &'static Metric) -> Counter<u64> {
+    instrument!(meter, u64_counter, row).build()
 }
 
-fn up_down(meter: &Meter, row: &'static Metric) -> UpDownCounter<i64> {
-    meter.i64_up_down_counter(row.name).with_unit(row.unit).with_description(row.description).build()
+fn up_down_counter(meter: &Meter, row: &'static Metric) -> UpDownCounter<i64> {
+    instrument!(meter, i64_up_down_counter, row).build()
 }
 
 fn histogram(meter: &Meter, row: &'static Metric) -> Histogram<f64> {
-    meter
-        .f64_histogram(row.name)
-        .with_unit(row.unit)
-        .with_description(row.description)
-        .with_boundaries(row.buckets.to_vec())
-        .build()
+    instrument!(meter, f64_histogram, row).with_boundaries(row.buckets.to_vec()).build()
 }
 
-/// Calls served and made; recorded by the layers and by [`crate::db::Database`].
+fn labels<const N: usize>(labels: [(&'static str, &'static str); N]) -> [KeyValue; N] {
+    labels.map(|(key, value)| KeyValue::new(key, value))
+}
+
+fn challenge_label(id: &str) -> KeyValue {
+    KeyValue::new("challenge", id.to_owned())
+}
+
+/// Durations of calls, recorded by the layers and by [`crate::db::Database`].
 #[derive(Clone, Debug)]
 pub(crate) struct Calls {
     pub(crate) rpc_server: Histogram<f64>,
@@ -99,29 +108,29 @@ pub(crate) struct Calls {
     pub(crate) database: Histogram<f64>,
 }
 
-/// Takes back what it added when it is dropped, so that a cancelled task is not counted for ever.
+/// Counts one as active until dropped, so that cancelled work does not stay counted.
 #[derive(Debug)]
-#[must_use = "the work counts as under way until this is dropped"]
-pub struct UnderWay {
+#[must_use = "the work counts as active until this is dropped"]
+pub struct ActiveGuard {
     counter: UpDownCounter<i64>,
     attributes: Vec<KeyValue>,
 }
 
-impl UnderWay {
-    fn begin(counter: &UpDownCounter<i64>, attributes: impl Into<Vec<KeyValue>>) -> Self {
+impl ActiveGuard {
+    fn new(counter: &UpDownCounter<i64>, attributes: impl Into<Vec<KeyValue>>) -> Self {
         let attributes = attributes.into();
         counter.add(1, &attributes);
         Self { counter: counter.clone(), attributes }
     }
 }
 
-impl Drop for UnderWay {
+impl Drop for ActiveGuard {
     fn drop(&mut self) {
         self.counter.add(-1, &self.attributes);
     }
 }
 
-/// Locks: `kind` is what is locked (`challenge`, `rollout`, `instance`).
+/// Locks. `kind` is what is locked: `challenge`, `rollout` or `instance`.
 #[derive(Clone, Debug)]
 pub struct Lock {
     attempts: Counter<u64>,
@@ -132,34 +141,30 @@ pub struct Lock {
 }
 
 impl Lock {
-    /// Somebody waits for a lock until the answer is dropped.
-    pub fn waiting(&self, kind: &'static str) -> UnderWay {
-        UnderWay::begin(&self.waiters, [lock(kind)])
+    /// Counts a waiter until the guard is dropped.
+    pub fn start_wait(&self, kind: &'static str) -> ActiveGuard {
+        ActiveGuard::new(&self.waiters, labels([("lock.kind", kind)]))
     }
 
-    /// A wait ended after `wait`: counts the attempt too. `outcome` is `acquired`, or why it was given up.
-    pub fn waited(&self, kind: &'static str, outcome: &'static str, wait: Duration) {
-        let attributes = [lock(kind), KeyValue::new("outcome", outcome)];
-        self.attempts.add(1, &attributes);
-        self.wait.record(wait.as_secs_f64(), &attributes);
+    /// Records an attempt and how long it waited. `outcome` is `acquired` or the reason why the lock was not acquired.
+    pub fn record_attempt(&self, kind: &'static str, outcome: &'static str, wait: Duration) {
+        let labels = labels([("lock.kind", kind), ("outcome", outcome)]);
+        self.attempts.add(1, &labels);
+        self.wait.record(wait.as_secs_f64(), &labels);
     }
 
-    /// A lock was released after it was held for `held`.
-    pub fn held(&self, kind: &'static str, held: Duration) {
-        self.hold.record(held.as_secs_f64(), &[lock(kind)]);
+    /// Records the release of a lock that was held for `hold`.
+    pub fn record_release(&self, kind: &'static str, hold: Duration) {
+        self.hold.record(hold.as_secs_f64(), &labels([("lock.kind", kind)]));
     }
 
-    /// A lock was lost while it was held.
-    pub fn lost(&self, kind: &'static str) {
-        self.lost.add(1, &[lock(kind)]);
+    /// Records that a lock was lost while held.
+    pub fn record_loss(&self, kind: &'static str) {
+        self.lost.add(1, &labels([("lock.kind", kind)]));
     }
 }
 
-fn lock(kind: &'static str) -> KeyValue {
-    KeyValue::new("lock.kind", kind)
-}
-
-/// Provisioning: `step` is `prepare`, `up`, `update`, `down` or a finer one.
+/// Provisioning steps: `prepare`, `up`, `update`, `down` and the steps within them.
 #[derive(Clone, Debug)]
 pub struct Provision {
     duration: Histogram<f64>,
@@ -167,21 +172,21 @@ pub struct Provision {
 }
 
 impl Provision {
-    /// A step is under way until the answer is dropped.
-    pub fn begin(&self, provisioner: &'static str, step: &'static str) -> UnderWay {
-        UnderWay::begin(&self.active, [KeyValue::new("provisioner", provisioner), KeyValue::new("step", step)])
+    /// Counts a step as in progress until the guard is dropped.
+    pub fn start_step(&self, provisioner: &'static str, step: &'static str) -> ActiveGuard {
+        ActiveGuard::new(&self.active, labels([("provisioner", provisioner), ("step", step)]))
     }
 
-    /// A step ended after `took`. `outcome` is `ok` or the error's code.
-    pub fn finished(&self, provisioner: &'static str, step: &'static str, outcome: &'static str, took: Duration) {
-        self.duration.record(
-            took.as_secs_f64(),
-            &[
-                KeyValue::new("provisioner", provisioner),
-                KeyValue::new("step", step),
-                KeyValue::new("outcome", outcome),
-            ],
-        );
+    /// Records a step that took `duration`. `outcome` is `ok` or the error code.
+    pub fn record_step(
+        &self,
+        provisioner: &'static str,
+        step: &'static str,
+        outcome: &'static str,
+        duration: Duration,
+    ) {
+        let labels = labels([("provisioner", provisioner), ("step", step), ("outcome", outcome)]);
+        self.duration.record(duration.as_secs_f64(), &labels);
     }
 }
 
@@ -192,10 +197,10 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// An instance was asked for from the pool of `challenge`, and one was ready (`hit`) or not.
-    pub fn claimed(&self, challenge: &str, hit: bool) {
-        let result = if hit { "hit" } else { "miss" };
-        self.claims.add(1, &[KeyValue::new("challenge", challenge.to_owned()), KeyValue::new("result", result)]);
+    /// Records that an instance was requested from a challenge's pool. `is_hit` says whether one was ready.
+    pub fn record_claim(&self, challenge: &str, is_hit: bool) {
+        let result = if is_hit { "hit" } else { "miss" };
+        self.claims.add(1, &[challenge_label(challenge), KeyValue::new("result", result)]);
     }
 }
 
@@ -206,29 +211,23 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// An `operation` (`create`, `renew`, `update`, `delete`) ended. `outcome` is `ok` or the error's code.
-    pub fn operation(&self, challenge: &str, operation: &'static str, outcome: &'static str) {
-        self.operations.add(
-            1,
-            &[
-                KeyValue::new("challenge", challenge.to_owned()),
-                KeyValue::new("operation", operation),
-                KeyValue::new("outcome", outcome),
-            ],
-        );
+    /// Records a `create`, `renew`, `update` or `delete`. `outcome` is `ok` or the error code.
+    pub fn record_operation(&self, challenge: &str, operation: &'static str, outcome: &'static str) {
+        let [operation, outcome] = labels([("operation", operation), ("outcome", outcome)]);
+        self.operations.add(1, &[challenge_label(challenge), operation, outcome]);
     }
 }
 
-/// Ports that are served.
+/// Servers.
 #[derive(Clone, Debug)]
 pub struct Server {
     refused: Counter<u64>,
 }
 
 impl Server {
-    /// A client of port `server` was refused, or its connection closed, for `reason`.
-    pub fn refused(&self, server: &'static str, reason: &'static str) {
-        self.refused.add(1, &[KeyValue::new("server", server), KeyValue::new("reason", reason)]);
+    /// Records that `server` refused a call or a connection, or closed one, because of `reason`.
+    pub fn record_refusal(&self, server: &'static str, reason: &'static str) {
+        self.refused.add(1, &labels([("server", server), ("reason", reason)]));
     }
 }
 
@@ -240,11 +239,11 @@ pub struct Janitor {
 }
 
 impl Janitor {
-    /// An expired instance was dealt with, `lag` after its end. `outcome` is `ok` or the error's code.
-    pub fn expired(&self, outcome: &'static str, lag: Duration) {
-        let attributes = [KeyValue::new("outcome", outcome)];
-        self.expired.add(1, &attributes);
-        self.lag.record(lag.as_secs_f64(), &attributes);
+    /// Records an attempt to delete an expired instance, `lag` after its expiry. `outcome` is `ok` or the error code.
+    pub fn record_expiry(&self, outcome: &'static str, lag: Duration) {
+        let labels = labels([("outcome", outcome)]);
+        self.expired.add(1, &labels);
+        self.lag.record(lag.as_secs_f64(), &labels);
     }
 }
 
@@ -255,8 +254,8 @@ pub struct Reconcile {
 }
 
 impl Reconcile {
-    /// An instance left in `phase` was brought to an end by `action` (`adopted`, `taken_down`).
-    pub fn recovered(&self, phase: &'static str, action: &'static str) {
-        self.recovered.add(1, &[KeyValue::new("phase", phase), KeyValue::new("action", action)]);
+    /// Records that the work of an instance left in `phase` was finished by `action`: `adopted` or `taken_down`.
+    pub fn record_recovery(&self, phase: &'static str, action: &'static str) {
+        self.recovered.add(1, &labels([("phase", phase), ("action", action)]));
     }
 }

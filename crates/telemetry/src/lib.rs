@@ -1,16 +1,18 @@
-//! Telemetry of a process: OpenTelemetry bootstrap, the table of names, tower layers, the debug page. It knows nothing
-//! of what the process does.
+//! Telemetry of a process: OpenTelemetry set-up, the tables of span and metric names, tower layers and the debug page. It knows nothing of
+//! what the process does.
 //!
-//! A binary calls [`Telemetry::start`] first and [`Telemetry::shutdown`] last. What is measured goes through
-//! [`Instruments`] and [`Gauges`], calls through the layers of [`layers`] and [`db`]; all names are in [`names`].
+//! A binary calls [`Telemetry::start`] first and [`Telemetry::shutdown`] last. Code records on [`Instruments`] and [`Gauges`]; calls are
+//! recorded by the layers in [`layers`] and by [`db`]. All names are in [`names`].
 //!
-//! The SDK does not implement exemplars; the collector's spanmetrics connector makes them from the spans.
+//! The SDK does not support exemplars. The collector's spanmetrics connector derives them from the spans.
 
+mod call;
 mod config;
 pub mod context;
 pub mod db;
 pub mod debug;
 mod env;
+mod error;
 mod export;
 mod exporters;
 pub mod gauges;
@@ -21,11 +23,16 @@ pub mod names;
 mod pipeline;
 mod process;
 mod resource;
-mod start;
+mod runtime;
+mod sampler;
+mod settings;
 mod subscriber;
+mod telemetry;
 
 pub use self::env::{Env, EnvError};
+pub use self::error::Error;
 pub use self::export::{ExportStart, ExportState};
 pub use self::gauges::{Gauges, Sample};
 pub use self::instruments::Instruments;
-pub use self::start::{Error, SHUTDOWN_WITHIN, Settings, Telemetry, Unflushed};
+pub use self::settings::Settings;
+pub use self::telemetry::{FlushTimeout, SHUTDOWN_TIMEOUT, Telemetry};

@@ -1,95 +1,88 @@
-//! Processors and readers, as the configuration asks for them.
+//! The providers of the three signals, with the processors and readers that the configuration selects.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use opentelemetry::propagation::{TextMapCompositePropagator, TextMapPropagator};
+use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::logs::{
-    BatchConfigBuilder as LogBatchConfig, BatchLogProcessor, LogExporter, LoggerProviderBuilder,
+    BatchConfigBuilder as LogBatchConfig, BatchLogProcessor, LogExporter, SdkLoggerProvider,
 };
-use opentelemetry_sdk::metrics::{MeterProviderBuilder, PeriodicReader};
-use opentelemetry_sdk::propagation::{BaggagePropagator, TraceContextPropagator};
+use opentelemetry_sdk::metrics::exporter::PushMetricExporter;
+use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
 use opentelemetry_sdk::trace::{
-    BatchConfigBuilder as SpanBatchConfig, BatchSpanProcessor, Sampler as SdkSampler, SamplingDecision, SamplingResult,
-    ShouldSample, SpanExporter, TracerProviderBuilder,
+    BatchConfigBuilder as SpanBatchConfig, BatchSpanProcessor, SdkTracerProvider, SpanExporter, SpanProcessor,
 };
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use crate::config::{Batch, Config, Exporter, Propagator, Sampler, Signal};
-use crate::export::{Bounded, Guarded, Health, Hold, Reports};
+use crate::config::{Batch, Config, Exporter, Signal};
+use crate::error::Error;
+use crate::export::{BoundedProcessor, ExportHold, GuardedExporter, Health, WarningLimit};
 use crate::exporters;
-use crate::start::Error;
+use crate::sampler::sampler;
 
-pub(crate) fn propagator(propagators: &[Propagator]) -> TextMapCompositePropagator {
-    TextMapCompositePropagator::new(
-        propagators
-            .iter()
-            .map(|propagator| -> Box<dyn TextMapPropagator + Send + Sync> {
-                match propagator {
-                    Propagator::TraceContext => Box::new(TraceContextPropagator::new()),
-                    Propagator::Baggage => Box::new(BaggagePropagator::new()),
-                }
-            })
-            .collect(),
-    )
-}
-
-/// Records for the debug page what `inner` would drop; what is not sampled is never exported.
+/// The providers of the three signals.
 #[derive(Clone, Debug)]
-struct RecordAll(SdkSampler);
-
-impl ShouldSample for RecordAll {
-    fn should_sample(
-        &self,
-        parent: Option<&opentelemetry::Context>,
-        trace: opentelemetry::trace::TraceId,
-        name: &str,
-        kind: &opentelemetry::trace::SpanKind,
-        attributes: &[opentelemetry::KeyValue],
-        links: &[opentelemetry::trace::Link],
-    ) -> SamplingResult {
-        let mut result = self.0.should_sample(parent, trace, name, kind, attributes, links);
-        if result.decision == SamplingDecision::Drop {
-            result.decision = SamplingDecision::RecordOnly;
-        }
-        result
-    }
+pub(crate) struct Providers {
+    pub(crate) traces: SdkTracerProvider,
+    pub(crate) metrics: SdkMeterProvider,
+    pub(crate) logs: SdkLoggerProvider,
 }
 
-/// Makes the processors and readers that the configuration asks for.
+/// Builds the providers, and collects the health of each exporter on the way.
 pub(crate) struct Pipeline<'a> {
-    pub(crate) config: &'a Config,
-    pub(crate) runtime: &'a Handle,
-    pub(crate) closing: watch::Receiver<bool>,
+    config: &'a Config,
+    resource: Resource,
+    runtime: &'a Handle,
+    /// Becomes true when exports must be abandoned.
+    closing: watch::Receiver<bool>,
+    hold: ExportHold,
+    warnings: WarningLimit,
     pub(crate) exporters: Vec<Arc<Health>>,
-    pub(crate) reports: Reports,
-    pub(crate) hold: Hold,
+    /// What `/metrics` serves; `None` unless Prometheus is a configured exporter.
+    pub(crate) registry: Option<prometheus::Registry>,
 }
 
-impl Pipeline<'_> {
-    /// The state of a new exporter; with the others of this process it shares when trouble was last reported, and whether export has started.
-    fn health(&self, signal: Signal, exporter: &'static str, target: String, capacity: usize) -> Arc<Health> {
-        Health::new(signal, exporter, target, capacity, &self.reports, &self.hold)
+/// The SDK has one builder for each signal, with the same methods and no common trait.
+macro_rules! batch_config {
+    ($builder:ident, $batch:expr) => {
+        $builder::default()
+            .with_max_queue_size($batch.queue)
+            .with_max_export_batch_size($batch.batch)
+            .with_scheduled_delay($batch.delay)
+            .build()
+    };
+}
+
+impl<'a> Pipeline<'a> {
+    pub(crate) fn new(
+        config: &'a Config,
+        resource: Resource,
+        runtime: &'a Handle,
+        closing: watch::Receiver<bool>,
+        hold: ExportHold,
+    ) -> Self {
+        let warnings = WarningLimit::default();
+        Self { config, resource, runtime, closing, hold, warnings, exporters: Vec::new(), registry: None }
     }
 
-    pub(crate) fn sampler(&self, record_all: bool) -> Box<dyn ShouldSample> {
-        let root = match self.config.sampler {
-            Sampler::AlwaysOn => SdkSampler::AlwaysOn,
-            Sampler::AlwaysOff => SdkSampler::AlwaysOff,
-            Sampler::Ratio(ratio) => SdkSampler::TraceIdRatioBased(ratio),
-        };
-        let sampler = if self.config.parent_based { SdkSampler::ParentBased(Box::new(root)) } else { root };
-        if record_all { Box::new(RecordAll(sampler)) } else { Box::new(sampler) }
+    /// Builds the providers. `debug`, if any, sees every finished span, sampled or not. A disabled SDK gets providers without processors.
+    ///
+    /// # Errors
+    /// When an exporter cannot be created.
+    pub(crate) fn build(&mut self, debug: Option<impl SpanProcessor + 'static>) -> Result<Providers, Error> {
+        // Creating an exporter over gRPC needs a runtime.
+        let _runtime = self.runtime.enter();
+        Ok(Providers { traces: self.traces(debug)?, metrics: self.metrics()?, logs: self.logs()? })
     }
 
-    fn guard<E>(&mut self, inner: E, limit: Duration, health: Arc<Health>) -> Guarded<E> {
-        self.exporters.push(Arc::clone(&health));
-        Guarded { inner, health, runtime: self.runtime.clone(), limit, closing: self.closing.clone() }
-    }
-
-    pub(crate) fn traces(&mut self, mut provider: TracerProviderBuilder) -> Result<TracerProviderBuilder, Error> {
+    fn traces(&mut self, debug: Option<impl SpanProcessor + 'static>) -> Result<SdkTracerProvider, Error> {
         let config = self.config;
+        let mut provider = SdkTracerProvider::builder().with_resource(self.resource.clone());
+        if config.disabled {
+            return Ok(provider.build());
+        }
+        provider = provider.with_sampler(sampler(config, debug.is_some()));
         if let Some(limit) = config.span_attributes {
             provider = provider.with_max_attributes_per_span(limit);
         }
@@ -99,98 +92,78 @@ impl Pipeline<'_> {
         if let Some(limit) = config.span_links {
             provider = provider.with_max_links_per_span(limit);
         }
-        for exporter in &config.traces {
-            provider = match exporter {
-                Exporter::Otlp(otlp) => {
-                    let kind = exporters::component(Signal::Traces, otlp.protocol);
-                    let health = self.health(Signal::Traces, kind, otlp.endpoint.clone(), config.spans.queue);
-                    provider.with_span_processor(self.span_processor(exporters::spans(otlp)?, health))
-                }
+        for kind in &config.traces {
+            provider = provider.with_span_processor(match kind {
+                Exporter::Otlp(otlp) => self.span_processor(kind, exporters::spans(otlp)?),
                 Exporter::Console | Exporter::Prometheus => {
-                    let health =
-                        self.health(Signal::Traces, "console_span_exporter", "console".into(), config.spans.queue);
-                    provider
-                        .with_span_processor(self.span_processor(opentelemetry_stdout::SpanExporter::default(), health))
+                    self.span_processor(kind, opentelemetry_stdout::SpanExporter::default())
                 }
-            };
+            });
         }
-        Ok(provider)
+        if let Some(debug) = debug {
+            provider = provider.with_span_processor(debug);
+        }
+        Ok(provider.build())
     }
 
     fn span_processor(
         &mut self,
+        kind: &Exporter,
         exporter: impl SpanExporter + 'static,
-        health: Arc<Health>,
-    ) -> Bounded<BatchSpanProcessor> {
-        let Batch { queue, batch, delay, timeout } = self.config.spans;
-        let settings = SpanBatchConfig::default()
-            .with_max_queue_size(queue)
-            .with_max_export_batch_size(batch)
-            .with_scheduled_delay(delay)
-            .build();
-        let exporter = self.guard(exporter, timeout, Arc::clone(&health));
-        Bounded { inner: BatchSpanProcessor::new(exporter, settings), health }
+    ) -> BoundedProcessor<BatchSpanProcessor> {
+        let batch = self.config.spans;
+        let (exporter, health) = self.guard_batches(Signal::Traces, kind, batch, exporter);
+        let inner = BatchSpanProcessor::new(exporter, batch_config!(SpanBatchConfig, batch));
+        BoundedProcessor { inner, health }
     }
 
-    pub(crate) fn logs(&mut self, mut provider: LoggerProviderBuilder) -> Result<LoggerProviderBuilder, Error> {
+    fn logs(&mut self) -> Result<SdkLoggerProvider, Error> {
         let config = self.config;
-        for exporter in &config.logs {
-            provider = match exporter {
-                Exporter::Otlp(otlp) => {
-                    let kind = exporters::component(Signal::Logs, otlp.protocol);
-                    let health = self.health(Signal::Logs, kind, otlp.endpoint.clone(), config.records.queue);
-                    provider.with_log_processor(self.log_processor(exporters::logs(otlp)?, health))
-                }
-                Exporter::Console | Exporter::Prometheus => {
-                    let health =
-                        self.health(Signal::Logs, "console_log_exporter", "console".into(), config.records.queue);
-                    provider
-                        .with_log_processor(self.log_processor(opentelemetry_stdout::LogExporter::default(), health))
-                }
-            };
+        let mut provider = SdkLoggerProvider::builder().with_resource(self.resource.clone());
+        if config.disabled {
+            return Ok(provider.build());
         }
-        Ok(provider)
+        for kind in &config.logs {
+            provider = provider.with_log_processor(match kind {
+                Exporter::Otlp(otlp) => self.log_processor(kind, exporters::logs(otlp)?),
+                Exporter::Console | Exporter::Prometheus => {
+                    self.log_processor(kind, opentelemetry_stdout::LogExporter::default())
+                }
+            });
+        }
+        Ok(provider.build())
     }
 
     fn log_processor(
         &mut self,
+        kind: &Exporter,
         exporter: impl LogExporter + 'static,
-        health: Arc<Health>,
-    ) -> Bounded<BatchLogProcessor> {
-        let Batch { queue, batch, delay, timeout } = self.config.records;
-        let settings = LogBatchConfig::default()
-            .with_max_queue_size(queue)
-            .with_max_export_batch_size(batch)
-            .with_scheduled_delay(delay)
-            .build();
-        let exporter = self.guard(exporter, timeout, Arc::clone(&health));
-        Bounded { inner: BatchLogProcessor::builder(exporter).with_batch_config(settings).build(), health }
+    ) -> BoundedProcessor<BatchLogProcessor> {
+        let batch = self.config.records;
+        let (exporter, health) = self.guard_batches(Signal::Logs, kind, batch, exporter);
+        let config = batch_config!(LogBatchConfig, batch);
+        let inner = BatchLogProcessor::builder(exporter).with_batch_config(config).build();
+        BoundedProcessor { inner, health }
     }
 
-    pub(crate) fn metrics(
-        &mut self,
-        mut provider: MeterProviderBuilder,
-    ) -> Result<(MeterProviderBuilder, Option<prometheus::Registry>), Error> {
+    fn metrics(&mut self) -> Result<SdkMeterProvider, Error> {
         let config = self.config;
-        let (interval, limit) = (config.metric_interval, config.metric_timeout);
-        let mut registry = None;
-        for exporter in &config.metrics {
-            provider = match exporter {
+        let mut provider = SdkMeterProvider::builder().with_resource(self.resource.clone());
+        if config.disabled {
+            return Ok(provider.build());
+        }
+        for kind in &config.metrics {
+            provider = match kind {
                 Exporter::Otlp(otlp) => {
-                    let kind = exporters::component(Signal::Metrics, otlp.protocol);
-                    let health = self.health(Signal::Metrics, kind, otlp.endpoint.clone(), 0);
-                    let exporter = self.guard(exporters::metrics(otlp, config.temporality)?, limit, health);
-                    provider.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
+                    provider.with_reader(self.metric_reader(kind, exporters::metrics(otlp, config.temporality)?))
                 }
                 Exporter::Console => {
-                    let health = self.health(Signal::Metrics, "console_metric_exporter", "console".into(), 0);
-                    let exporter = self.guard(opentelemetry_stdout::MetricExporter::default(), limit, health);
-                    provider.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
+                    provider.with_reader(self.metric_reader(kind, opentelemetry_stdout::MetricExporter::default()))
                 }
                 Exporter::Prometheus => {
-                    let prometheus = registry.insert(prometheus::Registry::new()).clone();
+                    let registry = self.registry.insert(prometheus::Registry::new()).clone();
                     let reader = opentelemetry_prometheus::exporter()
-                        .with_registry(prometheus)
+                        .with_registry(registry)
                         .scope_info_enabled(false)
                         .build()
                         .map_err(|error| Error::Exporter { target: "prometheus".into(), reason: error.to_string() })?;
@@ -198,6 +171,43 @@ impl Pipeline<'_> {
                 }
             };
         }
-        Ok((provider, registry))
+        Ok(provider.build())
+    }
+
+    fn metric_reader<E: PushMetricExporter>(
+        &mut self,
+        kind: &Exporter,
+        exporter: E,
+    ) -> PeriodicReader<GuardedExporter<E>> {
+        // Metrics do not queue.
+        let exporter = self.guard(Signal::Metrics, kind, 0, self.config.metric_timeout, exporter);
+        PeriodicReader::builder(exporter).with_interval(self.config.metric_interval).build()
+    }
+
+    fn guard_batches<E>(
+        &mut self,
+        signal: Signal,
+        kind: &Exporter,
+        batch: Batch,
+        inner: E,
+    ) -> (GuardedExporter<E>, Arc<Health>) {
+        let exporter = self.guard(signal, kind, batch.queue, batch.timeout, inner);
+        let health = Arc::clone(&exporter.health);
+        (exporter, health)
+    }
+
+    /// Wraps an exporter, and keeps its health for the debug page and for `otel.sdk.*`.
+    fn guard<E>(
+        &mut self,
+        signal: Signal,
+        kind: &Exporter,
+        capacity: usize,
+        timeout: Duration,
+        inner: E,
+    ) -> GuardedExporter<E> {
+        let (component, target) = (exporters::component(signal, kind), exporters::target(kind));
+        let health = Health::new(signal, component, target, capacity, &self.warnings, &self.hold);
+        self.exporters.push(Arc::clone(&health));
+        GuardedExporter { inner, health, runtime: self.runtime.clone(), timeout, closing: self.closing.clone() }
     }
 }

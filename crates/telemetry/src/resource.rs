@@ -1,12 +1,12 @@
-//! Who emits the telemetry.
+//! The resource: which service, host and process emits the telemetry.
 
 use opentelemetry::KeyValue;
 use opentelemetry_sdk::Resource;
 
 use crate::config::Config;
-use crate::start::Settings;
+use crate::settings::Settings;
 
-/// The resource of this process. What the environment says wins over what is found out.
+/// The resource of this process. Attributes set in the environment override detected ones.
 pub(crate) fn resource(settings: &Settings, config: &Config) -> Resource {
     let mut attributes = vec![
         KeyValue::new("service.namespace", "gauntlet"),

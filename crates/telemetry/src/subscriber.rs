@@ -13,7 +13,8 @@ use crate::config::{Config, LogFormat};
 use crate::env::EnvError;
 use crate::instruments::SCOPE;
 use crate::logs::Line;
-use crate::start::{Providers, Settings};
+use crate::pipeline::Providers;
+use crate::settings::Settings;
 
 /// Libraries below the exporters. Their spans would make telemetry trace its own sending, and drown ours.
 const PLUMBING: [&str; 7] = ["hyper", "h2", "tonic", "tower", "reqwest", "rustls", "opentelemetry"];

@@ -1,5 +1,5 @@
-//! The tables of `docs/telemetry.md` are the tables in code. `UPDATE_DOCS=1 cargo test -p gauntlet-telemetry --test docs`
-//! writes them anew.
+//! The tables in `docs/telemetry.md` match the tables in the code. `UPDATE_DOCS=1 cargo test -p gauntlet-telemetry --test docs` regenerates
+//! them.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 use std::collections::HashSet;
@@ -17,17 +17,18 @@ fn list(attributes: &[&str]) -> String {
 }
 
 fn spans() -> String {
-    let mut table = String::from("| name | kind | when | notable attributes |\n|---|---|---|---|\n");
+    let mut table = String::from("| name | kind | one span is | notable attributes |\n|---|---|---|---|\n");
     for span in SPANS {
         let kind = span.kind.as_str().to_uppercase();
-        writeln!(table, "| `{}` | {kind} | {} | {} |", span.name, span.when, list(span.attributes)).unwrap();
+        writeln!(table, "| `{}` | {kind} | {} | {} |", span.name, span.description, list(span.attributes)).unwrap();
     }
     table
 }
 
 fn metrics() -> String {
-    let mut table =
-        String::from("| name | kind | unit | what | attributes | in Prometheus |\n|---|---|---|---|---|---|\n");
+    let mut table = String::from(
+        "| name | kind | unit | description | attributes | name in Prometheus |\n|---|---|---|---|---|---|\n",
+    );
     for metric in METRICS {
         writeln!(
             table,
@@ -54,13 +55,13 @@ fn buckets() -> String {
 }
 
 #[test]
-fn the_document_has_the_tables_of_the_code() {
+fn tables_in_the_document_match_the_code() {
     let document = std::fs::read_to_string(PATH).expect("docs/telemetry.md");
     let mut expected = document.clone();
     for (name, table) in [("spans", spans()), ("metrics", metrics()), ("buckets", buckets())] {
         let (begin, end) = (format!("<!-- table: {name} -->\n"), format!("<!-- end: {name} -->"));
-        let (before, rest) = expected.split_once(&begin).unwrap_or_else(|| panic!("no {begin}"));
-        let (_, after) = rest.split_once(&end).unwrap_or_else(|| panic!("no {end}"));
+        let (before, rest) = expected.split_once(&begin).unwrap_or_else(|| panic!("docs/telemetry.md has no {begin}"));
+        let (_, after) = rest.split_once(&end).unwrap_or_else(|| panic!("docs/telemetry.md has no {end}"));
         expected = format!("{before}{begin}{table}{end}{after}");
     }
     if std::env::var_os("UPDATE_DOCS").is_some() {
@@ -69,17 +70,17 @@ fn the_document_has_the_tables_of_the_code() {
     }
     assert!(
         document == expected,
-        "docs/telemetry.md and crates/telemetry/src/names.rs disagree; write the tables anew with\n\
+        "docs/telemetry.md does not match crates/telemetry/src/names.rs; regenerate its tables with\n\
          UPDATE_DOCS=1 cargo test -p gauntlet-telemetry --test docs"
     );
 }
 
 #[test]
-fn rows_are_well_formed() {
+fn metric_rows_are_well_formed() {
     let names: HashSet<_> = METRICS.iter().map(|metric| metric.name).collect();
-    assert_eq!(names.len(), METRICS.len(), "a name is there twice");
+    assert_eq!(names.len(), METRICS.len(), "duplicate metric name");
     let prometheus: HashSet<_> = METRICS.iter().map(|metric| metric.prometheus_name()).collect();
-    assert_eq!(prometheus.len(), METRICS.len(), "two metrics are one in Prometheus");
+    assert_eq!(prometheus.len(), METRICS.len(), "two metrics have the same name in Prometheus");
     for metric in METRICS {
         assert_eq!(metric.kind == MetricKind::Histogram, !metric.buckets.is_empty(), "{}", metric.name);
         assert!(metric.buckets.is_sorted(), "{}", metric.name);

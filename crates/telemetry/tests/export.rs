@@ -1,14 +1,14 @@
-//! What is exported, and what becomes of it when nobody takes it.
+//! Export to a collector that works, hangs, or is down.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 mod support;
 
-use gauntlet_telemetry::{Sample, Unflushed, context, names};
+use gauntlet_telemetry::{FlushTimeout, Sample, context, names};
 use opentelemetry_proto::tonic::metrics::v1::metric::Data;
-use support::{Collector, attribute, attributes, closed, hung, telemetry, wait_until};
+use support::{Collector, attribute, attributes, closed_url, hanging_server, telemetry, wait_until};
 
 #[test]
-fn all_three_signals_arrive_with_resource_and_trace_ids() {
+fn all_signals_are_exported_with_resource_and_trace_ids() {
     let collector = Collector::start();
     let (telemetry, dispatch) = collector.telemetry(&[
         ("OTEL_RESOURCE_ATTRIBUTES", "k8s.pod.name=pod%2D1,service.namespace=other"),
@@ -17,11 +17,11 @@ fn all_three_signals_arrive_with_resource_and_trace_ids() {
     let trace = tracing::dispatcher::with_default(&dispatch, || {
         let span = tracing::info_span!(names::LOCK_ACQUIRE.name, lock.kind = "challenge");
         span.in_scope(|| {
-            tracing::warn!(answer = 42, "said in the span");
+            tracing::warn!(answer = 42, "inside the span");
             context::trace_id().unwrap()
         })
     });
-    telemetry.instruments().pool.claimed("web", true);
+    telemetry.instruments().pool.record_claim("web", true);
     telemetry.shutdown().unwrap();
 
     let span = collector.span("lock.acquire");
@@ -41,21 +41,22 @@ fn all_three_signals_arrive_with_resource_and_trace_ids() {
     assert_eq!(hex(&log.span_id), hex(&span.span_id));
     assert_eq!(attribute(&log.attributes, "answer").unwrap(), "42");
     assert!(collector.metric("gauntlet.pool.claims").is_some());
-    assert_eq!(collector.headers(), ["secret"]);
+    assert_eq!(collector.headers("x-key"), ["secret"]);
 }
 
 #[test]
-fn nothing_is_exported_or_lost_before_export_starts() {
+fn held_export_neither_sends_nor_counts_as_lost() {
     let collector = Collector::start();
     let (telemetry, dispatch) = collector.held_telemetry();
     let emit = |kind: &'static str| {
         tracing::dispatcher::with_default(&dispatch, || {
-            tracing::info_span!(names::LOCK_ACQUIRE.name, lock.kind = kind).in_scope(|| tracing::warn!(kind, "said"));
+            tracing::info_span!(names::LOCK_ACQUIRE.name, lock.kind = kind)
+                .in_scope(|| tracing::warn!(kind, "a log record"));
         });
-        telemetry.instruments().pool.claimed("web", true);
+        telemetry.instruments().pool.record_claim("web", true);
         telemetry.flush().unwrap();
     };
-    // More than any queue holds.
+    // More than the queue holds.
     for _ in 0..3_000 {
         tracing::dispatcher::with_default(&dispatch, || drop(tracing::info_span!(names::LOCK_ACQUIRE.name)));
     }
@@ -80,13 +81,13 @@ fn nothing_is_exported_or_lost_before_export_starts() {
 }
 
 #[test]
-fn every_metric_that_is_exported_is_in_the_table() {
+fn exported_metrics_match_their_rows() {
     let collector = Collector::start();
     let (telemetry, _) = collector.telemetry(&[]);
-    telemetry.instruments().lock.waited("instance", "acquired", std::time::Duration::from_millis(3));
-    let under_way = telemetry.instruments().provision.begin("process", "up");
+    telemetry.instruments().lock.record_attempt("instance", "acquired", std::time::Duration::from_millis(3));
+    let active = telemetry.instruments().provision.start_step("process", "up");
     telemetry.flush().unwrap();
-    drop(under_way);
+    drop(active);
     let exported = collector.metrics();
     assert!(exported.len() > 10, "{exported:?}");
     for metric in &exported {
@@ -109,17 +110,19 @@ fn every_metric_that_is_exported_is_in_the_table() {
 }
 
 #[test]
-fn a_hung_collector_does_not_hold_up_the_end() {
-    let (_listener, endpoint) = hung();
+fn shutdown_gives_up_on_a_hanging_collector() {
+    let (_listener, endpoint) = hanging_server();
     let (telemetry, dispatch) = telemetry([("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)]);
-    tracing::dispatcher::with_default(&dispatch, || tracing::info_span!("work").in_scope(|| tracing::info!("said")));
-    // It says so itself: exporters that give up by their own timeout have ended, and nothing is unflushed.
-    assert_eq!(telemetry.shutdown(), Err(Unflushed));
+    tracing::dispatcher::with_default(&dispatch, || {
+        tracing::info_span!("work").in_scope(|| tracing::info!("a log record"))
+    });
+    // The exporter's own timeout is longer than the shutdown's.
+    assert_eq!(telemetry.shutdown(), Err(FlushTimeout));
     assert_eq!(telemetry.shutdown(), Ok(()));
 }
 
 #[tokio::test]
-async fn it_ends_on_a_runtime_of_one_thread() {
+async fn shutdown_works_on_a_single_threaded_runtime() {
     let collector = Collector::start();
     let (telemetry, dispatch) = collector.telemetry(&[]);
     tracing::dispatcher::with_default(&dispatch, || drop(tracing::info_span!("work").entered()));
@@ -128,9 +131,9 @@ async fn it_ends_on_a_runtime_of_one_thread() {
 }
 
 #[test]
-fn a_collector_that_refuses_costs_a_count_and_nothing_else() {
+fn refused_export_is_counted_as_failed() {
     let (telemetry, dispatch) =
-        telemetry([("OTEL_EXPORTER_OTLP_ENDPOINT", closed()), ("OTEL_EXPORTER_OTLP_TIMEOUT", "500".into())]);
+        telemetry([("OTEL_EXPORTER_OTLP_ENDPOINT", closed_url()), ("OTEL_EXPORTER_OTLP_TIMEOUT", "500".into())]);
     tracing::dispatcher::with_default(&dispatch, || drop(tracing::info_span!("work").entered()));
     telemetry.flush().unwrap();
     let state = block_on(telemetry.debug().snapshot());
@@ -141,8 +144,8 @@ fn a_collector_that_refuses_costs_a_count_and_nothing_else() {
 }
 
 #[test]
-fn what_has_no_room_is_dropped_and_counted() {
-    let (_listener, endpoint) = hung();
+fn spans_beyond_the_queue_are_dropped_and_counted() {
+    let (_listener, endpoint) = hanging_server();
     let collector = Collector::start();
     let (telemetry, dispatch) = telemetry([
         ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint),
@@ -156,15 +159,15 @@ fn what_has_no_room_is_dropped_and_counted() {
             drop(tracing::info_span!("work").entered());
         }
     });
-    // The first batch is taken off the queue and hangs; the queue holds ten more at most.
+    // The first batch of five has left the queue and hangs. The queue holds at most ten more.
     let state = block_on(telemetry.debug().snapshot());
     let traces = state.exporters.iter().find(|exporter| exporter.signal == "traces").unwrap();
     assert!(traces.queued <= 10 && traces.processed <= 10, "{traces:?}");
     assert_eq!(traces.queued + traces.processed + traces.dropped, 1000);
-    // And the count is itself a metric.
+    // The count of drops is itself exported.
     let dropped = traces.dropped;
-    wait_until("the count of drops", || {
-        let Some(metric) = collector.received_metric("otel.sdk.processor.span.processed") else { return false };
+    wait_until("the count of dropped spans", || {
+        let Some(metric) = collector.exported_metric("otel.sdk.processor.span.processed") else { return false };
         let Some(Data::Sum(sum)) = metric.data else { return false };
         sum.data_points.iter().any(|point| {
             attribute(&point.attributes, "error.type").as_deref() == Some("queue_full")
@@ -175,13 +178,13 @@ fn what_has_no_room_is_dropped_and_counted() {
 }
 
 #[test]
-fn a_disabled_sdk_sends_nothing_and_says_so() {
+fn disabled_sdk_exports_nothing_and_the_page_reports_it() {
     let collector = Collector::start();
     let (telemetry, dispatch) = collector.telemetry(&[("OTEL_SDK_DISABLED", "true")]);
     tracing::dispatcher::with_default(&dispatch, || {
         tracing::info_span!("work").in_scope(|| assert_eq!(context::current_traceparent(), None));
     });
-    telemetry.instruments().pool.claimed("web", false);
+    telemetry.instruments().pool.record_claim("web", false);
     let state = block_on(telemetry.debug().snapshot());
     assert!(state.disabled && state.exporters.is_empty());
     assert!(state.render(80).contains("OTEL_SDK_DISABLED"));
@@ -190,7 +193,7 @@ fn a_disabled_sdk_sends_nothing_and_says_so() {
 }
 
 #[test]
-fn the_exporter_does_not_trace_itself() {
+fn export_is_not_traced() {
     let collector = Collector::start();
     let (telemetry, dispatch) = collector.telemetry(&[("RUST_LOG", "trace"), ("OTEL_BSP_SCHEDULE_DELAY", "10")]);
     tracing::dispatcher::with_default(&dispatch, || {
@@ -204,7 +207,7 @@ fn the_exporter_does_not_trace_itself() {
 }
 
 #[test]
-fn what_is_not_sampled_is_seen_here_and_not_sent() {
+fn unsampled_spans_are_on_the_debug_page_and_not_exported() {
     let collector = Collector::start();
     let (telemetry, dispatch) = collector.telemetry(&[("OTEL_TRACES_SAMPLER", "always_off")]);
     tracing::dispatcher::with_default(&dispatch, || {
@@ -219,14 +222,14 @@ fn what_is_not_sampled_is_seen_here_and_not_sent() {
 }
 
 #[test]
-fn links_go_by_traceparent() {
+fn span_links_to_a_stored_traceparent() {
     let collector = Collector::start();
     let (telemetry, dispatch) = collector.telemetry(&[]);
     tracing::dispatcher::with_default(&dispatch, || {
         let cause = tracing::info_span!("cause").in_scope(|| context::current_traceparent().unwrap());
         tracing::info_span!("effect").in_scope(|| {
             context::link_to(&cause);
-            context::link_to("no traceparent");
+            context::link_to("not a traceparent");
         });
     });
     telemetry.shutdown().unwrap();
@@ -237,13 +240,13 @@ fn links_go_by_traceparent() {
 }
 
 #[test]
-fn gauges_are_read_when_collected_and_never_stale() {
+fn gauges_are_read_at_collection_and_never_stale() {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
     let collector = Collector::start();
     let (telemetry, _) = collector.telemetry(&[]);
-    let truth = Arc::new(AtomicU64::new(3));
-    let (read, reads) = (Arc::clone(&truth), Arc::new(AtomicU64::new(0)));
+    let stored = Arc::new(AtomicU64::new(3));
+    let (read, reads) = (Arc::clone(&stored), Arc::new(AtomicU64::new(0)));
     let counted = Arc::clone(&reads);
     telemetry.gauges().register(&[&names::CHALLENGES, &names::INSTANCES], move || {
         counted.fetch_add(1, Ordering::SeqCst);
@@ -251,27 +254,27 @@ fn gauges_are_read_when_collected_and_never_stale() {
         async move {
             tokio::task::yield_now().await;
             if value == 0 {
-                return Err("the store is away".into());
+                return Err("the store is unavailable".into());
             }
             Ok(vec![
                 Sample::new(&names::CHALLENGES, value),
-                Sample::new(&names::INSTANCES, value).with("state", "ready").with("pool", "false"),
+                Sample::new(&names::INSTANCES, value).with_attribute("state", "ready").with_attribute("pool", "false"),
             ])
         }
     });
     let exported = |name: &str| {
         let metric = collector.metric(name)?;
-        let Some(Data::Gauge(gauge)) = metric.data else { panic!("no gauge") };
+        let Some(Data::Gauge(gauge)) = metric.data else { panic!("{name} is not a gauge") };
         Some(format!("{:?} {:?}", gauge.data_points[0].value.unwrap(), attributes(&gauge.data_points[0].attributes)))
     };
     telemetry.flush().unwrap();
-    assert_eq!(reads.load(Ordering::SeqCst), 1, "one read serves both");
+    assert_eq!(reads.load(Ordering::SeqCst), 1, "both gauges share one read");
     assert_eq!(exported("challenges").unwrap(), "AsInt(3) []");
     assert_eq!(exported("instances").unwrap(), r#"AsInt(3) ["pool=false", "state=ready"]"#);
-    truth.store(4, Ordering::SeqCst);
+    stored.store(4, Ordering::SeqCst);
     telemetry.flush().unwrap();
     assert_eq!(exported("challenges").unwrap(), "AsInt(4) []");
-    truth.store(0, Ordering::SeqCst);
+    stored.store(0, Ordering::SeqCst);
     telemetry.flush().unwrap();
     assert_eq!(exported("challenges"), None);
     assert_eq!(exported("instances"), None);
@@ -281,12 +284,12 @@ fn gauges_are_read_when_collected_and_never_stale() {
 }
 
 #[test]
-fn a_gauge_that_panics_harms_no_other() {
+fn panicking_gauge_does_not_affect_others() {
     let collector = Collector::start();
     let (telemetry, _) = collector.telemetry(&[]);
-    telemetry
-        .gauges()
-        .register(&[&names::CHALLENGES], || -> std::future::Ready<Result<Vec<Sample>, _>> { panic!("for the test") });
+    telemetry.gauges().register(&[&names::CHALLENGES], || -> std::future::Ready<Result<Vec<Sample>, _>> {
+        panic!("a panic in a test")
+    });
     telemetry
         .gauges()
         .register(&[&names::INSTANCES_OVERDUE], async || Ok(vec![Sample::new(&names::INSTANCES_OVERDUE, 1)]));

@@ -1,4 +1,4 @@
-//! The layers, on a real server and a real client in this process.
+//! The tower layers and the observer of etcd calls, on a real server and client in this process.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 mod support;
@@ -11,7 +11,7 @@ use axum::routing::get;
 use bytes::Bytes;
 use gauntlet_telemetry::Telemetry;
 use gauntlet_telemetry::db::{Database, Operation};
-use gauntlet_telemetry::layers::{GrpcClientLayer, GrpcServerLayer, HttpServerLayer};
+use gauntlet_telemetry::layers::{GrpcClient, GrpcClientLayer, GrpcServerLayer, HttpServerLayer, ObserveService};
 use http::{HeaderMap, Request, Response};
 use http_body::{Body, Frame};
 use http_body_util::BodyExt;
@@ -23,7 +23,7 @@ use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest
 use opentelemetry_proto::tonic::metrics::v1::metric::Data;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
-use support::{Collector, attribute, attributes};
+use support::{Collector, Fixture, attribute, attributes};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::{Channel, Server, Uri};
 use tonic::{Code, Status};
@@ -32,7 +32,7 @@ use tracing::Instrument as _;
 
 const METHOD: &str = "opentelemetry.proto.collector.trace.v1.TraceService/Export";
 
-/// A service that answers as it is told by the number of spans it is sent; more than two: it waits for ever.
+/// A service whose response depends on the number of spans in the request: OK, NOT_FOUND, INTERNAL, and none at all for more than two.
 #[derive(Clone)]
 struct Scripted;
 
@@ -65,15 +65,23 @@ async fn serve(telemetry: &Telemetry) -> Uri {
     uri
 }
 
+/// A server, a plain channel to it, and an observed client.
+async fn connect(telemetry: &Telemetry) -> (Uri, Channel, TraceServiceClient<ObserveService<Channel, GrpcClient>>) {
+    let uri = serve(telemetry).await;
+    let channel = Channel::builder(uri.clone()).connect().await.unwrap();
+    let observed = GrpcClientLayer::new(telemetry.instruments(), &uri).layer(channel.clone());
+    (uri, channel, TraceServiceClient::new(observed))
+}
+
 fn request(spans: usize) -> ExportTraceServiceRequest {
     ExportTraceServiceRequest { resource_spans: vec![Default::default(); spans] }
 }
 
-fn kind(span: &Span, kind: SpanKind) -> bool {
+fn is_kind(span: &Span, kind: SpanKind) -> bool {
     span.kind == kind as i32
 }
 
-/// `attributes: count` of each series of a histogram, sorted.
+/// The series of a histogram, sorted, as `attributes: count`.
 fn series(collector: &Collector, name: &str) -> Vec<String> {
     let Some(Data::Histogram(histogram)) = collector.metric(name).and_then(|metric| metric.data) else {
         return Vec::new();
@@ -88,20 +96,15 @@ fn series(collector: &Collector, name: &str) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_call_is_one_trace_from_client_to_server() {
-    let collector = Collector::start();
-    let (telemetry, dispatch) = collector.telemetry(&[]);
-    let _guard = tracing::dispatcher::set_default(&dispatch);
-    let uri = serve(&telemetry).await;
-    let channel = Channel::builder(uri.clone()).connect().await.unwrap();
-    let channel = GrpcClientLayer::new(telemetry.instruments(), &uri).layer(channel);
-    let mut client = TraceServiceClient::new(channel);
+async fn grpc_client_and_server_spans_share_one_trace() {
+    let Fixture { collector, telemetry, .. } = &Fixture::new(&[]);
+    let (uri, _, mut client) = connect(telemetry).await;
     client.export(request(0)).await.unwrap();
     telemetry.flush().unwrap();
 
     let spans = collector.spans();
-    let client = spans.iter().find(|span| kind(span, SpanKind::Client)).unwrap();
-    let server = spans.iter().find(|span| kind(span, SpanKind::Server)).unwrap();
+    let client = spans.iter().find(|span| is_kind(span, SpanKind::Client)).unwrap();
+    let server = spans.iter().find(|span| is_kind(span, SpanKind::Server)).unwrap();
     let inside = collector.span("inside");
     assert_eq!((client.name.as_str(), server.name.as_str()), (METHOD, METHOD));
     assert_eq!(server.parent_span_id, client.span_id);
@@ -117,26 +120,21 @@ async fn a_call_is_one_trace_from_client_to_server() {
     "#);
     assert_eq!(attribute(&client.attributes, "server.address").unwrap(), "127.0.0.1");
     assert_eq!(attribute(&client.attributes, "server.port").unwrap(), uri.port_u16().unwrap().to_string());
-    insta::assert_debug_snapshot!(series(&collector, "rpc.server.call.duration"), @r#"
+    insta::assert_debug_snapshot!(series(collector, "rpc.server.call.duration"), @r#"
     [
         "rpc.method=opentelemetry.proto.collector.trace.v1.TraceService/Export rpc.response.status_code=OK rpc.system.name=grpc: 1",
     ]
     "#);
-    assert_eq!(series(&collector, "rpc.client.call.duration").len(), 1);
+    assert_eq!(series(collector, "rpc.client.call.duration").len(), 1);
 }
 
 #[tokio::test]
-async fn errors_are_whose_fault_they_are() {
-    let collector = Collector::start();
-    let (telemetry, dispatch) = collector.telemetry(&[]);
-    let _guard = tracing::dispatcher::set_default(&dispatch);
-    let uri = serve(&telemetry).await;
-    let channel = Channel::builder(uri.clone()).connect().await.unwrap();
-    let mut client =
-        TraceServiceClient::new(GrpcClientLayer::new(telemetry.instruments(), &uri).layer(channel.clone()));
+async fn grpc_span_is_failed_only_on_the_side_at_fault() {
+    let Fixture { collector, telemetry, .. } = &Fixture::new(&[]);
+    let (_, channel, mut client) = connect(telemetry).await;
     assert_eq!(client.export(request(1)).await.unwrap_err().code(), Code::NotFound);
     assert_eq!(client.export(request(2)).await.unwrap_err().code(), Code::Internal);
-    // Methods that are not served share one name.
+    // Methods that the server does not serve share one name.
     for _ in 0..2 {
         let error =
             LogsServiceClient::new(channel.clone()).export(tonic::Request::new(Default::default())).await.unwrap_err();
@@ -147,25 +145,25 @@ async fn errors_are_whose_fault_they_are() {
             .unwrap_err();
         assert_eq!(error.code(), Code::Unimplemented);
     }
-    // Health is not observed.
+    // Health checks are not observed.
     let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
     health.check(tonic_health::pb::HealthCheckRequest { service: String::new() }).await.unwrap();
     telemetry.flush().unwrap();
 
-    let mut told: Vec<_> = collector
+    let mut recorded: Vec<_> = collector
         .spans()
         .iter()
         .filter(|span| span.name != "inside")
         .map(|span| {
-            let kind = if kind(span, SpanKind::Server) { "server" } else { "client" };
+            let kind = if is_kind(span, SpanKind::Server) { "server" } else { "client" };
             let code = attribute(&span.attributes, "rpc.response.status_code").unwrap();
             assert_eq!(attribute(&span.attributes, "error.type").as_ref(), Some(&code));
             let status = span.status.clone().unwrap_or_default();
             format!("{} {kind} {code} status={}", span.name.rsplit('.').next().unwrap(), status.code)
         })
         .collect();
-    told.sort();
-    insta::assert_debug_snapshot!(told, @r#"
+    recorded.sort();
+    insta::assert_debug_snapshot!(recorded, @r#"
     [
         "TraceService/Export client INTERNAL status=2",
         "TraceService/Export client NOT_FOUND status=2",
@@ -177,38 +175,41 @@ async fn errors_are_whose_fault_they_are() {
         "_OTHER server UNIMPLEMENTED status=2",
     ]
     "#);
-    assert_eq!(series(&collector, "rpc.server.call.duration").len(), 3);
+    assert_eq!(series(collector, "rpc.server.call.duration").len(), 3);
 }
 
 #[tokio::test]
-async fn a_caller_that_goes_away_is_cancelled() {
-    let collector = Collector::start();
-    let (telemetry, dispatch) = collector.telemetry(&[]);
-    let _guard = tracing::dispatcher::set_default(&dispatch);
-    let uri = serve(&telemetry).await;
-    let channel = Channel::builder(uri.clone()).connect().await.unwrap();
-    let mut client = TraceServiceClient::new(GrpcClientLayer::new(telemetry.instruments(), &uri).layer(channel));
+async fn dropped_grpc_call_is_recorded_as_cancelled_on_both_sides() {
+    let Fixture { collector, telemetry, .. } = &Fixture::new(&[]);
+    let (.., mut client) = connect(telemetry).await;
     let call = tokio::spawn(async move { client.export(request(3)).await });
-    until(&telemetry, &collector, "the handler", |spans| spans.iter().any(|span| span.name == "inside")).await;
-    call.abort();
-    until(&telemetry, &collector, "both ends", |spans| spans.iter().filter(|span| span.name == METHOD).count() == 2)
+    flush_until(telemetry, collector, "the handler's span", |spans| spans.iter().any(|span| span.name == "inside"))
         .await;
+    call.abort();
+    flush_until(telemetry, collector, "the spans of client and server", |spans| {
+        spans.iter().filter(|span| span.name == METHOD).count() == 2
+    })
+    .await;
     for span in collector.spans().iter().filter(|span| span.name == METHOD) {
         assert_eq!(attribute(&span.attributes, "rpc.response.status_code").unwrap(), "CANCELLED");
     }
 }
 
-/// Flushes until what arrived is as expected. The server runs on this thread, so it must be let run meanwhile.
-async fn until(telemetry: &Telemetry, collector: &Collector, what: &str, done: impl Fn(&[Span]) -> bool) {
+/// Flushes until the exported spans are as expected. It yields in between, because the server runs on this thread.
+async fn flush_until(telemetry: &Telemetry, collector: &Collector, what: &str, done: impl Fn(&[Span]) -> bool) {
     let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(30);
     while !done(&collector.spans()) {
-        assert!(tokio::time::Instant::now() < deadline, "{what} did not come: {:?}", collector.names());
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "timed out waiting for {what}, received {:?}",
+            collector.names()
+        );
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;
         telemetry.flush().unwrap();
     }
 }
 
-/// A body that gives its frames one by one.
+/// A body that returns its frames one by one.
 struct Frames(Vec<Frame<Bytes>>);
 
 impl Body for Frames {
@@ -221,9 +222,10 @@ impl Body for Frames {
     }
 }
 
-fn stream(last: Option<Code>) -> Vec<Frame<Bytes>> {
+/// Two data frames, and trailers with the code, if any.
+fn frames(trailers: Option<Code>) -> Vec<Frame<Bytes>> {
     let mut frames = vec![Frame::data(Bytes::from("one")), Frame::data(Bytes::from("two"))];
-    if let Some(code) = last {
+    if let Some(code) = trailers {
         let mut trailers = HeaderMap::new();
         trailers.insert("grpc-status", (code as i32).into());
         frames.push(Frame::trailers(trailers));
@@ -232,10 +234,8 @@ fn stream(last: Option<Code>) -> Vec<Frame<Bytes>> {
 }
 
 #[tokio::test]
-async fn a_stream_ends_with_its_trailers() {
-    let collector = Collector::start();
-    let (telemetry, dispatch) = collector.telemetry(&[]);
-    let _guard = tracing::dispatcher::set_default(&dispatch);
+async fn streamed_grpc_call_ends_with_its_trailers() {
+    let Fixture { collector, telemetry, .. } = &Fixture::new(&[]);
     let layer = GrpcServerLayer::new(telemetry.instruments(), ["a.B/C", "a.B/D", "a.B/E"]);
     let call = async |path: &str, frames: Vec<Frame<Bytes>>| {
         let frames = std::sync::Mutex::new(Some(frames));
@@ -246,17 +246,17 @@ async fn a_stream_ends_with_its_trailers() {
         let request = Request::builder().uri(path).body(()).unwrap();
         layer.layer(service).oneshot(request).await.unwrap().into_body()
     };
-    let mut body = call("/a.B/C", stream(Some(Code::DataLoss))).await;
+    let mut body = call("/a.B/C", frames(Some(Code::DataLoss))).await;
     body.frame().await.unwrap().unwrap();
     telemetry.flush().unwrap();
-    assert!(collector.spans().is_empty(), "it goes on");
+    assert!(collector.spans().is_empty(), "the call is not over");
     body.frame().await.unwrap().unwrap();
     body.frame().await.unwrap().unwrap();
-    // It need not be polled to its very end.
-    let mut left = call("/a.B/D", stream(Some(Code::Ok))).await;
-    left.frame().await.unwrap().unwrap();
-    drop(left);
-    call("/a.B/E", stream(None)).await.collect().await.unwrap();
+    // A body that is dropped half-way is cancelled.
+    let mut abandoned = call("/a.B/D", frames(Some(Code::Ok))).await;
+    abandoned.frame().await.unwrap().unwrap();
+    drop(abandoned);
+    call("/a.B/E", frames(None)).await.collect().await.unwrap();
     telemetry.flush().unwrap();
     let code = |name| attribute(&collector.span(name).attributes, "rpc.response.status_code").unwrap();
     assert_eq!([code("a.B/C"), code("a.B/D"), code("a.B/E")], ["DATA_LOSS", "CANCELLED", "UNKNOWN"]);
@@ -264,10 +264,8 @@ async fn a_stream_ends_with_its_trailers() {
 }
 
 #[tokio::test]
-async fn a_rest_call_is_named_by_its_route() {
-    let collector = Collector::start();
-    let (telemetry, dispatch) = collector.telemetry(&[]);
-    let _guard = tracing::dispatcher::set_default(&dispatch);
+async fn http_span_is_named_after_method_and_route() {
+    let Fixture { collector, telemetry, .. } = &Fixture::new(&[]);
     let mut app = axum::Router::new()
         .route("/thing/{id}", get(async || "here"))
         .route("/broken", get(async || http::StatusCode::SERVICE_UNAVAILABLE))
@@ -288,7 +286,7 @@ async fn a_rest_call_is_named_by_its_route() {
     drop(waiting);
     telemetry.flush().unwrap();
 
-    let told: Vec<_> = collector
+    let recorded: Vec<_> = collector
         .spans()
         .iter()
         .map(|span| {
@@ -298,7 +296,7 @@ async fn a_rest_call_is_named_by_its_route() {
             format!("{}: {code} status={status} error={error} parent={}", span.name, !span.parent_span_id.is_empty())
         })
         .collect();
-    insta::assert_debug_snapshot!(told, @r#"
+    insta::assert_debug_snapshot!(recorded, @r#"
     [
         "GET /thing/{id}: 200 status=0 error= parent=true",
         "GET /broken: 503 status=2 error=503 parent=true",
@@ -316,19 +314,17 @@ async fn a_rest_call_is_named_by_its_route() {
         "url.scheme=http",
     ]
     "#);
-    assert_eq!(series(&collector, "http.server.request.duration").len(), 5);
+    assert_eq!(series(collector, "http.server.request.duration").len(), 5);
 }
 
 #[tokio::test]
-async fn an_answer_to_head_is_whole_with_its_head() {
-    let collector = Collector::start();
-    let (telemetry, dispatch) = collector.telemetry(&[]);
-    let _guard = tracing::dispatcher::set_default(&dispatch);
+async fn response_to_head_request_is_complete_without_a_body() {
+    let Fixture { collector, telemetry, .. } = &Fixture::new(&[]);
     let mut app = axum::Router::new()
         .route("/thing", get(async || "here"))
         .layer(HttpServerLayer::new(telemetry.instruments(), &[]));
     let request = Request::builder().method("HEAD").uri("/thing").body(axum::body::Body::empty()).unwrap();
-    // Nobody polls the body: there is none to send.
+    // hyper does not poll the body of a response to HEAD.
     drop(app.call(request).await.unwrap());
     telemetry.flush().unwrap();
     let span = collector.span("HEAD /thing");
@@ -337,10 +333,8 @@ async fn an_answer_to_head_is_whole_with_its_head() {
 }
 
 #[tokio::test]
-async fn a_call_to_etcd_is_a_client_span() {
-    let collector = Collector::start();
-    let (telemetry, dispatch) = collector.telemetry(&[]);
-    let _guard = tracing::dispatcher::set_default(&dispatch);
+async fn etcd_call_is_a_client_span_only_within_a_span() {
+    let Fixture { collector, telemetry, .. } = &Fixture::new(&[]);
     let database = Database::etcd(telemetry.instruments());
     let code = |_: &&str| "UNAVAILABLE";
     let call = async {
@@ -348,14 +342,14 @@ async fn a_call_to_etcd_is_a_client_span() {
         database.call(Operation::Range, "etcd-0:2379", code, async { Err::<(), _>("away") }).await.unwrap_err();
     };
     call.instrument(tracing::info_span!("work")).await;
-    // What a replica does for itself is measured and makes no trace.
+    // A call outside any span, such as a replica's own lease, is measured but not traced.
     let mut hanging =
         Box::pin(database.call(Operation::Lease, "[::1]:2379", code, std::future::pending::<Result<(), &str>>()));
     assert!(futures::poll!(&mut hanging).is_pending());
     drop(hanging);
     telemetry.flush().unwrap();
     assert_eq!(collector.names(), ["etcd.txn", "etcd.range", "work"]);
-    insta::assert_debug_snapshot!(series(&collector, "db.client.operation.duration"), @r#"
+    insta::assert_debug_snapshot!(series(collector, "db.client.operation.duration"), @r#"
     [
         "db.operation.name=lease db.system.name=etcd error.type=cancelled server.address=[::1] server.port=2379: 1",
         "db.operation.name=range db.system.name=etcd error.type=UNAVAILABLE server.address=etcd-0 server.port=2379: 1",

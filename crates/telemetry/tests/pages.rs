@@ -1,4 +1,4 @@
-//! OTLP over HTTP, what Prometheus scrapes, and the debug page.
+//! OTLP over HTTP, `/metrics` and the debug page.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 mod support;
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use gauntlet_telemetry::{Sample, Telemetry, context, names};
 use http::Request;
 use http_body_util::BodyExt;
-use support::{Collector, closed, telemetry};
+use support::{Collector, closed_url, telemetry};
 use tower::ServiceExt;
 
 async fn get(telemetry: &Telemetry, path: &str) -> (u16, String) {
@@ -21,9 +21,9 @@ async fn get(telemetry: &Telemetry, path: &str) -> (u16, String) {
 }
 
 #[test]
-fn otlp_over_http_reaches_each_path() {
-    let seen: Arc<Mutex<HashSet<String>>> = Arc::default();
-    let record = Arc::clone(&seen);
+fn otlp_over_http_posts_each_signal_to_its_path() {
+    let requests: Arc<Mutex<HashSet<String>>> = Arc::default();
+    let received = Arc::clone(&requests);
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -32,7 +32,7 @@ fn otlp_over_http_reaches_each_path() {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async move {
             let app = axum::Router::new().fallback(async move |request: axum::extract::Request| {
                 let kind = request.headers()["content-type"].to_str().unwrap().to_owned();
-                record.lock().unwrap().insert(format!("{} {} {kind}", request.method(), request.uri().path()));
+                received.lock().unwrap().insert(format!("{} {} {kind}", request.method(), request.uri().path()));
                 [("content-type", "application/x-protobuf")]
             });
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
@@ -41,11 +41,13 @@ fn otlp_over_http_reaches_each_path() {
     });
     let (telemetry, dispatch) =
         telemetry([("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint), ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf".into())]);
-    tracing::dispatcher::with_default(&dispatch, || tracing::info_span!("work").in_scope(|| tracing::info!("said")));
+    tracing::dispatcher::with_default(&dispatch, || {
+        tracing::info_span!("work").in_scope(|| tracing::info!("a log record"))
+    });
     telemetry.shutdown().unwrap();
-    let mut seen: Vec<_> = seen.lock().unwrap().iter().cloned().collect();
-    seen.sort();
-    insta::assert_debug_snapshot!(seen, @r#"
+    let mut requests: Vec<_> = requests.lock().unwrap().iter().cloned().collect();
+    requests.sort();
+    insta::assert_debug_snapshot!(requests, @r#"
     [
         "POST /v1/logs application/x-protobuf",
         "POST /v1/metrics application/x-protobuf",
@@ -56,7 +58,7 @@ fn otlp_over_http_reaches_each_path() {
 }
 
 #[tokio::test]
-async fn prometheus_finds_the_names_of_the_table() {
+async fn scraped_metrics_have_the_names_of_the_table() {
     let (telemetry, _) = telemetry([
         ("OTEL_TRACES_EXPORTER", "none"),
         ("OTEL_LOGS_EXPORTER", "none"),
@@ -64,9 +66,9 @@ async fn prometheus_finds_the_names_of_the_table() {
     ]);
     telemetry.gauges().register(&[&names::CHALLENGES], async || Ok(vec![Sample::new(&names::CHALLENGES, 5)]));
     let instruments = telemetry.instruments();
-    instruments.lock.waited("challenge", "acquired", std::time::Duration::from_millis(1));
-    instruments.lock.lost("challenge");
-    instruments.janitor.expired("ok", std::time::Duration::from_secs(3));
+    instruments.lock.record_attempt("challenge", "acquired", std::time::Duration::from_millis(1));
+    instruments.lock.record_loss("challenge");
+    instruments.janitor.record_expiry("ok", std::time::Duration::from_secs(3));
     let (status, text) = get(&telemetry, "/metrics").await;
     assert_eq!(status, 200);
     assert!(text.lines().any(|line| line == "challenges 5"), "{text}");
@@ -83,17 +85,17 @@ async fn prometheus_finds_the_names_of_the_table() {
 }
 
 #[tokio::test]
-async fn the_page_shows_what_went_on() {
+async fn debug_page_shows_operations_failures_and_gauges() {
     let collector = Collector::start();
     let (telemetry, dispatch) = collector.telemetry(&[]);
     telemetry.gauges().register(&[&names::INSTANCES], async || {
         Ok(vec![
-            Sample::new(&names::INSTANCES, 2).with("state", "ready").with("challenge", "a"),
-            Sample::new(&names::INSTANCES, 1).with("state", "ready").with("challenge", "b"),
+            Sample::new(&names::INSTANCES, 2).with_attribute("state", "ready").with_attribute("challenge", "a"),
+            Sample::new(&names::INSTANCES, 1).with_attribute("state", "ready").with_attribute("challenge", "b"),
         ])
     });
-    telemetry.gauges().register(&[&names::CHALLENGES], async || Err("the store is away".into()));
-    telemetry.debug().panel("queues", || serde_json::json!({"challenge": 3}));
+    telemetry.gauges().register(&[&names::CHALLENGES], async || Err("the store is unavailable".into()));
+    telemetry.debug().add_panel("queues", || serde_json::json!({"challenge": 3}));
     tracing::dispatcher::with_default(&dispatch, || {
         tracing::info_span!("a.B/C", otel.kind = "server").in_scope(|| {
             tracing::info_span!(names::LOCK_ACQUIRE.name, lock.kind = "challenge").in_scope(|| {});
@@ -145,17 +147,17 @@ async fn the_page_shows_what_went_on() {
 
     let (status, page) = get(&telemetry, "/").await;
     assert_eq!(status, 200);
-    for outside in ["src=", "http://", "https://", "innerHTML"] {
-        assert!(!page.contains(outside), "{outside}");
+    for forbidden in ["src=", "http://", "https://", "innerHTML"] {
+        assert!(!page.contains(forbidden), "{forbidden}");
     }
     assert_eq!(get(&telemetry, "/healthz").await, (200, "ok\n".into()));
     assert_eq!(get(&telemetry, "/metrics").await.0, 404);
 }
 
 #[test]
-fn a_wrong_environment_is_refused_inside_a_runtime_too() {
+fn invalid_environment_is_rejected_inside_a_runtime_too() {
     let prepare = |name: &'static str, value: &str| {
-        let env = [(name, value.to_owned()), ("OTEL_EXPORTER_OTLP_ENDPOINT", closed().replace("http", "https"))];
+        let env = [(name, value.to_owned()), ("OTEL_EXPORTER_OTLP_ENDPOINT", closed_url().replace("http", "https"))];
         let settings = gauntlet_telemetry::Settings::new("test", "0");
         Telemetry::prepare(&settings, &env.into_iter().collect()).map(|_| ()).unwrap_err().to_string()
     };
@@ -168,10 +170,10 @@ fn a_wrong_environment_is_refused_inside_a_runtime_too() {
 }
 
 #[tokio::test]
-async fn https_is_possible_both_ways() {
+async fn https_endpoint_works_over_grpc_and_http() {
     for protocol in ["grpc", "http/protobuf"] {
         let (telemetry, dispatch) = telemetry([
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", closed().replace("http", "https")),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", closed_url().replace("http", "https")),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", protocol.to_owned()),
             ("OTEL_EXPORTER_OTLP_TIMEOUT", "500".into()),
         ]);

@@ -1,4 +1,4 @@
-//! Telemetry as a process has it: one subscriber for every thread, those of telemetry itself included.
+//! Telemetry with a global subscriber, which every thread has, including telemetry's own.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 mod support;
@@ -7,7 +7,7 @@ use gauntlet_telemetry::{Env, Error, Sample, Settings, Telemetry, names};
 use support::Collector;
 
 #[test]
-fn telemetry_does_not_tell_of_itself() {
+fn telemetry_records_nothing_about_its_own_export() {
     let collector = Collector::start();
     let mut env = collector.env();
     env.extend([
@@ -16,21 +16,21 @@ fn telemetry_does_not_tell_of_itself() {
     ]);
     let env: Env = env.into_iter().collect();
     let telemetry = Telemetry::start(&Settings::new("test", "0").with_debug(), &env).unwrap();
-    assert!(matches!(Telemetry::start(&Settings::new("test", "0"), &env), Err(Error::Started)));
+    assert!(matches!(Telemetry::start(&Settings::new("test", "0"), &env), Err(Error::AlreadyStarted)));
     telemetry.gauges().register(&[&names::CHALLENGES], async || {
-        tracing::info_span!("a read for a gauge").in_scope(|| tracing::info!("reading"));
+        tracing::info_span!("gauge read").in_scope(|| tracing::info!("reading"));
         Ok(vec![Sample::new(&names::CHALLENGES, 1)])
     });
     for _ in 0..3 {
-        tracing::info_span!("work").in_scope(|| tracing::info!("said"));
+        tracing::info_span!("work").in_scope(|| tracing::info!("a log record"));
         telemetry.flush().unwrap();
     }
-    // A thread of the application, which is not telemetry's.
+    // A thread of the application.
     std::thread::spawn(|| tracing::info_span!("work elsewhere").in_scope(|| {})).join().unwrap();
     telemetry.shutdown().unwrap();
     let mut names = collector.names();
     names.sort();
-    // The collector runs in this process, so its own plumbing would show too, were it not left out.
+    // The collector runs in this process: the spans of its libraries would be here too if they were not filtered.
     assert_eq!(names, [vec!["work"; 3], vec!["work elsewhere"]].concat());
     assert_eq!(collector.logs().len(), 3);
 }

@@ -3,7 +3,7 @@
 
 use std::{fmt::Write as _, io::Write as _, path::PathBuf, time::Duration};
 
-use gauntlet_telemetry::debug::{Debug, Snapshot};
+use gauntlet_telemetry::debug::{DebugPage, Snapshot};
 use tokio_util::sync::CancellationToken;
 
 /// Between two looks on a terminal.
@@ -20,7 +20,7 @@ const BOLD: anstyle::Style = anstyle::Style::new().bold();
 const BAD: anstyle::Style = anstyle::AnsiColor::Red.on_default();
 
 pub(super) struct Screen {
-    debug: Debug,
+    debug: DebugPage,
     intro: String,
     notices: Option<PathBuf>,
     live: bool,
@@ -31,7 +31,7 @@ pub(super) struct Screen {
 impl Screen {
     /// Says where the API at `api` and the page are, what `hints` say, and how to try it.
     pub(super) fn new(
-        debug: Debug,
+        debug: DebugPage,
         api: &str,
         page: Option<String>,
         hints: &[String],

@@ -23,7 +23,7 @@ const LONGEST: Duration = Duration::from_secs(315_576_000_000);
 /// Also an attribute of the call's span: whom it was for.
 pub(super) fn challenge_id(field: &'static str, text: String) -> Result<ChallengeId> {
     let id = ChallengeId::new(text).map_err(|problem| bad_id(field, &problem))?;
-    context::attribute("challenge.id", id.as_str().to_owned());
+    context::set_attribute("challenge.id", id.as_str().to_owned());
     Ok(id)
 }
 

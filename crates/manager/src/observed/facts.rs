@@ -29,10 +29,10 @@ impl Facts for CountedFacts {
     fn record(&self, fact: Fact) {
         match fact {
             Fact::InstanceOperation { challenge, operation, outcome } => {
-                self.0.instance.operation(challenge.as_str(), operation.name(), outcome.name());
+                self.0.instance.record_operation(challenge.as_str(), operation.name(), outcome.name());
             }
-            Fact::PoolClaim { challenge, hit } => self.0.pool.claimed(challenge.as_str(), hit),
-            Fact::Recovered { phase, action } => self.0.reconcile.recovered(phase.name(), action.name()),
+            Fact::PoolClaim { challenge, hit } => self.0.pool.record_claim(challenge.as_str(), hit),
+            Fact::Recovered { phase, action } => self.0.reconcile.record_recovery(phase.name(), action.name()),
         }
     }
 }

@@ -47,12 +47,12 @@ pub(super) async fn step<T>(
     span: Span,
     work: impl Future<Output = Result<T>>,
 ) -> Result<T> {
-    let active = instruments.provision.begin(provisioner, name);
+    let active = instruments.provision.start_step(provisioner, name);
     let started = Instant::now();
     let result = work.instrument(span.clone()).await;
     drop(active);
     let outcome = result.as_ref().err().map_or("ok", |error| error.code());
-    instruments.provision.finished(provisioner, name, outcome, started.elapsed());
+    instruments.provision.record_step(provisioner, name, outcome, started.elapsed());
     span.record("outcome", outcome);
     if let Err(error) = &result {
         span.record("error.type", outcome);

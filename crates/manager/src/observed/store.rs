@@ -29,9 +29,9 @@ struct Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        self.instruments.lock.held(self.kind.name(), self.since.elapsed());
+        self.instruments.lock.record_release(self.kind.name(), self.since.elapsed());
         if (&mut self.lost).now_or_never().is_some() {
-            self.instruments.lock.lost(self.kind.name());
+            self.instruments.lock.record_loss(self.kind.name());
             self.span.record("error.type", "FENCED");
             self.span.in_scope(|| context::fail_span("the lease ran out while this was held"));
         }
@@ -62,7 +62,7 @@ impl ObservedStore {
             outcome = Empty,
             error.type = Empty,
         );
-        let waiting = self.instruments.lock.waiting(kind.name());
+        let waiting = self.instruments.lock.start_wait(kind.name());
         let started = Instant::now();
         let result = work.instrument(span.clone()).await;
         drop(waiting);
@@ -70,7 +70,7 @@ impl ObservedStore {
             Ok(_) => "acquired",
             Err(error) => error.code(),
         };
-        self.instruments.lock.waited(kind.name(), outcome, started.elapsed());
+        self.instruments.lock.record_attempt(kind.name(), outcome, started.elapsed());
         span.record("outcome", outcome);
         match result {
             Ok(answer) => Ok(wrap(answer, &|held| self.witnessed(&span, held))),
@@ -89,7 +89,7 @@ impl ObservedStore {
         acquire.record("lock.queue_depth", held.waited.queue_depth);
         acquire.record("lock.token", held.fence);
         if let Some(holder) = &held.waited.holder {
-            context::link(acquire, holder);
+            context::link_span(acquire, holder);
         }
         let span = info_span!(
             "lock.hold",

@@ -5,12 +5,12 @@ use axum::routing::get;
 use axum::{Json, Router};
 use prometheus::{Encoder, TextEncoder};
 
-use super::Debug;
+use super::DebugPage;
 
 /// The page loads nothing and runs only what is in it.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'";
 
-impl Debug {
+impl DebugPage {
     /// The pages: `/` for people, `/debug/state.json` for programs, `/healthz`, and `/metrics` where
     /// `OTEL_METRICS_EXPORTER` names prometheus.
     ///
@@ -29,11 +29,11 @@ async fn page() -> impl IntoResponse {
     ([(header::CONTENT_SECURITY_POLICY, POLICY)], Html(include_str!("page.html")))
 }
 
-async fn state(State(debug): State<Debug>) -> impl IntoResponse {
+async fn state(State(debug): State<DebugPage>) -> impl IntoResponse {
     ([(header::CACHE_CONTROL, "no-store")], Json(debug.snapshot().await))
 }
 
-async fn metrics(State(debug): State<Debug>) -> Response {
+async fn metrics(State(debug): State<DebugPage>) -> Response {
     let Some(registry) = debug.shared.sources.get().and_then(|sources| sources.registry.clone()) else {
         let how = "metrics are not served here; set OTEL_METRICS_EXPORTER=prometheus, or otlp,prometheus for both\n";
         return (StatusCode::NOT_FOUND, how).into_response();

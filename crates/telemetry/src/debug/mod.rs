@@ -24,7 +24,7 @@ type Panel = dyn Fn() -> serde_json::Value + Send + Sync;
 
 /// The live view. Clones share it.
 #[derive(Clone)]
-pub struct Debug {
+pub struct DebugPage {
     shared: Arc<Shared>,
 }
 
@@ -43,9 +43,9 @@ struct Sources {
     registry: Option<prometheus::Registry>,
 }
 
-impl std::fmt::Debug for Debug {
+impl std::fmt::Debug for DebugPage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Debug").finish_non_exhaustive()
+        f.debug_struct("DebugPage").finish_non_exhaustive()
     }
 }
 
@@ -68,7 +68,7 @@ pub struct Snapshot {
     pub failed: Vec<Trace>,
     /// The exporters and what they lost.
     pub exporters: Vec<ExportState>,
-    /// What was registered with [`Debug::panel`].
+    /// What was registered with [`DebugPage::add_panel`].
     pub panels: BTreeMap<String, serde_json::Value>,
 }
 
@@ -163,7 +163,7 @@ pub struct TraceSpan {
     pub attributes: BTreeMap<String, String>,
 }
 
-impl Debug {
+impl DebugPage {
     pub(crate) fn new(disabled: bool) -> Self {
         Self {
             shared: Arc::new(Shared {
@@ -182,12 +182,12 @@ impl Debug {
     }
 
     pub(crate) fn processor(&self) -> impl SpanProcessor + 'static {
-        Feed(self.clone())
+        SpanFeed(self.clone())
     }
 
     /// Adds a panel: `read` is called for every snapshot, so it must be quick and must not block. A panel of the same name is
     /// replaced.
-    pub fn panel(&self, name: impl Into<String>, read: impl Fn() -> serde_json::Value + Send + Sync + 'static) {
+    pub fn add_panel(&self, name: impl Into<String>, read: impl Fn() -> serde_json::Value + Send + Sync + 'static) {
         self.shared.panels.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), Arc::new(read));
     }
 
@@ -233,15 +233,15 @@ impl Debug {
 }
 
 /// Feeds the view with the spans that end.
-struct Feed(Debug);
+struct SpanFeed(DebugPage);
 
-impl std::fmt::Debug for Feed {
+impl std::fmt::Debug for SpanFeed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Feed")
+        f.write_str("SpanFeed")
     }
 }
 
-impl SpanProcessor for Feed {
+impl SpanProcessor for SpanFeed {
     fn on_start(&self, _: &mut Span, _: &opentelemetry::Context) {}
 
     fn on_end(&self, span: SpanData) {

@@ -1,4 +1,4 @@
-//! What every layer has in common: one request and one response, followed to their end.
+//! Follows one request and its response to the end, for every layer of this module.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -6,48 +6,89 @@ use std::task::{Context, Poll, ready};
 use http::{HeaderMap, Request, Response, response};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tower::Service;
+use tower::{Layer, Service};
 use tracing::Instrument;
 use tracing::instrument::Instrumented;
 
 /// How an exchange ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The response was given whole.
+    /// The response was complete.
     Complete,
-    /// The service, or the body, gave an error.
+    /// The service or the body returned an error.
     Failed,
-    /// Whoever waited for it went away.
+    /// The response was dropped before its end: the caller went away.
     Cancelled,
 }
 
-/// Watches one exchange.
+/// One request and its response.
 pub trait Exchange {
-    /// The head of the response is known. Answers whether the exchange is over with it.
-    fn head(&mut self, head: &response::Parts) -> bool;
-    /// The trailers are known.
-    fn trailers(&mut self, trailers: &HeaderMap);
-    /// The exchange is over; called once.
-    fn end(&mut self, end: End);
+    /// Called with the head of the response. Returns whether the exchange is complete without a body.
+    fn on_head(&mut self, head: &response::Parts) -> bool;
+    /// Called with the trailers of the response.
+    fn on_trailers(&mut self, trailers: &HeaderMap);
+    /// Called exactly once, at the end.
+    fn on_end(&mut self, end: End);
     /// The span of the exchange.
     fn span(&self) -> &tracing::Span;
 }
 
-/// Begins to watch exchanges.
-pub trait Watch {
-    /// What watches one exchange.
+/// Starts an [`Exchange`] for each request.
+pub trait Observer {
+    /// The exchange that it starts.
     type Exchange: Exchange;
-    /// `None` for requests that are not observed.
-    fn begin<B>(&self, request: &mut Request<B>) -> Option<Self::Exchange>;
+    /// Returns `None` for requests that are not observed.
+    fn start<B>(&self, request: &mut Request<B>) -> Option<Self::Exchange>;
 }
 
-/// Ends its exchange when it is dropped, if nothing did before.
+/// A layer that observes every exchange of a service.
+#[derive(Clone, Debug)]
+pub struct ObserveLayer<O>(pub(super) O);
+
+impl<S, O: Clone> Layer<S> for ObserveLayer<O> {
+    type Service = ObserveService<S, O>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        ObserveService { inner, observer: self.0.clone() }
+    }
+}
+
+/// A service whose exchanges are observed.
+#[derive(Clone, Debug)]
+pub struct ObserveService<S, O> {
+    inner: S,
+    observer: O,
+}
+
+impl<S, O, ReqBody, ResBody> Service<Request<ReqBody>> for ObserveService<S, O>
+where
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    O: Observer,
+    ResBody: Body,
+{
+    type Response = Response<ObservedBody<ResBody, O::Exchange>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future, O::Exchange>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
+        let exchange = self.observer.start(&mut request);
+        let span = exchange.as_ref().map_or_else(tracing::Span::none, |exchange| exchange.span().clone());
+        let future = span.in_scope(|| self.inner.call(request)).instrument(span);
+        ResponseFuture { future, guard: Guard(exchange) }
+    }
+}
+
+/// Ends its exchange as cancelled when dropped before the end.
 struct Guard<X: Exchange>(Option<X>);
 
 impl<X: Exchange> Guard<X> {
     fn end(&mut self, end: End) {
         if let Some(mut exchange) = self.0.take() {
-            exchange.end(end);
+            exchange.on_end(end);
         }
     }
 }
@@ -58,37 +99,8 @@ impl<X: Exchange> Drop for Guard<X> {
     }
 }
 
-/// A service whose exchanges are observed. Made by the layers of this module.
-#[derive(Clone, Debug)]
-pub struct Observe<S, W> {
-    pub(crate) inner: S,
-    pub(crate) watch: W,
-}
-
-impl<S, W, ReqBody, ResBody> Service<Request<ReqBody>> for Observe<S, W>
-where
-    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
-    W: Watch,
-    ResBody: Body,
-{
-    type Response = Response<ObservedBody<ResBody, W::Exchange>>;
-    type Error = S::Error;
-    type Future = ResponseFuture<S::Future, W::Exchange>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
-        let exchange = self.watch.begin(&mut request);
-        let span = exchange.as_ref().map_or_else(tracing::Span::none, |exchange| exchange.span().clone());
-        let future = span.in_scope(|| self.inner.call(request)).instrument(span);
-        ResponseFuture { future, guard: Guard(exchange) }
-    }
-}
-
 pin_project! {
-    /// The response to come, followed.
+    /// The future of an observed response.
     pub struct ResponseFuture<F, X: Exchange> {
         #[pin]
         future: Instrumented<F>,
@@ -110,7 +122,7 @@ where
             Ok(response) => {
                 let (head, body) = response.into_parts();
                 let mut guard = Guard(this.guard.0.take());
-                if guard.0.as_mut().is_some_and(|exchange| exchange.head(&head)) || body.is_end_stream() {
+                if guard.0.as_mut().is_some_and(|exchange| exchange.on_head(&head)) || body.is_end_stream() {
                     guard.end(End::Complete);
                 }
                 Poll::Ready(Ok(Response::from_parts(head, ObservedBody { body, guard })))
@@ -124,7 +136,7 @@ where
 }
 
 pin_project! {
-    /// A response body, followed to its end.
+    /// An observed response body.
     pub struct ObservedBody<B, X: Exchange> {
         #[pin]
         body: B,
@@ -138,7 +150,7 @@ impl<B: Body, X: Exchange> Body for ObservedBody<B, X> {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let mut this = self.project();
-        // A streamed answer is produced while it is polled: its work belongs to the same span.
+        // A streamed body does its work while it is polled, so that work belongs to the span too.
         let span = this.guard.0.as_ref().map(|exchange| exchange.span().clone());
         let polled = match &span {
             Some(span) => span.in_scope(|| this.body.as_mut().poll_frame(cx)),
@@ -151,11 +163,11 @@ impl<B: Body, X: Exchange> Body for ObservedBody<B, X> {
             Poll::Ready(Some(Ok(frame))) => {
                 if let Some(trailers) = frame.trailers_ref() {
                     if let Some(exchange) = this.guard.0.as_mut() {
-                        exchange.trailers(trailers);
+                        exchange.on_trailers(trailers);
                     }
                     this.guard.end(End::Complete);
                 } else if this.body.is_end_stream() {
-                    // Whoever sends it may not poll again.
+                    // hyper does not poll a body again once it reports its end.
                     this.guard.end(End::Complete);
                 }
             }

@@ -1,65 +1,62 @@
+//! Spans and durations of gRPC calls, served and made.
+
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Instant;
 
 use http::{HeaderMap, Request, Uri, response};
 use opentelemetry::KeyValue;
-use opentelemetry::global;
 use opentelemetry::metrics::Histogram;
-use opentelemetry::trace::Status;
-use opentelemetry_http::{HeaderExtractor, HeaderInjector};
 use tonic::Code;
-use tower::Layer;
-use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use super::exchange::{End, Exchange, Observe, Watch};
+use super::exchange::{End, Exchange, ObserveLayer, Observer};
+use crate::call::{Call, server_attributes};
+use crate::context;
 use crate::instruments::Instruments;
 use crate::names;
 
-/// What stands for methods that the server does not know, so that callers cannot invent names of spans.
+/// The name of every method that the server does not serve. Callers must not be able to create span names.
 const OTHER: &str = "_OTHER";
 /// Services that are not observed.
 const UNOBSERVED: [&str; 2] = ["grpc.health.", "grpc.reflection."];
+/// The most bytes of an unknown method's name that `rpc.method_original` keeps.
+const MAX_ORIGINAL: usize = 256;
 
 /// Observes a gRPC server: a SERVER span and `rpc.server.call.duration` for each call.
 ///
-/// The span takes its parent from the W3C headers of the call. Its status is Error only where the server is at
-/// fault (UNKNOWN, DEADLINE_EXCEEDED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE, DATA_LOSS); `error.type` is the
-/// code of every call that did not end OK.
+/// The parent of the span comes from the W3C headers of the call. Its status is Error only when the server is at fault (UNKNOWN,
+/// DEADLINE_EXCEEDED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE, DATA_LOSS). Every call that does not end with OK has its code as `error.type`.
+pub type GrpcServerLayer = ObserveLayer<GrpcServer>;
+
+/// Observes a gRPC client: a CLIENT span and `rpc.client.call.duration` for each call.
+///
+/// The context of the span is sent in W3C headers. The status of every call that does not end with OK is Error.
+pub type GrpcClientLayer = ObserveLayer<GrpcClient>;
+
+/// The observer of [`GrpcServerLayer`].
 #[derive(Clone, Debug)]
-pub struct GrpcServerLayer {
+pub struct GrpcServer {
     duration: Histogram<f64>,
     methods: Arc<HashSet<String>>,
 }
 
 impl GrpcServerLayer {
-    /// A layer for a server of `methods`, each `package.Service/Method`. A call of any other is named `_OTHER`,
-    /// with the name that was asked for in the attribute `rpc.method_original`.
+    /// A layer for a server of `methods`, each `package.Service/Method`. Calls of other methods are recorded as `_OTHER`, with the requested
+    /// name in the attribute `rpc.method_original`.
     pub fn new<M: Into<String>>(instruments: &Instruments, methods: impl IntoIterator<Item = M>) -> Self {
-        Self {
-            duration: instruments.calls.rpc_server.clone(),
-            methods: Arc::new(methods.into_iter().map(Into::into).collect()),
-        }
+        let methods = Arc::new(methods.into_iter().map(Into::into).collect());
+        Self(GrpcServer { duration: instruments.calls.rpc_server.clone(), methods })
     }
 }
 
-impl<S> Layer<S> for GrpcServerLayer {
-    type Service = Observe<S, Self>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        Observe { inner, watch: self.clone() }
-    }
-}
-
-impl Watch for GrpcServerLayer {
+impl Observer for GrpcServer {
     type Exchange = GrpcCall;
 
-    fn begin<B>(&self, request: &mut Request<B>) -> Option<GrpcCall> {
-        let asked = request.uri().path().trim_start_matches('/');
-        if UNOBSERVED.iter().any(|service| asked.starts_with(service)) {
+    fn start<B>(&self, request: &mut Request<B>) -> Option<GrpcCall> {
+        let requested = request.uri().path().trim_start_matches('/');
+        if UNOBSERVED.iter().any(|service| requested.starts_with(service)) {
             return None;
         }
-        let known = self.methods.get(asked);
+        let known = self.methods.get(requested);
         let method = known.map_or(OTHER, String::as_str);
         let span = tracing::info_span!(
             parent: None,
@@ -71,23 +68,18 @@ impl Watch for GrpcServerLayer {
             rpc.method_original = tracing::field::Empty,
         );
         if known.is_none() {
-            // Bounded: the name comes from the caller.
-            span.record("rpc.method_original", asked.get(..asked.len().min(256)).unwrap_or_default());
+            let original = requested.get(..requested.len().min(MAX_ORIGINAL)).unwrap_or_default();
+            span.record("rpc.method_original", original);
         }
-        let parent = global::get_text_map_propagator(|propagator| {
-            propagator.extract_with_context(&opentelemetry::Context::new(), &HeaderExtractor(request.headers()))
-        });
-        // Fails only where tracing is off.
-        let _ = span.set_parent(parent);
-        let attributes = vec![KeyValue::new("rpc.system.name", "grpc"), KeyValue::new("rpc.method", method.to_owned())];
-        Some(GrpcCall::new(Side::Server, span, self.duration.clone(), attributes))
+        context::set_parent_from(request.headers(), &span);
+        let call = Call::start(span, &self.duration, rpc_attributes(method));
+        Some(GrpcCall::new(Side::Server, call))
     }
 }
 
-/// Observes a gRPC client: a CLIENT span and `rpc.client.call.duration` for each call, with the W3C context sent
-/// along. Every call that does not end OK has status Error.
+/// The observer of [`GrpcClientLayer`].
 #[derive(Clone, Debug)]
-pub struct GrpcClientLayer {
+pub struct GrpcClient {
     duration: Histogram<f64>,
     address: Option<String>,
     port: Option<u16>,
@@ -101,22 +93,15 @@ impl GrpcClientLayer {
             Some("https") => Some(443),
             _ => None,
         });
-        Self { duration: instruments.calls.rpc_client.clone(), address: server.host().map(str::to_owned), port }
+        let address = server.host().map(str::to_owned);
+        Self(GrpcClient { duration: instruments.calls.rpc_client.clone(), address, port })
     }
 }
 
-impl<S> Layer<S> for GrpcClientLayer {
-    type Service = Observe<S, Self>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        Observe { inner, watch: self.clone() }
-    }
-}
-
-impl Watch for GrpcClientLayer {
+impl Observer for GrpcClient {
     type Exchange = GrpcCall;
 
-    fn begin<B>(&self, request: &mut Request<B>) -> Option<GrpcCall> {
+    fn start<B>(&self, request: &mut Request<B>) -> Option<GrpcCall> {
         let method = request.uri().path().trim_start_matches('/').to_owned();
         let span = tracing::info_span!(
             "rpc.client",
@@ -127,19 +112,15 @@ impl Watch for GrpcClientLayer {
             server.address = self.address,
             server.port = self.port,
         );
-        let context = span.context();
-        global::get_text_map_propagator(|propagator| {
-            propagator.inject_context(&context, &mut HeaderInjector(request.headers_mut()));
-        });
-        let mut attributes = vec![KeyValue::new("rpc.system.name", "grpc"), KeyValue::new("rpc.method", method)];
-        if let Some(address) = &self.address {
-            attributes.push(KeyValue::new("server.address", address.clone()));
-        }
-        if let Some(port) = self.port {
-            attributes.push(KeyValue::new("server.port", i64::from(port)));
-        }
-        Some(GrpcCall::new(Side::Client, span, self.duration.clone(), attributes))
+        context::inject_into(request.headers_mut(), &span);
+        let mut attributes = rpc_attributes(&method);
+        attributes.extend(server_attributes(self.address.as_deref(), self.port));
+        Some(GrpcCall::new(Side::Client, Call::start(span, &self.duration, attributes)))
     }
+}
+
+fn rpc_attributes(method: &str) -> Vec<KeyValue> {
+    vec![KeyValue::new("rpc.system.name", "grpc"), KeyValue::new("rpc.method", method.to_owned())]
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,66 +129,61 @@ enum Side {
     Client,
 }
 
-/// One call.
+/// One gRPC call.
 #[derive(Debug)]
 pub struct GrpcCall {
     side: Side,
-    span: tracing::Span,
-    duration: Histogram<f64>,
-    attributes: Vec<KeyValue>,
-    started: Instant,
+    call: Call,
     http_status: Option<http::StatusCode>,
     code: Option<Code>,
 }
 
 impl GrpcCall {
-    fn new(side: Side, span: tracing::Span, duration: Histogram<f64>, attributes: Vec<KeyValue>) -> Self {
-        Self { side, span, duration, attributes, started: Instant::now(), http_status: None, code: None }
+    fn new(side: Side, call: Call) -> Self {
+        Self { side, call, http_status: None, code: None }
     }
 }
 
 impl Exchange for GrpcCall {
-    fn head(&mut self, head: &response::Parts) -> bool {
+    fn on_head(&mut self, head: &response::Parts) -> bool {
         self.http_status = Some(head.status);
-        self.code = status(&head.headers);
+        self.code = code_in(&head.headers);
         self.code.is_some()
     }
 
-    fn trailers(&mut self, trailers: &HeaderMap) {
-        self.code = status(trailers);
+    fn on_trailers(&mut self, trailers: &HeaderMap) {
+        self.code = code_in(trailers);
     }
 
-    fn end(&mut self, end: End) {
+    fn on_end(&mut self, end: End) {
         let code = match (self.code, end) {
             (Some(code), _) => code,
             (None, End::Cancelled) => Code::Cancelled,
             (None, End::Failed) => Code::Unavailable,
-            (None, End::Complete) => self.http_status.map_or(Code::Unknown, without_status),
+            (None, End::Complete) => self.http_status.map_or(Code::Unknown, code_for),
         };
         let name = code_name(code);
-        self.span.set_attribute("rpc.response.status_code", name);
-        self.attributes.push(KeyValue::new("rpc.response.status_code", name));
+        self.call.set_attribute("rpc.response.status_code", name);
         if code != Code::Ok {
-            self.span.set_attribute("error.type", name);
-            self.attributes.push(KeyValue::new("error.type", name));
+            self.call.set_attribute("error.type", name);
         }
-        if self.side == Side::Client && code != Code::Ok || server_fault(code) {
-            self.span.set_status(Status::error(name));
+        if self.side == Side::Client && code != Code::Ok || is_server_fault(code) {
+            self.call.fail(name);
         }
-        self.duration.record(self.started.elapsed().as_secs_f64(), &self.attributes);
+        self.call.record_duration();
     }
 
     fn span(&self) -> &tracing::Span {
-        &self.span
+        self.call.span()
     }
 }
 
-fn status(headers: &HeaderMap) -> Option<Code> {
+fn code_in(headers: &HeaderMap) -> Option<Code> {
     headers.get("grpc-status").map(|value| Code::from_bytes(value.as_bytes()))
 }
 
-/// The code of a response that carries none, by its HTTP status, as the gRPC specification maps it.
-fn without_status(status: http::StatusCode) -> Code {
+/// The code of a response without `grpc-status`: the gRPC specification maps it from the HTTP status.
+fn code_for(status: http::StatusCode) -> Code {
     match status.as_u16() {
         400 => Code::Internal,
         401 => Code::Unauthenticated,
@@ -218,7 +194,7 @@ fn without_status(status: http::StatusCode) -> Code {
     }
 }
 
-const fn server_fault(code: Code) -> bool {
+const fn is_server_fault(code: Code) -> bool {
     matches!(
         code,
         Code::Unknown
@@ -230,7 +206,7 @@ const fn server_fault(code: Code) -> bool {
     )
 }
 
-/// The name of a gRPC status code, as the semantic conventions and the protocol write it.
+/// The name of a gRPC status code, as written in the protocol and the semantic conventions.
 pub const fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",

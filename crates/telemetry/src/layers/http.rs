@@ -1,59 +1,51 @@
-use std::time::Instant;
+//! Spans and durations of HTTP requests served.
 
 use axum::extract::MatchedPath;
 use http::{HeaderMap, Method, Request, response};
 use opentelemetry::KeyValue;
-use opentelemetry::global;
 use opentelemetry::metrics::Histogram;
-use opentelemetry::trace::Status;
-use opentelemetry_http::HeaderExtractor;
-use tower::Layer;
-use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use super::exchange::{End, Exchange, Observe, Watch};
+use super::exchange::{End, Exchange, ObserveLayer, Observer};
+use crate::call::Call;
+use crate::context;
 use crate::instruments::Instruments;
 use crate::names;
 
-/// What is recorded when the client went away before there was a response.
+/// The status recorded when the client went away before the response.
 const CLIENT_CLOSED: u16 = 499;
 
 /// Observes an axum router: a SERVER span and `http.server.request.duration` for each request.
 ///
-/// The span is named after the method and the matched route, `GET /api/v1/challenge/{id}`, or after the method alone where
-/// no route matched. Its parent comes from the W3C headers; its status is Error for 5xx.
+/// The span is named after the method and the matched route, such as `GET /api/v1/challenge/{id}`, or after the method alone when no route
+/// matched. Its parent comes from the W3C headers. Its status is Error for 5xx.
+pub type HttpServerLayer = ObserveLayer<HttpServer>;
+
+/// The observer of [`HttpServerLayer`].
 #[derive(Clone, Debug)]
-pub struct HttpServerLayer {
+pub struct HttpServer {
     duration: Histogram<f64>,
     unobserved: &'static [&'static str],
 }
 
 impl HttpServerLayer {
-    /// A layer that observes every request but those whose path is one of `unobserved` (health checks).
+    /// A layer that observes every request except those to the paths `unobserved` (health checks).
     pub fn new(instruments: &Instruments, unobserved: &'static [&'static str]) -> Self {
-        Self { duration: instruments.calls.http_server.clone(), unobserved }
+        Self(HttpServer { duration: instruments.calls.http_server.clone(), unobserved })
     }
 }
 
-impl<S> Layer<S> for HttpServerLayer {
-    type Service = Observe<S, Self>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        Observe { inner, watch: self.clone() }
-    }
-}
-
-impl Watch for HttpServerLayer {
+impl Observer for HttpServer {
     type Exchange = HttpCall;
 
-    fn begin<B>(&self, request: &mut Request<B>) -> Option<HttpCall> {
+    fn start<B>(&self, request: &mut Request<B>) -> Option<HttpCall> {
         if self.unobserved.contains(&request.uri().path()) {
             return None;
         }
         let method = method_name(request.method());
         let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
-        // The conventions call a method that is not known `HTTP` in the name and `_OTHER` in the attribute.
-        let named = if method == "_OTHER" { "HTTP" } else { method };
-        let name = route.map_or_else(|| named.to_owned(), |route| format!("{named} {route}"));
+        // By convention an unknown method is `HTTP` in the span's name and `_OTHER` in the attribute.
+        let verb = if method == "_OTHER" { "HTTP" } else { method };
+        let name = route.map_or_else(|| verb.to_owned(), |route| format!("{verb} {route}"));
         let scheme = request.uri().scheme_str().unwrap_or("http");
         let span = tracing::info_span!(
             parent: None,
@@ -65,68 +57,51 @@ impl Watch for HttpServerLayer {
             url.path = request.uri().path(),
             url.scheme = scheme,
         );
-        let parent = global::get_text_map_propagator(|propagator| {
-            propagator.extract_with_context(&opentelemetry::Context::new(), &HeaderExtractor(request.headers()))
-        });
-        // Fails only where tracing is off.
-        let _ = span.set_parent(parent);
+        context::set_parent_from(request.headers(), &span);
         let mut attributes =
             vec![KeyValue::new("http.request.method", method), KeyValue::new("url.scheme", scheme.to_owned())];
-        if let Some(route) = route {
-            attributes.push(KeyValue::new("http.route", route.to_owned()));
-        }
-        Some(HttpCall {
-            span,
-            duration: self.duration.clone(),
-            attributes,
-            started: Instant::now(),
-            bodiless: request.method() == Method::HEAD,
-            status: None,
-        })
+        attributes.extend(route.map(|route| KeyValue::new("http.route", route.to_owned())));
+        let call = Call::start(span, &self.duration, attributes);
+        Some(HttpCall { call, is_bodiless: request.method() == Method::HEAD, status: None })
     }
 }
 
-/// One request.
+/// One HTTP request.
 #[derive(Debug)]
 pub struct HttpCall {
-    span: tracing::Span,
-    duration: Histogram<f64>,
-    attributes: Vec<KeyValue>,
-    started: Instant,
-    /// Nobody reads a body: the answer is whole with its head.
-    bodiless: bool,
+    call: Call,
+    /// The response is complete with its head, because no body is ever read.
+    is_bodiless: bool,
     status: Option<u16>,
 }
 
 impl Exchange for HttpCall {
-    fn head(&mut self, head: &response::Parts) -> bool {
+    fn on_head(&mut self, head: &response::Parts) -> bool {
         self.status = Some(head.status.as_u16());
-        self.bodiless
+        self.is_bodiless
     }
 
-    fn trailers(&mut self, _: &HeaderMap) {}
+    fn on_trailers(&mut self, _: &HeaderMap) {}
 
-    fn end(&mut self, end: End) {
+    fn on_end(&mut self, end: End) {
         let (status, error) = match (end, self.status) {
             (End::Complete, Some(status)) => (status, (status >= 500).then(|| status.to_string())),
             (End::Cancelled, status) => (status.unwrap_or(CLIENT_CLOSED), Some("cancelled".to_owned())),
             (End::Failed, status) => (status.unwrap_or(500), Some("body_failed".to_owned())),
             (End::Complete, None) => (500, Some("500".to_owned())),
         };
-        self.span.set_attribute("http.response.status_code", i64::from(status));
-        self.attributes.push(KeyValue::new("http.response.status_code", i64::from(status)));
+        self.call.set_attribute("http.response.status_code", i64::from(status));
         if let Some(error) = error {
             if end != End::Cancelled {
-                self.span.set_status(Status::error(error.clone()));
+                self.call.fail(error.clone());
             }
-            self.span.set_attribute("error.type", error.clone());
-            self.attributes.push(KeyValue::new("error.type", error));
+            self.call.set_attribute("error.type", error);
         }
-        self.duration.record(self.started.elapsed().as_secs_f64(), &self.attributes);
+        self.call.record_duration();
     }
 
     fn span(&self) -> &tracing::Span {
-        &self.span
+        self.call.span()
     }
 }
 

@@ -1,19 +1,18 @@
-//! Tower layers that make one span and one measurement of each call, with the names of the current semantic
-//! conventions. A call ends when its body or its trailers end, when it fails, or when it is dropped: then it is recorded
-//! as cancelled, so no span stays open.
+//! Tower layers that record one span and one duration for each call, under the names of OpenTelemetry's semantic conventions.
 //!
-//! - [`GrpcServerLayer`] belongs on the gRPC service, inside `tonic_web`'s layer where there is one (it reads the
-//!   status from headers and trailers, which gRPC-web hides in the body).
-//! - [`HttpServerLayer`] belongs on an axum router with `Router::layer`, where the matched route is known.
-//! - [`GrpcClientLayer`] belongs on a `tonic` channel.
+//! A call ends with its body or trailers, when it fails, or when it is dropped: it then counts as cancelled. No span stays open.
 //!
-//! Health checks and reflection make no span and no measurement: they say nothing about the service and would drown
-//! what does.
+//! - [`GrpcServerLayer`] wraps a gRPC service. It must be inside `tonic_web`'s layer, because gRPC-web moves the trailers, where the status is,
+//!   into the body.
+//! - [`HttpServerLayer`] wraps an axum router with `Router::layer`, where the matched route is known.
+//! - [`GrpcClientLayer`] wraps a `tonic` channel.
+//!
+//! Health checks and reflection are not observed: they say nothing about the service, and their number would hide the calls that do.
 
 mod exchange;
 mod grpc;
 mod http;
 
-pub use self::exchange::{End, Exchange, Observe, ObservedBody, ResponseFuture, Watch};
-pub use self::grpc::{GrpcCall, GrpcClientLayer, GrpcServerLayer, code_name};
-pub use self::http::{HttpCall, HttpServerLayer};
+pub use self::exchange::{End, Exchange, ObserveLayer, ObserveService, ObservedBody, Observer, ResponseFuture};
+pub use self::grpc::{GrpcCall, GrpcClient, GrpcClientLayer, GrpcServer, GrpcServerLayer, code_name};
+pub use self::http::{HttpCall, HttpServer, HttpServerLayer};

@@ -1,4 +1,4 @@
-//! A collector in this process, on a thread of its own, that keeps what it is sent.
+//! A collector on a thread of this process that keeps every request.
 #![allow(
     dead_code,
     unreachable_pub,
@@ -6,7 +6,7 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::indexing_slicing,
-    reason = "tests; each uses a part of it"
+    reason = "tests; each of them uses a part of this module"
 )]
 
 use std::net::SocketAddr;
@@ -28,49 +28,28 @@ use opentelemetry_proto::tonic::metrics::v1::Metric;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use tonic::{Request, Response, Status};
 
+/// What the collector received, with headers.
 #[derive(Clone, Default)]
 pub struct Received {
-    traces: Arc<Mutex<Vec<ExportTraceServiceRequest>>>,
-    metrics: Arc<Mutex<Vec<ExportMetricsServiceRequest>>>,
-    logs: Arc<Mutex<Vec<ExportLogsServiceRequest>>>,
-    headers: Arc<Mutex<Vec<String>>>,
+    traces: Arc<Mutex<Vec<Request<ExportTraceServiceRequest>>>>,
+    metrics: Arc<Mutex<Vec<Request<ExportMetricsServiceRequest>>>>,
+    logs: Arc<Mutex<Vec<Request<ExportLogsServiceRequest>>>>,
 }
 
-#[tonic::async_trait]
-impl TraceService for Received {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        if let Some(key) = request.metadata().get("x-key") {
-            self.headers.lock().unwrap().push(key.to_str().unwrap().to_owned());
+macro_rules! keep_requests {
+    ($service:ident, $request:ident, $response:ident, $field:ident) => {
+        #[tonic::async_trait]
+        impl $service for Received {
+            async fn export(&self, request: Request<$request>) -> Result<Response<$response>, Status> {
+                self.$field.lock().unwrap().push(request);
+                Ok(Response::new(Default::default()))
+            }
         }
-        self.traces.lock().unwrap().push(request.into_inner());
-        Ok(Response::new(Default::default()))
-    }
+    };
 }
-
-#[tonic::async_trait]
-impl MetricsService for Received {
-    async fn export(
-        &self,
-        request: Request<ExportMetricsServiceRequest>,
-    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
-        self.metrics.lock().unwrap().push(request.into_inner());
-        Ok(Response::new(Default::default()))
-    }
-}
-
-#[tonic::async_trait]
-impl LogsService for Received {
-    async fn export(
-        &self,
-        request: Request<ExportLogsServiceRequest>,
-    ) -> Result<Response<ExportLogsServiceResponse>, Status> {
-        self.logs.lock().unwrap().push(request.into_inner());
-        Ok(Response::new(Default::default()))
-    }
-}
+keep_requests!(TraceService, ExportTraceServiceRequest, ExportTraceServiceResponse, traces);
+keep_requests!(MetricsService, ExportMetricsServiceRequest, ExportMetricsServiceResponse, metrics);
+keep_requests!(LogsService, ExportLogsServiceRequest, ExportLogsServiceResponse, logs);
 
 pub struct Collector {
     pub address: SocketAddr,
@@ -112,12 +91,12 @@ impl Collector {
         vec![("OTEL_EXPORTER_OTLP_ENDPOINT", self.endpoint()), ("OTEL_METRIC_EXPORT_INTERVAL", "3600000".into())]
     }
 
-    /// Telemetry that sends here, with further variables.
+    /// Telemetry that exports to this collector, with further variables.
     pub fn telemetry(&self, more: &[(&'static str, &str)]) -> (Telemetry, tracing::Dispatch) {
         telemetry(self.env().into_iter().chain(more.iter().map(|(name, value)| (*name, (*value).to_owned()))))
     }
 
-    /// The same whose export is held.
+    /// Telemetry that exports to this collector once its export is started.
     pub fn held_telemetry(&self) -> (Telemetry, tracing::Dispatch) {
         let env = self.env().into_iter().collect();
         Telemetry::prepare(&Settings::new("test", "1.2.3").with_debug().with_export_held(), &env).unwrap()
@@ -125,7 +104,8 @@ impl Collector {
 
     pub fn spans(&self) -> Vec<Span> {
         let requests = self.received.traces.lock().unwrap();
-        let scopes = requests.iter().flat_map(|request| &request.resource_spans).flat_map(|spans| &spans.scope_spans);
+        let scopes =
+            requests.iter().flat_map(|request| &request.get_ref().resource_spans).flat_map(|spans| &spans.scope_spans);
         scopes.flat_map(|scope| scope.spans.clone()).collect()
     }
 
@@ -140,19 +120,21 @@ impl Collector {
     }
 
     pub fn resource(&self) -> Vec<KeyValue> {
-        self.received.traces.lock().unwrap()[0].resource_spans[0].resource.clone().unwrap().attributes
+        self.received.traces.lock().unwrap()[0].get_ref().resource_spans[0].resource.clone().unwrap().attributes
     }
 
     pub fn logs(&self) -> Vec<LogRecord> {
         let requests = self.received.logs.lock().unwrap();
-        let scopes = requests.iter().flat_map(|request| &request.resource_logs).flat_map(|logs| &logs.scope_logs);
+        let scopes =
+            requests.iter().flat_map(|request| &request.get_ref().resource_logs).flat_map(|logs| &logs.scope_logs);
         scopes.flat_map(|scope| scope.log_records.clone()).collect()
     }
 
     /// The metrics of the last export.
     pub fn metrics(&self) -> Vec<Metric> {
         let requests = self.received.metrics.lock().unwrap();
-        let scopes = requests.last().unwrap().resource_metrics.iter().flat_map(|metrics| &metrics.scope_metrics);
+        let scopes =
+            requests.last().unwrap().get_ref().resource_metrics.iter().flat_map(|metrics| &metrics.scope_metrics);
         scopes.flat_map(|scope| scope.metrics.clone()).collect()
     }
 
@@ -160,20 +142,23 @@ impl Collector {
         self.metrics().into_iter().find(|metric| metric.name == name)
     }
 
-    /// Whether nothing was received at all.
+    /// Whether no request was received.
     pub fn is_empty(&self) -> bool {
-        let Received { traces, metrics, logs, .. } = &self.received;
+        let Received { traces, metrics, logs } = &self.received;
         traces.lock().unwrap().is_empty() && metrics.lock().unwrap().is_empty() && logs.lock().unwrap().is_empty()
     }
 
-    /// A metric of the last export, if there was one.
-    pub fn received_metric(&self, name: &str) -> Option<Metric> {
+    /// A metric of the last export; `None` before the first.
+    pub fn exported_metric(&self, name: &str) -> Option<Metric> {
         let any = !self.received.metrics.lock().unwrap().is_empty();
         if any { self.metric(name) } else { None }
     }
 
-    pub fn headers(&self) -> Vec<String> {
-        self.received.headers.lock().unwrap().clone()
+    /// The values of a header of the trace requests.
+    pub fn headers(&self, name: &str) -> Vec<String> {
+        let requests = self.received.traces.lock().unwrap();
+        let values = requests.iter().filter_map(|request| request.metadata().get(name));
+        values.map(|value| value.to_str().unwrap().to_owned()).collect()
     }
 }
 
@@ -197,29 +182,45 @@ fn text(pair: &KeyValue) -> String {
     match pair.value.as_ref().and_then(|value| value.value.clone()) {
         Some(any_value::Value::StringValue(text)) => text,
         Some(any_value::Value::IntValue(number)) => number.to_string(),
-        Some(any_value::Value::BoolValue(truth)) => truth.to_string(),
+        Some(any_value::Value::BoolValue(value)) => value.to_string(),
         Some(any_value::Value::DoubleValue(number)) => number.to_string(),
         other => format!("{other:?}"),
     }
 }
 
-/// A listener that takes connections and never answers.
-pub fn hung() -> (std::net::TcpListener, String) {
+/// A listener that accepts connections and never answers.
+pub fn hanging_server() -> (std::net::TcpListener, String) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     (listener, address)
 }
 
-/// An address where nobody listens.
-pub fn closed() -> String {
-    hung().1
+/// The URL of a port on which nothing listens.
+pub fn closed_url() -> String {
+    hanging_server().1
 }
 
-/// Waits until `done`, and fails if that takes a minute.
+/// Waits until `done`. Panics after a minute.
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !done() {
-        assert!(Instant::now() < deadline, "{what} did not happen");
+        assert!(Instant::now() < deadline, "timed out waiting for {what}");
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A collector, telemetry that exports to it, and its subscriber, installed on this thread.
+pub struct Fixture {
+    _subscriber: tracing::dispatcher::DefaultGuard,
+    // Dropped before the collector, to which it exports while it shuts down.
+    pub telemetry: Telemetry,
+    pub collector: Collector,
+}
+
+impl Fixture {
+    pub fn new(env: &[(&'static str, &str)]) -> Self {
+        let collector = Collector::start();
+        let (telemetry, dispatch) = collector.telemetry(env);
+        Self { _subscriber: tracing::dispatcher::set_default(&dispatch), telemetry, collector }
     }
 }
