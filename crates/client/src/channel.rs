@@ -3,7 +3,7 @@ use std::time::Duration;
 use gauntlet_api::v1::challenge::challenge_store_client::ChallengeStoreClient;
 use gauntlet_telemetry::{
     Instruments,
-    layers::{GrpcClientLayer, Observe},
+    layers::{GrpcClient, GrpcClientLayer, ObserveService},
 };
 use tonic::transport::{ClientTlsConfig, Endpoint};
 use tower::Layer as _;
@@ -12,7 +12,7 @@ use crate::{ServerAddress, with_causes};
 
 /// A connection that is opened by the first call and opened again by the next call after it broke. Each call has a CLIENT span, its
 /// metrics and W3C trace context. Cheap to clone.
-pub type Channel = Observe<tonic::transport::Channel, GrpcClientLayer>;
+pub type Channel = ObserveService<tonic::transport::Channel, GrpcClient>;
 
 /// The largest message a client accepts, in bytes. A challenge comes with all its instances in one message.
 pub const MAX_MESSAGE_SIZE: usize = 64 << 20;
