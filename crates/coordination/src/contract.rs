@@ -289,18 +289,18 @@ impl<T: Tested> Coordination<T> {
     async fn put(&self, instances: &[Instance]) {
         for some in instances.chunks(30) {
             let layout = &self.core.layout;
-            let mut then = Vec::new();
+            let mut success = Vec::new();
             for instance in some {
-                then.push(Op::put(layout.instance(&instance.key), records::write_instance(instance)));
-                then.extend(layout.instance_index(instance).into_iter().map(|(key, value)| Op::put(key, value)));
+                success.push(Op::put(layout.instance(&instance.key), records::write_instance(instance)));
+                success.extend(layout.instance_index(instance).into_iter().map(|(key, value)| Op::put(key, value)));
             }
-            self.core.kv.txn(Txn { then, ..Txn::default() }).await.unwrap();
+            self.core.kv.txn(Txn { success, ..Txn::default() }).await.unwrap();
         }
     }
 
     /// Puts raw bytes in a key's place.
     async fn garble(&self, key: String, value: &str) {
-        self.core.kv.txn(Txn { then: vec![Op::put(key, value)], ..Txn::default() }).await.unwrap();
+        self.core.kv.txn(Txn { success: vec![Op::put(key, value)], ..Txn::default() }).await.unwrap();
     }
 
     /// Ends the lease behind the store's back, as if it had run out.

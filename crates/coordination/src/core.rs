@@ -19,7 +19,7 @@ use tracing::Instrument as _;
 
 use crate::{
     keys::Layout,
-    kv::{Kv, KvError, KvResult, Txn, TxnResult},
+    kv::{Kv, KvError, KvResult, Txn, TxnResponse},
     memory::Memory,
     mirror::Mirror,
     names::{Name, Names},
@@ -55,13 +55,13 @@ impl<K: Kv> Core<K> {
     /// The domain's error for one of the store.
     pub(crate) fn error(&self, error: KvError) -> Error {
         match error {
-            KvError::Broken(detail) => Error::Internal(detail),
+            KvError::Permanent(detail) => Error::Internal(detail),
             error => Error::Unavailable { what: self.kv.name(), detail: error.to_string() },
         }
     }
 
     /// Runs a transaction.
-    pub(crate) async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
+    pub(crate) async fn txn(&self, txn: Txn) -> KvResult<TxnResponse> {
         let result = self.kv.txn(txn).await?;
         self.seen.fetch_max(result.revision, Ordering::Relaxed);
         Ok(result)
@@ -76,7 +76,7 @@ impl<K: Kv> Core<K> {
     }
 
     /// A write that takes no ownership.
-    pub(crate) async fn write(self: &Arc<Self>, txn: Txn) -> Result<TxnResult> {
+    pub(crate) async fn write(self: &Arc<Self>, txn: Txn) -> Result<TxnResponse> {
         let core = self.clone();
         self.detached(async move { core.txn(txn).await.map_err(|error| core.error(error)) }).await
     }
@@ -103,15 +103,15 @@ impl<K: Kv> Core<K> {
         of: Of,
         txn: Txn,
         queue: bool,
-    ) -> Result<(Option<Ticket>, TxnResult)> {
+    ) -> Result<(Option<Ticket>, TxnResponse)> {
         let core = self.clone();
         self.detached(async move {
             let mut answer = core.txn(txn.clone()).await;
-            if answer == Err(KvError::LeaseGone) {
+            if answer == Err(KvError::LeaseNotFound) {
                 live.lease.lose();
                 let before = live.lease.id;
                 live.lease = core.lease().await?;
-                answer = core.txn(txn.under(before, live.lease.id)).await;
+                answer = core.txn(txn.with_lease(before, live.lease.id)).await;
             }
             match answer {
                 Ok(result) => {
@@ -124,8 +124,8 @@ impl<K: Kv> Core<K> {
                 Err(error) => {
                     match &error {
                         KvError::Ambiguous(_) => core.reaper.give(live, true),
-                        KvError::LeaseGone => live.lease.lose(),
-                        KvError::Unavailable(_) | KvError::Compacted | KvError::Broken(_) => live.absent(),
+                        KvError::LeaseNotFound => live.lease.lose(),
+                        KvError::Unavailable(_) | KvError::Compacted | KvError::Permanent(_) => live.absent(),
                     }
                     Err(core.error(error))
                 }

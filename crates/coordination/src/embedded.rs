@@ -31,8 +31,8 @@ use tokio::{
 
 use self::writer::{Job, Queued, Writer};
 use crate::kv::{
-    Compare, Event, Events, Followed, Get, KeyValue, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Test, Txn,
-    TxnResult,
+    Compare, Condition, Event, EventStream, Get, KeyRange, KeyValue, Kv, KvError, KvResult, LeaseId, Op, Page, Txn,
+    TxnResponse, Watch,
 };
 
 /// Revision of creation, revision of the last put, value.
@@ -88,8 +88,8 @@ type Live = BTreeMap<String, Leased>;
 
 #[derive(Debug, Clone)]
 struct Leased {
-    created: u64,
-    modified: u64,
+    create_revision: u64,
+    mod_revision: u64,
     value: Vec<u8>,
     lease: LeaseId,
 }
@@ -143,12 +143,12 @@ impl Embedded {
                 Error::Internal(format!("embedded store {}: {error}: it was written by another version", path.display()))
             }
             error => match describe(path, &error.into()) {
-                KvError::Broken(detail) => Error::Internal(detail),
+                KvError::Permanent(detail) => Error::Internal(detail),
                 other => Error::Unavailable { what: "embedded store", detail: other.to_string() },
             },
         })?;
         let (revision, table) = begin_epoch(&db).map_err(|error| match describe(path, &error) {
-            KvError::Broken(detail) => Error::Internal(detail),
+            KvError::Permanent(detail) => Error::Internal(detail),
             other => Error::Unavailable { what: "embedded store", detail: other.to_string() },
         })?;
         let (events, _) = broadcast::channel(BEHIND);
@@ -205,7 +205,7 @@ impl Embedded {
         });
         match timeout(self.deadline, read).await {
             Ok(read) => {
-                read.unwrap_or_else(|error| Err(KvError::Broken(damaged(&self.shared.path, &error.to_string()))))
+                read.unwrap_or_else(|error| Err(KvError::Permanent(damaged(&self.shared.path, &error.to_string()))))
             }
             Err(_) => Err(KvError::Unavailable(format!("the disk was not read within {:?}", self.deadline))),
         }
@@ -223,35 +223,35 @@ impl Kv for Embedded {
         self.deadline
     }
 
-    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
-        if !txn.then.iter().chain(&txn.or).all(Op::is_read) {
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResponse> {
+        if !txn.is_read_only() {
             return self.ask(|answer| Job::Txn(txn, answer)).await;
         }
         let read = move |at: &Snapshot| {
-            let succeeded = all_hold(&txn.when, at.table.as_ref(), &at.live)?;
+            let succeeded = all_hold(&txn.compare, at.table.as_ref(), &at.live)?;
             let (mut reads, mut counts) = (Vec::new(), Vec::new());
-            for op in if succeeded { &txn.then } else { &txn.or } {
+            for op in if succeeded { &txn.success } else { &txn.failure } {
                 match op {
                     Op::Get(get) => reads.push(get_all(get, at.table.as_ref(), &at.live)?.0),
-                    Op::Oldest { keys, limit } => {
-                        let (read, count) = oldest(keys, *limit, at.table.as_ref(), &at.live)?;
+                    Op::Oldest { range, limit } => {
+                        let (read, count) = oldest(range, *limit, at.table.as_ref(), &at.live)?;
                         reads.push(read);
                         counts.push(count);
                     }
                     Op::Put { .. } | Op::Delete(_) => {}
                 }
             }
-            Ok(TxnResult { succeeded, revision: at.revision, reads, counts })
+            Ok(TxnResponse { succeeded, revision: at.revision, reads, counts })
         };
         Ok(self.read(None, read).await?.0)
     }
 
     async fn page(&self, get: Get, at: Option<Self::Snapshot>) -> KvResult<Page<Self::Snapshot>> {
         let ((kvs, more), at) = self.read(at, move |at| get_all(&get, at.table.as_ref(), &at.live)).await?;
-        Ok(Page { kvs, more, at })
+        Ok(Page { kvs, more, snapshot: at })
     }
 
-    async fn count(&self, keys: Keys, at: Option<Self::Snapshot>) -> KvResult<u64> {
+    async fn count(&self, keys: KeyRange, at: Option<Self::Snapshot>) -> KvResult<u64> {
         let count = move |at: &Snapshot| {
             let mut count = 0;
             visit(&keys, at.table.as_ref(), &at.live, |_| {
@@ -263,17 +263,17 @@ impl Kv for Embedded {
         Ok(self.read(at, count).await?.0)
     }
 
-    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+    async fn list_and_watch(&self, range: KeyRange) -> KvResult<Watch> {
         let (events, at) = {
             let published = self.shared.published.lock().unwrap_or_else(PoisonError::into_inner);
             (self.shared.events.subscribe(), published.clone())
         };
-        let get = Get { keys: keys.clone(), limit: 0, keys_only: true };
+        let get = Get { range: range.clone(), limit: 0, keys_only: true };
         let ((listed, _), at) = self.read(Some(at), move |at| get_all(&get, at.table.as_ref(), &at.live)).await?;
-        Ok(Followed {
+        Ok(Watch {
             revision: at.revision,
-            keys: listed.into_iter().map(|kv| (kv.key, kv.created)).collect(),
-            events: Box::new(Watching { keys, events }),
+            keys: listed.into_iter().map(|kv| (kv.key, kv.create_revision)).collect(),
+            events: Box::new(Watching { range, events }),
         })
     }
 
@@ -302,16 +302,16 @@ impl Kv for Embedded {
 }
 
 struct Watching {
-    keys: Keys,
+    range: KeyRange,
     events: broadcast::Receiver<Arc<Vec<Event>>>,
 }
 
-impl Events for Watching {
+impl EventStream for Watching {
     fn next(&mut self) -> BoxFuture<'_, KvResult<Vec<Event>>> {
         async {
             loop {
                 let batch = self.events.recv().await.map_err(|error| KvError::Unavailable(error.to_string()))?;
-                let mine: Vec<Event> = batch.iter().filter(|event| holds(&self.keys, &event.key)).cloned().collect();
+                let mine: Vec<Event> = batch.iter().filter(|event| self.range.contains(&event.key)).cloned().collect();
                 if !mine.is_empty() {
                     return Ok(mine);
                 }
@@ -323,13 +323,6 @@ impl Events for Watching {
 
 fn closed() -> KvError {
     KvError::Unavailable("the embedded store is closed".to_owned())
-}
-
-fn holds(keys: &Keys, key: &str) -> bool {
-    match &keys.to {
-        None => key == keys.from,
-        Some(to) => (keys.from.as_str()..to.as_str()).contains(&key),
-    }
 }
 
 /// Counts a start of the process, and answers the first revision of it and the table as it is.
@@ -358,10 +351,10 @@ fn panicked(panic: &(dyn std::any::Any + Send)) -> String {
 fn describe(path: &Path, error: &redb::Error) -> KvError {
     use std::io::ErrorKind as Kind;
     if let redb::Error::Corrupted(detail) = error {
-        return KvError::Broken(damaged(path, detail));
+        return KvError::Permanent(damaged(path, detail));
     }
     if matches!(error, redb::Error::Io(error) if error.kind() == Kind::UnexpectedEof) {
-        return KvError::Broken(damaged(path, "it was cut short"));
+        return KvError::Permanent(damaged(path, "it was cut short"));
     }
     let path = path.display();
     match error {
@@ -380,23 +373,23 @@ fn describe(path: &Path, error: &redb::Error) -> KvError {
 /// A key as it is met on the way through both places.
 struct Met<'a> {
     key: &'a str,
-    created: u64,
-    modified: u64,
+    create_revision: u64,
+    mod_revision: u64,
     value: &'a [u8],
 }
 
 /// Goes through a range in order until `on` answers false.
 fn visit(
-    keys: &Keys,
+    keys: &KeyRange,
     table: &impl ReadableTable<&'static str, Entry>,
     live: &Live,
     mut on: impl FnMut(Met<'_>) -> bool,
 ) -> Result<(), redb::Error> {
     let bounds = (
-        Bound::Included(keys.from.as_str()),
-        keys.to.as_deref().map_or(Bound::Included(keys.from.as_str()), Bound::Excluded),
+        Bound::Included(keys.start.as_str()),
+        keys.end.as_deref().map_or(Bound::Included(keys.start.as_str()), Bound::Excluded),
     );
-    if keys.to.as_ref().is_some_and(|to| *to <= keys.from) {
+    if keys.end.as_ref().is_some_and(|to| *to <= keys.start) {
         return Ok(());
     }
     let mut stored = table.range::<&str>(bounds)?;
@@ -412,13 +405,18 @@ fn visit(
         };
         if first_leased {
             if let Some((key, leased)) = leased.next()
-                && !on(Met { key, created: leased.created, modified: leased.modified, value: &leased.value })
+                && !on(Met {
+                    key,
+                    create_revision: leased.create_revision,
+                    mod_revision: leased.mod_revision,
+                    value: &leased.value,
+                })
             {
                 return Ok(());
             }
         } else if let Some((key, entry)) = next.take() {
-            let (created, modified, value) = entry.value();
-            if !on(Met { key: key.value(), created, modified, value }) {
+            let (create_revision, mod_revision, value) = entry.value();
+            if !on(Met { key: key.value(), create_revision, mod_revision, value }) {
                 return Ok(());
             }
             next = stored.next().transpose()?;
@@ -433,11 +431,16 @@ fn get_all(
     live: &Live,
 ) -> Result<(Vec<KeyValue>, bool), redb::Error> {
     let (mut kvs, mut more) = (Vec::new(), false);
-    visit(&get.keys, table, live, |met| {
+    visit(&get.range, table, live, |met| {
         more = get.limit > 0 && kvs.len() == get.limit;
         if !more {
             let value = if get.keys_only { Vec::new() } else { met.value.to_vec() };
-            kvs.push(KeyValue { key: met.key.to_owned(), value, created: met.created, modified: met.modified });
+            kvs.push(KeyValue {
+                key: met.key.to_owned(),
+                value,
+                create_revision: met.create_revision,
+                mod_revision: met.mod_revision,
+            });
         }
         !more
     })?;
@@ -446,7 +449,7 @@ fn get_all(
 
 /// Those of a range that came to be first, and how many there are in all.
 fn oldest(
-    keys: &Keys,
+    keys: &KeyRange,
     limit: usize,
     table: &impl ReadableTable<&'static str, Entry>,
     live: &Live,
@@ -454,9 +457,9 @@ fn oldest(
     let (mut first, mut count) = (BTreeMap::new(), 0);
     visit(keys, table, live, |met| {
         count += 1;
-        let Met { key, created, modified, value } = met;
+        let Met { key, create_revision, mod_revision, value } = met;
         let (key, value) = (key.to_owned(), value.to_vec());
-        first.insert((created, key.clone()), KeyValue { key, value, created, modified });
+        first.insert((create_revision, key.clone()), KeyValue { key, value, create_revision, mod_revision });
         if first.len() > limit {
             first.pop_last();
         }
@@ -470,24 +473,26 @@ fn all_hold(
     table: &impl ReadableTable<&'static str, Entry>,
     live: &Live,
 ) -> Result<bool, redb::Error> {
-    for Compare { keys, test } in compares {
+    for Compare { range, condition } in compares {
         let (mut any, mut all) = (false, true);
-        visit(keys, table, live, |met| {
+        visit(range, table, live, |met| {
             any = true;
-            all = match test {
-                Test::Exists => true,
-                Test::Absent => false,
-                Test::Created(revision) => met.created == *revision,
-                Test::NotCreatedAfter(revision) => met.created <= *revision,
-                Test::Modified(revision) => met.modified == *revision,
-                Test::NotAfter(revision) => met.modified <= *revision,
-                Test::Value(value) => met.value == value,
+            all = match condition {
+                Condition::Exists => true,
+                Condition::Absent => false,
+                Condition::CreateRevision(revision) => met.create_revision == *revision,
+                Condition::CreateRevisionAtMost(revision) => met.create_revision <= *revision,
+                Condition::ModRevision(revision) => met.mod_revision == *revision,
+                Condition::ModRevisionAtMost(revision) => met.mod_revision <= *revision,
+                Condition::Value(value) => met.value == value,
             };
             all
         })?;
-        let holds = match test {
-            Test::Absent | Test::NotAfter(_) | Test::NotCreatedAfter(_) => all,
-            Test::Exists | Test::Created(_) | Test::Modified(_) | Test::Value(_) => any && all,
+        let holds = match condition {
+            Condition::Absent | Condition::ModRevisionAtMost(_) | Condition::CreateRevisionAtMost(_) => all,
+            Condition::Exists | Condition::CreateRevision(_) | Condition::ModRevision(_) | Condition::Value(_) => {
+                any && all
+            }
         };
         if !holds {
             return Ok(false);

@@ -6,7 +6,7 @@ use gauntlet_domain::{ChallengeId, Error, Held, LockKind, Result};
 
 use crate::{
     core::Core,
-    kv::{KeyValue, Kv, KvError, Txn, TxnResult},
+    kv::{KeyValue, Kv, KvError, Txn, TxnResponse},
     ticket::{Of, Ticket},
 };
 
@@ -18,7 +18,7 @@ impl<K: Kv> Core<K> {
         held: Held,
         txn: Txn,
         applied: impl Fn(&[Vec<KeyValue>]) -> Option<u64> + Send + 'static,
-    ) -> Result<TxnResult> {
+    ) -> Result<TxnResponse> {
         if ticket(&held)?.live.lease.is_lost() {
             return Err(fenced(held.kind, held.fence));
         }
@@ -28,7 +28,7 @@ impl<K: Kv> Core<K> {
                 Err(KvError::Ambiguous(detail)) => {
                     tracing::warn!(detail, "the outcome of a commit is unknown, asking again");
                     core.txn(txn).await.map(|result| match applied(&result.reads) {
-                        Some(revision) if !result.succeeded => TxnResult { succeeded: true, revision, ..result },
+                        Some(revision) if !result.succeeded => TxnResponse { succeeded: true, revision, ..result },
                         _ => result,
                     })
                 }

@@ -29,8 +29,8 @@ use tonic::Code;
 
 use self::connections::Connections;
 use crate::kv::{
-    Compare, Event, Events, Followed, Get, KeyValue, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Test, Txn,
-    TxnResult,
+    Compare, Condition, Event, EventStream, Get, KeyRange, KeyValue, Kv, KvError, KvResult, LeaseId, Op, Page, Txn,
+    TxnResponse, Watch,
 };
 
 /// The largest answer accepted, in bytes.
@@ -239,14 +239,14 @@ impl Failure {
             Self::Client(E::GRpcStatus(status)) => status,
             Self::Client(E::TransportError(_)) => return Meaning::NotSent,
             // What the library says when a lease that is to be kept alive is gone.
-            Self::Client(E::LeaseKeepAliveError(_)) => return Meaning::Refused(KvError::LeaseGone),
+            Self::Client(E::LeaseKeepAliveError(_)) => return Meaning::Refused(KvError::LeaseNotFound),
             Self::Client(E::InvalidArgs(_) | E::InvalidUri(_) | E::InvalidMetadataValue(_)) => {
-                return Meaning::Refused(KvError::Broken(format!("etcd client: {self}")));
+                return Meaning::Refused(KvError::Permanent(format!("etcd client: {self}")));
             }
             Self::Client(_) | Self::Deadline => return Meaning::Unknown,
         };
         match status.code() {
-            Code::NotFound if status.message().contains("lease not found") => Meaning::Refused(KvError::LeaseGone),
+            Code::NotFound if status.message().contains("lease not found") => Meaning::Refused(KvError::LeaseNotFound),
             Code::ResourceExhausted if status.message().contains("space exceeded") => {
                 Meaning::Refused(KvError::Unavailable(format!(
                     "etcd is out of space and takes no writes until there is room: compact and defragment it, or raise its \
@@ -262,7 +262,9 @@ impl Failure {
             | Code::PermissionDenied
             | Code::Unauthenticated
             | Code::FailedPrecondition
-            | Code::Unimplemented => Meaning::Refused(KvError::Broken(format!("etcd refused: {}", status.message()))),
+            | Code::Unimplemented => {
+                Meaning::Refused(KvError::Permanent(format!("etcd refused: {}", status.message())))
+            }
             _ if never_connected(status) => Meaning::NotSent,
             _ => Meaning::Unknown,
         }
@@ -292,15 +294,15 @@ impl Kv for Etcd {
         self.deadline
     }
 
-    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
-        let repeatable = txn.then.iter().chain(&txn.or).all(Op::is_read);
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResponse> {
+        let repeatable = txn.is_read_only();
         let counted =
             |ops: &[Op]| ops.iter().filter(|op| op.is_read()).map(|op| matches!(op, Op::Oldest { .. })).collect();
-        let (then, or): (Vec<bool>, Vec<bool>) = (counted(&txn.then), counted(&txn.or));
+        let (success, failure): (Vec<bool>, Vec<bool>) = (counted(&txn.success), counted(&txn.failure));
         let txn = etcd_client::Txn::new()
-            .when(txn.when.into_iter().map(compare).collect::<Vec<_>>())
-            .and_then(txn.then.into_iter().map(op).collect::<Vec<_>>())
-            .or_else(txn.or.into_iter().map(op).collect::<Vec<_>>());
+            .when(txn.compare.into_iter().map(compare).collect::<Vec<_>>())
+            .and_then(txn.success.into_iter().map(op).collect::<Vec<_>>())
+            .or_else(txn.failure.into_iter().map(op).collect::<Vec<_>>());
         let answer = self.call(Operation::Txn, repeatable, |client| {
             let (mut kv, txn) = (client.kv_client().max_decoding_message_size(LARGEST), txn.clone());
             async move { kv.txn(txn).await }
@@ -311,13 +313,13 @@ impl Kv for Etcd {
             TxnOpResponse::Put(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
         });
         let (mut reads, mut counts) = (Vec::new(), Vec::new());
-        for (mut get, counted) in read.zip(if answer.succeeded() { then } else { or }) {
+        for (mut get, counted) in read.zip(if answer.succeeded() { success } else { failure }) {
             reads.push(get.take_kvs().into_iter().filter_map(key_value).collect());
             if counted {
                 counts.push(usize::try_from(get.count()).unwrap_or(0));
             }
         }
-        Ok(TxnResult {
+        Ok(TxnResponse {
             succeeded: answer.succeeded(),
             revision: revision(answer.header().map(|header| header.revision())),
             reads,
@@ -328,7 +330,7 @@ impl Kv for Etcd {
     async fn page(&self, get: Get, at: Option<i64>) -> KvResult<Page<i64>> {
         let options = options(&get).with_revision(at.unwrap_or(0));
         let answer = self.call(Operation::Range, true, |client| {
-            let (mut kv, from) = (client.kv_client().max_decoding_message_size(LARGEST), get.keys.from.clone());
+            let (mut kv, from) = (client.kv_client().max_decoding_message_size(LARGEST), get.range.start.clone());
             let options = options.clone();
             async move { kv.get(from, Some(options)).await }
         });
@@ -337,47 +339,47 @@ impl Kv for Etcd {
         Ok(Page {
             more: answer.more(),
             kvs: answer.take_kvs().into_iter().filter_map(key_value).collect(),
-            at: at.unwrap_or(now),
+            snapshot: at.unwrap_or(now),
         })
     }
 
-    async fn count(&self, keys: Keys, at: Option<i64>) -> KvResult<u64> {
-        let get = Get { keys, limit: 0, keys_only: false };
+    async fn count(&self, range: KeyRange, at: Option<i64>) -> KvResult<u64> {
+        let get = Get { range, limit: 0, keys_only: false };
         let options = options(&get).with_count_only().with_revision(at.unwrap_or(0));
         let answer = self.call(Operation::Range, true, |client| {
-            let (mut kv, from, options) = (client.kv_client(), get.keys.from.clone(), options.clone());
+            let (mut kv, from, options) = (client.kv_client(), get.range.start.clone(), options.clone());
             async move { kv.get(from, Some(options)).await }
         });
         Ok(u64::try_from(answer.await?.count()).unwrap_or(0))
     }
 
-    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
-        let (mut listed, mut at, mut rest) = (BTreeMap::new(), None, Some(keys.clone()));
+    async fn list_and_watch(&self, range: KeyRange) -> KvResult<Watch> {
+        let (mut listed, mut at, mut rest) = (BTreeMap::new(), None, Some(range.clone()));
         while let Some(left) = rest.take() {
-            let get = Get { keys: left, limit: LISTED, keys_only: true };
+            let get = Get { range: left, limit: LISTED, keys_only: true };
             let page = match self.page(get.clone(), at).await {
                 // What is followed is of one revision: from the beginning, at a new one.
                 Err(KvError::Compacted) => {
-                    (listed, at, rest) = (BTreeMap::new(), None, Some(keys.clone()));
+                    (listed, at, rest) = (BTreeMap::new(), None, Some(range.clone()));
                     continue;
                 }
                 page => page?,
             };
-            at = Some(page.at);
+            at = Some(page.snapshot);
             if page.more
                 && let Some(last) = page.kvs.last()
             {
-                rest = Some(Keys { from: format!("{}\0", last.key), ..get.keys });
+                rest = Some(KeyRange { start: format!("{}\0", last.key), ..get.range });
             }
-            listed.extend(page.kvs.into_iter().map(|kv| (kv.key, kv.created)));
+            listed.extend(page.kvs.into_iter().map(|kv| (kv.key, kv.create_revision)));
         }
         let listed_at = at.unwrap_or(0);
         let mut options = WatchOptions::new().with_start_revision(listed_at + 1);
-        if let Some(to) = &keys.to {
-            options = options.with_range(to.as_str());
+        if let Some(end) = &range.end {
+            options = options.with_range(end.as_str());
         }
         let stream = self.call(Operation::Watch, true, |client| {
-            let (mut watch, from, options) = (client.watch_client(), keys.from.clone(), options.clone());
+            let (mut watch, from, options) = (client.watch_client(), range.start.clone(), options.clone());
             async move {
                 let mut stream = watch.watch(from, Some(options)).await?;
                 // The first message says that it was made.
@@ -387,7 +389,7 @@ impl Kv for Etcd {
                 }
             }
         });
-        Ok(Followed { revision: revision(Some(listed_at)), keys: listed, events: Box::new(Watching(stream.await?)) })
+        Ok(Watch { revision: revision(Some(listed_at)), keys: listed, events: Box::new(Watching(stream.await?)) })
     }
 
     async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
@@ -416,7 +418,7 @@ impl Kv for Etcd {
             async move { lease.revoke(id).await }
         });
         match answer.await {
-            Ok(_) | Err(KvError::LeaseGone) => Ok(()),
+            Ok(_) | Err(KvError::LeaseNotFound) => Ok(()),
             Err(error) => Err(error),
         }
     }
@@ -427,7 +429,7 @@ impl Kv for Etcd {
 
 struct Watching(WatchStream);
 
-impl Events for Watching {
+impl EventStream for Watching {
     fn next(&mut self) -> BoxFuture<'_, KvResult<Vec<Event>>> {
         async {
             let ended = |detail: String| KvError::Unavailable(format!("watch: {detail}"));
@@ -444,11 +446,11 @@ impl Events for Watching {
 
 fn event(event: &etcd_client::Event) -> Option<Event> {
     let kv = event.kv()?;
-    let created = match event.event_type() {
+    let create_revision = match event.event_type() {
         EventType::Put => Some(revision(Some(kv.create_revision()))),
         EventType::Delete => None,
     };
-    Some(Event { key: kv.key_str().ok()?.to_owned(), revision: revision(Some(kv.mod_revision())), created })
+    Some(Event { key: kv.key_str().ok()?.to_owned(), revision: revision(Some(kv.mod_revision())), create_revision })
 }
 
 fn revision(number: Option<i64>) -> u64 {
@@ -462,52 +464,54 @@ fn number(revision: u64) -> i64 {
 
 /// `None` for a key that is no text: none of ours.
 fn key_value(kv: etcd_client::KeyValue) -> Option<KeyValue> {
-    let (created, modified) = (revision(Some(kv.create_revision())), revision(Some(kv.mod_revision())));
+    let (create_revision, mod_revision) = (revision(Some(kv.create_revision())), revision(Some(kv.mod_revision())));
     let (key, value) = kv.into_key_value();
-    Some(KeyValue { key: String::from_utf8(key).ok()?, value, created, modified })
+    Some(KeyValue { key: String::from_utf8(key).ok()?, value, create_revision, mod_revision })
 }
 
 fn compare(compare: Compare) -> etcd_client::Compare {
     use etcd_client::Compare as C;
-    let Compare { keys, test } = compare;
-    let from = keys.from;
+    let Compare { range, condition } = compare;
+    let key = range.start;
     // A key that is not there has revisions of 0, and no value to compare.
-    let compare = match test {
-        Test::Exists => C::create_revision(from, CompareOp::Greater, 0),
-        Test::Absent => C::create_revision(from, CompareOp::Equal, 0),
-        Test::Created(revision) => C::create_revision(from, CompareOp::Equal, number(revision)),
-        Test::NotCreatedAfter(revision) => {
-            C::create_revision(from, CompareOp::Less, number(revision).saturating_add(1))
+    let compare = match condition {
+        Condition::Exists => C::create_revision(key, CompareOp::Greater, 0),
+        Condition::Absent => C::create_revision(key, CompareOp::Equal, 0),
+        Condition::CreateRevision(revision) => C::create_revision(key, CompareOp::Equal, number(revision)),
+        Condition::CreateRevisionAtMost(revision) => {
+            C::create_revision(key, CompareOp::Less, number(revision).saturating_add(1))
         }
-        Test::Modified(revision) => C::mod_revision(from, CompareOp::Equal, number(revision)),
-        Test::NotAfter(revision) => C::mod_revision(from, CompareOp::Less, number(revision).saturating_add(1)),
-        Test::Value(value) => C::value(from, CompareOp::Equal, value),
+        Condition::ModRevision(revision) => C::mod_revision(key, CompareOp::Equal, number(revision)),
+        Condition::ModRevisionAtMost(revision) => {
+            C::mod_revision(key, CompareOp::Less, number(revision).saturating_add(1))
+        }
+        Condition::Value(value) => C::value(key, CompareOp::Equal, value),
     };
-    match keys.to {
+    match range.end {
         None => compare,
-        Some(to) => compare.with_range(to),
+        Some(end) => compare.with_range(end),
     }
 }
 
 fn op(op: Op) -> TxnOp {
     match op {
         Op::Put { key, value, lease } => TxnOp::put(key, value, lease.map(|lease| PutOptions::new().with_lease(lease))),
-        Op::Delete(keys) => TxnOp::delete(keys.from, keys.to.map(|to| DeleteOptions::new().with_range(to))),
+        Op::Delete(range) => TxnOp::delete(range.start, range.end.map(|end| DeleteOptions::new().with_range(end))),
         Op::Get(get) => {
             let options = options(&get);
-            TxnOp::get(get.keys.from, Some(options))
+            TxnOp::get(get.range.start, Some(options))
         }
-        Op::Oldest { keys, limit } => {
-            let options = options(&Get { keys: keys.clone(), limit, keys_only: false });
-            TxnOp::get(keys.from, Some(options.with_sort(SortTarget::Create, SortOrder::Ascend)))
+        Op::Oldest { range, limit } => {
+            let options = options(&Get { range: range.clone(), limit, keys_only: false });
+            TxnOp::get(range.start, Some(options.with_sort(SortTarget::Create, SortOrder::Ascend)))
         }
     }
 }
 
 fn options(get: &Get) -> GetOptions {
     let mut options = GetOptions::new().with_limit(i64::try_from(get.limit).unwrap_or(i64::MAX));
-    if let Some(to) = &get.keys.to {
-        options = options.with_range(to.as_str());
+    if let Some(end) = &get.range.end {
+        options = options.with_range(end.as_str());
     }
     if get.keys_only {
         options = options.with_keys_only();

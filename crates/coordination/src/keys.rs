@@ -25,7 +25,7 @@ use gauntlet_domain::{
 };
 use jiff::Timestamp;
 
-use crate::kv::Keys;
+use crate::kv::KeyRange;
 
 const SPACE: char = ' ';
 /// A word of each lock's key, from when there were others: managers of two builds see each other's.
@@ -54,9 +54,9 @@ impl Layout {
     }
 
     /// Everything whose first words are these; not the key of the words themselves.
-    fn under(&self, words: &[&str]) -> Keys {
+    fn under(&self, words: &[&str]) -> KeyRange {
         let key = self.key(words);
-        Keys::between(format!("{key} "), format!("{key}!"))
+        KeyRange::between(format!("{key} "), format!("{key}!"))
     }
 
     /// The words of a key.
@@ -72,7 +72,7 @@ impl Layout {
         self.key(&["challenges", id.as_str()])
     }
 
-    pub(crate) fn challenges(&self) -> Keys {
+    pub(crate) fn challenges(&self) -> KeyRange {
         self.under(&["challenges"])
     }
 
@@ -94,25 +94,25 @@ impl Layout {
     }
 
     /// The record of an instance and its intent.
-    pub(crate) fn whole(&self, key: &InstanceKey) -> Keys {
+    pub(crate) fn whole(&self, key: &InstanceKey) -> KeyRange {
         let key = self.instance(key);
-        Keys::between(key.clone(), format!("{key}!"))
+        KeyRange::between(key.clone(), format!("{key}!"))
     }
 
-    pub(crate) fn instances(&self) -> Keys {
+    pub(crate) fn instances(&self) -> KeyRange {
         self.under(&["instances"])
     }
 
-    pub(crate) fn instances_of(&self, id: &ChallengeId) -> Keys {
+    pub(crate) fn instances_of(&self, id: &ChallengeId) -> KeyRange {
         self.under(&["instances", id.as_str()])
     }
 
-    pub(crate) fn pooled_of(&self, id: &ChallengeId) -> Keys {
+    pub(crate) fn pooled_of(&self, id: &ChallengeId) -> KeyRange {
         self.under(&["instances", id.as_str(), "p"])
     }
 
     /// The claimed instances of a challenge, and their intents.
-    pub(crate) fn claimed_of(&self, id: &ChallengeId) -> Keys {
+    pub(crate) fn claimed_of(&self, id: &ChallengeId) -> KeyRange {
         self.under(&["instances", id.as_str(), "s"])
     }
 
@@ -127,7 +127,7 @@ impl Layout {
         }
     }
 
-    pub(crate) fn by_source(&self, source: &SourceId) -> Keys {
+    pub(crate) fn by_source(&self, source: &SourceId) -> KeyRange {
         self.under(&["by-source", source.as_str()])
     }
 
@@ -139,8 +139,8 @@ impl Layout {
     }
 
     /// Claimed instances that end at `now` or before.
-    pub(crate) fn ended(&self, now: Timestamp) -> Keys {
-        Keys::between(
+    pub(crate) fn ended(&self, now: Timestamp) -> KeyRange {
+        KeyRange::between(
             format!("{} ", self.key(&["by-expiry"])),
             format!("{}!", self.key(&["by-expiry", &sortable(now)])),
         )
@@ -152,7 +152,7 @@ impl Layout {
     }
 
     /// The pooled instances of a challenge that are not ready.
-    pub(crate) fn pool_working(&self, id: &ChallengeId) -> Keys {
+    pub(crate) fn pool_working(&self, id: &ChallengeId) -> KeyRange {
         self.under(&["working", id.as_str(), "p"])
     }
 
@@ -164,7 +164,7 @@ impl Layout {
         named.unwrap_or(if value.is_empty() { PhaseName::Updating } else { PhaseName::Failed })
     }
 
-    pub(crate) fn all_working(&self) -> Keys {
+    pub(crate) fn all_working(&self) -> KeyRange {
         self.under(&["working"])
     }
 
@@ -181,11 +181,11 @@ impl Layout {
         }
     }
 
-    pub(crate) fn rollouts(&self) -> Keys {
+    pub(crate) fn rollouts(&self) -> KeyRange {
         self.under(&["rollouts"])
     }
 
-    pub(crate) fn pools(&self) -> Keys {
+    pub(crate) fn pools(&self) -> KeyRange {
         self.under(&["pools"])
     }
 
@@ -195,7 +195,7 @@ impl Layout {
     }
 
     /// The pooled instances of a challenge, in its index.
-    pub(crate) fn pool_index(&self, id: &ChallengeId) -> Keys {
+    pub(crate) fn pool_index(&self, id: &ChallengeId) -> KeyRange {
         self.under(&["pools", id.as_str()])
     }
 
@@ -220,18 +220,18 @@ impl Layout {
     }
 
     /// All who hold or await a lock.
-    pub(crate) fn queue(&self, kind: LockKind, id: &ChallengeId) -> Keys {
+    pub(crate) fn queue(&self, kind: LockKind, id: &ChallengeId) -> KeyRange {
         self.under(&["live", "locks", kind.name(), id.as_str(), EXCLUSIVE])
     }
 
     /// All that goes with a lease.
-    pub(crate) fn live(&self) -> Keys {
+    pub(crate) fn live(&self) -> KeyRange {
         self.under(&["live"])
     }
 
     #[cfg(test)]
-    pub(crate) fn everything(&self) -> Keys {
-        Keys::between(self.prefix.clone(), format!("{}\u{10FFFF}", self.prefix))
+    pub(crate) fn everything(&self) -> KeyRange {
+        KeyRange::between(self.prefix.clone(), format!("{}\u{10FFFF}", self.prefix))
     }
 
     /// The index keys of an instance and their values: they follow from the record alone.
@@ -346,8 +346,8 @@ mod tests {
         prop_oneof!["[ !\"#ab]{1,4}", "\\PC{1,12}"].prop_filter("an id", |text| ChallengeId::new(text.as_str()).is_ok())
     }
 
-    fn within(keys: &Keys, key: &str) -> bool {
-        key >= keys.from.as_str() && keys.to.as_deref().is_some_and(|to| key < to)
+    fn within(keys: &KeyRange, key: &str) -> bool {
+        keys.end.is_some() && keys.contains(key)
     }
 
     proptest! {

@@ -1,36 +1,36 @@
-//! The narrow port that everything here is built on: a transactional, ordered key-value store with leases, after etcd's model.
+//! The key-value port that every other module builds on: a transactional, ordered store with leases and watches, modelled on etcd.
 //!
-//! Promises that the code above relies on, and that each backend keeps:
-//! - A transaction is atomic and durable when it answers. Transactions are strictly serializable, and so are reads without a snapshot.
-//! - Every transaction that changes something has a revision of its own, greater than all before it, also across restarts.
-//! - A key under a lease goes when the lease is revoked or not kept alive for its time to live.
-//! - Every call ends within the backend's deadline.
+//! Every backend guarantees:
+//! - A transaction is atomic, and durable once it returns. Transactions are strictly serializable, and so are reads without a snapshot.
+//! - Every transaction that changes a key gets its own revision, greater than all earlier ones, across restarts too.
+//! - Keys attached to a lease are deleted when the lease is revoked or expires.
+//! - Every call returns within the backend's deadline.
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use futures::future::BoxFuture;
 
-/// Why a call was not answered.
+/// Why a call failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KvError {
-    /// Nothing happened: not reached, or refused.
+    /// The store was not reached or refused the call; nothing changed. A retry may succeed.
     Unavailable(String),
-    /// Sent and not answered: it may have happened, or may yet.
+    /// The request was sent and no response arrived: it may have been applied, or may still be.
     Ambiguous(String),
-    /// A key was to be put under a lease that is gone. Nothing happened.
-    LeaseGone,
-    /// The snapshot to read from is no longer kept. Nothing happened; what is there now can be read.
+    /// A put names a lease that was revoked or has expired. Nothing changed.
+    LeaseNotFound,
+    /// The snapshot was compacted. Nothing changed; a read without a snapshot works.
     Compacted,
-    /// Nothing happened, and trying again will not help: wrong credentials, a damaged file, a fault of ours.
-    Broken(String),
+    /// Nothing changed and a retry cannot succeed: wrong credentials, a damaged file, or a bug in this crate.
+    Permanent(String),
 }
 
 impl fmt::Display for KvError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unavailable(detail) | Self::Broken(detail) => f.write_str(detail),
+            Self::Unavailable(detail) | Self::Permanent(detail) => f.write_str(detail),
             Self::Ambiguous(detail) => write!(f, "{detail} (the outcome is unknown)"),
-            Self::LeaseGone => f.write_str("the lease is gone"),
+            Self::LeaseNotFound => f.write_str("the lease has expired or was revoked"),
             Self::Compacted => f.write_str("the revision to read from has been compacted"),
         }
     }
@@ -39,105 +39,113 @@ impl fmt::Display for KvError {
 /// The result of a call.
 pub type KvResult<T> = Result<T, KvError>;
 
-/// A lease, by the number the store gave it. Never reused.
+/// A lease's ID, assigned by the store and never reused.
 pub type LeaseId = i64;
 
-/// One key or a range of keys.
+/// A single key or a range of keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Keys {
-    /// The key, or the first of the range.
-    pub from: String,
-    /// The end of the range, exclusive; `None` for one key.
-    pub to: Option<String>,
+pub struct KeyRange {
+    /// The key, or the first key of the range.
+    pub start: String,
+    /// The end of the range, exclusive; `None` for a single key.
+    pub end: Option<String>,
 }
 
-impl Keys {
-    /// One key.
-    pub fn one(key: impl Into<String>) -> Self {
-        Self { from: key.into(), to: None }
+impl KeyRange {
+    /// A single key.
+    pub fn key(key: impl Into<String>) -> Self {
+        Self { start: key.into(), end: None }
     }
 
-    /// From the first, inclusive, to the second, exclusive.
-    pub fn between(from: impl Into<String>, to: impl Into<String>) -> Self {
-        Self { from: from.into(), to: Some(to.into()) }
+    /// The keys from `start`, inclusive, to `end`, exclusive.
+    pub fn between(start: impl Into<String>, end: impl Into<String>) -> Self {
+        Self { start: start.into(), end: Some(end.into()) }
+    }
+
+    /// Whether the range contains `key`.
+    pub fn contains(&self, key: &str) -> bool {
+        match &self.end {
+            None => key == self.start,
+            Some(end) => (self.start.as_str()..end.as_str()).contains(&key),
+        }
     }
 }
 
-/// A key with its value, as read.
+/// A key and its value at the revision that was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyValue {
     /// The key.
     pub key: String,
-    /// The value; empty when only keys were asked for.
+    /// The value; empty if the read was keys-only.
     pub value: Vec<u8>,
-    /// The revision at which the key came to be.
-    pub created: u64,
-    /// The revision at which it was last put.
-    pub modified: u64,
+    /// The revision at which the key was created.
+    pub create_revision: u64,
+    /// The revision of the last put.
+    pub mod_revision: u64,
 }
 
-/// A condition of a transaction. On a range it must hold for each key that is there; an empty range fulfils any but [`Test::Exists`],
-/// which is for single keys.
+/// A condition of a transaction. Over a range it must hold for every existing key; an empty range satisfies every condition but
+/// [`Condition::Exists`], which applies to single keys only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Compare {
-    /// What is looked at.
-    pub keys: Keys,
-    /// What must hold.
-    pub test: Test,
+    /// The keys to check.
+    pub range: KeyRange,
+    /// What must hold for each of them.
+    pub condition: Condition,
 }
 
 impl Compare {
-    /// Nothing is there.
-    pub fn absent(keys: Keys) -> Self {
-        Self { keys, test: Test::Absent }
+    /// No key of the range exists.
+    pub fn absent(range: KeyRange) -> Self {
+        Self { range, condition: Condition::Absent }
     }
 
-    /// The key is there.
+    /// The key exists.
     pub fn exists(key: impl Into<String>) -> Self {
-        Self { keys: Keys::one(key), test: Test::Exists }
+        Self { range: KeyRange::key(key), condition: Condition::Exists }
     }
 
-    /// The key came to be at that revision.
-    pub fn created(key: impl Into<String>, revision: u64) -> Self {
-        Self { keys: Keys::one(key), test: Test::Created(revision) }
+    /// The key exists and was created at `revision`.
+    pub fn create_revision(key: impl Into<String>, revision: u64) -> Self {
+        Self { range: KeyRange::key(key), condition: Condition::CreateRevision(revision) }
     }
 
-    /// The key came to be at that revision or before, or is not there.
-    pub fn not_created_after(key: impl Into<String>, revision: u64) -> Self {
-        Self { keys: Keys::one(key), test: Test::NotCreatedAfter(revision) }
+    /// The key was created at `revision` or earlier, or is absent.
+    pub fn create_revision_at_most(key: impl Into<String>, revision: u64) -> Self {
+        Self { range: KeyRange::key(key), condition: Condition::CreateRevisionAtMost(revision) }
     }
 
-    /// The key was last put at that revision.
-    pub fn modified(key: impl Into<String>, revision: u64) -> Self {
-        Self { keys: Keys::one(key), test: Test::Modified(revision) }
+    /// The key exists and was last put at `revision`.
+    pub fn mod_revision(key: impl Into<String>, revision: u64) -> Self {
+        Self { range: KeyRange::key(key), condition: Condition::ModRevision(revision) }
     }
 
-    /// The key has that value.
+    /// The key exists and has this value.
     pub fn value(key: impl Into<String>, value: impl Into<Vec<u8>>) -> Self {
-        Self { keys: Keys::one(key), test: Test::Value(value.into()) }
+        Self { range: KeyRange::key(key), condition: Condition::Value(value.into()) }
     }
 }
 
-/// What must hold of a key.
+/// What must hold for a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Test {
-    /// It is there.
+pub enum Condition {
+    /// The key exists.
     Exists,
-    /// It is not there; of a range: nothing is there.
+    /// The key, or every key of the range, is absent.
     Absent,
-    /// It came to be at that revision.
-    Created(u64),
-    /// It came to be at that revision or before, or is not there.
-    NotCreatedAfter(u64),
-    /// It was last put at that revision.
-    Modified(u64),
-    /// It was last put at that revision or before, or is not there.
-    NotAfter(u64),
-    /// It has that value.
+    /// The key was created at this revision.
+    CreateRevision(u64),
+    /// The key was created at this revision or earlier, or is absent.
+    CreateRevisionAtMost(u64),
+    /// The key was last put at this revision.
+    ModRevision(u64),
+    /// The key was last put at this revision or earlier, or is absent.
+    ModRevisionAtMost(u64),
+    /// The key has this value.
     Value(Vec<u8>),
 }
 
-/// A step of a transaction. The puts and deletes of one transaction never touch the same key twice.
+/// One operation of a transaction. The puts and deletes of one transaction must not touch the same key twice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Op {
     /// Stores a value.
@@ -146,121 +154,126 @@ pub enum Op {
         key: String,
         /// The value.
         value: Vec<u8>,
-        /// The lease it goes with.
+        /// The lease that the key is attached to; `None` keeps the key until it is deleted.
         lease: Option<LeaseId>,
     },
-    /// Removes what is there; nothing there is success.
-    Delete(Keys),
-    /// Reads.
+    /// Deletes the keys of a range. Deleting an absent key succeeds.
+    Delete(KeyRange),
+    /// Reads a range.
     Get(Get),
-    /// Reads those that came to be first, in order of creation, and counts all ([`TxnResult::counts`]).
+    /// Reads the keys with the lowest create revisions, in that order, and counts the whole range ([`TxnResponse::counts`]).
     Oldest {
-        /// What to read.
-        keys: Keys,
-        /// How many at most.
+        /// The range to read.
+        range: KeyRange,
+        /// The maximum number of keys to return.
         limit: usize,
     },
 }
 
 impl Op {
-    /// Stores a value that stays.
+    /// Stores a value without a lease.
     pub fn put(key: impl Into<String>, value: impl Into<Vec<u8>>) -> Self {
         Self::Put { key: key.into(), value: value.into(), lease: None }
     }
 
-    /// Removes one key.
+    /// Deletes a single key.
     pub fn delete(key: impl Into<String>) -> Self {
-        Self::Delete(Keys::one(key))
+        Self::Delete(KeyRange::key(key))
     }
 
-    /// Reads all that is there.
-    pub fn get(keys: Keys) -> Self {
-        Self::Get(Get { keys, limit: 0, keys_only: false })
+    /// Reads a whole range with its values.
+    pub fn get(range: KeyRange) -> Self {
+        Self::Get(Get { range, limit: 0, keys_only: false })
     }
 
-    /// Whether it changes nothing.
+    /// Reads the keys of a whole range without their values.
+    pub fn get_keys(range: KeyRange) -> Self {
+        Self::Get(Get { range, limit: 0, keys_only: true })
+    }
+
+    /// Whether the operation changes nothing.
     pub fn is_read(&self) -> bool {
         matches!(self, Self::Get(_) | Self::Oldest { .. })
     }
-
-    /// Reads what is there, without the values.
-    pub fn keys(keys: Keys) -> Self {
-        Self::Get(Get { keys, limit: 0, keys_only: true })
-    }
 }
 
-/// A read, in order of key.
+/// A read of a range, in key order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Get {
-    /// What to read.
-    pub keys: Keys,
-    /// How many at most; 0 is no bound.
+    /// The range to read.
+    pub range: KeyRange,
+    /// The maximum number of keys to return; 0 means no limit.
     pub limit: usize,
-    /// Whether values are left out.
+    /// Whether to leave out the values.
     pub keys_only: bool,
 }
 
-/// All compares hold: `then` is done; else `or`.
+/// A transaction: runs `success` if every compare holds, otherwise `failure`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Txn {
-    /// The conditions.
-    pub when: Vec<Compare>,
-    /// What is done if they hold.
-    pub then: Vec<Op>,
-    /// What is done if they do not.
-    pub or: Vec<Op>,
+    /// The conditions, all of which must hold.
+    pub compare: Vec<Compare>,
+    /// The operations to run if they hold.
+    pub success: Vec<Op>,
+    /// The operations to run if one of them does not.
+    pub failure: Vec<Op>,
 }
 
 impl Txn {
-    /// The same, with what it puts under one lease put under another.
+    /// Whether neither branch changes a key.
+    pub fn is_read_only(&self) -> bool {
+        self.success.iter().chain(&self.failure).all(Op::is_read)
+    }
+
+    /// Moves the puts attached to lease `from` to lease `to`.
     #[must_use]
-    pub(crate) fn under(mut self, before: LeaseId, after: LeaseId) -> Self {
-        for op in self.then.iter_mut().chain(&mut self.or) {
+    pub(crate) fn with_lease(mut self, from: LeaseId, to: LeaseId) -> Self {
+        for op in self.success.iter_mut().chain(&mut self.failure) {
             if let Op::Put { lease: Some(lease), .. } = op
-                && *lease == before
+                && *lease == from
             {
-                *lease = after;
+                *lease = to;
             }
         }
         self
     }
 }
 
-/// What a transaction did.
+/// The response to a transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TxnResult {
+pub struct TxnResponse {
     /// Whether the compares held.
     pub succeeded: bool,
-    /// The store's revision afterwards: of this transaction, if it changed something.
+    /// The store's revision after the transaction; the transaction's own revision if it changed a key.
     pub revision: u64,
-    /// What each [`Op::Get`] and [`Op::Oldest`] of the branch read, in order.
+    /// The results of the [`Op::Get`]s and [`Op::Oldest`]s of the branch that ran, in order.
     pub reads: Vec<Vec<KeyValue>>,
-    /// How many keys there are in the range of each [`Op::Oldest`] of the branch, in order.
+    /// The number of keys in the range of each [`Op::Oldest`] of the branch that ran, in order.
     pub counts: Vec<usize>,
 }
 
-impl TxnResult {
-    /// What the next read, in order, answered, and how many there are in all; for one that counts.
-    pub fn next_counted(&mut self) -> (Vec<KeyValue>, usize) {
-        let count = if self.counts.is_empty() { 0 } else { self.counts.remove(0) };
-        (self.next_read(), count)
-    }
-
-    /// What the next read, in order, answered.
+impl TxnResponse {
+    /// Takes the result of the next read; empty if none is left.
     pub fn next_read(&mut self) -> Vec<KeyValue> {
         if self.reads.is_empty() { Vec::new() } else { self.reads.remove(0) }
     }
+
+    /// Takes the result and the count of the next read, which must be an [`Op::Oldest`].
+    pub fn next_counted_read(&mut self) -> (Vec<KeyValue>, usize) {
+        let count = if self.counts.is_empty() { 0 } else { self.counts.remove(0) };
+        (self.next_read(), count)
+    }
 }
 
-/// Part of a range.
+/// One page of a range.
 #[derive(Debug, Clone)]
 pub struct Page<S> {
-    /// The keys, in order.
+    /// The keys of the page, in order.
     pub kvs: Vec<KeyValue>,
-    /// Whether there are more after these.
+    /// Whether the range has more keys after these.
     pub more: bool,
-    /// What was read from, to read on from the same.
-    pub at: S,
+    /// The snapshot that was read, to read the next page from.
+    pub snapshot: S,
 }
 
 /// A change of a key.
@@ -270,59 +283,68 @@ pub struct Event {
     pub key: String,
     /// The revision of the change.
     pub revision: u64,
-    /// The revision at which the key came to be; `None` if it is gone.
-    pub created: Option<u64>,
+    /// The revision at which the key was created; `None` if the change is a deletion.
+    pub create_revision: Option<u64>,
 }
 
-/// Changes as they happen, in order of revision, none left out.
-pub trait Events: Send {
-    /// The next ones. An error ends it: what was followed must be listed again. Cancellation safe.
+/// The changes of a range in revision order, without gaps.
+pub trait EventStream: Send {
+    /// Returns the next changes.
+    ///
+    /// # Errors
+    /// An error ends the stream: the range must be listed and watched again.
+    ///
+    /// # Cancel safety
+    /// Dropping the future loses no event.
     fn next(&mut self) -> BoxFuture<'_, KvResult<Vec<Event>>>;
 }
 
-/// Keys as they are, and then their changes.
-pub struct Followed {
+/// The keys of a range at one revision, and the changes after it.
+pub struct Watch {
     /// The revision of the list.
     pub revision: u64,
-    /// The keys at that revision and the revision at which each came to be.
+    /// The keys at that revision, each with its create revision.
     pub keys: BTreeMap<String, u64>,
-    /// What changes after that revision.
-    pub events: Box<dyn Events>,
+    /// The changes after that revision.
+    pub events: Box<dyn EventStream>,
 }
 
 /// A transactional key-value store.
 pub trait Kv: Send + Sync + 'static {
-    /// A point in the store's history that reads can go back to until it is compacted ([`KvError::Compacted`] from then on).
+    /// A point in the store's history that reads can refer to until it is compacted ([`KvError::Compacted`] from then on).
     type Snapshot: Clone + Send + Sync + 'static;
 
-    /// `etcd` or `embedded`.
+    /// The backend's name: `etcd` or `embedded`.
     fn name(&self) -> &'static str;
 
-    /// How long a call may take.
+    /// The longest time that a call takes.
     fn deadline(&self) -> Duration;
 
-    /// Runs a transaction. Dropping the future once it was polled is ambiguous, like [`KvError::Ambiguous`].
-    fn txn(&self, txn: Txn) -> impl Future<Output = KvResult<TxnResult>> + Send;
+    /// Runs a transaction.
+    ///
+    /// # Cancel safety
+    /// Dropping the future after its first poll leaves the outcome unknown, as with [`KvError::Ambiguous`].
+    fn txn(&self, txn: Txn) -> impl Future<Output = KvResult<TxnResponse>> + Send;
 
-    /// Reads part of a range, at a snapshot or now.
+    /// Reads a page of a range, at a snapshot or at the latest revision.
     fn page(&self, get: Get, at: Option<Self::Snapshot>)
     -> impl Future<Output = KvResult<Page<Self::Snapshot>>> + Send;
 
-    /// Counts the keys of a range, at a snapshot or now.
-    fn count(&self, keys: Keys, at: Option<Self::Snapshot>) -> impl Future<Output = KvResult<u64>> + Send;
+    /// Counts the keys of a range, at a snapshot or at the latest revision.
+    fn count(&self, range: KeyRange, at: Option<Self::Snapshot>) -> impl Future<Output = KvResult<u64>> + Send;
 
-    /// Lists a range and follows it.
-    fn follow(&self, keys: Keys) -> impl Future<Output = KvResult<Followed>> + Send;
+    /// Lists a range and watches it from there.
+    fn list_and_watch(&self, range: KeyRange) -> impl Future<Output = KvResult<Watch>> + Send;
 
-    /// Makes a lease and answers its time to live, which may be another than asked for.
+    /// Grants a lease and returns its time to live, which may differ from the requested one.
     fn grant(&self, ttl: Duration) -> impl Future<Output = KvResult<(LeaseId, Duration)>> + Send;
 
-    /// Gives a lease its time to live again; [`KvError::LeaseGone`] if it has run out.
+    /// Renews a lease for its whole time to live; [`KvError::LeaseNotFound`] if it has expired.
     fn keep_alive(&self, lease: LeaseId) -> impl Future<Output = KvResult<()>> + Send;
 
-    /// Ends a lease and removes its keys; one that is gone is success.
+    /// Revokes a lease and deletes its keys. Revoking an unknown lease succeeds.
     fn revoke(&self, lease: LeaseId) -> impl Future<Output = KvResult<()>> + Send;
 
-    /// Lets go of files and connections. Calls after it fail.
+    /// Closes files and connections. Later calls fail.
     fn close(&self) -> impl Future<Output = ()> + Send;
 }

@@ -43,7 +43,7 @@ use crate::{
     backoff::Jitter,
     core::Core,
     keys::Layout,
-    kv::{Compare, Keys, Kv, Op, Txn},
+    kv::{Compare, KeyRange, Kv, Op, Txn},
     memory::Memory,
     mirror::Mirror,
     session::Session,
@@ -159,9 +159,9 @@ impl<K: Kv> Coordination<K> {
     pub async fn store_id(&self, fresh: &str) -> Result<String> {
         let key = self.core.layout.store();
         let txn = Txn {
-            when: vec![Compare::absent(Keys::one(&key))],
-            then: vec![Op::put(&key, fresh)],
-            or: vec![Op::get(Keys::one(&key))],
+            compare: vec![Compare::absent(KeyRange::key(&key))],
+            success: vec![Op::put(&key, fresh)],
+            failure: vec![Op::get(KeyRange::key(&key))],
         };
         let mut result = self.core.write(txn).await?;
         match result.next_read().into_iter().next() {

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     core::Core,
-    kv::{Compare, Get, KeyValue, Keys, Kv, Op, Txn},
+    kv::{Compare, Get, KeyRange, KeyValue, Kv, Op, Txn},
     records::Owner,
     session::Lease,
     ticket::{Of, Ticket},
@@ -29,15 +29,15 @@ impl<K: Kv> Core<K> {
         let mut patience = Patience::new(by, kind, id, || format!("the {} lock of {id:?}", kind.name()));
         let lease = self.lease().await?;
         let queue = self.layout.queue(kind, id);
-        let name = self.names.take(&queue.from, lease.id);
+        let name = self.names.take(&queue.start, lease.id);
         let key = self.layout.lock(kind, id, &name.word());
         let live = self.live_key(lease, by, key, Some(name));
         let queues = !by.patience.is_zero();
-        let seen = Op::Get(Get { keys: queue.clone(), limit: SEEN, keys_only: false });
+        let seen = Op::Get(Get { range: queue.clone(), limit: SEEN, keys_only: false });
         let txn = Txn {
-            when: vec![Compare::absent(queue.clone())],
-            then: vec![live.put()],
-            or: queues.then(|| live.put()).into_iter().chain([seen]).collect(),
+            compare: vec![Compare::absent(queue.clone())],
+            success: vec![live.put()],
+            failure: queues.then(|| live.put()).into_iter().chain([seen]).collect(),
         };
         let own = live.key.clone();
         let (ticket, mut result) = self.take(live, Of::Lock(kind, id.clone()), txn, queues).await?;
@@ -98,11 +98,11 @@ pub(crate) fn held(kind: LockKind, ticket: Ticket, patience: Patience) -> Held {
 
 /// Whose these keys are, in order of creation; what cannot be read is reported and left out.
 pub(crate) fn owners<K: Kv>(core: &Core<K>, mut keys: Vec<KeyValue>) -> Vec<Seen> {
-    keys.sort_by_key(|kv| kv.created);
+    keys.sort_by_key(|kv| kv.create_revision);
     let read = |kv: KeyValue| match Owner::read(&kv.value) {
-        Ok(owner) => Some(Seen { key: kv.key, created: kv.created, owner }),
+        Ok(owner) => Some(Seen { key: kv.key, created: kv.create_revision, owner }),
         Err(problem) => {
-            core.report(&kv.key, kv.modified, &problem);
+            core.report(&kv.key, kv.mod_revision, &problem);
             None
         }
     };
@@ -119,7 +119,7 @@ pub(crate) struct Ahead {
     /// How many are in the queue.
     count: usize,
     /// The queue, as it was before that revision.
-    queue: Option<(Keys, u64)>,
+    queue: Option<(KeyRange, u64)>,
 }
 
 impl Ahead {
@@ -129,14 +129,14 @@ impl Ahead {
     }
 
     /// And a queue that was read by [`in_queue`] at that revision.
-    pub(crate) fn and_queue(self, queue: Keys, (first, count): (Vec<KeyValue>, usize), revision: u64) -> Self {
+    pub(crate) fn and_queue(self, queue: KeyRange, (first, count): (Vec<KeyValue>, usize), revision: u64) -> Self {
         Self { first, count, queue: Some((queue, revision + 1)), ..self }
     }
 }
 
 /// Reads who is in a queue: the first of them, however many there are.
-pub(crate) fn in_queue(queue: &Keys) -> Op {
-    Op::Oldest { keys: queue.clone(), limit: SEEN }
+pub(crate) fn in_queue(queue: &KeyRange) -> Op {
+    Op::Oldest { range: queue.clone(), limit: SEEN }
 }
 
 /// How long to wait for others, and what came of it.
@@ -163,7 +163,7 @@ impl Patience {
         let depth = count + owner.len();
         let mut keys = owner;
         let behind = Behind {
-            owner: keys.first().map(|kv| (kv.key.clone(), kv.created)),
+            owner: keys.first().map(|kv| (kv.key.clone(), kv.create_revision)),
             queue: queue.filter(|_| !first.is_empty()),
         };
         keys.extend(first);
@@ -171,8 +171,8 @@ impl Patience {
             return Ok(());
         }
         let mut lease = core.lease().await?;
-        keys.sort_by_key(|kv| kv.created);
-        let waits: Vec<_> = keys.iter().map(|kv| (kv.key.clone(), kv.created)).collect();
+        keys.sort_by_key(|kv| kv.create_revision);
+        let waits: Vec<_> = keys.iter().map(|kv| (kv.key.clone(), kv.create_revision)).collect();
         let entered = self.enter(core, depth, keys, behind);
         for (gone, (key, created)) in waits.iter().enumerate() {
             loop {

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     backoff::{Backoff, Jitter},
-    kv::{Event, Events, Keys, Kv, KvError},
+    kv::{Event, EventStream, KeyRange, Kv, KvError},
     waits::Behind,
 };
 
@@ -47,7 +47,7 @@ struct State {
 
 #[derive(Debug)]
 struct Queue {
-    range: Keys,
+    range: KeyRange,
     /// By the revision at which a place came to be: who waits for its turn.
     places: BTreeMap<u64, oneshot::Sender<()>>,
 }
@@ -82,14 +82,14 @@ impl Mirror {
     }
 
     /// Resolves when nothing that came to be before that revision is left in the queue; the place in it came to be at that revision.
-    pub(crate) async fn turn(&self, queue: Keys, created: u64) {
+    pub(crate) async fn turn(&self, queue: KeyRange, created: u64) {
         let waiting = {
             let mut state = self.lock();
             if state.free(&queue, created) {
                 return;
             }
             let (wake, waiting) = oneshot::channel();
-            let from = queue.from.clone();
+            let from = queue.start.clone();
             let queue = state.queues.entry(from).or_insert_with(|| Queue { range: queue, places: BTreeMap::new() });
             queue.places.insert(created, wake);
             self.want(&mut state);
@@ -145,7 +145,7 @@ impl Mirror {
     pub(crate) async fn follow<K: Kv>(
         self: Arc<Self>,
         kv: Arc<K>,
-        keys: Keys,
+        keys: KeyRange,
         jitter: Arc<Jitter>,
         stop: CancellationToken,
     ) {
@@ -155,7 +155,7 @@ impl Mirror {
                 while !self.lock().wanted() {
                     self.wanted.notified().await;
                 }
-                let error = match kv.follow(keys.clone()).await {
+                let error = match kv.list_and_watch(keys.clone()).await {
                     Err(error) => error,
                     Ok(mut followed) => {
                         backoff.reset();
@@ -174,7 +174,7 @@ impl Mirror {
     }
 
     /// Takes in what the watch tells until it breaks, or until nobody has waited for a while.
-    async fn keep_up(&self, events: &mut dyn Events, idle: Duration) -> Result<(), KvError> {
+    async fn keep_up(&self, events: &mut dyn EventStream, idle: Duration) -> Result<(), KvError> {
         let mut look = interval_at(Instant::now() + idle, idle);
         loop {
             tokio::select! {
@@ -227,15 +227,15 @@ impl State {
     }
 
     /// Those of a range who were there before that revision.
-    fn before(&self, range: &Keys, created: u64) -> impl Iterator<Item = u64> {
-        let to = range.to.as_ref().map_or(Bound::Included(&range.from), Bound::Excluded);
+    fn before(&self, range: &KeyRange, created: u64) -> impl Iterator<Item = u64> {
+        let to = range.end.as_ref().map_or(Bound::Included(&range.start), Bound::Excluded);
         self.keys
-            .range::<String, _>((Bound::Included(&range.from), to))
+            .range::<String, _>((Bound::Included(&range.start), to))
             .map(|(_, &there)| there)
             .filter(move |there| *there < created && !self.leaving.contains(there))
     }
 
-    fn free(&self, queue: &Keys, created: u64) -> bool {
+    fn free(&self, queue: &KeyRange, created: u64) -> bool {
         self.revision >= created && self.before(queue, created).next().is_none()
     }
 
@@ -256,7 +256,7 @@ impl State {
 
     fn apply(&mut self, events: Vec<Event>) {
         let mut touched = BTreeSet::new();
-        for Event { key, revision, created } in events {
+        for Event { key, revision, create_revision: created } in events {
             if let Some(queue) = queue_of(&key)
                 && self.queues.contains_key(queue)
             {
@@ -310,11 +310,11 @@ mod tests {
     use super::*;
 
     fn put(key: &str, revision: u64) -> Event {
-        Event { key: key.to_owned(), revision, created: Some(revision) }
+        Event { key: key.to_owned(), revision, create_revision: Some(revision) }
     }
 
     fn delete(key: &str, revision: u64) -> Event {
-        Event { key: key.to_owned(), revision, created: None }
+        Event { key: key.to_owned(), revision, create_revision: None }
     }
 
     #[test]
@@ -366,7 +366,7 @@ mod tests {
     #[test]
     fn a_queue_goes_on_in_order() {
         let mirror = Mirror::default();
-        let all = Keys::between("q ", "q!");
+        let all = KeyRange::between("q ", "q!");
         mirror.lock().list(10, BTreeMap::from([("q 1".to_owned(), 3)]));
         let mut turns = [11, 12, 13].map(|created| Box::pin(mirror.turn(all.clone(), created)));
         let mut resolved = || turns.iter_mut().filter_map(|turn| turn.as_mut().now_or_never()).count();
@@ -387,7 +387,7 @@ mod tests {
     #[test]
     fn who_is_next_here_need_not_wait_for_the_key_to_go() {
         let mirror = Mirror::default();
-        let all = Keys::between("q ", "q!");
+        let all = KeyRange::between("q ", "q!");
         // The first and the third are of this replica, the second is another's.
         mirror.lock().list(12, ["1", "2", "3", "4"].map(|n| (format!("q {n}"), 8 + n.parse::<u64>().unwrap())).into());
         let mut third = std::pin::pin!(mirror.turn(all.clone(), 11));
@@ -410,7 +410,7 @@ mod tests {
     /// A watch that tells nothing.
     struct Quiet;
 
-    impl Events for Quiet {
+    impl EventStream for Quiet {
         fn next(&mut self) -> futures::future::BoxFuture<'_, Result<Vec<Event>, KvError>> {
             std::future::pending().boxed()
         }
@@ -419,7 +419,7 @@ mod tests {
     #[tokio::test]
     async fn the_watch_ends_when_nobody_has_waited_for_a_while() {
         let mirror = Mirror::default();
-        let all = Keys::between("q ", "q!");
+        let all = KeyRange::between("q ", "q!");
         mirror.lock().list(9, BTreeMap::from([("q 1".to_owned(), 8)]));
         let mut wait = Box::pin(mirror.turn(all.clone(), 9));
         assert!(wait.as_mut().now_or_never().is_none());
@@ -441,7 +441,7 @@ mod tests {
     #[test]
     fn a_place_that_is_not_seen_yet_waits() {
         let mirror = Mirror::default();
-        let all = Keys::between("q ", "q!");
+        let all = KeyRange::between("q ", "q!");
         mirror.lock().list(10, BTreeMap::new());
         let mut place = std::pin::pin!(mirror.turn(all.clone(), 12));
         assert!(place.as_mut().now_or_never().is_none(), "one before it may not have been seen either");

@@ -12,7 +12,7 @@ use gauntlet_domain::{Challenge, ChallengeId, Instance, InstanceKey, Phase, Resu
 use crate::{
     core::{Core, unreadable},
     keys::Layout,
-    kv::{Get, KeyValue, Keys, Kv, KvError, Op, Page, Txn, TxnResult},
+    kv::{Get, KeyRange, KeyValue, Kv, KvError, Op, Page, Txn, TxnResponse},
     memory::POOLED,
     records::{self, Unreadable},
 };
@@ -50,13 +50,13 @@ enum Cut<K: Kv> {
 }
 
 impl<K: Kv> Scan<K> {
-    pub(crate) fn values(core: &Arc<Core<K>>, keys: Keys, at: Option<K::Snapshot>) -> Self {
-        let rest = Some(Get { keys, limit: PAGE, keys_only: false });
+    pub(crate) fn values(core: &Arc<Core<K>>, keys: KeyRange, at: Option<K::Snapshot>) -> Self {
+        let rest = Some(Get { range: keys, limit: PAGE, keys_only: false });
         Self { core: core.clone(), rest, at, page: VecDeque::new(), cut: Cut::No }
     }
 
-    pub(crate) fn keys(core: &Arc<Core<K>>, keys: Keys, at: Option<K::Snapshot>) -> Self {
-        let rest = Some(Get { keys, limit: PAGE_OF_KEYS, keys_only: true });
+    pub(crate) fn keys(core: &Arc<Core<K>>, keys: KeyRange, at: Option<K::Snapshot>) -> Self {
+        let rest = Some(Get { range: keys, limit: PAGE_OF_KEYS, keys_only: true });
         Self { core: core.clone(), rest, at, page: VecDeque::new(), cut: Cut::No }
     }
 
@@ -101,9 +101,9 @@ impl<K: Kv> Scan<K> {
     async fn fill(&mut self) -> Result<()> {
         let Some(get) = self.rest.take() else { return Ok(()) };
         let upto = self.upto(&get).await?;
-        let keys = Keys { from: get.keys.from.clone(), to: upto.clone().or_else(|| get.keys.to.clone()) };
-        let mut page = self.core.page(Get { keys, ..get }, self.at.clone()).await?;
-        self.at = Some(page.at);
+        let range = KeyRange { start: get.range.start.clone(), end: upto.clone().or_else(|| get.range.end.clone()) };
+        let mut page = self.core.page(Get { range, ..get }, self.at.clone()).await?;
+        self.at = Some(page.snapshot);
         // What belongs to the last one may be on the next page, and of another revision by then: both are read with that.
         let parted = |kv: &KeyValue| self.core.layout.read_instance(&kv.key).is_some_and(|(_, intent)| !intent);
         let again = match page.kvs.last() {
@@ -119,14 +119,14 @@ impl<K: Kv> Scan<K> {
             (None, Some(last)) if page.more => Some(format!("{}\0", last.key)),
             (None, _) => upto,
         };
-        self.rest = next.map(|from| Get { keys: Keys { from, to: get.keys.to }, ..get });
+        self.rest = next.map(|start| Get { range: KeyRange { start, end: get.range.end }, ..get });
         self.page.extend(page.kvs);
         Ok(())
     }
 
     /// Where the part of the range ends that is read now.
     async fn upto(&mut self, get: &Get) -> Result<Option<String>> {
-        let from = &get.keys.from;
+        let from = &get.range.start;
         let (mut challenges, wanted, before) = match std::mem::replace(&mut self.cut, Cut::No) {
             Cut::No => return Ok(None),
             Cut::Later { read, pages } if pages < UNCUT => {
@@ -148,7 +148,7 @@ impl<K: Kv> Scan<K> {
         let (mut passed, mut ahead) = (0, 0);
         while let Some(kv) = Box::pin(challenges.next()).await? {
             let Some(id) = self.core.layout.read_challenge(&kv.key) else { continue };
-            let begins = self.core.layout.instances_of(&id).from;
+            let begins = self.core.layout.instances_of(&id).start;
             passed += 1;
             ahead += usize::from(begins > *from);
             if ahead >= wanted.max(1) {
@@ -256,8 +256,8 @@ impl<K: Kv> Indexed<K> {
 
 impl<K: Kv> Core<K> {
     /// Reads several things at one revision.
-    pub(crate) async fn read(&self, then: Vec<Op>) -> Result<TxnResult> {
-        let txn = Txn { then, ..Txn::default() };
+    pub(crate) async fn read(&self, success: Vec<Op>) -> Result<TxnResponse> {
+        let txn = Txn { success, ..Txn::default() };
         self.txn(txn).await.map_err(|error| self.error(error))
     }
 
@@ -271,7 +271,7 @@ impl<K: Kv> Core<K> {
     }
 
     /// Counts a range at a snapshot, or as it is now where that is compacted.
-    pub(crate) async fn count(&self, keys: Keys, at: Option<K::Snapshot>) -> Result<u64> {
+    pub(crate) async fn count(&self, keys: KeyRange, at: Option<K::Snapshot>) -> Result<u64> {
         let count = match self.kv.count(keys.clone(), at).await {
             Err(KvError::Compacted) => self.kv.count(keys, None).await,
             count => count,
@@ -283,14 +283,14 @@ impl<K: Kv> Core<K> {
     pub(crate) fn survey_ops(&self, key: &InstanceKey) -> [Op; 3] {
         let layout = &self.layout;
         [
-            Op::get(Keys::one(layout.challenge(&key.challenge))),
+            Op::get(KeyRange::key(layout.challenge(&key.challenge))),
             Op::get(layout.whole(key)),
-            Op::Get(Get { keys: layout.pooled_of(&key.challenge), limit: POOLED_KEYS, keys_only: false }),
+            Op::Get(Get { range: layout.pooled_of(&key.challenge), limit: POOLED_KEYS, keys_only: false }),
         ]
     }
 
     /// What they read, and whether the pool has more.
-    pub(crate) fn read_survey(&self, key: &InstanceKey, read: &mut TxnResult) -> Result<(Survey, bool)> {
+    pub(crate) fn read_survey(&self, key: &InstanceKey, read: &mut TxnResponse) -> Result<(Survey, bool)> {
         let challenge = self.read_challenge(&key.challenge, read.next_read())?;
         let instance = self.read_instance(key, &read.next_read())?;
         let listed = read.next_read();
@@ -329,16 +329,16 @@ impl<K: Kv> Core<K> {
     pub(crate) fn read_challenge(&self, id: &ChallengeId, kvs: Vec<KeyValue>) -> Result<Option<Stored<Challenge>>> {
         let Some(kv) = kvs.into_iter().next() else { return Ok(None) };
         let value = records::read_challenge(id.clone(), &kv.value).map_err(|problem| unreadable(&kv.key, &problem))?;
-        Ok(Some(Stored { value, version: Version(kv.modified) }))
+        Ok(Some(Stored { value, version: Version(kv.mod_revision) }))
     }
 
     /// The challenge of a key in a list; reported and left out if it cannot be read.
     pub(crate) fn readable_challenge(&self, kv: &KeyValue) -> Option<Stored<Challenge>> {
         let id = self.layout.read_challenge(&kv.key).ok_or_else(|| Unreadable("the key names no challenge".to_owned()));
         match id.and_then(|id| records::read_challenge(id, &kv.value)) {
-            Ok(value) => Some(Stored { value, version: Version(kv.modified) }),
+            Ok(value) => Some(Stored { value, version: Version(kv.mod_revision) }),
             Err(problem) => {
-                self.report(&kv.key, kv.modified, &problem);
+                self.report(&kv.key, kv.mod_revision, &problem);
                 None
             }
         }
@@ -381,5 +381,5 @@ fn stored(key: &InstanceKey, kvs: &[KeyValue]) -> Result<Stored<Instance>, Unrea
 
 /// The version of an instance: the last revision that touched its record or its intent.
 fn version(kvs: &[KeyValue]) -> u64 {
-    kvs.iter().map(|kv| kv.modified).max().unwrap_or(0)
+    kvs.iter().map(|kv| kv.mod_revision).max().unwrap_or(0)
 }

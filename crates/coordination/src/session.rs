@@ -210,7 +210,7 @@ async fn keep_one<K: Kv>(kv: &K, lease: &Lease, good: Duration, jitter: &Arc<Jit
                     backoff.reset();
                 }
                 Ok(()) => {}
-                Err(KvError::LeaseGone) => {
+                Err(KvError::LeaseNotFound) => {
                     tracing::error!(lease = lease.id, "the lease has run out: all work under it is given up");
                     return;
                 }

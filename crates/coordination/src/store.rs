@@ -14,7 +14,7 @@ use crate::{
     Coordination,
     ending::{fenced, ticket},
     keys::Layout,
-    kv::{Compare, Get, KeyValue, Keys, Kv, Op, Test, Txn},
+    kv::{Compare, Condition, Get, KeyRange, KeyValue, Kv, Op, Txn},
     locks::{Ahead, Patience, held, in_queue},
     memory::{POOLED, written},
     reads::{Indexed, Instances, Scan},
@@ -29,18 +29,18 @@ impl<K: Kv> Store for Coordination<K> {
     }
 
     async fn ping(&self) -> Result<()> {
-        let nothing = Get { keys: self.core.layout.rollouts(), limit: 1, keys_only: true };
+        let nothing = Get { range: self.core.layout.rollouts(), limit: 1, keys_only: true };
         self.core.kv.page(nothing, None).await.map(|_| ()).map_err(|error| self.core.error(error))
     }
 
     async fn insert_challenge(&self, challenge: &Challenge) -> Result<()> {
         let layout = &self.core.layout;
         let key = layout.challenge(&challenge.id);
-        let mut then = vec![Op::put(&key, records::write_challenge(challenge))];
-        then.extend(
+        let mut success = vec![Op::put(&key, records::write_challenge(challenge))];
+        success.extend(
             layout.challenge_index(challenge).into_iter().filter(|(_, has)| *has).map(|(key, _)| Op::put(key, "")),
         );
-        let txn = Txn { when: vec![Compare::absent(Keys::one(key))], then, or: Vec::new() };
+        let txn = Txn { compare: vec![Compare::absent(KeyRange::key(key))], success, failure: Vec::new() };
         let result = self.core.write(txn).await?;
         if !result.succeeded {
             return Err(Error::ChallengeExists(challenge.id.clone()));
@@ -50,7 +50,7 @@ impl<K: Kv> Store for Coordination<K> {
     }
 
     async fn challenge(&self, id: &ChallengeId) -> Result<Option<Stored<Challenge>>> {
-        let mut read = self.core.read(vec![Op::get(Keys::one(self.core.layout.challenge(id)))]).await?;
+        let mut read = self.core.read(vec![Op::get(KeyRange::key(self.core.layout.challenge(id)))]).await?;
         let challenge = self.core.read_challenge(id, read.next_read())?;
         match &challenge {
             Some(challenge) => self.core.memory.challenge(challenge),
@@ -159,11 +159,11 @@ impl<K: Kv> Store for Coordination<K> {
 
     async fn pool(&self, id: &ChallengeId, claimed: usize, pooled: usize) -> Result<Pool> {
         let layout = &self.core.layout;
-        let some = |keys, limit: usize, keys_only| Op::Get(Get { keys, limit: limit.max(1), keys_only });
+        let some = |range, limit: usize, keys_only| Op::Get(Get { range, limit: limit.max(1), keys_only });
         let mut read = self
             .core
             .read(vec![
-                Op::keys(Keys::one(layout.pool(id))),
+                Op::get_keys(KeyRange::key(layout.pool(id))),
                 // Each may have an intent.
                 some(layout.claimed_of(id), claimed.saturating_mul(2), true),
                 some(layout.pool_index(id), pooled, true),
@@ -209,17 +209,17 @@ impl<K: Kv> Store for Coordination<K> {
         let ticket = self.core.lock_on(&held, &challenge.id)?;
         let key = layout.challenge(&challenge.id);
         let record = records::write_challenge(challenge);
-        let mut then = vec![Op::put(&key, record.clone()), Op::delete(&ticket.live.key)];
-        then.extend(
+        let mut success = vec![Op::put(&key, record.clone()), Op::delete(&ticket.live.key)];
+        success.extend(
             layout
                 .challenge_index(challenge)
                 .into_iter()
                 .map(|(key, has)| if has { Op::put(key, "") } else { Op::delete(key) }),
         );
         let txn = Txn {
-            when: vec![ticket.stands(), Compare::exists(&key)],
-            then,
-            or: vec![Op::get(Keys::one(&key)), Op::keys(Keys::one(&ticket.live.key))],
+            compare: vec![ticket.stands(), Compare::exists(&key)],
+            success,
+            failure: vec![Op::get(KeyRange::key(&key)), Op::get_keys(KeyRange::key(&ticket.live.key))],
         };
         let (fence, id) = (held.fence, challenge.id.clone());
         let applied = move |read: &[Vec<KeyValue>]| written_at(read.first()?, &record);
@@ -229,7 +229,7 @@ impl<K: Kv> Store for Coordination<K> {
             return Ok(());
         }
         let stored = !result.next_read().is_empty();
-        let stands = result.next_read().first().is_some_and(|kv| kv.created == fence);
+        let stands = result.next_read().first().is_some_and(|kv| kv.create_revision == fence);
         Err(if stands && !stored { Error::ChallengeNotFound(id) } else { fenced(LockKind::Challenge, fence) })
     }
 
@@ -237,12 +237,12 @@ impl<K: Kv> Store for Coordination<K> {
         let layout = &self.core.layout;
         let ticket = self.core.lock_on(&held, id)?;
         let key = layout.challenge(id);
-        let mut then = vec![Op::delete(&key), Op::delete(&ticket.live.key)];
-        then.extend(layout.all_challenge_index(id).map(Op::delete));
+        let mut success = vec![Op::delete(&key), Op::delete(&ticket.live.key)];
+        success.extend(layout.all_challenge_index(id).map(Op::delete));
         let txn = Txn {
-            when: vec![ticket.stands(), Compare::absent(layout.instances_of(id))],
-            then,
-            or: vec![Op::keys(Keys::one(&key)), Op::keys(Keys::one(&ticket.live.key))],
+            compare: vec![ticket.stands(), Compare::absent(layout.instances_of(id))],
+            success,
+            failure: vec![Op::get_keys(KeyRange::key(&key)), Op::get_keys(KeyRange::key(&ticket.live.key))],
         };
         let fence = held.fence;
         let removed = |read: &[Vec<KeyValue>]| read.first()?.is_empty().then_some(0);
@@ -252,7 +252,7 @@ impl<K: Kv> Store for Coordination<K> {
             return Ok(());
         }
         let _challenge = result.next_read();
-        let stands = result.next_read().first().is_some_and(|kv| kv.created == fence);
+        let stands = result.next_read().first().is_some_and(|kv| kv.create_revision == fence);
         Err(if stands { Error::Conflict } else { fenced(LockKind::Challenge, fence) })
     }
 
@@ -271,26 +271,30 @@ impl<K: Kv> Store for Coordination<K> {
             let lease = core.lease().await?;
             let live = core.live_key(lease, by, layout.owner(key), None);
             let writers = layout.queue(LockKind::Challenge, id);
-            let mut then = vec![live.put(), Op::put(layout.instance(key), records::write_instance(intent))];
-            then.extend(layout.instance_index(intent).into_iter().map(|(key, value)| Op::put(key, value)));
-            then.extend(counts.then(|| Op::put(layout.pool(id), "")));
-            let mut when = vec![
-                Compare::modified(layout.challenge(id), challenge.version.0),
+            let mut success = vec![live.put(), Op::put(layout.instance(key), records::write_instance(intent))];
+            success.extend(layout.instance_index(intent).into_iter().map(|(key, value)| Op::put(key, value)));
+            success.extend(counts.then(|| Op::put(layout.pool(id), "")));
+            let mut compare = vec![
+                Compare::mod_revision(layout.challenge(id), challenge.version.0),
                 Compare::absent(layout.whole(key)),
-                Compare::absent(Keys::one(layout.owner(key))),
+                Compare::absent(KeyRange::key(layout.owner(key))),
                 Compare::absent(writers.clone()),
             ];
             if let Some(version) = pool {
-                when.extend([Compare::exists(layout.pool(id)), Compare::modified(layout.pool(id), version.0)]);
+                compare.extend([Compare::exists(layout.pool(id)), Compare::mod_revision(layout.pool(id), version.0)]);
             }
-            let or = [Op::get(Keys::one(layout.owner(key))), in_queue(&writers), Op::keys(Keys::one(layout.pool(id)))];
-            let txn = Txn { when, then, or: or.into_iter().chain(core.survey_ops(key)).collect() };
+            let failure = [
+                Op::get(KeyRange::key(layout.owner(key))),
+                in_queue(&writers),
+                Op::get_keys(KeyRange::key(layout.pool(id))),
+            ];
+            let txn = Txn { compare, success, failure: failure.into_iter().chain(core.survey_ops(key)).collect() };
             let of = Of::Instance(Box::new(intent.clone()));
             let (taken, mut result) = core.take(live, of, txn, false).await?;
             if let Some(ticket) = taken {
                 return Ok(held(LockKind::Instance, ticket, patience));
             }
-            let (owner, queued) = (result.next_read(), result.next_counted());
+            let (owner, queued) = (result.next_read(), result.next_counted_read());
             let counted = version(&result.next_read());
             let (survey, _) = core.read_survey(key, &mut result)?;
             if survey.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version)
@@ -322,26 +326,26 @@ impl<K: Kv> Store for Coordination<K> {
             let lease = core.lease().await?;
             let live = core.live_key(lease, by, layout.owner(to), None);
             let writers = layout.queue(LockKind::Challenge, id);
-            let mut then =
+            let mut success =
                 vec![Op::Delete(layout.whole(from)), Op::put(layout.instance(to), records::write_instance(claimed))];
-            then.extend(working.then(|| live.put()));
-            then.extend(layout.instance_index(&pooled.value).into_iter().map(|(key, _)| Op::delete(key)));
-            then.extend(layout.instance_index(claimed).into_iter().map(|(key, value)| Op::put(key, value)));
+            success.extend(working.then(|| live.put()));
+            success.extend(layout.instance_index(&pooled.value).into_iter().map(|(key, _)| Op::delete(key)));
+            success.extend(layout.instance_index(claimed).into_iter().map(|(key, value)| Op::put(key, value)));
             let txn = Txn {
-                when: vec![
-                    Compare::modified(layout.challenge(id), challenge.version.0),
+                compare: vec![
+                    Compare::mod_revision(layout.challenge(id), challenge.version.0),
                     Compare::exists(layout.instance(from)),
                     not_after(layout.whole(from), pooled.version),
-                    Compare::absent(Keys::one(layout.owner(from))),
+                    Compare::absent(KeyRange::key(layout.owner(from))),
                     Compare::absent(layout.whole(to)),
-                    Compare::absent(Keys::one(layout.owner(to))),
+                    Compare::absent(KeyRange::key(layout.owner(to))),
                     Compare::absent(writers.clone()),
                 ],
-                then,
-                or: [
-                    Op::keys(layout.whole(from)),
-                    Op::keys(Keys::one(layout.owner(from))),
-                    Op::get(Keys::one(layout.owner(to))),
+                success,
+                failure: [
+                    Op::get_keys(layout.whole(from)),
+                    Op::get_keys(KeyRange::key(layout.owner(from))),
+                    Op::get(KeyRange::key(layout.owner(to))),
                     in_queue(&writers),
                 ]
                 .into_iter()
@@ -363,7 +367,7 @@ impl<K: Kv> Store for Coordination<K> {
             }
             let pooled_changed = version(&result.next_read()) != Some(pooled.version);
             let pooled_owned = !result.next_read().is_empty();
-            let (owner, queued) = (result.next_read(), result.next_counted());
+            let (owner, queued) = (result.next_read(), result.next_counted_read());
             let (survey, _) = core.read_survey(to, &mut result)?;
             let changed = survey.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version);
             if changed || pooled_changed || pooled_owned || survey.instance.is_some() {
@@ -382,40 +386,40 @@ impl<K: Kv> Store for Coordination<K> {
         loop {
             let lease = core.lease().await?;
             let live = core.live_key(lease, by, layout.owner(key), None);
-            let mut when = vec![
+            let mut compare = vec![
                 Compare::exists(layout.instance(key)),
                 // However late this is delivered: it is not for an instance that is begun after it was sent.
-                Compare::not_created_after(layout.instance(key), core.seen.load(Ordering::Relaxed)),
-                Compare::absent(Keys::one(layout.owner(key))),
+                Compare::create_revision_at_most(layout.instance(key), core.seen.load(Ordering::Relaxed)),
+                Compare::absent(KeyRange::key(layout.owner(key))),
             ];
-            let mut then = vec![Op::get(Keys::one(layout.working(key))), live.put()];
+            let mut success = vec![Op::get(KeyRange::key(layout.working(key))), live.put()];
             match (&begin, left.take()) {
-                (Begin::Recover, _) => when.push(Compare::exists(layout.working(key))),
+                (Begin::Recover, _) => compare.push(Compare::exists(layout.working(key))),
                 // Nothing of before would be lost: the new intent goes beside a record that needs no reading.
                 (Begin::Update(_) | Begin::Delete, None) => {
                     let target = if let Begin::Update(target) = &begin { Some(target) } else { None };
-                    when.push(Compare::absent(Keys::one(layout.intent(key))));
-                    then.push(Op::put(layout.intent(key), records::write_intent(target)));
-                    then.push(Op::put(layout.working(key), working_on(&begin).name()));
+                    compare.push(Compare::absent(KeyRange::key(layout.intent(key))));
+                    success.push(Op::put(layout.intent(key), records::write_intent(target)));
+                    success.push(Op::put(layout.working(key), working_on(&begin).name()));
                 }
                 (Begin::Update(_) | Begin::Delete, Some(before)) => {
-                    when.push(not_after(layout.whole(key), before.version));
+                    compare.push(not_after(layout.whole(key), before.version));
                     let mut record = before.value;
                     begun(&mut record, &begin);
-                    then.push(Op::put(layout.instance(key), records::write_instance(&record)));
-                    then.push(Op::delete(layout.intent(key)));
-                    then.push(Op::put(layout.working(key), working_on(&begin).name()));
+                    success.push(Op::put(layout.instance(key), records::write_instance(&record)));
+                    success.push(Op::delete(layout.intent(key)));
+                    success.push(Op::put(layout.working(key), working_on(&begin).name()));
                 }
             }
-            then.push(Op::get(layout.whole(key)));
-            let or = vec![
+            success.push(Op::get(layout.whole(key)));
+            let failure = vec![
                 Op::get(layout.whole(key)),
-                Op::get(Keys::one(layout.owner(key))),
-                Op::keys(Keys::one(layout.working(key))),
+                Op::get(KeyRange::key(layout.owner(key))),
+                Op::get_keys(KeyRange::key(layout.working(key))),
             ];
             // Its instance is put in below, once it is read.
             let of = Of::Lock(LockKind::Instance, key.challenge.clone());
-            let (taken, mut result) = core.take(live, of, Txn { when, then, or }, false).await?;
+            let (taken, mut result) = core.take(live, of, Txn { compare, success, failure }, false).await?;
             if let Some(mut ticket) = taken {
                 let (working, whole) = (result.next_read(), result.next_read());
                 let was = working.first().map(|kv| Layout::read_working(&kv.value));
@@ -465,17 +469,17 @@ impl<K: Kv> Store for Coordination<K> {
         };
         let (record_key, intent_key) = (layout.instance(key), layout.intent(key));
         let old = layout.instance_index(before);
-        let mut then = vec![Op::delete(&ticket.live.key), Op::delete(intent_key)];
+        let mut success = vec![Op::delete(&ticket.live.key), Op::delete(intent_key)];
         let record = match &commit {
             Commit::Remove => {
-                then.push(Op::delete(&record_key));
-                then.extend(old.into_iter().map(|(key, _)| Op::delete(key)));
+                success.push(Op::delete(&record_key));
+                success.extend(old.into_iter().map(|(key, _)| Op::delete(key)));
                 None
             }
             Commit::Put(instance) if instance.key == *key => {
                 let record = records::write_instance(instance);
-                then.push(Op::put(&record_key, record.clone()));
-                then.extend(reindex(old, layout.instance_index(instance)));
+                success.push(Op::put(&record_key, record.clone()));
+                success.extend(reindex(old, layout.instance_index(instance)));
                 Some(record)
             }
             Commit::Put(instance) => {
@@ -483,7 +487,7 @@ impl<K: Kv> Store for Coordination<K> {
             }
         };
         let fence = held.fence;
-        let txn = Txn { when: vec![ticket.stands()], then, or: vec![Op::get(layout.whole(key))] };
+        let txn = Txn { compare: vec![ticket.stands()], success, failure: vec![Op::get(layout.whole(key))] };
         let applied = move |read: &[Vec<KeyValue>]| match &record {
             None => read.first()?.is_empty().then_some(0),
             Some(record) => written_at(read.first()?, record),
@@ -507,17 +511,17 @@ impl<K: Kv> Store for Coordination<K> {
         let mut patience = waiting_for(key, by);
         let old = layout.instance_index(&read.value);
         loop {
-            let mut then =
+            let mut success =
                 vec![Op::put(layout.instance(key), records::write_instance(instance)), Op::delete(layout.intent(key))];
-            then.extend(reindex(old.clone(), layout.instance_index(instance)));
+            success.extend(reindex(old.clone(), layout.instance_index(instance)));
             let txn = Txn {
-                when: vec![
+                compare: vec![
                     Compare::exists(layout.instance(key)),
                     not_after(layout.whole(key), read.version),
-                    Compare::absent(Keys::one(layout.owner(key))),
+                    Compare::absent(KeyRange::key(layout.owner(key))),
                 ],
-                then,
-                or: [Op::get(Keys::one(layout.owner(key)))].into_iter().chain(core.survey_ops(key)).collect(),
+                success,
+                failure: [Op::get(KeyRange::key(layout.owner(key)))].into_iter().chain(core.survey_ops(key)).collect(),
             };
             let mut result = core.write(txn).await?;
             if result.succeeded {
@@ -539,9 +543,9 @@ impl<K: Kv> Store for Coordination<K> {
         let at = working.at().await?;
         let live = Scan::keys(core, layout.live(), at.clone()).all().await?;
         let owned = |key: &str| live.binary_search_by(|kv| kv.key.as_str().cmp(key)).is_ok();
-        let locked = |keys: &Keys| {
-            let first = live.partition_point(|kv| kv.key < keys.from);
-            live.get(first).zip(keys.to.as_ref()).is_some_and(|(kv, to)| kv.key < *to)
+        let locked = |keys: &KeyRange| {
+            let first = live.partition_point(|kv| kv.key < keys.start);
+            live.get(first).zip(keys.end.as_ref()).is_some_and(|(kv, to)| kv.key < *to)
         };
         let mut stranded = Vec::new();
         while let Some(kv) = working.next().await? {
@@ -614,28 +618,28 @@ impl<K: Kv> Coordination<K> {
     async fn take_back(&self, held: Held, key: &InstanceKey, working: Vec<KeyValue>) -> Result<()> {
         let layout = &self.core.layout;
         let ticket = ticket(&held)?;
-        let mut then = vec![Op::delete(&ticket.live.key), Op::delete(layout.intent(key))];
-        then.push(match working.into_iter().next() {
+        let mut success = vec![Op::delete(&ticket.live.key), Op::delete(layout.intent(key))];
+        success.push(match working.into_iter().next() {
             Some(before) => Op::put(before.key, before.value),
             None => Op::delete(layout.working(key)),
         });
-        let txn = Txn { when: vec![ticket.stands()], then, or: Vec::new() };
+        let txn = Txn { compare: vec![ticket.stands()], success, failure: Vec::new() };
         self.core.finish(held, txn, |_| None).await.map(|_| ())
     }
 }
 
-fn not_after(keys: Keys, version: Version) -> Compare {
-    Compare { keys, test: Test::NotAfter(version.0) }
+fn not_after(range: KeyRange, version: Version) -> Compare {
+    Compare { range, condition: Condition::ModRevisionAtMost(version.0) }
 }
 
 fn version(whole: &[KeyValue]) -> Option<Version> {
-    whole.iter().map(|kv| kv.modified).max().map(Version)
+    whole.iter().map(|kv| kv.mod_revision).max().map(Version)
 }
 
 /// At which revision a record was written, if it is stored, and with no intent.
 fn written_at(whole: &[KeyValue], record: &[u8]) -> Option<u64> {
     match whole {
-        [kv] if kv.value == record => Some(kv.modified),
+        [kv] if kv.value == record => Some(kv.mod_revision),
         _ => None,
     }
 }

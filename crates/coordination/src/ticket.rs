@@ -58,9 +58,9 @@ impl LiveKey {
     /// Removes it, and no other that has come to its place.
     pub(crate) fn removal(&self) -> Txn {
         Txn {
-            when: vec![Compare::value(&self.key, self.value.clone())],
-            then: vec![Op::delete(&self.key)],
-            or: Vec::new(),
+            compare: vec![Compare::value(&self.key, self.value.clone())],
+            success: vec![Op::delete(&self.key)],
+            failure: Vec::new(),
         }
     }
 }
@@ -102,7 +102,7 @@ impl Ticket {
     /// Holds in the store as long as the ownership does. What asks for it may yet be under way when its answer is given up.
     pub(crate) fn stands(&self) -> Compare {
         self.used.store(true, Ordering::Release);
-        Compare::created(&self.live.key, self.fence)
+        Compare::create_revision(&self.live.key, self.fence)
     }
 
     /// Whether the store was never asked for anything in its name.
@@ -112,8 +112,8 @@ impl Ticket {
 
     /// Gives it up.
     pub(crate) fn removal(&self) -> Txn {
-        let stands = Compare::created(&self.live.key, self.fence);
-        Txn { when: vec![stands], then: vec![Op::delete(&self.live.key)], or: Vec::new() }
+        let stands = Compare::create_revision(&self.live.key, self.fence);
+        Txn { compare: vec![stands], success: vec![Op::delete(&self.live.key)], failure: Vec::new() }
     }
 }
 

@@ -12,7 +12,7 @@ use gauntlet_domain::{ChallengeId, LockKind};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::{kv::Keys, mirror::Mirror, records::Owner};
+use crate::{kv::KeyRange, mirror::Mirror, records::Owner};
 
 /// Who holds something, or stands in its queue.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -76,7 +76,7 @@ pub(crate) struct Seen {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Behind {
     /// All in that range that came to be before this revision.
-    pub(crate) queue: Option<(Keys, u64)>,
+    pub(crate) queue: Option<(KeyRange, u64)>,
     /// A key, as it came to be at that revision.
     pub(crate) owner: Option<(String, u64)>,
 }

@@ -8,15 +8,15 @@ use std::{
 };
 
 use gauntlet_coordination::kv::{
-    Compare, Event, Get, KeyValue, Keys, KvError, KvResult, LeaseId, Op, Page, Test, Txn, TxnResult,
+    Compare, Condition, Event, Get, KeyRange, KeyValue, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResponse,
 };
 use tokio::sync::mpsc::UnboundedSender;
 
 /// A key's value and where it stands in history.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    pub created: u64,
-    pub modified: u64,
+    pub create_revision: u64,
+    pub mod_revision: u64,
     pub value: Arc<[u8]>,
     pub lease: Option<LeaseId>,
 }
@@ -45,7 +45,7 @@ struct Lease {
 }
 
 struct Watcher {
-    keys: Keys,
+    range: KeyRange,
     events: UnboundedSender<KvResult<Vec<Event>>>,
 }
 
@@ -62,27 +62,27 @@ pub struct Server {
 
 impl Server {
     /// Runs a transaction; answers what it changed.
-    pub fn txn(&mut self, txn: &Txn) -> KvResult<(TxnResult, Vec<Change>)> {
-        let succeeded = txn.when.iter().all(|compare| self.holds(compare));
-        let branch = if succeeded { &txn.then } else { &txn.or };
+    pub fn txn(&mut self, txn: &Txn) -> KvResult<(TxnResponse, Vec<Change>)> {
+        let succeeded = txn.compare.iter().all(|compare| self.holds(compare));
+        let branch = if succeeded { &txn.success } else { &txn.failure };
         let gone = |lease: &LeaseId| !self.leases.contains_key(lease);
         if branch.iter().any(|op| matches!(op, Op::Put { lease: Some(lease), .. } if gone(lease))) {
-            return Err(KvError::LeaseGone);
+            return Err(KvError::LeaseNotFound);
         }
         let (mut reads, mut counts, mut changes) = (Vec::new(), Vec::new(), Vec::new());
         let next = self.revision + 1;
         for op in branch {
             match op {
                 Op::Put { key, value, lease } => changes.push(self.put(key, value, *lease, next)),
-                Op::Delete(keys) => {
-                    let gone: Vec<Arc<str>> = self.range(keys).map(|(key, _)| key.clone()).collect();
+                Op::Delete(range) => {
+                    let gone: Vec<Arc<str>> = self.range(range).map(|(key, _)| key.clone()).collect();
                     changes.extend(gone.iter().map(|key| self.remove(key)));
                 }
                 Op::Get(get) => reads.push(read(&self.map, get).0),
-                Op::Oldest { keys, limit } => {
-                    let all = Get { keys: keys.clone(), limit: 0, keys_only: false };
+                Op::Oldest { range, limit } => {
+                    let all = Get { range: range.clone(), limit: 0, keys_only: false };
                     let mut all = read(&self.map, &all).0;
-                    all.sort_by_key(|kv| kv.created);
+                    all.sort_by_key(|kv| kv.create_revision);
                     counts.push(all.len());
                     all.truncate(*limit);
                     reads.push(all);
@@ -90,27 +90,27 @@ impl Server {
             }
         }
         self.publish(&changes);
-        Ok((TxnResult { succeeded, revision: self.revision, reads, counts }, changes))
+        Ok((TxnResponse { succeeded, revision: self.revision, reads, counts }, changes))
     }
 
     pub fn page(&self, get: &Get, at: Option<&Snapshot>) -> KvResult<Page<Snapshot>> {
         let at = self.at(at)?;
         let (kvs, more) = read(&at.map, get);
-        Ok(Page { kvs, more, at })
+        Ok(Page { kvs, more, snapshot: at })
     }
 
-    pub fn count(&self, keys: &Keys, at: Option<&Snapshot>) -> KvResult<u64> {
+    pub fn count(&self, keys: &KeyRange, at: Option<&Snapshot>) -> KvResult<u64> {
         Ok(range(&self.at(at)?.map, keys).count() as u64)
     }
 
     /// Lists a range and has its changes sent from then on.
-    pub fn follow(
+    pub fn list_and_watch(
         &mut self,
-        keys: &Keys,
+        range: &KeyRange,
         events: UnboundedSender<KvResult<Vec<Event>>>,
     ) -> (u64, BTreeMap<String, u64>) {
-        let listed = self.range(keys).map(|(key, entry)| (key.to_string(), entry.created)).collect();
-        self.watchers.push(Watcher { keys: keys.clone(), events });
+        let listed = self.range(range).map(|(key, entry)| (key.to_string(), entry.create_revision)).collect();
+        self.watchers.push(Watcher { range: range.clone(), events });
         (self.revision, listed)
     }
 
@@ -121,7 +121,7 @@ impl Server {
     }
 
     pub fn keep_alive(&mut self, now: Duration, lease: LeaseId) -> KvResult<()> {
-        let lease = self.leases.get_mut(&lease).ok_or(KvError::LeaseGone)?;
+        let lease = self.leases.get_mut(&lease).ok_or(KvError::LeaseNotFound)?;
         lease.ends = now + lease.ttl;
         Ok(())
     }
@@ -171,24 +171,25 @@ impl Server {
         self.map.iter()
     }
 
-    pub fn range(&self, keys: &Keys) -> impl Iterator<Item = (&Arc<str>, &Entry)> {
+    pub fn range(&self, keys: &KeyRange) -> impl Iterator<Item = (&Arc<str>, &Entry)> {
         range(&self.map, keys)
     }
 
     pub fn holds(&self, compare: &Compare) -> bool {
-        let Compare { keys, test } = compare;
-        let mut met = self.range(keys).map(|(_, entry)| match test {
-            Test::Exists => true,
-            Test::Absent => false,
-            Test::Created(revision) => entry.created == *revision,
-            Test::NotCreatedAfter(revision) => entry.created <= *revision,
-            Test::Modified(revision) => entry.modified == *revision,
-            Test::NotAfter(revision) => entry.modified <= *revision,
-            Test::Value(value) => *entry.value == **value,
+        let Compare { range, condition } = compare;
+        let mut met = self.range(range).map(|(_, entry)| match condition {
+            Condition::Exists => true,
+            Condition::Absent => false,
+            Condition::CreateRevision(revision) => entry.create_revision == *revision,
+            Condition::CreateRevisionAtMost(revision) => entry.create_revision <= *revision,
+            Condition::ModRevision(revision) => entry.mod_revision == *revision,
+            Condition::ModRevisionAtMost(revision) => entry.mod_revision <= *revision,
+            Condition::Value(value) => *entry.value == **value,
         });
-        match (test, &keys.to) {
+        match (condition, &range.end) {
             // As etcd has it: what is not there has revision 0 and no value, an empty range fulfils anything.
-            (Test::Absent | Test::NotAfter(_) | Test::NotCreatedAfter(_), _) | (_, Some(_)) => met.all(|holds| holds),
+            (Condition::Absent | Condition::ModRevisionAtMost(_) | Condition::CreateRevisionAtMost(_), _)
+            | (_, Some(_)) => met.all(|holds| holds),
             (_, None) => met.next() == Some(true),
         }
     }
@@ -210,8 +211,8 @@ impl Server {
         if let Some(lease) = lease.and_then(|lease| self.leases.get_mut(&lease)) {
             lease.keys.insert(key.clone());
         }
-        let created = before.as_ref().map_or(revision, |entry| entry.created);
-        let entry = Entry { created, modified: revision, value: Arc::from(value), lease };
+        let create_revision = before.as_ref().map_or(revision, |entry| entry.create_revision);
+        let entry = Entry { create_revision, mod_revision: revision, value: Arc::from(value), lease };
         Arc::make_mut(&mut self.map).insert(key.clone(), entry.clone());
         Change { key, before, after: Some(entry) }
     }
@@ -231,16 +232,13 @@ impl Server {
         self.revision += 1;
         let revision = self.revision;
         self.watchers.retain(|watcher| {
-            let to = watcher.keys.to.as_deref();
-            let within =
-                |key: &str| to.map_or(key == watcher.keys.from, |to| key >= watcher.keys.from.as_str() && key < to);
             let mine: Vec<Event> = changes
                 .iter()
-                .filter(|change| within(&change.key))
+                .filter(|change| watcher.range.contains(&change.key))
                 .map(|change| Event {
                     key: change.key.to_string(),
                     revision,
-                    created: change.after.as_ref().map(|entry| entry.created),
+                    create_revision: change.after.as_ref().map(|entry| entry.create_revision),
                 })
                 .collect();
             mine.is_empty() || watcher.events.send(Ok(mine)).is_ok()
@@ -248,9 +246,9 @@ impl Server {
     }
 }
 
-fn range<'a>(map: &'a Map, keys: &Keys) -> impl Iterator<Item = (&'a Arc<str>, &'a Entry)> + use<'a> {
-    let from = keys.from.as_str();
-    let to = match keys.to.as_deref() {
+fn range<'a>(map: &'a Map, keys: &KeyRange) -> impl Iterator<Item = (&'a Arc<str>, &'a Entry)> + use<'a> {
+    let from = keys.start.as_str();
+    let to = match keys.end.as_deref() {
         None => Bound::Included(from),
         // An empty range, where the end is not after the beginning.
         Some(to) => Bound::Excluded(to.max(from)),
@@ -263,13 +261,18 @@ fn range<'a>(map: &'a Map, keys: &Keys) -> impl Iterator<Item = (&'a Arc<str>, &
 
 fn read(map: &Map, get: &Get) -> (Vec<KeyValue>, bool) {
     let (mut kvs, mut more) = (Vec::new(), false);
-    for (key, entry) in range(map, &get.keys) {
+    for (key, entry) in range(map, &get.range) {
         if get.limit > 0 && kvs.len() == get.limit {
             more = true;
             break;
         }
         let value = if get.keys_only { Vec::new() } else { entry.value.to_vec() };
-        kvs.push(KeyValue { key: key.to_string(), value, created: entry.created, modified: entry.modified });
+        kvs.push(KeyValue {
+            key: key.to_string(),
+            value,
+            create_revision: entry.create_revision,
+            mod_revision: entry.mod_revision,
+        });
     }
     (kvs, more)
 }

@@ -6,7 +6,7 @@ use etcd_client::{Client, Compare, CompareOp, Txn, TxnOp};
 use futures::FutureExt as _;
 use gauntlet_coordination::{
     Coordination, Embedded, Etcd, EtcdConfig,
-    kv::{self, Keys, Kv, Op},
+    kv::{self, KeyRange, Kv, Op},
 };
 use gauntlet_stack::Etcd as Server;
 use gauntlet_telemetry::{Instruments, db::Database};
@@ -69,9 +69,9 @@ pub(crate) async fn embedded() -> Measured<Embedded> {
         async move {
             let key = format!("raw/{at}");
             let txn = kv::Txn {
-                when: vec![kv::Compare::absent(Keys::one("raw/none"))],
-                then: vec![Op::put(&key, vec![b'x'; 256]), Op::get(Keys::one(&key))],
-                or: Vec::new(),
+                compare: vec![kv::Compare::absent(KeyRange::key("raw/none"))],
+                success: vec![Op::put(&key, vec![b'x'; 256]), Op::get(KeyRange::key(&key))],
+                failure: Vec::new(),
             };
             assert!(raw.txn(txn).await.expect("a transaction").succeeded);
         }

@@ -294,10 +294,10 @@ pub(super) async fn a_lease_that_is_not_kept_alive_runs_out(rig: &impl Rig) {
     let (kv, layout) = (&store.core.kv, &store.core.layout);
     let [alice, bob] = ["alice", "bob"].map(|who| layout.owner(&instance_key("web", who)));
     let put = |key: &str, lease| Txn {
-        then: vec![Op::Put { key: key.to_owned(), value: Vec::new(), lease: Some(lease) }],
+        success: vec![Op::Put { key: key.to_owned(), value: Vec::new(), lease: Some(lease) }],
         ..Txn::default()
     };
-    let mut followed = kv.follow(layout.live()).await.unwrap();
+    let mut followed = kv.list_and_watch(layout.live()).await.unwrap();
     let (forgotten, _) = kv.grant(Duration::from_secs(1)).await.unwrap();
     let (kept, ttl) = kv.grant(Duration::from_secs(6)).await.unwrap();
     assert!(ttl >= Duration::from_secs(6));
@@ -308,13 +308,13 @@ pub(super) async fn a_lease_that_is_not_kept_alive_runs_out(rig: &impl Rig) {
         store.live_keys().await == [bob.clone()]
     })
     .await;
-    assert_eq!(kv.keep_alive(forgotten).await, Err(KvError::LeaseGone));
-    assert_eq!(kv.txn(put(&alice, forgotten)).await, Err(KvError::LeaseGone));
+    assert_eq!(kv.keep_alive(forgotten).await, Err(KvError::LeaseNotFound));
+    assert_eq!(kv.txn(put(&alice, forgotten)).await, Err(KvError::LeaseNotFound));
     kv.keep_alive(kept).await.unwrap();
     let mut seen = Vec::new();
     while seen.len() < 3 {
         seen.extend(
-            followed.events.next().await.unwrap().into_iter().map(|event| (event.key, event.created.is_some())),
+            followed.events.next().await.unwrap().into_iter().map(|event| (event.key, event.create_revision.is_some())),
         );
     }
     assert_eq!(seen, [(alice.clone(), true), (bob, true), (alice, false)]);

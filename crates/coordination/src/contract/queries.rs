@@ -407,7 +407,7 @@ pub(super) async fn a_hundred_pages_are_listed_one_at_a_time(rig: &impl Rig) {
     for some in names.chunks(100) {
         let puts =
             some.iter().map(|name| Op::put(layout.challenge(&id(name)), records::write_challenge(&challenge(name))));
-        store.core.kv.txn(Txn { then: puts.collect(), ..Txn::default() }).await.unwrap();
+        store.core.kv.txn(Txn { success: puts.collect(), ..Txn::default() }).await.unwrap();
     }
     for some in names.chunks(3) {
         store.put(&some.iter().flat_map(|name| many(name, EACH)).collect::<Vec<_>>()).await;

@@ -22,7 +22,7 @@ use tokio::{
 use super::model::{Server as Model, Snapshot};
 use crate::{
     Coordination, Embedded, Etcd, EtcdConfig,
-    kv::{Event, Events, Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Page, Txn, TxnResult},
+    kv::{Event, EventStream, Get, KeyRange, Kv, KvError, KvResult, LeaseId, Page, Txn, TxnResponse, Watch},
 };
 
 /// What happens to a transaction that changes something.
@@ -52,7 +52,7 @@ pub(super) struct Counted<K> {
     /// The most keys that one transaction read.
     largest: AtomicUsize,
     /// What each page was asked to be the beginning of.
-    pub(super) asked: Mutex<Vec<Keys>>,
+    pub(super) asked: Mutex<Vec<KeyRange>>,
     pub(super) faults: Mutex<VecDeque<Fault>>,
     late: Mutex<Vec<Txn>>,
     deadline: Mutex<Duration>,
@@ -74,7 +74,7 @@ pub(super) trait Tested: Kv {
     fn hurry(&self, deadline: Duration);
     /// What was late arrives.
     fn deliver(&self) -> impl Future<Output = ()> + Send;
-    fn asked(&self) -> Vec<Keys>;
+    fn asked(&self) -> Vec<KeyRange>;
     /// The most keys that one transaction read since the last reset.
     fn largest(&self) -> usize;
     /// What was read before can be read no more.
@@ -102,7 +102,7 @@ impl<K: Kv> Tested for Counted<K> {
         self.largest.store(0, Ordering::SeqCst);
     }
 
-    fn asked(&self) -> Vec<Keys> {
+    fn asked(&self) -> Vec<KeyRange> {
         self.asked.lock().unwrap().clone()
     }
 
@@ -193,7 +193,7 @@ impl<K: Kv> Kv for Counted<K> {
         *self.deadline.lock().unwrap()
     }
 
-    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResponse> {
         self.count("txn");
         let fault = self.faults.lock().unwrap().pop_front();
         match fault {
@@ -220,21 +220,21 @@ impl<K: Kv> Kv for Counted<K> {
 
     async fn page(&self, get: Get, at: Option<Self::Snapshot>) -> KvResult<Page<Self::Snapshot>> {
         self.count("page");
-        self.asked.lock().unwrap().push(get.keys.clone());
+        self.asked.lock().unwrap().push(get.range.clone());
         let at = self.readable(at)?;
-        let Page { kvs, more, at } = self.inner.page(get, at).await?;
-        Ok(Page { kvs, more, at: Dated { at, compactions: self.compactions.load(Ordering::SeqCst) } })
+        let Page { kvs, more, snapshot } = self.inner.page(get, at).await?;
+        Ok(Page { kvs, more, snapshot: Dated { at: snapshot, compactions: self.compactions.load(Ordering::SeqCst) } })
     }
 
-    async fn count(&self, keys: Keys, at: Option<Self::Snapshot>) -> KvResult<u64> {
+    async fn count(&self, keys: KeyRange, at: Option<Self::Snapshot>) -> KvResult<u64> {
         self.count("count");
         let at = self.readable(at)?;
         self.inner.count(keys, at).await
     }
 
-    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+    async fn list_and_watch(&self, range: KeyRange) -> KvResult<Watch> {
         self.count("follow");
-        self.inner.follow(keys).await
+        self.inner.list_and_watch(range).await
     }
 
     async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
@@ -367,7 +367,7 @@ impl Kv for Simulated {
         Duration::from_secs(60)
     }
 
-    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResponse> {
         self.call(|server, _| server.txn(&txn)).await.map(|(result, _)| result)
     }
 
@@ -375,14 +375,14 @@ impl Kv for Simulated {
         self.call(|server, _| server.page(&get, at.as_ref())).await
     }
 
-    async fn count(&self, keys: Keys, at: Option<Snapshot>) -> KvResult<u64> {
+    async fn count(&self, keys: KeyRange, at: Option<Snapshot>) -> KvResult<u64> {
         self.call(|server, _| server.count(&keys, at.as_ref())).await
     }
 
-    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+    async fn list_and_watch(&self, range: KeyRange) -> KvResult<Watch> {
         let (events, receive) = mpsc::unbounded_channel();
-        let (revision, keys) = self.call(|server, _| server.follow(&keys, events)).await;
-        Ok(Followed { revision, keys, events: Box::new(Watching(receive)) })
+        let (revision, keys) = self.call(|server, _| server.list_and_watch(&range, events)).await;
+        Ok(Watch { revision, keys, events: Box::new(Watching(receive)) })
     }
 
     async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
@@ -403,7 +403,7 @@ impl Kv for Simulated {
 
 struct Watching(mpsc::UnboundedReceiver<KvResult<Vec<Event>>>);
 
-impl Events for Watching {
+impl EventStream for Watching {
     fn next(&mut self) -> BoxFuture<'_, KvResult<Vec<Event>>> {
         async { self.0.recv().await.unwrap_or_else(|| Err(KvError::Unavailable("the watch ended".to_owned()))) }.boxed()
     }

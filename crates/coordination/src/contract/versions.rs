@@ -84,9 +84,9 @@ impl<T: Tested> Coordination<T> {
     /// Removes it, as a newer build would.
     async fn remove_newer(&self, instance: &Instance) {
         let layout = &self.core.layout;
-        let mut then = vec![Op::delete(layout.instance(&instance.key))];
-        then.extend(layout.instance_index(instance).into_iter().map(|(key, _)| Op::delete(key)));
-        self.core.kv.txn(Txn { then, ..Txn::default() }).await.unwrap();
+        let mut success = vec![Op::delete(layout.instance(&instance.key))];
+        success.extend(layout.instance_index(instance).into_iter().map(|(key, _)| Op::delete(key)));
+        self.core.kv.txn(Txn { success, ..Txn::default() }).await.unwrap();
     }
 }
 

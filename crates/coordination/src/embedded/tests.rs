@@ -14,11 +14,11 @@ use crate::{
 
 fn put(key: &str, lease: Option<LeaseId>) -> Txn {
     let op = Op::Put { key: key.to_owned(), value: b"value".to_vec(), lease };
-    Txn { then: vec![op], ..Txn::default() }
+    Txn { success: vec![op], ..Txn::default() }
 }
 
 async fn keys(kv: &Embedded) -> Vec<String> {
-    let all = Get { keys: Keys::between("a", "z"), limit: 0, keys_only: true };
+    let all = Get { range: KeyRange::between("a", "z"), limit: 0, keys_only: true };
     kv.page(all, None).await.unwrap().kvs.into_iter().map(|kv| kv.key).collect()
 }
 
@@ -42,7 +42,7 @@ async fn what_was_answered_is_there_after_a_restart_and_what_was_leased_is_not()
     let kv = Embedded::open(&path).unwrap();
     assert_eq!(keys(&kv).await, ["kept-1", "kept-2", "kept-3"]);
     let gone = put("b", Some(1));
-    assert_eq!(kv.txn(gone).await, Err(KvError::LeaseGone));
+    assert_eq!(kv.txn(gone).await, Err(KvError::LeaseNotFound));
 }
 
 #[tokio::test]
@@ -68,8 +68,8 @@ async fn leases_run_out_by_the_clock_that_the_store_is_given() {
     kv.txn(put("leased", Some(lease))).await.unwrap();
     // What is put does not keep it alive.
     after(119);
-    assert_eq!(kv.txn(put("leased", Some(lease))).await, Err(KvError::LeaseGone));
-    assert_eq!(kv.keep_alive(lease).await, Err(KvError::LeaseGone));
+    assert_eq!(kv.txn(put("leased", Some(lease))).await, Err(KvError::LeaseNotFound));
+    assert_eq!(kv.keep_alive(lease).await, Err(KvError::LeaseNotFound));
     assert_eq!(keys(&kv).await, ["kept"]);
     kv.revoke(lease).await.unwrap();
 }
@@ -94,7 +94,7 @@ fn every_call_ends_within_the_deadline() {
     runtime.spawn_blocking(move || busy.recv());
     runtime.block_on(async {
         let ends = Duration::from_secs(30);
-        let get = Get { keys: Keys::between("a", "z"), limit: 0, keys_only: true };
+        let get = Get { range: KeyRange::between("a", "z"), limit: 0, keys_only: true };
         let read = timeout(ends, kv.page(get, None)).await.expect("it ends");
         assert!(matches!(read, Err(KvError::Unavailable(_))), "a read has done nothing");
         let writes = (0..QUEUE + 64).map(|n| kv.txn(put(&format!("key-{n}"), None)));
@@ -193,7 +193,7 @@ async fn filled(path: &Path) {
     let kv = Embedded::open(path).unwrap();
     for n in 0..300 {
         let op = Op::put(format!("key-{n:04}"), vec![b'x'; 1000]);
-        kv.txn(Txn { then: vec![op], ..Txn::default() }).await.unwrap();
+        kv.txn(Txn { success: vec![op], ..Txn::default() }).await.unwrap();
     }
     kv.close().await;
 }
@@ -222,7 +222,7 @@ async fn a_damaged_file_is_told_and_not_read() {
 fn a_full_disk_is_told_and_loses_nothing_acknowledged() {
     const STORE: &str = "GAUNTLET_TEST_FULL_STORE";
     let write = |kv: &Embedded, n: usize| {
-        let txn = Txn { then: vec![Op::put(format!("key-{n:04}"), vec![b'x'; 100_000])], ..Txn::default() };
+        let txn = Txn { success: vec![Op::put(format!("key-{n:04}"), vec![b'x'; 100_000])], ..Txn::default() };
         tokio::runtime::Handle::current().block_on(kv.txn(txn))
     };
     if let Ok(path) = std::env::var(STORE) {
@@ -264,13 +264,13 @@ fn a_full_disk_is_told_and_loses_nothing_acknowledged() {
 async fn who_falls_behind_lists_again() {
     let dir = tempfile::tempdir().unwrap();
     let kv = Embedded::open(&dir.path().join("store")).unwrap();
-    let mut followed = kv.follow(Keys::between("a", "z")).await.unwrap();
+    let mut followed = kv.list_and_watch(KeyRange::between("a", "z")).await.unwrap();
     let (lease, _) = kv.grant(Duration::from_secs(60)).await.unwrap();
     for _ in 0..BEHIND + 10 {
         kv.txn(put("key", Some(lease))).await.unwrap();
     }
     assert!(followed.events.next().await.is_err());
-    assert_eq!(kv.follow(Keys::between("a", "z")).await.unwrap().keys.len(), 1);
+    assert_eq!(kv.list_and_watch(KeyRange::between("a", "z")).await.unwrap().keys.len(), 1);
 }
 
 #[tokio::test]
@@ -278,18 +278,21 @@ async fn a_failed_compare_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let kv = Embedded::open(&dir.path().join("store")).unwrap();
     let before = kv.txn(put("key", None)).await.unwrap().revision;
-    for when in [
-        Compare::absent(Keys::between("a", "z")),
+    for compare in [
+        Compare::absent(KeyRange::between("a", "z")),
         Compare::exists("other"),
-        Compare::created("key", before + 1),
-        Compare::modified("other", 0),
+        Compare::create_revision("key", before + 1),
+        Compare::mod_revision("other", 0),
         Compare::value("key", "another"),
-        Compare { keys: Keys::between("a", "z"), test: Test::NotAfter(before - 1) },
+        Compare { range: KeyRange::between("a", "z"), condition: Condition::ModRevisionAtMost(before - 1) },
     ] {
-        let txn =
-            Txn { when: vec![when.clone()], then: vec![Op::put("late", "")], or: vec![Op::get(Keys::one("key"))] };
+        let txn = Txn {
+            compare: vec![compare.clone()],
+            success: vec![Op::put("late", "")],
+            failure: vec![Op::get(KeyRange::key("key"))],
+        };
         let result = kv.txn(txn).await.unwrap();
-        assert!(!result.succeeded && result.revision == before && result.reads.concat().len() == 1, "{when:?}");
+        assert!(!result.succeeded && result.revision == before && result.reads.concat().len() == 1, "{compare:?}");
     }
     assert_eq!(keys(&kv).await, ["key"]);
 }
@@ -340,7 +343,7 @@ async fn a_watch_that_broke_is_listed_again_and_wakes_who_waits() {
     released.unwrap();
     let held = held.unwrap();
     let mut waiting = Box::pin(store.lock(LockKind::Rollout, &web, &by));
-    let queue = Get { keys: store.core.layout.queue(LockKind::Rollout, &web), limit: 0, keys_only: true };
+    let queue = Get { range: store.core.layout.queue(LockKind::Rollout, &web), limit: 0, keys_only: true };
     let queued = async {
         while kv.page(queue.clone(), None).await.unwrap().kvs.len() < 2 {
             tokio::time::sleep(Duration::from_millis(1)).await;

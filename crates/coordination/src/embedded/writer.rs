@@ -13,7 +13,7 @@ use redb::{Database, ReadableDatabase as _, ReadableTable as _, Table};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::{Clock, ENTRIES, Entry, Leased, Live, Shared, Snapshot, all_hold, describe, get_all, oldest};
-use crate::kv::{Event, Get, Keys, KvError, KvResult, LeaseId, Op, Txn, TxnResult};
+use crate::kv::{Event, Get, KeyRange, KvError, KvResult, LeaseId, Op, Txn, TxnResponse};
 
 /// Writes that share a commit at most.
 const GROUP: usize = 64;
@@ -21,7 +21,7 @@ const GROUP: usize = 64;
 /// What the writer is asked for, and where the answer goes.
 #[derive(Debug)]
 pub(super) enum Job {
-    Txn(Txn, oneshot::Sender<KvResult<TxnResult>>),
+    Txn(Txn, oneshot::Sender<KvResult<TxnResponse>>),
     Grant(Duration, oneshot::Sender<KvResult<LeaseId>>),
     KeepAlive(LeaseId, oneshot::Sender<KvResult<()>>),
     Revoke(LeaseId, oneshot::Sender<KvResult<()>>),
@@ -198,7 +198,7 @@ impl Change {
             }
             Job::KeepAlive(lease, to) => {
                 let kept = self.leases.get_mut(&lease).map(|lease| lease.ends = self.now + lease.ttl);
-                answers.push(reply(to, kept.ok_or(KvError::LeaseGone)));
+                answers.push(reply(to, kept.ok_or(KvError::LeaseNotFound)));
             }
             Job::Revoke(lease, to) => {
                 self.end(lease);
@@ -226,7 +226,7 @@ impl Change {
         let (revision, events) = (self.revision, &mut self.events);
         Arc::make_mut(&mut self.live).retain(|key, leased| {
             if leased.lease == lease {
-                events.push(Event { key: key.clone(), revision, created: None });
+                events.push(Event { key: key.clone(), revision, create_revision: None });
             }
             leased.lease != lease
         });
@@ -236,28 +236,28 @@ impl Change {
         &mut self,
         txn: Txn,
         table: &mut Table<'_, &'static str, Entry>,
-    ) -> Result<KvResult<TxnResult>, redb::Error> {
-        let succeeded = all_hold(&txn.when, table, &self.live)?;
-        let ops = if succeeded { txn.then } else { txn.or };
+    ) -> Result<KvResult<TxnResponse>, redb::Error> {
+        let succeeded = all_hold(&txn.compare, table, &self.live)?;
+        let ops = if succeeded { txn.success } else { txn.failure };
         let leased = |op: &Op| matches!(op, Op::Put { lease: Some(lease), .. } if !self.leases.contains_key(lease));
         if ops.iter().any(leased) {
-            return Ok(Err(KvError::LeaseGone));
+            return Ok(Err(KvError::LeaseNotFound));
         }
         let revision = self.revision + 1;
         let (mut reads, mut counts) = (Vec::new(), Vec::new());
         for op in ops {
             match op {
                 Op::Get(get) => reads.push(get_all(&get, table, &self.live)?.0),
-                Op::Oldest { keys, limit } => {
-                    let (read, count) = oldest(&keys, limit, table, &self.live)?;
+                Op::Oldest { range, limit } => {
+                    let (read, count) = oldest(&range, limit, table, &self.live)?;
                     reads.push(read);
                     counts.push(count);
                 }
                 Op::Put { key, value, lease } => self.put(key, &value, lease, revision, table)?,
-                Op::Delete(keys) => self.delete(&keys, revision, table)?,
+                Op::Delete(range) => self.delete(&range, revision, table)?,
             }
         }
-        Ok(Ok(TxnResult { succeeded, revision: self.revision, reads, counts }))
+        Ok(Ok(TxnResponse { succeeded, revision: self.revision, reads, counts }))
     }
 
     fn put(
@@ -269,36 +269,37 @@ impl Change {
         table: &mut Table<'_, &'static str, Entry>,
     ) -> Result<(), redb::Error> {
         let stored = table.get(key.as_str())?.map(|entry| entry.value().0);
-        let created = stored.or_else(|| self.live.get(&key).map(|leased| leased.created)).unwrap_or(revision);
+        let create_revision =
+            stored.or_else(|| self.live.get(&key).map(|leased| leased.create_revision)).unwrap_or(revision);
         match lease {
             Some(lease) => {
                 if stored.is_some() {
                     table.remove(key.as_str())?;
                     self.durable = true;
                 }
-                let leased = Leased { created, modified: revision, value: value.to_vec(), lease };
+                let leased = Leased { create_revision, mod_revision: revision, value: value.to_vec(), lease };
                 Arc::make_mut(&mut self.live).insert(key.clone(), leased);
             }
             None => {
                 if self.live.contains_key(&key) {
                     Arc::make_mut(&mut self.live).remove(&key);
                 }
-                table.insert(key.as_str(), (created, revision, value))?;
+                table.insert(key.as_str(), (create_revision, revision, value))?;
                 self.durable = true;
             }
         }
         self.revision = revision;
-        self.events.push(Event { key, revision, created: Some(created) });
+        self.events.push(Event { key, revision, create_revision: Some(create_revision) });
         Ok(())
     }
 
     fn delete(
         &mut self,
-        keys: &Keys,
+        range: &KeyRange,
         revision: u64,
         table: &mut Table<'_, &'static str, Entry>,
     ) -> Result<(), redb::Error> {
-        let all = Get { keys: keys.clone(), limit: 0, keys_only: true };
+        let all = Get { range: range.clone(), limit: 0, keys_only: true };
         for kv in get_all(&all, table, &self.live)?.0 {
             if self.live.contains_key(&kv.key) {
                 Arc::make_mut(&mut self.live).remove(&kv.key);
@@ -307,7 +308,7 @@ impl Change {
                 self.durable = true;
             }
             self.revision = revision;
-            self.events.push(Event { key: kv.key, revision, created: None });
+            self.events.push(Event { key: kv.key, revision, create_revision: None });
         }
         Ok(())
     }

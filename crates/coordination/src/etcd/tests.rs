@@ -217,7 +217,7 @@ async fn lists_of_many_pages_go_on_while_etcd_is_compacted() {
             let instance = crate::contract::instance(key.clone(), gauntlet_domain::Phase::Ready);
             Op::put(store.core.layout.instance(key), crate::records::write_instance(&instance))
         };
-        store.core.kv.txn(Txn { then: some.iter().map(record).collect(), ..Txn::default() }).await.unwrap();
+        store.core.kv.txn(Txn { success: some.iter().map(record).collect(), ..Txn::default() }).await.unwrap();
     }
     let mut compact = async || {
         let put = admin.put("elsewhere", "", None).await.unwrap();
@@ -237,10 +237,10 @@ async fn lists_of_many_pages_go_on_while_etcd_is_compacted() {
     assert_eq!(own.len(), INSTANCES);
     // A revision that is gone is told as such, and the store goes on.
     let old = Some(1);
-    let get = || Get { keys: Keys::one("elsewhere"), limit: 0, keys_only: false };
+    let get = || Get { range: KeyRange::key("elsewhere"), limit: 0, keys_only: false };
     assert_eq!(store.core.kv.page(get(), old).await.unwrap_err(), KvError::Compacted);
-    assert_eq!(store.core.kv.count(get().keys, old).await.unwrap_err(), KvError::Compacted);
-    assert_eq!(store.core.count(get().keys, old).await.unwrap(), 1);
+    assert_eq!(store.core.kv.count(get().range, old).await.unwrap_err(), KvError::Compacted);
+    assert_eq!(store.core.count(get().range, old).await.unwrap(), 1);
     store.shutdown().await;
 }
 

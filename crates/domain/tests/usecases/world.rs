@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use futures::TryStreamExt as _;
 use gauntlet_coordination::{
     Coordination, Embedded,
-    kv::{Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Test, Txn, TxnResult},
+    kv::{Condition, Get, KeyRange, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResponse, Watch},
 };
 use gauntlet_domain::{
     Additional, Assignment, By, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Found, Gauntlet, Held, Identity,
@@ -280,26 +280,27 @@ impl Kv for Store {
         self.inner.deadline()
     }
 
-    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
-        let removes = |op: &Op| matches!(op, Op::Delete(keys) if keys.from.contains("/challenges "));
-        if txn.then.iter().any(removes) {
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResponse> {
+        let removes = |op: &Op| matches!(op, Op::Delete(keys) if keys.start.contains("/challenges "));
+        if txn.success.iter().any(removes) {
             self.gates.pass("remove a challenge").await;
         }
-        if txn.when.iter().any(|compare| matches!(compare.test, Test::NotAfter(_))) {
+        if txn.compare.iter().any(|compare| matches!(compare.condition, Condition::ModRevisionAtMost(_))) {
             self.gates.pass("rewrite an instance").await;
         }
-        let of_challenges = |op: &Op| matches!(op, Op::Get(get) if get.keys.from.contains("/challenges "));
-        if self.hides_challenges.load(Ordering::Relaxed) && txn.then.iter().all(of_challenges) {
+        let of_challenges = |op: &Op| matches!(op, Op::Get(get) if get.range.start.contains("/challenges "));
+        if self.hides_challenges.load(Ordering::Relaxed) && txn.success.iter().all(of_challenges) {
             return Err(KvError::Unavailable("reading a challenge is refused".to_owned()));
         }
         if self.rival.load(Ordering::Relaxed) {
-            for read in txn.when.iter().filter(|compare| matches!(compare.test, Test::Modified(_) | Test::NotAfter(_)))
-            {
+            for read in txn.compare.iter().filter(|compare| {
+                matches!(compare.condition, Condition::ModRevision(_) | Condition::ModRevisionAtMost(_))
+            }) {
                 // What was read is written again, as it is.
-                let get = Get { keys: read.keys.clone(), limit: 0, keys_only: false };
+                let get = Get { range: read.range.clone(), limit: 0, keys_only: false };
                 let page = self.inner.page(get, None).await?;
-                let then = page.kvs.into_iter().map(|kv| Op::put(kv.key, kv.value)).collect();
-                self.inner.txn(Txn { then, ..Txn::default() }).await?;
+                let success = page.kvs.into_iter().map(|kv| Op::put(kv.key, kv.value)).collect();
+                self.inner.txn(Txn { success, ..Txn::default() }).await?;
             }
         }
         self.inner.txn(txn).await
@@ -309,12 +310,12 @@ impl Kv for Store {
         self.inner.page(get, at).await
     }
 
-    async fn count(&self, keys: Keys, at: Option<Self::Snapshot>) -> KvResult<u64> {
+    async fn count(&self, keys: KeyRange, at: Option<Self::Snapshot>) -> KvResult<u64> {
         self.inner.count(keys, at).await
     }
 
-    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
-        self.inner.follow(keys).await
+    async fn list_and_watch(&self, range: KeyRange) -> KvResult<Watch> {
+        self.inner.list_and_watch(range).await
     }
 
     async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {

@@ -4,7 +4,7 @@ use std::{process::Command, time::Duration};
 
 use gauntlet_coordination::{
     Etcd, EtcdConfig,
-    kv::{Get, Keys, Kv as _},
+    kv::{Get, KeyRange, Kv as _},
 };
 use gauntlet_stack::{Process, Ready, Spec, Tool, Tools, http, ports::Reserved};
 use gauntlet_telemetry::{Instruments, db::Database};
@@ -112,8 +112,8 @@ impl Cluster {
 
     /// What is stored under these words of a key, and not in a lease's way: keys and values.
     pub(super) fn stored(&self, words: &str) -> Result<Vec<(String, Vec<u8>)>, String> {
-        let keys = Keys::between(format!("gauntlet/{words} "), format!("gauntlet/{words}!"));
-        let page = self.store.page(Get { keys, limit: 0, keys_only: false }, None);
+        let range = KeyRange::between(format!("gauntlet/{words} "), format!("gauntlet/{words}!"));
+        let page = self.store.page(Get { range, limit: 0, keys_only: false }, None);
         let page = self.world.runtime.block_on(page).map_err(|error| error.to_string())?;
         Ok(page.kvs.into_iter().map(|kv| (kv.key, kv.value)).collect())
     }

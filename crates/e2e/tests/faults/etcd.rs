@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, sync::atomic::AtomicBool, time::Duration};
 
-use gauntlet_coordination::kv::{Keys, Kv as _, Op, Txn};
+use gauntlet_coordination::kv::{KeyRange, Kv as _, Op, Txn};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -228,8 +228,8 @@ fn out_of_space_reads_go_on_and_writes_resume_when_there_is_room() {
     cluster.at_rest();
     let length = length_of_log(manager);
     let put = |number: usize| {
-        let then = vec![Op::put(format!("filler {number:04}"), vec![b'x'; 256 * 1024])];
-        cluster.world.runtime.block_on(cluster.store.txn(Txn { then, ..Txn::default() }))
+        let success = vec![Op::put(format!("filler {number:04}"), vec![b'x'; 256 * 1024])];
+        cluster.world.runtime.block_on(cluster.store.txn(Txn { success, ..Txn::default() }))
     };
     assert!((0..100).any(|number| put(number).is_err()), "etcd fills up");
     let mut client = Client::new(std::slice::from_ref(&manager.url), 0);
@@ -243,8 +243,8 @@ fn out_of_space_reads_go_on_and_writes_resume_when_there_is_room() {
     let said = said_since(manager, length);
     assert!(said.contains("out of space") && said.contains("disarm"), "the operator is told what to do:\n{said}");
 
-    let then = vec![Op::Delete(Keys::between("filler ", "filler!"))];
-    cluster.world.runtime.block_on(cluster.store.txn(Txn { then, ..Txn::default() })).unwrap();
+    let success = vec![Op::Delete(KeyRange::between("filler ", "filler!"))];
+    cluster.world.runtime.block_on(cluster.store.txn(Txn { success, ..Txn::default() })).unwrap();
     let status = post(&cluster.members[0].url, "/v3/maintenance/status", &json!({})).unwrap();
     cluster.etcdctl(&["compaction", status["header"]["revision"].as_str().unwrap(), "--physical"]);
     cluster.etcdctl(&["defrag"]);

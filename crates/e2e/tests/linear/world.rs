@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use futures::TryStreamExt as _;
 use gauntlet_coordination::{
     Coordination,
-    kv::{Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResult},
+    kv::{Get, KeyRange, Kv, KvError, KvResult, LeaseId, Page, Txn, TxnResponse, Watch},
 };
 use gauntlet_domain::{
     Additional, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Found, Gauntlet, Identity, NewChallenge, Order,
@@ -94,8 +94,8 @@ impl<K: Kv> Kv for Faulty<K> {
         self.inner.deadline()
     }
 
-    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
-        let writes = !txn.then.iter().chain(&txn.or).all(Op::is_read);
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResponse> {
+        let writes = !txn.is_read_only();
         if writes && self.faults.strike(50) {
             return Err(KvError::Ambiguous("the request was lost".to_owned()));
         }
@@ -113,12 +113,12 @@ impl<K: Kv> Kv for Faulty<K> {
         self.inner.page(get, at).await
     }
 
-    async fn count(&self, keys: Keys, at: Option<K::Snapshot>) -> KvResult<u64> {
+    async fn count(&self, keys: KeyRange, at: Option<K::Snapshot>) -> KvResult<u64> {
         self.inner.count(keys, at).await
     }
 
-    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
-        self.inner.follow(keys).await
+    async fn list_and_watch(&self, range: KeyRange) -> KvResult<Watch> {
+        self.inner.list_and_watch(range).await
     }
 
     async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use futures::{TryStreamExt as _, future::join_all};
 use gauntlet_coordination::{
     Coordination, Embedded,
-    kv::{Followed, Get, Keys, Kv, KvResult, LeaseId, Page, Txn, TxnResult},
+    kv::{Get, KeyRange, Kv, KvResult, LeaseId, Page, Txn, TxnResponse, Watch},
 };
 use gauntlet_domain::{
     Additional, Call, Challenge, Fact, Facts, Found, Identity, NewChallenge, Order, Outputs, Pinned, Place as At, Plan,
@@ -54,7 +54,7 @@ impl Kv for Counted {
         self.inner.deadline()
     }
 
-    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResponse> {
         self.count("txn");
         self.inner.txn(txn).await
     }
@@ -64,14 +64,14 @@ impl Kv for Counted {
         self.inner.page(get, at).await
     }
 
-    async fn count(&self, keys: Keys, at: Option<Self::Snapshot>) -> KvResult<u64> {
+    async fn count(&self, keys: KeyRange, at: Option<Self::Snapshot>) -> KvResult<u64> {
         self.count("count");
         self.inner.count(keys, at).await
     }
 
-    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+    async fn list_and_watch(&self, range: KeyRange) -> KvResult<Watch> {
         self.count("follow");
-        self.inner.follow(keys).await
+        self.inner.list_and_watch(range).await
     }
 
     async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {

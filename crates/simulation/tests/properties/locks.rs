@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, future::BoxFuture};
-use gauntlet_coordination::{Coordination, kv::Keys};
+use gauntlet_coordination::{Coordination, kv::KeyRange};
 use gauntlet_domain::{By, ChallengeId, Error, Held, LockKind, Result, Store as _};
 use proptest::{prelude::*, sample::Index};
 use tokio::time::Instant;
@@ -194,10 +194,10 @@ impl History {
     /// What is stored: tokens, by who asked.
     fn stored(&self) -> BTreeMap<usize, u64> {
         let server = self.replicas[0].0.server();
-        let live = Keys::between("p/live ", "p/live!");
+        let live = KeyRange::between("p/live ", "p/live!");
         let stored = server.range(&live).map(|(_, entry)| {
             let owner: serde_json::Value = serde_json::from_slice(&entry.value).unwrap();
-            (owner["origin"].as_str().unwrap().parse().unwrap(), entry.created)
+            (owner["origin"].as_str().unwrap().parse().unwrap(), entry.create_revision)
         });
         stored.collect()
     }

@@ -13,7 +13,7 @@ use std::{
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_coordination::{
     Coordination,
-    kv::{Event, Events, Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResult},
+    kv::{Event, EventStream, Get, KeyRange, Kv, KvError, KvResult, LeaseId, Page, Txn, TxnResponse, Watch},
 };
 use proptest::{
     prelude::ProptestConfig,
@@ -113,8 +113,8 @@ impl Kv for Direct {
         Duration::from_secs(5)
     }
 
-    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
-        if txn.then.iter().chain(&txn.or).all(Op::is_read) {
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResponse> {
+        if txn.is_read_only() {
             return self.server().txn(&txn).map(|(result, _)| result);
         }
         yield_now().await;
@@ -132,14 +132,14 @@ impl Kv for Direct {
         self.server().page(&get, at.as_ref())
     }
 
-    async fn count(&self, keys: Keys, at: Option<Snapshot>) -> KvResult<u64> {
+    async fn count(&self, keys: KeyRange, at: Option<Snapshot>) -> KvResult<u64> {
         self.server().count(&keys, at.as_ref())
     }
 
-    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+    async fn list_and_watch(&self, range: KeyRange) -> KvResult<Watch> {
         let (send, receive) = mpsc::unbounded_channel();
-        let (revision, keys) = self.server().follow(&keys, send);
-        Ok(Followed { revision, keys, events: Box::new(Watching(receive)) })
+        let (revision, keys) = self.server().list_and_watch(&range, send);
+        Ok(Watch { revision, keys, events: Box::new(Watching(receive)) })
     }
 
     async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
@@ -162,7 +162,7 @@ impl Kv for Direct {
 
 struct Watching(mpsc::UnboundedReceiver<KvResult<Vec<Event>>>);
 
-impl Events for Watching {
+impl EventStream for Watching {
     fn next(&mut self) -> BoxFuture<'_, KvResult<Vec<Event>>> {
         async { self.0.recv().await.unwrap_or_else(|| Err(KvError::Unavailable("ended".to_owned()))) }.boxed()
     }

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use gauntlet_coordination::kv::{Keys, Op, Test, Txn, TxnResult};
+use gauntlet_coordination::kv::{Condition, KeyRange, Op, Txn, TxnResponse};
 use gauntlet_domain::{ChallengeId, Identity};
 use jiff::Timestamp;
 use serde_json::Value;
@@ -84,7 +84,7 @@ pub struct Checks {
 
 /// Whether a transaction carries a token that no longer stands.
 pub fn stale(etcd: &Server, txn: &Txn) -> bool {
-    txn.when.iter().any(|compare| matches!(compare.test, Test::Created(_)) && !etcd.holds(compare))
+    txn.compare.iter().any(|compare| matches!(compare.condition, Condition::CreateRevision(_)) && !etcd.holds(compare))
 }
 
 /// The seat of a key of an instance's record or intent, and which.
@@ -149,7 +149,7 @@ impl Checks {
         now: Duration,
         homes: &Homes,
         txn: &Txn,
-        result: &TxnResult,
+        result: &TxnResponse,
         changes: &[Change],
     ) -> Result<(), String> {
         if changes.is_empty() {
@@ -164,16 +164,19 @@ impl Checks {
             if let Some((seat, intent)) = seat_of(&change.key) {
                 // Invariant 6: whatever changes an instance says in the same transaction that nobody else owns it.
                 let owner = format!("{PREFIX}live owners {} {} {}", seat.0, seat.1, seat.2);
-                let tested = txn.when.iter().any(|compare| {
-                    compare.keys == Keys::one(&owner) && matches!(compare.test, Test::Absent | Test::Created(_))
+                let tested = txn.compare.iter().any(|compare| {
+                    compare.range == KeyRange::key(&owner)
+                        && matches!(compare.condition, Condition::Absent | Condition::CreateRevision(_))
                 });
                 ensure(result.succeeded && tested, || format!("6: {seat:?} changes without a test of its owner key"))?;
                 self.learn(&seat, intent, change.after.as_ref());
             } else if let Some(id) = challenge_of(&change.key) {
                 let inserted = change.before.is_none();
-                let tested = txn.when.iter().any(|compare| match compare.test {
-                    Test::Absent => inserted && compare.keys.from == *change.key,
-                    Test::Created(_) => compare.keys.from.starts_with(&format!("{PREFIX}live locks challenge {id} w ")),
+                let tested = txn.compare.iter().any(|compare| match compare.condition {
+                    Condition::Absent => inserted && compare.range.start == *change.key,
+                    Condition::CreateRevision(_) => {
+                        compare.range.start.starts_with(&format!("{PREFIX}live locks challenge {id} w "))
+                    }
                     _ => false,
                 });
                 ensure(result.succeeded && tested, || format!("6: challenge {id} changes without its lock"))?;
@@ -321,7 +324,7 @@ impl Checks {
                 self.known.entry(identity.clone()).or_insert_with(|| (seat.0.clone(), first));
             }
         }
-        let deletes = txn.then.iter().filter(|op| matches!(op, Op::Delete(_))).count();
+        let deletes = txn.success.iter().filter(|op| matches!(op, Op::Delete(_))).count();
         ensure(deletes <= 16, || format!("a transaction on {seat:?} deletes {deletes} keys"))
     }
 

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use gauntlet_coordination::kv::{Op, Test, Txn};
+use gauntlet_coordination::kv::{Condition, Op, Txn};
 
 use super::PREFIX;
 
@@ -124,15 +124,18 @@ impl Step {
     /// What a transaction of the coordination is for, by the keys it touches.
     pub fn of(txn: &Txn) -> Self {
         let starts = |key: &str, what: &str| key.strip_prefix(PREFIX).is_some_and(|key| key.starts_with(what));
-        let puts = |what: &str| txn.then.iter().any(|op| matches!(op, Op::Put { key, .. } if starts(key, what)));
-        let deletes = |what: &str| txn.then.iter().any(|op| matches!(op, Op::Delete(keys) if starts(&keys.from, what)));
+        let puts = |what: &str| txn.success.iter().any(|op| matches!(op, Op::Put { key, .. } if starts(key, what)));
+        let deletes =
+            |what: &str| txn.success.iter().any(|op| matches!(op, Op::Delete(keys) if starts(&keys.start, what)));
         let fresh = |what: &str| {
-            txn.when.iter().any(|compare| compare.test == Test::Absent && starts(&compare.keys.from, what))
+            txn.compare
+                .iter()
+                .any(|compare| compare.condition == Condition::Absent && starts(&compare.range.start, what))
         };
         let claims = || {
-            txn.then
+            txn.success
                 .iter()
-                .any(|op| matches!(op, Op::Delete(keys) if keys.to.is_some() && starts(&keys.from, "instances ")))
+                .any(|op| matches!(op, Op::Delete(keys) if keys.end.is_some() && starts(&keys.start, "instances ")))
         };
         if puts("challenges ") {
             return if fresh("challenges ") { Self::Insert } else { Self::Change };

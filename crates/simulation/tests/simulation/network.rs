@@ -10,7 +10,7 @@ use std::{
 
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_coordination::kv::{
-    Event as Change, Events, Followed, Get, Keys, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResult,
+    Event as Change, EventStream, Get, KeyRange, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResponse, Watch,
 };
 use rand::RngExt as _;
 use tokio::{
@@ -148,11 +148,11 @@ async fn lose<T>(answer: oneshot::Sender<T>) {
 /// A transaction in a few words, without what differs from one run to the next.
 fn describe(txn: &Txn) -> String {
     let short = |key: &str| key.strip_prefix(PREFIX).unwrap_or(key).to_owned();
-    let ops = txn.then.iter().map(|op| match op {
+    let ops = txn.success.iter().map(|op| match op {
         Op::Put { key, .. } => format!("+{}", short(key)),
-        Op::Delete(keys) => format!("-{}", short(&keys.from)),
-        Op::Get(get) => format!("?{}", short(&get.keys.from)),
-        Op::Oldest { keys, .. } => format!("?{}", short(&keys.from)),
+        Op::Delete(range) => format!("-{}", short(&range.start)),
+        Op::Get(get) => format!("?{}", short(&get.range.start)),
+        Op::Oldest { range, .. } => format!("?{}", short(&range.start)),
     });
     ops.collect::<Vec<_>>().join(", ")
 }
@@ -168,7 +168,7 @@ impl Kv for Client {
         DEADLINE
     }
 
-    async fn txn(&self, txn: Txn) -> KvResult<TxnResult> {
+    async fn txn(&self, txn: Txn) -> KvResult<TxnResponse> {
         let what = describe(&txn);
         self.call(Step::of(&txn), what, move |state, now| {
             let owned = super::checks::stale(&state.etcd, &txn);
@@ -190,19 +190,20 @@ impl Kv for Client {
     }
 
     async fn page(&self, get: Get, at: Option<Snapshot>) -> KvResult<Page<Snapshot>> {
-        let what = format!("page {}", get.keys.from.strip_prefix(PREFIX).unwrap_or_default());
+        let what = format!("page {}", get.range.start.strip_prefix(PREFIX).unwrap_or_default());
         self.call(Step::Read, what, move |state, _| state.etcd.page(&get, at.as_ref())).await
     }
 
-    async fn count(&self, keys: Keys, at: Option<Snapshot>) -> KvResult<u64> {
+    async fn count(&self, keys: KeyRange, at: Option<Snapshot>) -> KvResult<u64> {
         self.call(Step::Read, "count".to_owned(), move |state, _| state.etcd.count(&keys, at.as_ref())).await
     }
 
-    async fn follow(&self, keys: Keys) -> KvResult<Followed> {
+    async fn list_and_watch(&self, range: KeyRange) -> KvResult<Watch> {
         let (send, receive) = mpsc::unbounded_channel();
-        let followed = self.call(Step::Watch, "follow".to_owned(), move |state, _| Ok(state.etcd.follow(&keys, send)));
+        let followed =
+            self.call(Step::Watch, "follow".to_owned(), move |state, _| Ok(state.etcd.list_and_watch(&range, send)));
         let (revision, keys) = followed.await?;
-        Ok(Followed { revision, keys, events: Box::new(Watching { process: self.0.clone(), receive, ready: None }) })
+        Ok(Watch { revision, keys, events: Box::new(Watching { process: self.0.clone(), receive, ready: None }) })
     }
 
     async fn grant(&self, ttl: Duration) -> KvResult<(LeaseId, Duration)> {
@@ -232,7 +233,7 @@ struct Watching {
     ready: Option<KvResult<Vec<Change>>>,
 }
 
-impl Events for Watching {
+impl EventStream for Watching {
     fn next(&mut self) -> BoxFuture<'_, KvResult<Vec<Change>>> {
         async {
             if self.ready.is_none() {

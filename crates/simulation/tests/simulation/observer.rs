@@ -39,8 +39,9 @@ pub struct Observer {
 impl Observer {
     /// A manager is told that it holds a lock; answers whether one that cannot know had held it until then.
     fn told(&mut self, etcd: &Server, token: u64, holder: Holder) -> std::result::Result<bool, String> {
-        let stands =
-            |token: u64| etcd.entries().any(|(key, entry)| entry.created == token && key.contains("live locks"));
+        let stands = |token: u64| {
+            etcd.entries().any(|(key, entry)| entry.create_revision == token && key.contains("live locks"))
+        };
         if self.early.contains(&token) {
             return Ok(false);
         }
@@ -82,7 +83,7 @@ impl Observer {
 
     /// Etcd loses a lease before its time, and these keys with it.
     pub fn lost_early(&mut self, gone: &[Change]) {
-        self.early.extend(gone.iter().filter_map(|change| Some(change.before.as_ref()?.created)));
+        self.early.extend(gone.iter().filter_map(|change| Some(change.before.as_ref()?.create_revision)));
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use gauntlet_coordination::kv::Keys;
+use gauntlet_coordination::kv::KeyRange;
 use gauntlet_domain::Clock;
 use tokio::{sync::Notify, time::sleep};
 
@@ -153,7 +153,7 @@ impl Process {
             if length > LEASE {
                 state.count(Event::PauseBeyondLease);
                 let mine = format!("\"replica\":\"{}\"", self.name);
-                let live = Keys::between(format!("{PREFIX}live "), format!("{PREFIX}live!"));
+                let live = KeyRange::between(format!("{PREFIX}live "), format!("{PREFIX}live!"));
                 let owns = |entry: &Entry| String::from_utf8_lossy(&entry.value).contains(&mine);
                 if state.etcd.range(&live).any(|(_, entry)| owns(entry)) {
                     state.count(Event::PauseBeyondLeaseAtWork);

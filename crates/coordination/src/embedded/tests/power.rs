@@ -38,7 +38,7 @@ async fn what_was_acknowledged_survives_a_power_failure() {
                     for n in 0..WRITES {
                         let key = format!("key-{failure}-{writer}-{n}");
                         let op = Op::put(key.clone(), vec![b'x'; 1 + (n * 37) % 3000]);
-                        match kv.txn(Txn { then: vec![op], ..Txn::default() }).await {
+                        match kv.txn(Txn { success: vec![op], ..Txn::default() }).await {
                             Ok(_) => drop(acknowledged.lock().unwrap().insert(key)),
                             Err(_) => break,
                         }
@@ -73,7 +73,7 @@ async fn many_writers_share_commits_and_none_is_lost() {
     const QUEUED: usize = 300;
     let disk = Disk::default();
     let kv = disk.open().unwrap();
-    let mut followed = kv.follow(Keys::between("a", "z")).await.unwrap();
+    let mut followed = kv.list_and_watch(KeyRange::between("a", "z")).await.unwrap();
     disk.hold();
     let before = disk.syncs();
     let mut puts: Vec<_> = (0..QUEUED).map(|n| kv.txn(put(&format!("key-{n:03}"), None)).boxed()).collect();
