@@ -1,4 +1,4 @@
-//! The file: restarts, other processes, damage.
+//! Restarts, a second process, damaged files, full disks and lagging watches.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 mod disk;
@@ -10,6 +10,7 @@ use super::*;
 use crate::{
     Coordination,
     contract::{at, challenge, id, instance, instance_key},
+    kv::{Compare, Condition},
 };
 
 fn put(key: &str, lease: Option<LeaseId>) -> Txn {
@@ -23,7 +24,7 @@ async fn keys(kv: &Embedded) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn what_was_answered_is_there_after_a_restart_and_what_was_leased_is_not() {
+async fn restart_keeps_committed_keys_and_drops_leased_ones() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("deep/er/store");
     let mut last = 0;
@@ -46,7 +47,7 @@ async fn what_was_answered_is_there_after_a_restart_and_what_was_leased_is_not()
 }
 
 #[tokio::test]
-async fn leases_run_out_by_the_clock_that_the_store_is_given() {
+async fn leases_expire_by_the_injected_clock() {
     let dir = tempfile::tempdir().unwrap();
     let began = Instant::now();
     let now = Arc::new(Mutex::new(began));
@@ -66,7 +67,7 @@ async fn leases_run_out_by_the_clock_that_the_store_is_given() {
     after(118);
     assert_eq!(keys(&kv).await, ["kept", "leased"]);
     kv.txn(put("leased", Some(lease))).await.unwrap();
-    // What is put does not keep it alive.
+    // A put does not renew its lease.
     after(119);
     assert_eq!(kv.txn(put("leased", Some(lease))).await, Err(KvError::LeaseNotFound));
     assert_eq!(kv.keep_alive(lease).await, Err(KvError::LeaseNotFound));
@@ -74,9 +75,9 @@ async fn leases_run_out_by_the_clock_that_the_store_is_given() {
     kv.revoke(lease).await.unwrap();
 }
 
-/// The disk that does not answer is a clock that stands still here: the writer asks it before each group of writes.
+/// A clock that blocks stands in for a disk that hangs: the writer reads the clock before each group of jobs.
 #[test]
-fn every_call_ends_within_the_deadline() {
+fn calls_return_within_the_deadline() {
     let dir = tempfile::tempdir().unwrap();
     let stuck = Arc::new(Mutex::new(()));
     let clock = {
@@ -87,7 +88,7 @@ fn every_call_ends_within_the_deadline() {
         })
     };
     let kv = Embedded::open_with(&dir.path().join("store"), clock, Duration::from_millis(50)).unwrap();
-    // One thread for all that blocks, and that one is busy.
+    // The only blocking thread is kept busy, so reads hang too.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
     let writing = stuck.lock().unwrap();
     let (go_on, busy) = mpsc::channel::<()>();
@@ -95,22 +96,25 @@ fn every_call_ends_within_the_deadline() {
     runtime.block_on(async {
         let ends = Duration::from_secs(30);
         let get = Get { range: KeyRange::between("a", "z"), limit: 0, keys_only: true };
-        let read = timeout(ends, kv.page(get, None)).await.expect("it ends");
-        assert!(matches!(read, Err(KvError::Unavailable(_))), "a read has done nothing");
-        let writes = (0..QUEUE + 64).map(|n| kv.txn(put(&format!("key-{n}"), None)));
-        let writes = timeout(ends, futures::future::join_all(writes)).await.expect("they end");
+        let read = timeout(ends, kv.page(get, None)).await.expect("the read returns");
+        assert!(matches!(read, Err(KvError::Unavailable(_))), "a read changes nothing");
+        let writes = (0..WRITE_QUEUE + 64).map(|n| kv.txn(put(&format!("key-{n}"), None)));
+        let writes = timeout(ends, futures::future::join_all(writes)).await.expect("the writes return");
         let unknown = writes.iter().filter(|write| matches!(write, Err(KvError::Ambiguous(_)))).count();
         let refused = writes.iter().filter(|write| matches!(write, Err(KvError::Unavailable(_)))).count();
-        assert!(unknown >= QUEUE && unknown + refused == QUEUE + 64, "{unknown} unknown, {refused} refused");
+        assert!(
+            unknown >= WRITE_QUEUE && unknown + refused == WRITE_QUEUE + 64,
+            "{unknown} unknown, {refused} refused"
+        );
     });
     drop(writing);
     go_on.send(()).unwrap();
     runtime.block_on(kv.close());
 }
 
-/// Runs itself again, as the other process.
+/// Runs this test binary again as the second process.
 #[tokio::test]
-async fn a_file_has_one_process() {
+async fn second_process_is_rejected() {
     const STORE: &str = "GAUNTLET_TEST_OPEN_STORE";
     let refused = |path: &Path| Embedded::open(path).unwrap_err().to_string();
     if let Some(path) = std::env::var_os(STORE) {
@@ -121,7 +125,7 @@ async fn a_file_has_one_process() {
     let path = dir.path().join("store");
     let _first = Embedded::open(&path).unwrap();
     let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "embedded::tests::a_file_has_one_process", "--nocapture"])
+        .args(["--exact", "embedded::tests::second_process_is_rejected", "--nocapture"])
         .env(STORE, &path)
         .output()
         .unwrap();
@@ -131,7 +135,7 @@ async fn a_file_has_one_process() {
 }
 
 #[tokio::test]
-async fn only_its_owner_reads_the_file() {
+async fn file_is_readable_by_its_owner_only() {
     use std::os::unix::fs::PermissionsExt as _;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
@@ -140,38 +144,38 @@ async fn only_its_owner_reads_the_file() {
 }
 
 #[test]
-fn what_is_no_store_is_told_by_its_path() {
+fn open_error_names_the_path() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     std::fs::write(&path, "not a store at all".repeat(1000)).unwrap();
     let text = Embedded::open(&path).unwrap_err().to_string();
     assert!(text.contains(path.to_str().unwrap()), "{text}");
     let text = Embedded::open(&path.join("below/a/file")).unwrap_err().to_string();
-    assert!(text.contains(path.to_str().unwrap()) && text.contains("cannot make its directory"), "{text}");
+    assert!(text.contains(path.to_str().unwrap()) && text.contains("cannot create its directory"), "{text}");
 }
 
-/// What a build of record version 1 left: a challenge, an instance that is ready and one whose creation a crash cut short. Written once,
-/// and again if it is removed, by whatever build then is.
+/// Opens a file that a build with record version 1 wrote: a challenge, a ready instance and one whose creation was interrupted by a crash.
+/// If the file is deleted, the current build writes it again.
 #[tokio::test]
-async fn a_file_of_version_1_opens_and_goes_on() {
-    let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/embedded/tests/version-1.redb");
+async fn version_1_file_opens_and_stays_usable() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/embedded/tests/version-1.redb");
     let open = |path: PathBuf| async move { Coordination::embedded(&path, "a".to_owned()).await.unwrap() };
     let (by, alice, bob) = (By::default(), instance_key("web", "alice"), instance_key("web", "bob"));
     let ready = instance(alice.clone(), gauntlet_domain::Phase::Ready);
     let begun = instance(bob.clone(), gauntlet_domain::Phase::Provisioning);
-    if !kept.exists() {
-        let store = open(kept.clone()).await;
+    if !fixture.exists() {
+        let store = open(fixture.clone()).await;
         store.insert_challenge(&challenge("web")).await.unwrap();
         let web = store.challenge(&id("web")).await.unwrap().unwrap();
         let creating = instance(alice.clone(), gauntlet_domain::Phase::Provisioning);
         let held = store.begin_create(&web, &creating, None, &by).await.unwrap();
         store.commit(held, &alice, Commit::Put(Box::new(ready.clone()))).await.unwrap();
-        let _cut_short = store.begin_create(&web, &begun, None, &by).await.unwrap();
+        let _interrupted = store.begin_create(&web, &begun, None, &by).await.unwrap();
         store.core.kv.close().await;
     }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
-    std::fs::copy(&kept, &path).unwrap();
+    std::fs::copy(&fixture, &path).unwrap();
     for _ in 0..2 {
         let store = open(path.clone()).await;
         assert_eq!(store.challenge(&id("web")).await.unwrap().unwrap().value, challenge("web"));
@@ -188,8 +192,8 @@ async fn a_file_of_version_1_opens_and_goes_on() {
     }
 }
 
-/// A closed store of many entries.
-async fn filled(path: &Path) {
+/// Writes a store with 300 entries and closes it.
+async fn fill(path: &Path) {
     let kv = Embedded::open(path).unwrap();
     for n in 0..300 {
         let op = Op::put(format!("key-{n:04}"), vec![b'x'; 1000]);
@@ -199,10 +203,10 @@ async fn filled(path: &Path) {
 }
 
 #[tokio::test]
-async fn a_damaged_file_is_told_and_not_read() {
+async fn damaged_file_is_rejected_and_left_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
-    filled(&path).await;
+    fill(&path).await;
     let whole = std::fs::read(&path).unwrap();
     let page = whole.windows(900).position(|window| window.iter().all(|byte| *byte == b'x')).unwrap();
     let mut corrupt = whole.clone();
@@ -211,15 +215,15 @@ async fn a_damaged_file_is_told_and_not_read() {
         std::fs::write(&path, &bad).unwrap();
         let text = Embedded::open(&path).unwrap_err().to_string();
         assert!(text.contains(path.to_str().unwrap()) && text.contains("damaged"), "{} bytes: {text}", bad.len());
-        assert_eq!(std::fs::metadata(&path).unwrap().len(), bad.len() as u64, "left as it was found");
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), bad.len() as u64, "the damaged file was changed");
     }
     std::fs::write(&path, &whole).unwrap();
     assert_eq!(keys(&Embedded::open(&path).unwrap()).await.len(), 300);
 }
 
-/// Runs itself again, as a process that may write no file of more than some megabytes.
+/// Runs this test binary again with a file size limit of some megabytes.
 #[test]
-fn a_full_disk_is_told_and_loses_nothing_acknowledged() {
+fn full_disk_is_reported_and_loses_no_acknowledged_write() {
     const STORE: &str = "GAUNTLET_TEST_FULL_STORE";
     let write = |kv: &Embedded, n: usize| {
         let txn = Txn { success: vec![Op::put(format!("key-{n:04}"), vec![b'x'; 100_000])], ..Txn::default() };
@@ -239,20 +243,20 @@ fn a_full_disk_is_told_and_loses_nothing_acknowledged() {
     let output = std::process::Command::new("sh")
         .args(["-c", "trap '' XFSZ; ulimit -f 16384; exec \"$@\"", "sh"])
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "embedded::tests::a_full_disk_is_told_and_loses_nothing_acknowledged", "--nocapture"])
+        .args(["--exact", "embedded::tests::full_disk_is_reported_and_loses_no_acknowledged_write", "--nocapture"])
         .env(STORE, &path)
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     let result = text.lines().find_map(|line| Some(line.split_once("RESULT ")?.1));
     let result = result.unwrap_or_else(|| panic!("{text}\n{}", String::from_utf8_lossy(&output.stderr)));
-    type Told = (Option<(usize, String)>, String, usize);
-    let (failed, again, read): Told = serde_json::from_str(result).unwrap();
+    type Report = (Option<(usize, String)>, String, usize);
+    let (failed, again, read): Report = serde_json::from_str(result).unwrap();
     let (written, error) = failed.unwrap();
-    assert!(written > 10 && read == written, "what is there is read all the same: {written} {read}");
+    assert!(written > 10 && read == written, "reads continue on a full disk: {written} {read}");
     assert!(error.contains("the disk is full; free some space") && error.contains(path.to_str().unwrap()), "{error}");
-    assert!(again.contains("restart once the disk is well") || again.contains("the disk is full"), "{again}");
-    // With room again, nothing that was acknowledged is missing. The one that failed may be there.
+    assert!(again.contains("restart once the disk works again") || again.contains("the disk is full"), "{again}");
+    // With free space again, no acknowledged write is missing. The failed write may be present.
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let _entered = runtime.enter();
     let kv = Embedded::open(&path).unwrap();
@@ -261,20 +265,20 @@ fn a_full_disk_is_told_and_loses_nothing_acknowledged() {
 }
 
 #[tokio::test]
-async fn who_falls_behind_lists_again() {
+async fn lagging_watch_ends_with_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let kv = Embedded::open(&dir.path().join("store")).unwrap();
-    let mut followed = kv.list_and_watch(KeyRange::between("a", "z")).await.unwrap();
+    let mut watch = kv.list_and_watch(KeyRange::between("a", "z")).await.unwrap();
     let (lease, _) = kv.grant(Duration::from_secs(60)).await.unwrap();
-    for _ in 0..BEHIND + 10 {
+    for _ in 0..WATCH_BUFFER + 10 {
         kv.txn(put("key", Some(lease))).await.unwrap();
     }
-    assert!(followed.events.next().await.is_err());
+    assert!(watch.events.next().await.is_err());
     assert_eq!(kv.list_and_watch(KeyRange::between("a", "z")).await.unwrap().keys.len(), 1);
 }
 
 #[tokio::test]
-async fn a_failed_compare_changes_nothing() {
+async fn failed_compare_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let kv = Embedded::open(&dir.path().join("store")).unwrap();
     let before = kv.txn(put("key", None)).await.unwrap().revision;
@@ -298,7 +302,7 @@ async fn a_failed_compare_changes_nothing() {
 }
 
 #[tokio::test]
-async fn a_restart_keeps_records_and_finds_what_was_under_way() {
+async fn restart_keeps_records_and_finds_unfinished_work() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     let open = || async { Coordination::embedded(&path, "a".to_owned()).await.unwrap() };
@@ -309,7 +313,7 @@ async fn a_restart_keeps_records_and_finds_what_was_under_way() {
     let intent = instance(key.clone(), gauntlet_domain::Phase::Provisioning);
     let owner = store.begin_create(&web, &intent, None, &by).await.unwrap();
     let lock = store.lock(LockKind::Rollout, &id("web"), &by).await.unwrap();
-    // As a crash would: nothing is given up in order.
+    // Like a crash: nothing is released.
     store.core.kv.close().await;
     drop(store);
     let store = open().await;
@@ -328,17 +332,17 @@ async fn a_restart_keeps_records_and_finds_what_was_under_way() {
     store.shutdown().await;
 }
 
-/// Who waits is woken by a removal that its watch has missed. The watch is followed by the test's own thread, which is kept busy while
-/// another one makes more commits than a watch may fall behind.
+/// A waiter wakes up although its watch missed the removal. The test's own thread runs the watch; it is blocked while another thread makes
+/// more commits than the watch buffers.
 #[tokio::test]
-async fn a_watch_that_broke_is_listed_again_and_wakes_who_waits() {
+async fn broken_watch_is_listed_again_and_wakes_waiters() {
     let dir = tempfile::tempdir().unwrap();
     let store = Coordination::embedded(&dir.path().join("store"), "a".to_owned()).await.unwrap();
     let kv = store.core.kv.clone();
     let by = By { patience: Duration::from_secs(30), ..By::default() };
     let web = id("web");
     let first = store.lock(LockKind::Rollout, &web, &by).await.unwrap();
-    // Handed on, so the watch is there.
+    // The lock was handed over, so the watch is running.
     let (held, released) = tokio::join!(store.lock(LockKind::Rollout, &web, &by), store.release(first));
     released.unwrap();
     let held = held.unwrap();
@@ -351,17 +355,17 @@ async fn a_watch_that_broke_is_listed_again_and_wakes_who_waits() {
     };
     tokio::select! { biased; taken = &mut waiting => panic!("{taken:?}"), () = queued => {} }
     let (removal, commits) = (crate::ending::ticket(&held).unwrap().live.removal(), kv.clone());
-    let elsewhere = std::thread::spawn(move || {
+    let other_thread = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             assert!(commits.txn(removal).await.unwrap().succeeded);
             let (lease, _) = commits.grant(Duration::from_secs(60)).await.unwrap();
-            for _ in 0..BEHIND + 10 {
+            for _ in 0..WATCH_BUFFER + 10 {
                 commits.txn(put("key", Some(lease))).await.unwrap();
             }
         });
     });
-    elsewhere.join().unwrap();
+    other_thread.join().unwrap();
     let next = waiting.await.unwrap();
     assert!(next.fence > held.fence);
     store.release(next).await.unwrap();

@@ -1,4 +1,4 @@
-//! The one thread that writes, and what it does with each job.
+//! The writer thread: runs jobs in order, groups them into commits, and expires leases.
 
 use std::{
     collections::BTreeMap,
@@ -12,13 +12,17 @@ use std::{
 use redb::{Database, ReadableDatabase as _, ReadableTable as _, Table};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use super::{Clock, ENTRIES, Entry, Leased, Live, Shared, Snapshot, all_hold, describe, get_all, oldest};
+use super::{
+    Clock, Shared,
+    error::kv_error,
+    snapshot::{ENTRIES, Entry, LeasedEntries, LeasedEntry, Snapshot, compares_hold, oldest, read_range},
+};
 use crate::kv::{Event, Get, KeyRange, KvError, KvResult, LeaseId, Op, Txn, TxnResponse};
 
-/// Writes that share a commit at most.
-const GROUP: usize = 64;
+/// The maximum number of jobs that share a commit.
+const MAX_GROUP: usize = 64;
 
-/// What the writer is asked for, and where the answer goes.
+/// A request to the writer, and where to send its result.
 #[derive(Debug)]
 pub(super) enum Job {
     Txn(Txn, oneshot::Sender<KvResult<TxnResponse>>),
@@ -27,22 +31,22 @@ pub(super) enum Job {
     Revoke(LeaseId, oneshot::Sender<KvResult<()>>),
 }
 
-/// A job that waits for the writer, and its place in the queue.
-pub(super) struct Queued {
+/// A job and its slot in the writer's queue.
+pub(super) struct QueuedJob {
     pub(super) job: Job,
-    pub(super) _place: OwnedSemaphorePermit,
+    pub(super) _slot: OwnedSemaphorePermit,
 }
 
-/// How long a lease lives, and until when unless it is kept alive.
 #[derive(Debug, Clone, Copy)]
-struct Granted {
+struct Lease {
     ttl: Duration,
-    ends: Instant,
+    /// When the lease expires unless it is kept alive.
+    expires: Instant,
 }
 
-type Leases = BTreeMap<LeaseId, Granted>;
+type Leases = BTreeMap<LeaseId, Lease>;
 
-/// The one thread that writes.
+/// The state of the writer thread.
 pub(super) struct Writer {
     db: Database,
     shared: Arc<Shared>,
@@ -56,63 +60,63 @@ impl Writer {
         Self { db, shared, revision, leases: Leases::new(), clock }
     }
 
-    /// Works until the last sender of the queue is gone; wakes for a job, and when a lease runs out.
-    pub(super) fn run(mut self, queue: mpsc::Receiver<Queued>) {
+    /// Runs until every sender of the queue is dropped. Wakes for jobs and for expiring leases.
+    pub(super) fn run(mut self, queue: mpsc::Receiver<QueuedJob>) {
         loop {
-            let first = match self.leases.values().map(|lease| lease.ends).min() {
+            let first = match self.leases.values().map(|lease| lease.expires).min() {
                 None => queue.recv().map_err(RecvTimeoutError::from),
-                Some(ends) => queue.recv_timeout(ends.saturating_duration_since((self.clock)())),
+                Some(expires) => queue.recv_timeout(expires.saturating_duration_since((self.clock)())),
             };
             let mut jobs: Vec<Job> = match first {
                 Ok(first) => vec![first.job],
                 Err(RecvTimeoutError::Timeout) => Vec::new(),
                 Err(RecvTimeoutError::Disconnected) => return,
             };
-            while jobs.len() < GROUP
+            while jobs.len() < MAX_GROUP
                 && let Ok(queued) = queue.try_recv()
             {
                 jobs.push(queued.job);
             }
-            self.group(jobs);
+            self.run_group(jobs);
         }
     }
 
-    /// Runs some jobs in order and commits them as one; all fail if that fails.
-    fn group(&mut self, jobs: Vec<Job>) {
+    /// Runs jobs in order and commits them as one. If the commit fails, all of them fail.
+    fn run_group(&mut self, jobs: Vec<Job>) {
         let before = self.shared.published.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut change = Change {
-            live: before.live.clone(),
+            leased: before.leased.clone(),
             leases: self.leases.clone(),
             now: (self.clock)(),
             revision: self.revision,
             durable: false,
             events: Vec::new(),
         };
-        change.expire();
+        change.expire_leases();
         let mut jobs = jobs.into_iter();
-        let mut answers = Vec::new();
-        match self.apply(&mut jobs, &mut change, &mut answers, &before) {
+        let mut replies = Vec::new();
+        match self.apply(&mut jobs, &mut change, &mut replies, &before) {
             Ok(after) => {
                 self.revision = change.revision;
                 self.leases = change.leases;
                 let mut published = self.shared.published.lock().unwrap_or_else(PoisonError::into_inner);
                 *published = Arc::new(after);
                 if !change.events.is_empty() {
-                    // An error means that nobody listens.
+                    // Fails only if there is no watch.
                     let _ = self.shared.events.send(Arc::new(change.events));
                 }
                 drop(published);
-                answers.into_iter().for_each(|answer| answer(Ok(())));
+                replies.into_iter().for_each(|reply| reply(Ok(())));
             }
             Err(error) => {
-                let error = describe(&self.shared.path, &error);
-                tracing::error!(%error, "a write failed");
+                let error = kv_error(&self.shared.path, &error);
+                tracing::error!(%error, "a write to the embedded store failed");
                 let error = match error {
-                    // It may be in the file all the same.
+                    // The failed commit may have reached the file.
                     KvError::Unavailable(detail) if change.durable => KvError::Ambiguous(detail),
                     error => error,
                 };
-                answers.into_iter().for_each(|answer| answer(Err(error.clone())));
+                replies.into_iter().for_each(|reply| reply(Err(error.clone())));
                 jobs.for_each(|job| job.fail(error.clone()));
             }
         }
@@ -122,14 +126,14 @@ impl Writer {
         &self,
         jobs: &mut impl Iterator<Item = Job>,
         change: &mut Change,
-        answers: &mut Vec<Answer>,
+        replies: &mut Vec<Reply>,
         before: &Snapshot,
     ) -> Result<Snapshot, redb::Error> {
         let write = self.db.begin_write()?;
         {
             let mut table = write.open_table(ENTRIES)?;
             for job in jobs {
-                change.job(job, &mut table, answers)?;
+                change.run_job(job, &mut table, replies)?;
             }
         }
         let table = if change.durable {
@@ -139,21 +143,21 @@ impl Writer {
             write.abort()?;
             before.table.clone()
         };
-        Ok(Snapshot { table, live: change.live.clone(), revision: change.revision })
+        Ok(Snapshot { table, leased: change.leased.clone(), revision: change.revision })
     }
 }
 
-/// Gives a job its answer, once it is known whether the group was committed.
-type Answer = Box<dyn FnOnce(KvResult<()>)>;
+/// Sends a job its result once the group's commit has succeeded or failed.
+type Reply = Box<dyn FnOnce(KvResult<()>)>;
 
-fn reply<T: 'static>(to: oneshot::Sender<KvResult<T>>, value: KvResult<T>) -> Answer {
-    // An error means that nobody waits for it any more.
-    Box::new(move |committed| drop(to.send(committed.and(value))))
+fn reply<T: 'static>(to: oneshot::Sender<KvResult<T>>, result: KvResult<T>) -> Reply {
+    // Sending fails only if the caller has stopped waiting.
+    Box::new(move |committed| drop(to.send(committed.and(result))))
 }
 
 impl Job {
     fn fail(self, error: KvError) {
-        // As above.
+        // Sending fails only if the caller has stopped waiting.
         match self {
             Self::Txn(_, to) => drop(to.send(Err(error))),
             Self::Grant(_, to) => drop(to.send(Err(error))),
@@ -162,24 +166,24 @@ impl Job {
     }
 }
 
-/// What a group of jobs changes.
+/// The changes of one group of jobs.
 struct Change {
-    live: Arc<Live>,
+    leased: Arc<LeasedEntries>,
     leases: Leases,
     now: Instant,
     revision: u64,
-    /// Whether the file changes.
+    /// Whether the file changes too, so that the group needs a commit.
     durable: bool,
     events: Vec<Event>,
 }
 
 impl Change {
-    /// Runs a job; its answer is given once the group is committed, or has failed.
-    fn job(
+    /// Runs a job; its reply is sent when the group has been committed or has failed.
+    fn run_job(
         &mut self,
         job: Job,
         table: &mut Table<'_, &'static str, Entry>,
-        answers: &mut Vec<Answer>,
+        replies: &mut Vec<Reply>,
     ) -> Result<(), redb::Error> {
         match job {
             Job::Txn(txn, to) => {
@@ -187,48 +191,47 @@ impl Change {
                     Ok(result) => (result, Ok(())),
                     Err(error) => (Err(KvError::Unavailable(error.to_string())), Err(error)),
                 };
-                answers.push(reply(to, result));
+                replies.push(reply(to, result));
                 failed?;
             }
             Job::Grant(ttl, to) => {
                 self.revision += 1;
                 let lease = i64::try_from(self.revision).unwrap_or(i64::MAX);
-                self.leases.insert(lease, Granted { ttl, ends: self.now + ttl });
-                answers.push(reply(to, Ok(lease)));
+                self.leases.insert(lease, Lease { ttl, expires: self.now + ttl });
+                replies.push(reply(to, Ok(lease)));
             }
             Job::KeepAlive(lease, to) => {
-                let kept = self.leases.get_mut(&lease).map(|lease| lease.ends = self.now + lease.ttl);
-                answers.push(reply(to, kept.ok_or(KvError::LeaseNotFound)));
+                let renewed = self.leases.get_mut(&lease).map(|lease| lease.expires = self.now + lease.ttl);
+                replies.push(reply(to, renewed.ok_or(KvError::LeaseNotFound)));
             }
             Job::Revoke(lease, to) => {
-                self.end(lease);
-                answers.push(reply(to, Ok(())));
+                self.revoke(lease);
+                replies.push(reply(to, Ok(())));
             }
         }
         Ok(())
     }
 
-    /// Ends the leases whose time is over.
-    fn expire(&mut self) {
-        let over = self.leases.iter().filter(|(_, lease)| lease.ends <= self.now).map(|(id, _)| *id);
-        for lease in over.collect::<Vec<_>>() {
-            tracing::warn!(lease, "a lease has run out");
-            self.end(lease);
+    fn expire_leases(&mut self) {
+        let expired = self.leases.iter().filter(|(_, lease)| lease.expires <= self.now).map(|(id, _)| *id);
+        for lease in expired.collect::<Vec<_>>() {
+            tracing::warn!(lease, "a lease expired: it was not kept alive for its time to live");
+            self.revoke(lease);
         }
     }
 
-    /// Ends a lease; its keys go, all at one revision.
-    fn end(&mut self, lease: LeaseId) {
+    /// Removes a lease and deletes its keys, all at one revision.
+    fn revoke(&mut self, lease: LeaseId) {
         if self.leases.remove(&lease).is_none() {
             return;
         }
         self.revision += 1;
         let (revision, events) = (self.revision, &mut self.events);
-        Arc::make_mut(&mut self.live).retain(|key, leased| {
-            if leased.lease == lease {
+        Arc::make_mut(&mut self.leased).retain(|key, entry| {
+            if entry.lease == lease {
                 events.push(Event { key: key.clone(), revision, create_revision: None });
             }
-            leased.lease != lease
+            entry.lease != lease
         });
     }
 
@@ -237,19 +240,20 @@ impl Change {
         txn: Txn,
         table: &mut Table<'_, &'static str, Entry>,
     ) -> Result<KvResult<TxnResponse>, redb::Error> {
-        let succeeded = all_hold(&txn.compare, table, &self.live)?;
+        let succeeded = compares_hold(&txn.compare, table, &self.leased)?;
         let ops = if succeeded { txn.success } else { txn.failure };
-        let leased = |op: &Op| matches!(op, Op::Put { lease: Some(lease), .. } if !self.leases.contains_key(lease));
-        if ops.iter().any(leased) {
+        let without_lease =
+            |op: &Op| matches!(op, Op::Put { lease: Some(lease), .. } if !self.leases.contains_key(lease));
+        if ops.iter().any(without_lease) {
             return Ok(Err(KvError::LeaseNotFound));
         }
         let revision = self.revision + 1;
         let (mut reads, mut counts) = (Vec::new(), Vec::new());
         for op in ops {
             match op {
-                Op::Get(get) => reads.push(get_all(&get, table, &self.live)?.0),
+                Op::Get(get) => reads.push(read_range(&get, table, &self.leased)?.0),
                 Op::Oldest { range, limit } => {
-                    let (read, count) = oldest(&range, limit, table, &self.live)?;
+                    let (read, count) = oldest(&range, limit, table, &self.leased)?;
                     reads.push(read);
                     counts.push(count);
                 }
@@ -270,19 +274,20 @@ impl Change {
     ) -> Result<(), redb::Error> {
         let stored = table.get(key.as_str())?.map(|entry| entry.value().0);
         let create_revision =
-            stored.or_else(|| self.live.get(&key).map(|leased| leased.create_revision)).unwrap_or(revision);
+            stored.or_else(|| self.leased.get(&key).map(|entry| entry.create_revision)).unwrap_or(revision);
         match lease {
             Some(lease) => {
                 if stored.is_some() {
                     table.remove(key.as_str())?;
                     self.durable = true;
                 }
-                let leased = Leased { create_revision, mod_revision: revision, value: value.to_vec(), lease };
-                Arc::make_mut(&mut self.live).insert(key.clone(), leased);
+                let entry = LeasedEntry { create_revision, mod_revision: revision, value: value.to_vec(), lease };
+                Arc::make_mut(&mut self.leased).insert(key.clone(), entry);
             }
             None => {
-                if self.live.contains_key(&key) {
-                    Arc::make_mut(&mut self.live).remove(&key);
+                // Checked first: `make_mut` copies the whole map while a snapshot shares it.
+                if self.leased.contains_key(&key) {
+                    Arc::make_mut(&mut self.leased).remove(&key);
                 }
                 table.insert(key.as_str(), (create_revision, revision, value))?;
                 self.durable = true;
@@ -300,9 +305,9 @@ impl Change {
         table: &mut Table<'_, &'static str, Entry>,
     ) -> Result<(), redb::Error> {
         let all = Get { range: range.clone(), limit: 0, keys_only: true };
-        for kv in get_all(&all, table, &self.live)?.0 {
-            if self.live.contains_key(&kv.key) {
-                Arc::make_mut(&mut self.live).remove(&kv.key);
+        for kv in read_range(&all, table, &self.leased)?.0 {
+            if self.leased.contains_key(&kv.key) {
+                Arc::make_mut(&mut self.leased).remove(&kv.key);
             } else {
                 table.remove(kv.key.as_str())?;
                 self.durable = true;

@@ -1,4 +1,4 @@
-//! One client for each endpoint, and the TLS files that they are made of, which are read again when they change.
+//! One client per endpoint, and the TLS files that they use, reloaded when the files change.
 
 use std::{
     fs,
@@ -11,22 +11,26 @@ use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use gauntlet_domain::Error;
 use tokio::{sync::OnceCell, time::Instant};
 
-use super::{EtcdConfig, EtcdTls, PING, invalid};
+use super::config::{EtcdConfig, EtcdTls, invalid};
 
-/// How often the TLS files are looked at, at most.
-const LOOK: Duration = Duration::from_secs(5);
+/// HTTP/2 keepalive: the interval between pings on a connection in use, and how long one may stay unanswered. Pings tell a frozen server
+/// from an idle one. etcd allows one every five seconds.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Where a member is reached.
+/// The shortest time between two checks of the TLS files.
+const TLS_CHECK_INTERVAL: Duration = Duration::from_secs(5);
+
 struct Endpoint {
     url: String,
     /// `host:port`.
     address: String,
 }
 
-/// How the members are reached.
+/// The endpoints of a cluster and their clients.
 pub(super) struct Connections {
     endpoints: Vec<Endpoint>,
-    /// All but TLS.
+    /// All options but TLS.
     options: ConnectOptions,
     files: EtcdTls,
     current: Mutex<Current>,
@@ -34,33 +38,32 @@ pub(super) struct Connections {
 
 struct Current {
     clients: Arc<Clients>,
-    /// What the files were when the clients were made.
-    stamp: Stamp,
-    /// When to look at them next.
-    look: Instant,
+    /// The version of the TLS files that the clients use.
+    version: FileVersions,
+    next_check: Instant,
 }
 
-/// Made of the same files; connected when first used.
+/// The clients that share one version of the TLS files; each connects on its first use.
 struct Clients {
     tls: TlsOptions,
-    each: Vec<OnceCell<Client>>,
+    by_endpoint: Vec<OnceCell<Client>>,
 }
 
-/// When each of the files was last written, and how long it is.
-type Stamp = Vec<Option<(SystemTime, u64)>>;
+/// The modification time and length of each TLS file; `None` for a file that cannot be read.
+type FileVersions = Vec<Option<(SystemTime, u64)>>;
 
 impl Connections {
-    /// Checks the configuration and reads its files; does not connect.
+    /// Checks the configuration and reads its files. Does not connect.
     pub(super) fn new(config: &EtcdConfig) -> Result<Self, Error> {
         if config.endpoints.is_empty() {
             return Err(invalid(
                 "etcd endpoint",
-                "there is none; name at least one, such as http://127.0.0.1:2379".to_owned(),
+                "no endpoint is set; name at least one, such as http://127.0.0.1:2379".to_owned(),
             ));
         }
         let mut options = ConnectOptions::new()
             .with_connect_timeout(config.deadline / 2)
-            .with_keep_alive(PING.0, PING.1)
+            .with_keep_alive(KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT)
             .with_keep_alive_while_idle(false)
             .with_require_leader(true)
             .with_auto_token_refresh(true);
@@ -77,13 +80,14 @@ impl Connections {
         let endpoints = config.endpoints.iter().map(|url| endpoint(url, config));
         let endpoints = endpoints.collect::<Result<Vec<_>, _>>()?;
         let files = config.tls.clone().unwrap_or_default();
-        let stamp = stamp(&files);
+        // Before the read: a file that changes in between is then reloaded.
+        let version = file_versions(&files);
         let clients = Arc::new(Clients::new(read(&files)?, endpoints.len()));
-        let current = Mutex::new(Current { clients, stamp, look: Instant::now() + LOOK });
+        let current = Mutex::new(Current { clients, version, next_check: Instant::now() + TLS_CHECK_INTERVAL });
         Ok(Self { endpoints, options, files, current })
     }
 
-    /// How many endpoints there are.
+    /// The number of endpoints.
     pub(super) fn len(&self) -> usize {
         self.endpoints.len()
     }
@@ -94,49 +98,51 @@ impl Connections {
     }
 
     /// The `host:port` of an endpoint.
-    pub(super) fn address(&self, at: usize) -> &str {
-        self.endpoints.get(at).map_or("", |endpoint| &endpoint.address)
+    pub(super) fn address(&self, index: usize) -> &str {
+        self.endpoints.get(index).map_or("", |endpoint| &endpoint.address)
     }
 
-    /// The client of an endpoint.
-    pub(super) async fn client(&self, at: usize) -> Result<Client, etcd_client::Error> {
+    /// Returns the client of an endpoint; connects it on its first use.
+    pub(super) async fn client(&self, index: usize) -> Result<Client, etcd_client::Error> {
         let clients = self.clients().await;
-        let Some((endpoint, client)) = self.endpoints.get(at).zip(clients.each.get(at)) else {
-            return Err(etcd_client::Error::InvalidArgs(format!("there is no endpoint {at}")));
+        let Some((endpoint, client)) = self.endpoints.get(index).zip(clients.by_endpoint.get(index)) else {
+            return Err(etcd_client::Error::InvalidArgs(format!("no endpoint has index {index}")));
         };
         let tls = endpoint.url.starts_with("https:");
         let options = || if tls { self.options.clone().with_tls(clients.tls.clone()) } else { self.options.clone() };
         client.get_or_try_init(|| Client::connect([&endpoint.url], Some(options()))).await.cloned()
     }
 
-    /// The clients made of the files as they are, or as they were some seconds ago.
+    /// Returns the clients for the current TLS files, at most [`TLS_CHECK_INTERVAL`] behind them.
     async fn clients(&self) -> Arc<Clients> {
         let before = {
             let mut current = self.current();
             let now = Instant::now();
-            if self.files.paths().next().is_none() || now < current.look {
+            if self.files.paths().next().is_none() || now < current.next_check {
                 return current.clients.clone();
             }
-            // One looks, the others go on.
-            current.look = now + LOOK;
-            current.stamp.clone()
+            // This caller checks the files; concurrent ones keep using the current clients.
+            current.next_check = now + TLS_CHECK_INTERVAL;
+            current.version.clone()
         };
         let files = self.files.clone();
-        let look = move || {
-            let stamp = stamp(&files);
-            (stamp != before).then(|| read(&files).map(|tls| (stamp, tls)))
+        let check = move || {
+            let version = file_versions(&files);
+            (version != before).then(|| read(&files).map(|tls| (version, tls)))
         };
-        match tokio::task::spawn_blocking(look).await {
-            Ok(Some(Ok((stamp, tls)))) => {
+        match tokio::task::spawn_blocking(check).await {
+            Ok(Some(Ok((version, tls)))) => {
                 tracing::info!("the TLS files of etcd have changed: new connections use them");
                 let mut current = self.current();
                 current.clients = Arc::new(Clients::new(tls, self.endpoints.len()));
-                current.stamp = stamp;
+                current.version = version;
             }
-            // They may be half written: they are looked at again.
-            Ok(Some(Err(error))) => tracing::warn!(%error, "the TLS files of etcd have changed and are not used"),
+            // They may be half written: the next check tries again.
+            Ok(Some(Err(error))) => {
+                tracing::warn!(%error, "the TLS files of etcd have changed but cannot be used; keeping the previous ones");
+            }
             Ok(None) => {}
-            Err(error) => tracing::error!(%error, "the TLS files of etcd were not read"),
+            Err(error) => tracing::error!(%error, "the TLS files of etcd could not be checked"),
         }
         self.current().clients.clone()
     }
@@ -148,7 +154,7 @@ impl Connections {
 
 impl Clients {
     fn new(tls: TlsOptions, count: usize) -> Self {
-        Self { tls, each: (0..count).map(|_| OnceCell::new()).collect() }
+        Self { tls, by_endpoint: (0..count).map(|_| OnceCell::new()).collect() }
     }
 }
 
@@ -159,15 +165,15 @@ impl EtcdTls {
     }
 }
 
-fn stamp(files: &EtcdTls) -> Stamp {
-    let of = |path: &Path| {
+fn file_versions(files: &EtcdTls) -> FileVersions {
+    let version = |path: &Path| {
         let file = fs::metadata(path).ok()?;
         Some((file.modified().ok()?, file.len()))
     };
-    files.paths().map(of).collect()
+    files.paths().map(version).collect()
 }
 
-/// Reads the files, and checks that they can be used together.
+/// Reads the files and checks that they can be used together.
 fn read(files: &EtcdTls) -> Result<TlsOptions, Error> {
     let read = |field, path: &Path| {
         fs::read(path).map_err(|error| invalid(field, format!("{} cannot be read: {error}", path.display())))
@@ -200,7 +206,7 @@ fn endpoint(url: &str, config: &EtcdConfig) -> Result<Endpoint, Error> {
         None if tls => ("https", url),
         None if config.password.is_some() => {
             return Err(wrong(
-                "does not say how the password is to be sent: write https:// before it, or http:// for plain text",
+                "has no scheme, and a password is set: write https:// before it, or http:// to send the password in plain text",
             ));
         }
         None => ("http", url),
@@ -216,7 +222,7 @@ fn endpoint(url: &str, config: &EtcdConfig) -> Result<Endpoint, Error> {
         _ => return Err(wrong("has no host and port, such as in http://127.0.0.1:2379")),
     }
     if address.contains(['/', '@', ' ']) {
-        return Err(wrong("has more than a host and a port, such as in http://127.0.0.1:2379"));
+        return Err(wrong("has more than a host and a port; write it as in http://127.0.0.1:2379"));
     }
     Ok(Endpoint { url: format!("{scheme}://{address}"), address: address.to_owned() })
 }

@@ -1,10 +1,10 @@
-//! The cluster: away, frozen, refusing; and the configuration that leads to it.
+//! A cluster that is stopped, frozen or refuses calls, and the configuration errors.
 #![allow(clippy::unwrap_used, reason = "tests")]
 use gauntlet_domain::{By, ChallengeId, LockKind, Store as _};
 use gauntlet_stack::{Etcd as Server, Process, Ready, Spec, Tool, Tools};
 use gauntlet_telemetry::Instruments;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::*;
 use crate::Coordination;
@@ -33,7 +33,7 @@ fn by() -> By {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_etcd_that_is_away_is_told_and_found_again() {
+async fn stopped_etcd_is_reported_and_reconnected() {
     let dir = tempfile::tempdir().unwrap();
     let mut server = Server::start(dir.path()).unwrap();
     let deadline = Duration::from_secs(2);
@@ -52,7 +52,7 @@ async fn an_etcd_that_is_away_is_told_and_found_again() {
         server.process.start().unwrap();
         until_ok(|| store.ping()).await;
         let held = until_ok(|| store.lock(LockKind::Challenge, &web, &by)).await;
-        // The watch is back, too.
+        // The watch works again, too.
         let waiting = store.lock(LockKind::Challenge, &web, &by);
         drop(held);
         store.release(waiting.await.unwrap()).await.unwrap();
@@ -61,11 +61,11 @@ async fn an_etcd_that_is_away_is_told_and_found_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_member_that_is_away_is_passed_over() {
+async fn unreachable_member_is_skipped() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path()).unwrap();
-    let away = "http://127.0.0.1:1".to_owned();
-    for endpoints in [[away.clone(), server.url()], [server.url(), away.clone()]] {
+    let unreachable = "http://127.0.0.1:1".to_owned();
+    for endpoints in [[unreachable.clone(), server.url()], [server.url(), unreachable.clone()]] {
         let store = replica(EtcdConfig::new(endpoints)).await;
         for n in 0..20 {
             let id = ChallengeId::new(format!("web-{n}")).unwrap();
@@ -78,7 +78,7 @@ async fn a_member_that_is_away_is_passed_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_frozen_etcd_does_not_hang_a_call() {
+async fn frozen_etcd_does_not_hang_calls() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path()).unwrap();
     let deadline = Duration::from_millis(300);
@@ -86,10 +86,10 @@ async fn a_frozen_etcd_does_not_hang_a_call() {
     let (web, by) = (ChallengeId::new("web").unwrap(), by());
     let held = until_ok(|| store.lock(LockKind::Challenge, &web, &by)).await;
     server.process.signal(rustix::process::Signal::STOP);
-    // It stops when it is scheduled next, not at once.
+    // The signal stops the process when it is scheduled next, not at once.
     let ends = Instant::now() + Duration::from_secs(30);
     while store.challenge(&web).await.is_ok() {
-        assert!(Instant::now() < ends, "it was not stopped");
+        assert!(Instant::now() < ends, "etcd was not stopped");
     }
     assert!(matches!(store.challenge(&web).await, Err(Error::Unavailable { .. })));
     assert!(matches!(store.lock(LockKind::Rollout, &web, &by).await, Err(Error::Unavailable { .. })));
@@ -100,13 +100,13 @@ async fn a_frozen_etcd_does_not_hang_a_call() {
     store.shutdown().await;
 }
 
-/// What etcd itself says it has served, by method; what a replica does in the background is left out.
+/// The calls that etcd counts in its own metrics, by method, without those of the replica's background tasks.
 async fn served(server: &Server) -> std::collections::BTreeMap<String, u64> {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let address = server.url().trim_start_matches("http://").to_owned();
     let mut stream = tokio::net::TcpStream::connect(&address).await.unwrap();
-    let ask = format!("GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n");
-    stream.write_all(ask.as_bytes()).await.unwrap();
+    let request = format!("GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).await.unwrap();
     let method = |line: &str| Some(line.split_once("grpc_method=\"")?.1.split_once('"')?.0.to_owned());
@@ -122,7 +122,7 @@ async fn served(server: &Server) -> std::collections::BTreeMap<String, u64> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn etcd_counts_what_the_budgets_say() {
+async fn etcd_serves_the_budgeted_number_of_calls() {
     use futures::TryStreamExt as _;
     use gauntlet_domain::{NewChallenge, SourceId};
 
@@ -175,7 +175,7 @@ async fn etcd_counts_what_the_budgets_say() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn it_logs_in_and_a_wrong_password_is_told() {
+async fn authenticates_and_reports_a_wrong_password() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path()).unwrap();
     let mut admin = Client::connect([server.url()], None).await.unwrap();
@@ -203,7 +203,7 @@ async fn it_logs_in_and_a_wrong_password_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn lists_of_many_pages_go_on_while_etcd_is_compacted() {
+async fn paged_scans_survive_compaction() {
     use futures::TryStreamExt as _;
     const INSTANCES: usize = 2000;
     let dir = tempfile::tempdir().unwrap();
@@ -235,7 +235,7 @@ async fn lists_of_many_pages_go_on_while_etcd_is_compacted() {
     compact().await;
     let (_, own) = listing.try_next().await.unwrap().unwrap();
     assert_eq!(own.len(), INSTANCES);
-    // A revision that is gone is told as such, and the store goes on.
+    // A read at a compacted revision has its own error, and the store falls back to the latest.
     let old = Some(1);
     let get = || Get { range: KeyRange::key("elsewhere"), limit: 0, keys_only: false };
     assert_eq!(store.core.kv.page(get(), old).await.unwrap_err(), KvError::Compacted);
@@ -249,7 +249,7 @@ fn refused(config: &EtcdConfig) -> String {
 }
 
 #[test]
-fn a_wrong_configuration_is_named() {
+fn invalid_configuration_is_named() {
     let of = |url: &str| EtcdConfig::new([url.to_owned()]);
     assert!(refused(&EtcdConfig::new([])).contains("name at least one"));
     for (url, problem) in [
@@ -267,12 +267,12 @@ fn a_wrong_configuration_is_named() {
     assert!(text.contains("etcd CA certificate: /nowhere/ca.pem cannot be read"), "{text}");
     let text = refused(&EtcdConfig { username: Some("root".to_owned()), ..of("http://a:1") });
     assert!(text.contains("give both or none"), "{text}");
-    // Trusted by the system.
+    // The authorities that the system trusts are enough.
     Etcd::new(&of("https://a:1"), database()).unwrap();
 }
 
 #[test]
-fn a_secret_is_not_sent_in_plain_text_unless_that_is_asked_for() {
+fn password_without_tls_needs_an_explicit_scheme() {
     let login = |url: &str| EtcdConfig {
         username: Some("root".to_owned()),
         password: Some("hunter2".to_owned()),
@@ -297,7 +297,7 @@ fn a_secret_is_not_sent_in_plain_text_unless_that_is_asked_for() {
 }
 
 #[tokio::test]
-async fn replicas_do_not_all_start_at_the_first_endpoint() {
+async fn replicas_start_at_different_endpoints() {
     let endpoints = || ["http://a:1", "http://b:1", "http://c:1"].map(str::to_owned);
     let mut starts = std::collections::BTreeSet::new();
     for n in 0..12 {
@@ -308,7 +308,7 @@ async fn replicas_do_not_all_start_at_the_first_endpoint() {
 }
 
 #[test]
-fn the_password_is_not_shown() {
+fn debug_hides_the_password() {
     let config = EtcdConfig {
         username: Some("root".to_owned()),
         password: Some("hunter2".to_owned()),
@@ -317,7 +317,7 @@ fn the_password_is_not_shown() {
     assert!(!format!("{config:?}").contains("hunter2"));
 }
 
-/// The files of an authority, and of a certificate of its for loopback.
+/// Writes an authority's certificate, and a certificate for loopback with its key that the authority signed.
 fn certificates(dir: &Path) -> (PathBuf, PathBuf, PathBuf) {
     let mut authority = rcgen::CertificateParams::new(Vec::new()).unwrap();
     authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
@@ -338,7 +338,7 @@ fn certificates(dir: &Path) -> (PathBuf, PathBuf, PathBuf) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn it_speaks_tls_and_shows_its_certificate() {
+async fn connects_with_tls_and_reloads_replaced_certificates() {
     let dir = tempfile::tempdir().unwrap();
     let (ca, certificate, key) = certificates(dir.path());
     let free = || {
@@ -363,14 +363,14 @@ async fn it_speaks_tls_and_shows_its_certificate() {
     }
     let _server = Process::run(spec).unwrap();
     let tls = EtcdTls { ca: Some(ca.clone()), identity: Some((certificate.clone(), key.clone())) };
-    // Without a scheme it is https.
+    // An endpoint without a scheme uses https.
     let config = EtcdConfig { tls: Some(tls.clone()), ..EtcdConfig::new([format!("127.0.0.1:{client}")]) };
     let store = replica(config.clone()).await;
     store.ping().await.unwrap();
     let held = store.lock(LockKind::Challenge, &ChallengeId::new("web").unwrap(), &by()).await.unwrap();
     store.release(held).await.unwrap();
     store.shutdown().await;
-    // Without a certificate, and trusting another authority.
+    // Rejected: no client certificate, or another authority.
     let other = tempfile::tempdir().unwrap();
     let (other_ca, other_certificate, other_key) = certificates(other.path());
     for tls in [EtcdTls { identity: None, ..tls.clone() }, EtcdTls { ca: Some(other_ca), ..tls.clone() }] {
@@ -378,7 +378,7 @@ async fn it_speaks_tls_and_shows_its_certificate() {
         assert!(matches!(store.ping().await, Err(Error::Unavailable { what: "etcd", .. })));
         store.shutdown().await;
     }
-    // Files that are replaced are used, with no restart.
+    // Replaced files take effect without a restart.
     let (used, used_key) = (other.path().join("used.pem"), other.path().join("used-key.pem"));
     std::fs::copy(other_certificate, &used).unwrap();
     std::fs::copy(other_key, &used_key).unwrap();

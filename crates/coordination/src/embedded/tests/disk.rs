@@ -1,4 +1,4 @@
-//! A disk whose power can fail: what was written since the last sync may be lost, in part and in any order.
+//! A disk that can lose power: writes since the last sync may be lost, in part and in any order.
 
 use std::{
     io,
@@ -11,33 +11,33 @@ use redb::{Database, StorageBackend};
 
 use super::super::{DEADLINE, Embedded, Instant, Path};
 
-/// What a disk writes as a whole or not at all.
+/// The unit that a disk writes atomically, in bytes.
 const SECTOR: usize = 512;
 
-/// A file on the disk. Clones are the same file.
+/// A disk with one file. Clones share the file.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Disk(Arc<Inside>);
+pub(super) struct Disk(Arc<Shared>);
 
 #[derive(Debug, Default)]
-struct Inside {
+struct Shared {
     state: Mutex<State>,
     released: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// As its process sees it.
+    /// The file as the process sees it.
     file: Vec<u8>,
-    /// As it certainly is on the disk.
+    /// The file as the last sync left it on the disk.
     synced: Vec<u8>,
     unsynced: Vec<Change>,
-    /// After so many writes and syncs the power fails, and nothing is read or written any more.
+    /// The number of writes and syncs until the power fails; every later read or write fails.
     fails_after: Option<usize>,
     syncs: usize,
-    /// Syncs wait.
-    held: bool,
-    /// Syncs that wait, or have waited.
-    asked: usize,
+    /// Whether syncs block.
+    blocked: bool,
+    /// Syncs started, including those that block.
+    started_syncs: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -60,7 +60,7 @@ impl Change {
         }
     }
 
-    /// The parts that reach the disk apart from each other.
+    /// The parts that reach the disk independently.
     fn parts(&self) -> Vec<Change> {
         match self {
             Self::Write(offset, data) => {
@@ -72,11 +72,11 @@ impl Change {
     }
 }
 
-/// What of the unsynced is on the disk when the power fails.
+/// Which unsynced writes are lost when the power fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lost {
     All,
-    /// Each part by itself, half of them.
+    /// Each part independently with probability one half.
     Some,
 }
 
@@ -85,62 +85,62 @@ impl Disk {
         self.0.state.lock().unwrap()
     }
 
-    /// The store on it.
+    /// Opens the store on this disk.
     pub(super) fn open(&self) -> Result<Embedded, Error> {
         let disk = self.clone();
         let create = move || Database::builder().create_with_backend(disk);
         Embedded::open_database(Path::new("disk"), Box::new(Instant::now), DEADLINE, create)
     }
 
-    /// The power fails after so many more writes and syncs.
+    /// Makes the power fail after `steps` more writes and syncs.
     pub(super) fn fails_after(&self, steps: usize) {
         self.state().fails_after = Some(steps);
     }
 
-    /// The disk as it is found when the power is back.
-    pub(super) fn power_back(&self, lost: Lost, rng: &mut TestRng) -> Disk {
+    /// Returns the disk as it is after the power failure.
+    pub(super) fn restore_power(&self, lost: Lost, rng: &mut TestRng) -> Disk {
         let state = self.state();
         let mut file = state.synced.clone();
         if lost == Lost::Some {
             let parts = state.unsynced.iter().flat_map(Change::parts);
             parts.filter(|_| rng.next_u32().is_multiple_of(2)).for_each(|part| part.apply(&mut file));
         }
-        Disk::of(file)
+        Disk::with_file(file)
     }
 
-    fn of(file: Vec<u8>) -> Disk {
+    fn with_file(file: Vec<u8>) -> Disk {
         let state = State { synced: file.clone(), file, ..State::default() };
-        Disk(Arc::new(Inside { state: Mutex::new(state), ..Inside::default() }))
+        Disk(Arc::new(Shared { state: Mutex::new(state), ..Shared::default() }))
     }
 
-    /// Another disk with what is on this one.
+    /// Copies the disk in its synced state.
     pub(super) fn copy(&self) -> Disk {
-        Disk::of(self.state().synced.clone())
+        Disk::with_file(self.state().synced.clone())
     }
 
-    /// How many syncs there were.
+    /// The number of completed syncs.
     pub(super) fn syncs(&self) -> usize {
         self.state().syncs
     }
 
-    /// How much was written since the last sync.
+    /// The number of writes since the last sync.
     pub(super) fn unsynced(&self) -> usize {
         self.state().unsynced.len()
     }
 
-    /// From now on syncs wait.
-    pub(super) fn hold(&self) {
-        self.state().held = true;
+    /// Blocks syncs until [`Disk::release_syncs`].
+    pub(super) fn block_syncs(&self) {
+        self.state().blocked = true;
     }
 
-    /// Whether a sync waits.
-    pub(super) fn holds(&self) -> bool {
+    /// Whether a sync is blocked.
+    pub(super) fn has_blocked_sync(&self) -> bool {
         let state = self.state();
-        state.held && state.asked > state.syncs
+        state.blocked && state.started_syncs > state.syncs
     }
 
-    pub(super) fn release(&self) {
-        self.state().held = false;
+    pub(super) fn release_syncs(&self) {
+        self.state().blocked = false;
         self.0.released.notify_all();
     }
 }
@@ -153,8 +153,8 @@ impl StorageBackend for Disk {
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
         let (state, offset) = (self.state(), usize::try_from(offset).unwrap());
         state.has_power()?;
-        let there = state.file.get(offset..offset + out.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
-        out.copy_from_slice(there);
+        let data = state.file.get(offset..offset + out.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        out.copy_from_slice(data);
         Ok(())
     }
 
@@ -164,9 +164,9 @@ impl StorageBackend for Disk {
 
     fn sync_data(&self) -> io::Result<()> {
         let mut state = self.state();
-        state.asked += 1;
-        let mut state = self.0.released.wait_while(state, |state| state.held).unwrap();
-        state.step()?;
+        state.started_syncs += 1;
+        let mut state = self.0.released.wait_while(state, |state| state.blocked).unwrap();
+        state.use_step()?;
         state.syncs += 1;
         let State { synced, unsynced, .. } = &mut *state;
         unsynced.drain(..).for_each(|change| change.apply(synced));
@@ -183,14 +183,14 @@ impl State {
         if self.fails_after == Some(0) { Err(io::Error::other("no power")) } else { Ok(()) }
     }
 
-    fn step(&mut self) -> io::Result<()> {
+    fn use_step(&mut self) -> io::Result<()> {
         self.has_power()?;
         self.fails_after = self.fails_after.map(|steps| steps - 1);
         Ok(())
     }
 
     fn change(&mut self, change: Change) -> io::Result<()> {
-        self.step()?;
+        self.use_step()?;
         change.apply(&mut self.file);
         self.unsynced.push(change);
         Ok(())

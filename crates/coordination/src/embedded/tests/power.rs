@@ -1,4 +1,4 @@
-//! What is on the disk when a caller is answered, and how many syncs that takes.
+//! Durability of acknowledged writes, and the number of syncs they take.
 
 use std::collections::BTreeSet;
 
@@ -14,15 +14,15 @@ use super::{
 };
 
 const WRITERS: usize = 8;
-/// More by each than there is power for.
+/// Writes per writer; more than the power lasts for.
 const WRITES: usize = 100;
-/// How often the power fails.
+/// The number of power failures.
 const FAILURES: u8 = 60;
 
-/// The power fails at any write or sync, while the store is opened or while some write to it. Of what was written since the last sync all is
-/// lost, or a random part. What was acknowledged is there when the power is back.
+/// The power fails at a random write or sync, while the store is opened or written to. All unsynced writes are lost, or a random part of
+/// them. Every acknowledged write must still be in the store afterwards.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_acknowledged_survives_a_power_failure() {
+async fn acknowledged_writes_survive_power_failure() {
     let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
     let (mut disk, acknowledged) = (Disk::default(), Arc::new(Mutex::new(BTreeSet::new())));
     disk.open().unwrap().close().await;
@@ -50,7 +50,7 @@ async fn what_was_acknowledged_survives_a_power_failure() {
             kv.close().await;
         }
         unsynced += disk.unsynced();
-        disk = disk.power_back(if failure.is_multiple_of(2) { Lost::All } else { Lost::Some }, &mut rng);
+        disk = disk.restore_power(if failure.is_multiple_of(2) { Lost::All } else { Lost::Some }, &mut rng);
         let found: BTreeSet<String> = {
             let kv = disk.copy().open().unwrap_or_else(|error| panic!("failure {failure}: {error}"));
             keys(&kv).await.into_iter().collect()
@@ -61,43 +61,43 @@ async fn what_was_acknowledged_survives_a_power_failure() {
     }
     let acknowledged = acknowledged.lock().unwrap().len();
     println!(
-        "{FAILURES} failures, {opened} after it was open; {acknowledged} acknowledged; {unsynced} writes not synced"
+        "{FAILURES} failures, {opened} after the store was open; {acknowledged} writes acknowledged; {unsynced} not synced"
     );
     assert!(unsynced > 0 && opened > 0 && opened < FAILURES, "{unsynced} {opened}");
-    assert!(acknowledged > usize::from(FAILURES), "{acknowledged} were acknowledged");
+    assert!(acknowledged > usize::from(FAILURES), "only {acknowledged} writes were acknowledged");
 }
 
-/// The first write is on its way to the disk while the others are queued. Nobody is answered before the disk has what they wrote.
+/// The first write blocks in its sync while the others queue. No write may be acknowledged before its sync.
 #[tokio::test]
-async fn many_writers_share_commits_and_none_is_lost() {
+async fn concurrent_writers_share_commits_in_revision_order() {
     const QUEUED: usize = 300;
     let disk = Disk::default();
     let kv = disk.open().unwrap();
-    let mut followed = kv.list_and_watch(KeyRange::between("a", "z")).await.unwrap();
-    disk.hold();
+    let mut watch = kv.list_and_watch(KeyRange::between("a", "z")).await.unwrap();
+    disk.block_syncs();
     let before = disk.syncs();
     let mut puts: Vec<_> = (0..QUEUED).map(|n| kv.txn(put(&format!("key-{n:03}"), None)).boxed()).collect();
     for put in &mut puts {
-        assert!(put.now_or_never().is_none(), "nobody is answered before the disk");
+        assert!(put.now_or_never().is_none(), "a write was acknowledged before its sync");
     }
-    let held = async {
-        while !disk.holds() {
+    let blocked = async {
+        while !disk.has_blocked_sync() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
-    timeout(Duration::from_secs(30), held).await.expect("the first commit is synced");
+    timeout(Duration::from_secs(30), blocked).await.expect("the first sync starts");
     for put in &mut puts {
-        assert!(put.now_or_never().is_none(), "nobody is answered before the disk");
+        assert!(put.now_or_never().is_none(), "a write was acknowledged before its sync");
     }
-    disk.release();
+    disk.release_syncs();
     let revisions: BTreeSet<u64> = join_all(puts).await.into_iter().map(|put| put.unwrap().revision).collect();
-    assert_eq!(revisions.len(), QUEUED, "each has a revision of its own");
+    assert_eq!(revisions.len(), QUEUED, "each write has its own revision");
     let syncs = disk.syncs() - before;
     assert!(syncs <= QUEUED / 10, "{QUEUED} writes took {syncs} syncs");
     let mut seen = Vec::new();
     while seen.len() < QUEUED {
-        seen.extend(followed.events.next().await.unwrap().into_iter().map(|event| event.revision));
+        seen.extend(watch.events.next().await.unwrap().into_iter().map(|event| event.revision));
     }
-    assert!(seen.is_sorted() && seen.into_iter().eq(revisions), "and is followed in that order");
+    assert!(seen.is_sorted() && seen.into_iter().eq(revisions), "the watch sees them in revision order");
     kv.close().await;
 }
