@@ -21,9 +21,9 @@ use std::{
 
 use futures::TryStreamExt as _;
 use gauntlet_domain::{
-    Assignment, Begin, By, Challenge, ChallengeId, Commit, Error, Failure, Held, Identity, Instance, InstanceKey,
-    LockKind, Operation, Phase, PhaseName, Pinned, PoolBounds, Rollout, SourceId, Store as _, Stored, Stranded,
-    Strategy, Target, Version,
+    Assignment, Challenge, ChallengeId, Error, Failure, Identity, Instance, InstanceKey, Intent, LockGuard, LockKind,
+    LockOptions, Operation, Outcome, Phase, PhaseName, Pinned, PoolBounds, Rollout, SourceId, Store as _, Stored,
+    Strategy, Target, Unfinished, Version,
 };
 use jiff::Timestamp;
 use rig::{Fault, Rig, Tested};
@@ -224,19 +224,19 @@ fn target(bits: u64) -> Target {
 }
 
 /// Waits no longer than a test may take.
-fn patient() -> By {
-    By {
-        origin: Some("00-11111111111111111111111111111111-2222222222222222-01".to_owned()),
-        patience: Duration::from_secs(30),
+fn patient() -> LockOptions {
+    LockOptions {
+        traceparent: Some("00-11111111111111111111111111111111-2222222222222222-01".to_owned()),
+        timeout: Duration::from_secs(30),
     }
 }
 
-fn at_once() -> By {
-    By::default()
+fn at_once() -> LockOptions {
+    LockOptions::default()
 }
 
-fn short() -> By {
-    By { origin: None, patience: Duration::from_millis(50) }
+fn short() -> LockOptions {
+    LockOptions { traceparent: None, timeout: Duration::from_millis(50) }
 }
 
 /// Polls until it holds; fails when it does not within half a minute.
@@ -281,7 +281,7 @@ impl<T: Tested> Coordination<T> {
         let held =
             self.begin_create(challenge, &instance(key.clone(), Phase::Provisioning), None, &patient()).await.unwrap();
         let ready = instance(key.clone(), Phase::Ready);
-        self.commit(held, &key, Commit::Put(Box::new(ready))).await.unwrap();
+        self.commit(held, &key, Outcome::Put(Box::new(ready))).await.unwrap();
         self.at(&key).await
     }
 

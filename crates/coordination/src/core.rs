@@ -11,7 +11,7 @@ use std::{
 };
 
 use futures::future::BoxFuture;
-use gauntlet_domain::{By, Error, Result};
+use gauntlet_domain::{Error, LockOptions, Result};
 use jiff::Timestamp;
 use tokio::{runtime::Handle, time::timeout};
 use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
@@ -89,9 +89,10 @@ impl<K: Kv> Core<K> {
     }
 
     /// A key under the lease; its value is told apart from every other acquisition's.
-    pub(crate) fn live_key(&self, lease: Lease, by: &By, key: String, name: Option<Name>) -> LiveKey {
+    pub(crate) fn live_key(&self, lease: Lease, by: &LockOptions, key: String, name: Option<Name>) -> LiveKey {
         let unique = format!("{:x}-{}", lease.id, self.next.fetch_add(1, Ordering::Relaxed));
-        let owner = Owner { replica: self.replica.clone(), origin: by.origin.clone(), since: Timestamp::now(), unique };
+        let owner =
+            Owner { replica: self.replica.clone(), origin: by.traceparent.clone(), since: Timestamp::now(), unique };
         LiveKey { key, value: owner.write(), lease, name }
     }
 
@@ -137,7 +138,7 @@ impl<K: Kv> Core<K> {
     /// Its key is gone: nothing is left to remove, and who waits for it here goes on.
     pub(crate) fn gone(&self, ticket: &Ticket) {
         ticket.spend();
-        self.mirror.removed(&ticket.live.key, ticket.fence);
+        self.mirror.removed(&ticket.live.key, ticket.token);
     }
 
     /// Reports a record that cannot be read, once for each time it was written.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use gauntlet_domain::{ChallengeId, Error, Held, LockKind, Result};
+use gauntlet_domain::{ChallengeId, Error, LockGuard, LockKind, Result};
 
 use crate::{
     core::Core,
@@ -15,12 +15,12 @@ impl<K: Kv> Core<K> {
     /// once: if it is refused then, `applied` tells from what it read at which revision the first one had succeeded, if it had.
     pub(crate) async fn finish(
         self: &Arc<Self>,
-        held: Held,
+        held: LockGuard,
         txn: Txn,
         applied: impl Fn(&[Vec<KeyValue>]) -> Option<u64> + Send + 'static,
     ) -> Result<TxnResponse> {
         if ticket(&held)?.live.lease.is_lost() {
-            return Err(fenced(held.kind, held.fence));
+            return Err(fenced(held.kind, held.token));
         }
         let core = self.clone();
         self.detached(async move {
@@ -34,7 +34,7 @@ impl<K: Kv> Core<K> {
                 }
                 result => result,
             };
-            // Otherwise the reaper gets the key, and the work is found stranded.
+            // Otherwise the reaper gets the key, and the work is found unfinished.
             let result = result.map_err(|error| core.error(error))?;
             if result.succeeded {
                 core.gone(ticket(&held)?);
@@ -45,7 +45,7 @@ impl<K: Kv> Core<K> {
     }
 
     /// The ticket of a challenge's own lock.
-    pub(crate) fn lock_on<'a>(&self, held: &'a Held, id: &ChallengeId) -> Result<&'a Ticket> {
+    pub(crate) fn lock_on<'a>(&self, held: &'a LockGuard, id: &ChallengeId) -> Result<&'a Ticket> {
         let ticket = ticket(held)?;
         match &ticket.of {
             Of::Lock(LockKind::Challenge, locked) if locked == id => Ok(ticket),
@@ -55,12 +55,12 @@ impl<K: Kv> Core<K> {
 }
 
 /// Our side of an ownership.
-pub(crate) fn ticket(held: &Held) -> Result<&Ticket> {
+pub(crate) fn ticket(held: &LockGuard) -> Result<&Ticket> {
     let ticket = held.grant().as_any().downcast_ref();
     ticket.ok_or_else(|| Error::Internal("the ownership is of another store".to_owned()))
 }
 
 /// The ownership was lost.
-pub(crate) fn fenced(kind: LockKind, fence: u64) -> Error {
-    Error::Fenced(format!("{} (token {fence})", kind.name()))
+pub(crate) fn fenced(kind: LockKind, token: u64) -> Error {
+    Error::Fenced(format!("{} (token {token})", kind.name()))
 }

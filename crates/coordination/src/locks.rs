@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use gauntlet_domain::{By, ChallengeId, Error, Held, LockKind, Result, Waited};
+use gauntlet_domain::{ChallengeId, Error, LockGuard, LockKind, LockOptions, Result, WaitStats};
 use jiff::Timestamp;
 use tokio::time::{Instant, timeout_at};
 
@@ -25,14 +25,19 @@ const SEEN: usize = 16;
 
 impl<K: Kv> Core<K> {
     /// Takes a lock. With no patience it never queues.
-    pub(crate) async fn acquire(self: &Arc<Self>, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {
+    pub(crate) async fn acquire(
+        self: &Arc<Self>,
+        kind: LockKind,
+        id: &ChallengeId,
+        by: &LockOptions,
+    ) -> Result<LockGuard> {
         let mut patience = Patience::new(by, kind, id, || format!("the {} lock of {id:?}", kind.name()));
         let lease = self.lease().await?;
         let queue = self.layout.queue(kind, id);
         let name = self.names.take(&queue.start, lease.id);
         let key = self.layout.lock(kind, id, &name.word());
         let live = self.live_key(lease, by, key, Some(name));
-        let queues = !by.patience.is_zero();
+        let queues = !by.timeout.is_zero();
         let seen = Op::Get(Get { range: queue.clone(), limit: SEEN, keys_only: false });
         let txn = Txn {
             compare: vec![Compare::absent(queue.clone())],
@@ -53,13 +58,13 @@ impl<K: Kv> Core<K> {
         if result.succeeded {
             return self.holding(kind, ticket, patience);
         }
-        let behind = Behind { queue: Some((queue.clone(), ticket.fence)), owner: None };
+        let behind = Behind { queue: Some((queue.clone(), ticket.token)), owner: None };
         let depth = ahead.len().max(if cut { self.mirror.ahead(&behind) } else { 0 });
         let entered = patience.enter(self, depth, ahead, behind.clone());
-        let turn = self.mirror.turn(queue, ticket.fence);
+        let turn = self.mirror.turn(queue, ticket.token);
         let Some(result) = patience.until(self, &ticket.live.lease, turn).await else {
             // Where the watch has not come that far: as many as at first.
-            let seen = self.mirror.holds(&ticket.live.key, ticket.fence);
+            let seen = self.mirror.holds(&ticket.live.key, ticket.token);
             let ahead = if seen { self.mirror.ahead(&behind).max(1) } else { depth };
             let over = patience.over(ahead, entered.holder(&self.mirror).as_ref());
             // Before the answer, so that a queue left behind is never seen.
@@ -79,7 +84,7 @@ impl<K: Kv> Core<K> {
     }
 
     /// A lock that was had; not if its lease may have run out by now, as it has where the process stood still meanwhile.
-    fn holding(&self, kind: LockKind, ticket: Ticket, patience: Patience) -> Result<Held> {
+    fn holding(&self, kind: LockKind, ticket: Ticket, patience: Patience) -> Result<LockGuard> {
         if ticket.live.lease.is_lost() {
             return Err(lease_lost(self.kv.name()));
         }
@@ -92,8 +97,8 @@ fn lease_lost(what: &'static str) -> Error {
 }
 
 /// An ownership for the domain.
-pub(crate) fn held(kind: LockKind, ticket: Ticket, patience: Patience) -> Held {
-    Held::new(kind, ticket.fence, patience.waited, Box::new(ticket))
+pub(crate) fn held(kind: LockKind, ticket: Ticket, patience: Patience) -> LockGuard {
+    LockGuard::new(kind, ticket.token, patience.waited, Box::new(ticket))
 }
 
 /// Whose these keys are, in order of creation; what cannot be read is reported and left out.
@@ -146,15 +151,20 @@ pub(crate) struct Patience {
     kind: LockKind,
     challenge: ChallengeId,
     what: String,
-    waited: Waited,
+    waited: WaitStats,
 }
 
 impl Patience {
-    pub(crate) fn new(by: &By, kind: LockKind, challenge: &ChallengeId, what: impl FnOnce() -> String) -> Self {
+    pub(crate) fn new(
+        by: &LockOptions,
+        kind: LockKind,
+        challenge: &ChallengeId,
+        what: impl FnOnce() -> String,
+    ) -> Self {
         let started = Instant::now();
         // A patience past the end of the clock is a day.
-        let ends = started.checked_add(by.patience).unwrap_or(started + Duration::from_secs(86_400));
-        Self { started, ends, kind, challenge: challenge.clone(), what: what(), waited: Waited::default() }
+        let ends = started.checked_add(by.timeout).unwrap_or(started + Duration::from_secs(86_400));
+        Self { started, ends, kind, challenge: challenge.clone(), what: what(), waited: WaitStats::default() }
     }
 
     /// Waits until whoever is ahead, of those that were read, is gone. [`Error::Busy`] when patience ends first.

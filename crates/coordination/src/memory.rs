@@ -10,7 +10,7 @@ use std::{
 };
 
 use gauntlet_domain::{
-    Assignment, Challenge, ChallengeId, Instance, InstanceKey, Phase, SourceId, Stored, Survey, Version,
+    Assignment, Challenge, ChallengeId, Instance, InstanceKey, Phase, Snapshot, SourceId, Stored, Version,
 };
 
 /// Of each kind, half of what is kept at most.
@@ -36,8 +36,8 @@ struct Seen {
 }
 
 impl Memory {
-    /// What a survey would answer, as far as it is known. A pool that was seen empty is not known: it may have been filled since.
-    pub(crate) fn recall(&self, id: &ChallengeId, source: &SourceId) -> Option<Survey> {
+    /// What a snapshot would answer, as far as it is known. A pool that was seen empty is not known: it may have been filled since.
+    pub(crate) fn cached_snapshot(&self, id: &ChallengeId, source: &SourceId) -> Option<Snapshot> {
         let mut state = self.lock();
         let Seen { challenge, pooled } = state.challenges.get(id)?.clone();
         if challenge.value.bounds.min() > 0 && pooled.is_empty() {
@@ -45,18 +45,18 @@ impl Memory {
         }
         let key = InstanceKey { challenge: id.clone(), assignment: Assignment::Source(source.clone()) };
         let instance = state.instances.get(&key).cloned();
-        Some(Survey { challenge: Some(challenge), instance, pooled })
+        Some(Snapshot { challenge: Some(challenge), instance, pooled })
     }
 
-    pub(crate) fn survey(&self, survey: &Survey) {
-        let Some(challenge) = &survey.challenge else { return };
+    pub(crate) fn snapshot(&self, snapshot: &Snapshot) {
+        let Some(challenge) = &snapshot.challenge else { return };
         self.challenge(challenge);
         let mut state = self.lock();
         if let Some(seen) = state.challenges.get(&challenge.value.id) {
-            seen.pooled.clone_from(&survey.pooled);
+            seen.pooled.clone_from(&snapshot.pooled);
         }
         drop(state);
-        if let Some(instance) = &survey.instance {
+        if let Some(instance) = &snapshot.instance {
             self.instance(instance);
         }
     }

@@ -7,7 +7,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use futures::stream;
-use gauntlet_domain::{Challenge, ChallengeId, Instance, InstanceKey, Phase, Result, Stored, Survey, Version};
+use gauntlet_domain::{Challenge, ChallengeId, Instance, InstanceKey, Phase, Result, Snapshot, Stored, Version};
 
 use crate::{
     core::{Core, unreadable},
@@ -20,7 +20,7 @@ use crate::{
 /// Keys read with their values at once, and without.
 const PAGE: usize = 256;
 const PAGE_OF_KEYS: usize = 4096;
-/// Keys that a survey looks at for pooled instances: an instance may have two, and some are not ready.
+/// Keys that a snapshot looks at for pooled instances: an instance may have two, and some are not ready.
 const POOLED_KEYS: usize = 48;
 /// Instances that an index names read at once: etcd allows 128 operations in a transaction.
 const INDEXED: usize = 64;
@@ -279,8 +279,8 @@ impl<K: Kv> Core<K> {
         count.map_err(|error| self.error(error))
     }
 
-    /// What a survey for a source's seat reads.
-    pub(crate) fn survey_ops(&self, key: &InstanceKey) -> [Op; 3] {
+    /// What a snapshot for a source's seat reads.
+    pub(crate) fn snapshot_ops(&self, key: &InstanceKey) -> [Op; 3] {
         let layout = &self.layout;
         [
             Op::get(KeyRange::key(layout.challenge(&key.challenge))),
@@ -290,24 +290,24 @@ impl<K: Kv> Core<K> {
     }
 
     /// What they read, and whether the pool has more.
-    pub(crate) fn read_survey(&self, key: &InstanceKey, read: &mut TxnResponse) -> Result<(Survey, bool)> {
+    pub(crate) fn read_snapshot(&self, key: &InstanceKey, read: &mut TxnResponse) -> Result<(Snapshot, bool)> {
         let challenge = self.read_challenge(&key.challenge, read.next_read())?;
         let instance = self.read_instance(key, &read.next_read())?;
         let listed = read.next_read();
         let cut = listed.len() == POOLED_KEYS;
         let pooled = self.ready_among(listed, cut, POOLED);
-        Ok((Survey { challenge, instance, pooled }, cut))
+        Ok((Snapshot { challenge, instance, pooled }, cut))
     }
 
     /// Remembers how it stood when something else was expected.
-    pub(crate) fn met(&self, key: &InstanceKey, survey: &Survey) {
-        if survey.challenge.is_none() {
+    pub(crate) fn met(&self, key: &InstanceKey, snapshot: &Snapshot) {
+        if snapshot.challenge.is_none() {
             self.memory.forget_challenge(&key.challenge);
         }
-        if survey.instance.is_none() {
+        if snapshot.instance.is_none() {
             self.memory.forget_instance(key);
         }
-        self.memory.survey(survey);
+        self.memory.snapshot(snapshot);
     }
 
     /// The ready ones among listed keys of a pool, at most so many; if the list was `cut` without the last, which may miss its intent.

@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, sync::atomic::Ordering};
 use async_trait::async_trait;
 use futures::{TryStreamExt as _, stream};
 use gauntlet_domain::{
-    Assignment, Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, InstanceKey, LockKind, Phase,
-    PhaseName, Pool, Result, SourceId, Store, Stored, Stranded, Stream, Survey, Version,
+    Assignment, Census, Challenge, ChallengeId, Error, Instance, InstanceKey, Intent, LockGuard, LockKind, LockOptions,
+    Outcome, Phase, PhaseName, Pool, Result, Snapshot, SourceId, Store, Stored, Stream, Unfinished, Version,
 };
 use jiff::Timestamp;
 
@@ -59,26 +59,26 @@ impl<K: Kv> Store for Coordination<K> {
         Ok(challenge)
     }
 
-    async fn survey(&self, id: &ChallengeId, source: &SourceId) -> Result<Survey> {
+    async fn snapshot(&self, id: &ChallengeId, source: &SourceId) -> Result<Snapshot> {
         let core = &self.core;
         let key = InstanceKey { challenge: id.clone(), assignment: Assignment::Source(source.clone()) };
-        let mut read = core.read(core.survey_ops(&key).into()).await?;
-        let (mut survey, cut) = core.read_survey(&key, &mut read)?;
-        if survey.pooled.is_empty() && cut {
+        let mut read = core.read(core.snapshot_ops(&key).into()).await?;
+        let (mut snapshot, cut) = core.read_snapshot(&key, &mut read)?;
+        if snapshot.pooled.is_empty() && cut {
             // None among the first: look on. A claim compares versions, so reading later is no harm.
             let mut all = Instances::new(Scan::values(core, core.layout.pooled_of(id), None));
-            while survey.pooled.len() < POOLED
+            while snapshot.pooled.len() < POOLED
                 && let Some(stored) = all.next().await?
             {
-                survey.pooled.extend(Some(stored).filter(|stored| stored.value.phase == Phase::Ready));
+                snapshot.pooled.extend(Some(stored).filter(|stored| stored.value.phase == Phase::Ready));
             }
         }
-        core.memory.survey(&survey);
-        Ok(survey)
+        core.memory.snapshot(&snapshot);
+        Ok(snapshot)
     }
 
-    fn recall(&self, id: &ChallengeId, source: &SourceId) -> Option<Survey> {
-        self.core.memory.recall(id, source)
+    fn cached_snapshot(&self, id: &ChallengeId, source: &SourceId) -> Option<Snapshot> {
+        self.core.memory.cached_snapshot(id, source)
     }
 
     fn challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)> {
@@ -185,11 +185,11 @@ impl<K: Kv> Store for Coordination<K> {
         Ok(Pool { version, claimed, pooled: pooled.map(|(phase, key)| (key, phase)).collect() })
     }
 
-    async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {
+    async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &LockOptions) -> Result<LockGuard> {
         self.core.acquire(kind, id, by).await
     }
 
-    async fn release(&self, held: Held) -> Result<()> {
+    async fn release(&self, held: LockGuard) -> Result<()> {
         let ticket = ticket(&held)?;
         if ticket.live.lease.is_lost() {
             // Given up already; what was done under it was fenced by itself.
@@ -197,14 +197,14 @@ impl<K: Kv> Store for Coordination<K> {
         }
         if ticket.unused() {
             // Nothing done under it can come later than this: who is next here need not wait for the key to go.
-            self.core.mirror.leaving(&ticket.live.key, ticket.fence);
+            self.core.mirror.leaving(&ticket.live.key, ticket.token);
         }
         let txn = ticket.removal();
         // Whoever removed the key, it is gone.
         self.core.finish(held, txn, |_| Some(0)).await.map(|_| ())
     }
 
-    async fn update_challenge(&self, held: Held, challenge: &Challenge) -> Result<()> {
+    async fn update_challenge(&self, held: LockGuard, challenge: &Challenge) -> Result<()> {
         let layout = &self.core.layout;
         let ticket = self.core.lock_on(&held, &challenge.id)?;
         let key = layout.challenge(&challenge.id);
@@ -221,7 +221,7 @@ impl<K: Kv> Store for Coordination<K> {
             success,
             failure: vec![Op::get(KeyRange::key(&key)), Op::get_keys(KeyRange::key(&ticket.live.key))],
         };
-        let (fence, id) = (held.fence, challenge.id.clone());
+        let (token, id) = (held.token, challenge.id.clone());
         let applied = move |read: &[Vec<KeyValue>]| written_at(read.first()?, &record);
         let mut result = self.core.finish(held, txn, applied).await?;
         if result.succeeded {
@@ -229,11 +229,11 @@ impl<K: Kv> Store for Coordination<K> {
             return Ok(());
         }
         let stored = !result.next_read().is_empty();
-        let stands = result.next_read().first().is_some_and(|kv| kv.create_revision == fence);
-        Err(if stands && !stored { Error::ChallengeNotFound(id) } else { fenced(LockKind::Challenge, fence) })
+        let stands = result.next_read().first().is_some_and(|kv| kv.create_revision == token);
+        Err(if stands && !stored { Error::ChallengeNotFound(id) } else { fenced(LockKind::Challenge, token) })
     }
 
-    async fn remove_challenge(&self, held: Held, id: &ChallengeId) -> Result<()> {
+    async fn remove_challenge(&self, held: LockGuard, id: &ChallengeId) -> Result<()> {
         let layout = &self.core.layout;
         let ticket = self.core.lock_on(&held, id)?;
         let key = layout.challenge(id);
@@ -244,7 +244,7 @@ impl<K: Kv> Store for Coordination<K> {
             success,
             failure: vec![Op::get_keys(KeyRange::key(&key)), Op::get_keys(KeyRange::key(&ticket.live.key))],
         };
-        let fence = held.fence;
+        let token = held.token;
         let removed = |read: &[Vec<KeyValue>]| read.first()?.is_empty().then_some(0);
         let mut result = self.core.finish(held, txn, removed).await?;
         if result.succeeded {
@@ -252,8 +252,8 @@ impl<K: Kv> Store for Coordination<K> {
             return Ok(());
         }
         let _challenge = result.next_read();
-        let stands = result.next_read().first().is_some_and(|kv| kv.create_revision == fence);
-        Err(if stands { Error::Conflict } else { fenced(LockKind::Challenge, fence) })
+        let stands = result.next_read().first().is_some_and(|kv| kv.create_revision == token);
+        Err(if stands { Error::Conflict } else { fenced(LockKind::Challenge, token) })
     }
 
     async fn begin_create(
@@ -261,8 +261,8 @@ impl<K: Kv> Store for Coordination<K> {
         challenge: &Stored<Challenge>,
         intent: &Instance,
         pool: Option<Version>,
-        by: &By,
-    ) -> Result<Held> {
+        by: &LockOptions,
+    ) -> Result<LockGuard> {
         let (core, layout, id) = (&self.core, &self.core.layout, &challenge.value.id);
         let (key, bounds) = (&intent.key, challenge.value.bounds);
         let counts = bounds.min() > 0 && (key.assignment.is_pooled() || bounds.max() > 0);
@@ -288,7 +288,7 @@ impl<K: Kv> Store for Coordination<K> {
                 in_queue(&writers),
                 Op::get_keys(KeyRange::key(layout.pool(id))),
             ];
-            let txn = Txn { compare, success, failure: failure.into_iter().chain(core.survey_ops(key)).collect() };
+            let txn = Txn { compare, success, failure: failure.into_iter().chain(core.snapshot_ops(key)).collect() };
             let of = Of::Instance(Box::new(intent.clone()));
             let (taken, mut result) = core.take(live, of, txn, false).await?;
             if let Some(ticket) = taken {
@@ -296,12 +296,12 @@ impl<K: Kv> Store for Coordination<K> {
             }
             let (owner, queued) = (result.next_read(), result.next_counted_read());
             let counted = version(&result.next_read());
-            let (survey, _) = core.read_survey(key, &mut result)?;
-            if survey.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version)
-                || survey.instance.is_some()
+            let (snapshot, _) = core.read_snapshot(key, &mut result)?;
+            if snapshot.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version)
+                || snapshot.instance.is_some()
                 || pool.is_some_and(|pool| counted != Some(pool))
             {
-                core.met(key, &survey);
+                core.met(key, &snapshot);
                 return Err(Error::Conflict);
             }
             let ahead = Ahead::owner(owner).and_queue(writers, queued, result.revision);
@@ -314,8 +314,8 @@ impl<K: Kv> Store for Coordination<K> {
         challenge: &Stored<Challenge>,
         pooled: &Stored<Instance>,
         claimed: &Instance,
-        by: &By,
-    ) -> Result<Option<Held>> {
+        by: &LockOptions,
+    ) -> Result<Option<LockGuard>> {
         let (core, layout, id) = (&self.core, &self.core.layout, &challenge.value.id);
         let (from, to) = (&pooled.value.key, &claimed.key);
         // Nobody else here is to try for the same one.
@@ -349,7 +349,7 @@ impl<K: Kv> Store for Coordination<K> {
                     in_queue(&writers),
                 ]
                 .into_iter()
-                .chain(core.survey_ops(to))
+                .chain(core.snapshot_ops(to))
                 .collect(),
             };
             let mut result = if working {
@@ -368,17 +368,17 @@ impl<K: Kv> Store for Coordination<K> {
             let pooled_changed = version(&result.next_read()) != Some(pooled.version);
             let pooled_owned = !result.next_read().is_empty();
             let (owner, queued) = (result.next_read(), result.next_counted_read());
-            let (survey, _) = core.read_survey(to, &mut result)?;
-            let changed = survey.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version);
-            if changed || pooled_changed || pooled_owned || survey.instance.is_some() {
-                core.met(to, &survey);
+            let (snapshot, _) = core.read_snapshot(to, &mut result)?;
+            let changed = snapshot.challenge.as_ref().map(|stored| stored.version) != Some(challenge.version);
+            if changed || pooled_changed || pooled_owned || snapshot.instance.is_some() {
+                core.met(to, &snapshot);
                 return Err(Error::Conflict);
             }
             patience.wait(core, Ahead::owner(owner).and_queue(writers, queued, result.revision)).await?;
         }
     }
 
-    async fn begin(&self, key: &InstanceKey, begin: Begin, by: &By) -> Result<(Held, Instance)> {
+    async fn begin(&self, key: &InstanceKey, begin: Intent, by: &LockOptions) -> Result<(LockGuard, Instance)> {
         let (core, layout) = (&self.core, &self.core.layout);
         let mut patience = waiting_for(key, by);
         // What an owner that is gone had been doing, if the record alone does not tell.
@@ -394,15 +394,15 @@ impl<K: Kv> Store for Coordination<K> {
             ];
             let mut success = vec![Op::get(KeyRange::key(layout.working(key))), live.put()];
             match (&begin, left.take()) {
-                (Begin::Recover, _) => compare.push(Compare::exists(layout.working(key))),
+                (Intent::Recover, _) => compare.push(Compare::exists(layout.working(key))),
                 // Nothing of before would be lost: the new intent goes beside a record that needs no reading.
-                (Begin::Update(_) | Begin::Delete, None) => {
-                    let target = if let Begin::Update(target) = &begin { Some(target) } else { None };
+                (Intent::Update(_) | Intent::Delete, None) => {
+                    let target = if let Intent::Update(target) = &begin { Some(target) } else { None };
                     compare.push(Compare::absent(KeyRange::key(layout.intent(key))));
                     success.push(Op::put(layout.intent(key), records::write_intent(target)));
                     success.push(Op::put(layout.working(key), working_on(&begin).name()));
                 }
-                (Begin::Update(_) | Begin::Delete, Some(before)) => {
+                (Intent::Update(_) | Intent::Delete, Some(before)) => {
                     compare.push(not_after(layout.whole(key), before.version));
                     let mut record = before.value;
                     begun(&mut record, &begin);
@@ -423,14 +423,14 @@ impl<K: Kv> Store for Coordination<K> {
             if let Some(mut ticket) = taken {
                 let (working, whole) = (result.next_read(), result.next_read());
                 let was = working.first().map(|kv| Layout::read_working(&kv.value));
-                if matches!(begin, Begin::Update(_)) && was == Some(PhaseName::Deleting) {
+                if matches!(begin, Intent::Update(_)) && was == Some(PhaseName::Deleting) {
                     self.take_back(held(LockKind::Instance, ticket, patience), key, working).await?;
                     return Err(Error::Conflict);
                 }
                 let value = match core.read_instance(key, &whole) {
                     Ok(Some(stored)) => stored.value,
                     Ok(None) => return Err(Error::Conflict),
-                    Err(_) if begin == Begin::Recover => {
+                    Err(_) if begin == Intent::Recover => {
                         // Reports it, once.
                         let _ = core.readable(&whole);
                         return Err(Error::Conflict);
@@ -444,13 +444,13 @@ impl<K: Kv> Store for Coordination<K> {
                 return Ok((held(LockKind::Instance, ticket, patience), value));
             }
             let (whole, owner, working) = (result.next_read(), result.next_read(), result.next_read());
-            if whole.is_empty() || (begin == Begin::Recover && (!owner.is_empty() || working.is_empty())) {
+            if whole.is_empty() || (begin == Intent::Recover && (!owner.is_empty() || working.is_empty())) {
                 return Err(Error::Conflict);
             }
-            if owner.is_empty() && begin != Begin::Recover {
+            if owner.is_empty() && begin != Intent::Recover {
                 let found = core.read_instance(key, &whole)?;
                 let goes = found.as_ref().is_some_and(|found| found.value.phase == Phase::Deleting);
-                if goes && matches!(begin, Begin::Update(_)) {
+                if goes && matches!(begin, Intent::Update(_)) {
                     return Err(Error::Conflict);
                 }
                 // A record alone was begun since this replica looked last: the next try is for that one.
@@ -460,7 +460,7 @@ impl<K: Kv> Store for Coordination<K> {
         }
     }
 
-    async fn commit(&self, held: Held, key: &InstanceKey, commit: Commit) -> Result<()> {
+    async fn commit(&self, held: LockGuard, key: &InstanceKey, commit: Outcome) -> Result<()> {
         let layout = &self.core.layout;
         let ticket = ticket(&held)?;
         let before = match &ticket.of {
@@ -471,22 +471,22 @@ impl<K: Kv> Store for Coordination<K> {
         let old = layout.instance_index(before);
         let mut success = vec![Op::delete(&ticket.live.key), Op::delete(intent_key)];
         let record = match &commit {
-            Commit::Remove => {
+            Outcome::Remove => {
                 success.push(Op::delete(&record_key));
                 success.extend(old.into_iter().map(|(key, _)| Op::delete(key)));
                 None
             }
-            Commit::Put(instance) if instance.key == *key => {
+            Outcome::Put(instance) if instance.key == *key => {
                 let record = records::write_instance(instance);
                 success.push(Op::put(&record_key, record.clone()));
                 success.extend(reindex(old, layout.instance_index(instance)));
                 Some(record)
             }
-            Commit::Put(instance) => {
+            Outcome::Put(instance) => {
                 return Err(Error::Internal(format!("{:?} is not committed to {key:?}", instance.key)));
             }
         };
-        let fence = held.fence;
+        let token = held.token;
         let txn = Txn { compare: vec![ticket.stands()], success, failure: vec![Op::get(layout.whole(key))] };
         let applied = move |read: &[Vec<KeyValue>]| match &record {
             None => read.first()?.is_empty().then_some(0),
@@ -494,16 +494,16 @@ impl<K: Kv> Store for Coordination<K> {
         };
         let result = self.core.finish(held, txn, applied).await?;
         if !result.succeeded {
-            return Err(fenced(LockKind::Instance, fence));
+            return Err(fenced(LockKind::Instance, token));
         }
         match commit {
-            Commit::Put(instance) => self.core.memory.instance(&written(*instance, result.revision)),
-            Commit::Remove => self.core.memory.forget_instance(key),
+            Outcome::Put(instance) => self.core.memory.instance(&written(*instance, result.revision)),
+            Outcome::Remove => self.core.memory.forget_instance(key),
         }
         Ok(())
     }
 
-    async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &By) -> Result<()> {
+    async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &LockOptions) -> Result<()> {
         let (core, layout, key) = (&self.core, &self.core.layout, &read.value.key);
         if instance.key != *key {
             return Err(Error::Internal(format!("{:?} is not rewritten as {:?}", key, instance.key)));
@@ -521,7 +521,10 @@ impl<K: Kv> Store for Coordination<K> {
                     Compare::absent(KeyRange::key(layout.owner(key))),
                 ],
                 success,
-                failure: [Op::get(KeyRange::key(layout.owner(key)))].into_iter().chain(core.survey_ops(key)).collect(),
+                failure: [Op::get(KeyRange::key(layout.owner(key)))]
+                    .into_iter()
+                    .chain(core.snapshot_ops(key))
+                    .collect(),
             };
             let mut result = core.write(txn).await?;
             if result.succeeded {
@@ -530,14 +533,14 @@ impl<K: Kv> Store for Coordination<K> {
             }
             let owner = result.next_read();
             if owner.is_empty() {
-                core.met(key, &core.read_survey(key, &mut result)?.0);
+                core.met(key, &core.read_snapshot(key, &mut result)?.0);
                 return Err(Error::Conflict);
             }
             patience.wait(core, Ahead::owner(owner)).await?;
         }
     }
 
-    async fn stranded(&self, now: Timestamp) -> Result<Vec<Stranded>> {
+    async fn unfinished(&self, now: Timestamp) -> Result<Vec<Unfinished>> {
         let (core, layout) = (&self.core, &self.core.layout);
         let mut working = Scan::values(core, layout.all_working(), None);
         let at = working.at().await?;
@@ -547,21 +550,21 @@ impl<K: Kv> Store for Coordination<K> {
             let first = live.partition_point(|kv| kv.key < keys.start);
             live.get(first).zip(keys.end.as_ref()).is_some_and(|(kv, to)| kv.key < *to)
         };
-        let mut stranded = Vec::new();
+        let mut unfinished = Vec::new();
         while let Some(kv) = working.next().await? {
             let Some(key) = layout.read_instance_key(&kv.key) else { continue };
             let retry_at = std::str::from_utf8(&kv.value).ok().and_then(|text| text.parse::<Timestamp>().ok());
             if retry_at.is_none_or(|retry_at| retry_at <= now) && !owned(&layout.owner(&key)) {
-                stranded.push(Stranded::Instance(key));
+                unfinished.push(Unfinished::Instance(key));
             }
         }
         for kv in Scan::keys(core, layout.rollouts(), at).all().await? {
             let Some(id) = layout.read_index(&kv.key) else { continue };
             if !locked(&layout.queue(LockKind::Rollout, &id)) {
-                stranded.push(Stranded::Challenge(id));
+                unfinished.push(Unfinished::Challenge(id));
             }
         }
-        Ok(stranded)
+        Ok(unfinished)
     }
 
     async fn pools(&self) -> Result<Vec<ChallengeId>> {
@@ -607,7 +610,7 @@ impl<K: Kv> Store for Coordination<K> {
     }
 }
 
-fn waiting_for(key: &InstanceKey, by: &By) -> Patience {
+fn waiting_for(key: &InstanceKey, by: &LockOptions) -> Patience {
     let what = || format!("the instance {:?} of {:?}", key.assignment, key.challenge);
     Patience::new(by, LockKind::Instance, &key.challenge, what)
 }
@@ -615,7 +618,7 @@ fn waiting_for(key: &InstanceKey, by: &By) -> Patience {
 impl<K: Kv> Coordination<K> {
     /// Undoes the intent that was put beside a record which proved unreadable or on its way out, and gives the ownership up. Should a crash
     /// come first, the intent stands: what was asked for is then done, by a build that can read the record.
-    async fn take_back(&self, held: Held, key: &InstanceKey, working: Vec<KeyValue>) -> Result<()> {
+    async fn take_back(&self, held: LockGuard, key: &InstanceKey, working: Vec<KeyValue>) -> Result<()> {
         let layout = &self.core.layout;
         let ticket = ticket(&held)?;
         let mut success = vec![Op::delete(&ticket.live.key), Op::delete(layout.intent(key))];
@@ -644,18 +647,18 @@ fn written_at(whole: &[KeyValue], record: &[u8]) -> Option<u64> {
     }
 }
 
-fn working_on(begin: &Begin) -> PhaseName {
-    if *begin == Begin::Delete { PhaseName::Deleting } else { PhaseName::Updating }
+fn working_on(begin: &Intent) -> PhaseName {
+    if *begin == Intent::Delete { PhaseName::Deleting } else { PhaseName::Updating }
 }
 
-fn begun(instance: &mut Instance, begin: &Begin) {
+fn begun(instance: &mut Instance, begin: &Intent) {
     match begin {
-        Begin::Update(target) => {
+        Intent::Update(target) => {
             instance.phase = Phase::Updating;
             instance.target = Some(target.clone());
         }
-        Begin::Delete => instance.phase = Phase::Deleting,
-        Begin::Recover => {}
+        Intent::Delete => instance.phase = Phase::Deleting,
+        Intent::Recover => {}
     }
 }
 

@@ -79,7 +79,7 @@ pub(crate) enum Of {
 pub(crate) struct Ticket {
     pub(crate) live: LiveKey,
     /// The revision at which the key came to be.
-    pub(crate) fence: u64,
+    pub(crate) token: u64,
     pub(crate) of: Of,
     reaper: Reaper,
     spent: AtomicBool,
@@ -88,8 +88,8 @@ pub(crate) struct Ticket {
 }
 
 impl Ticket {
-    pub(crate) fn new(live: LiveKey, fence: u64, of: Of, reaper: Reaper) -> Self {
-        Self { live, fence, of, reaper, spent: AtomicBool::new(false), used: AtomicBool::new(false) }
+    pub(crate) fn new(live: LiveKey, token: u64, of: Of, reaper: Reaper) -> Self {
+        Self { live, token, of, reaper, spent: AtomicBool::new(false), used: AtomicBool::new(false) }
     }
 
     /// Its key is gone, or somebody else's: nothing is left to remove.
@@ -102,7 +102,7 @@ impl Ticket {
     /// Holds in the store as long as the ownership does. What asks for it may yet be under way when its answer is given up.
     pub(crate) fn stands(&self) -> Compare {
         self.used.store(true, Ordering::Release);
-        Compare::create_revision(&self.live.key, self.fence)
+        Compare::create_revision(&self.live.key, self.token)
     }
 
     /// Whether the store was never asked for anything in its name.
@@ -112,7 +112,7 @@ impl Ticket {
 
     /// Gives it up.
     pub(crate) fn removal(&self) -> Txn {
-        let stands = Compare::create_revision(&self.live.key, self.fence);
+        let stands = Compare::create_revision(&self.live.key, self.token);
         Txn { compare: vec![stands], success: vec![Op::delete(&self.live.key)], failure: Vec::new() }
     }
 }

@@ -13,7 +13,7 @@ use std::{
 use dhat::{HeapStats, Profiler};
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use gauntlet_coordination::{Coordination, Etcd, EtcdConfig, kv::Kv};
-use gauntlet_domain::{By, ChallengeId, LockKind, NewChallenge, SourceId, Store as _};
+use gauntlet_domain::{ChallengeId, LockKind, LockOptions, NewChallenge, SourceId, Store as _};
 use gauntlet_stack::Etcd as Server;
 use gauntlet_telemetry::{Instruments, db::Database};
 
@@ -37,7 +37,7 @@ async fn etcd(server: &Server) -> Coordination<Etcd> {
 
 /// The bytes that each of so many waiters takes.
 async fn each_of<K: Kv>(store: &Coordination<K>, count: usize) -> usize {
-    let (web, by) = (id(&format!("web-{count}")), By { origin: None, patience: Duration::from_secs(600) });
+    let (web, by) = (id(&format!("web-{count}")), LockOptions { traceparent: None, timeout: Duration::from_secs(600) });
     let acquire = || store.lock(LockKind::Challenge, &web, &by);
     let held = acquire().await.unwrap();
     // What the first one sets up for all.

@@ -4,9 +4,9 @@ use futures::TryStreamExt as _;
 use jiff::Timestamp;
 
 use crate::{
-    Additional, Begin, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Held, Instance, InstanceKey,
-    LockKind, Operation, Phase, PoolBounds, Result, Rollout, Stored, Strategy, Stream, Target, instances::Fallback,
-    usecases::Deadline,
+    Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Instance, InstanceKey, Intent,
+    LockGuard, LockKind, Operation, Phase, PoolBounds, Result, Rollout, Stored, Strategy, Stream, Target,
+    instances::Fallback, usecases::Deadline,
 };
 
 /// A challenge to register.
@@ -176,13 +176,13 @@ impl Gauntlet {
     pub(crate) async fn roll_out(
         &self,
         call: &Call,
-        rollout: Held,
+        rollout: LockGuard,
         challenge: Challenge,
     ) -> Result<(Challenge, Vec<Error>)> {
         let strategy = challenge.rollout.as_ref().map_or(Strategy::default(), |rollout| rollout.strategy);
         let instances: Vec<_> = self.store.instances_of(&challenge.id).try_collect().await?;
         let jobs = self.each(instances, |stored| self.bring_up_to_date(call, &challenge, strategy, stored));
-        let results = rollout.guard(async { Ok(jobs.await) }).await?;
+        let results = rollout.run(async { Ok(jobs.await) }).await?;
         let mut failures: Vec<Error> = results.into_iter().filter_map(Result::err).collect();
         let unread = self.store.all_readable(&challenge.id).await.err();
         let unread = unread.and_then(|error| self.counted::<()>(&challenge.id, Operation::Update, Err(error)).err());
@@ -240,7 +240,7 @@ impl Gauntlet {
                 };
                 let target =
                     Target { identity, scenario: challenge.scenario.clone(), revision: challenge.revision, strategy };
-                match self.store.begin(&key, Begin::Update(target), &self.by(call, deadline)).await {
+                match self.store.begin(&key, Intent::Update(target), &self.by(call, deadline)).await {
                     Err(error) => Err(error),
                     Ok((held, begun)) => {
                         let begun = Instance { until: ends(&begun), ..begun };
@@ -269,10 +269,10 @@ impl Gauntlet {
     }
 
     /// Takes every instance of a challenge that is being deleted down, then the challenge.
-    pub(crate) async fn close(&self, call: &Call, rollout: Held, id: &ChallengeId) -> Result<()> {
+    pub(crate) async fn close(&self, call: &Call, rollout: LockGuard, id: &ChallengeId) -> Result<()> {
         let instances: Vec<_> = self.store.instances_of(id).try_collect().await?;
         let jobs = self.each(instances, |stored| self.remove(call, stored.value.key));
-        let results = rollout.guard(async { Ok(jobs.await) }).await?;
+        let results = rollout.run(async { Ok(jobs.await) }).await?;
         let removed = async {
             results.into_iter().collect::<Result<()>>()?;
             // Nor is one removed that this build cannot read: it stays, and with it the challenge, for a build that can.
@@ -292,7 +292,7 @@ impl Gauntlet {
 
     /// Takes one stored instance down, whoever has it; one that is gone meanwhile is success.
     pub(crate) async fn remove(&self, call: &Call, key: InstanceKey) -> Result<()> {
-        let result = match self.store.begin(&key, Begin::Delete, &self.by(call, self.deadline(call))).await {
+        let result = match self.store.begin(&key, Intent::Delete, &self.by(call, self.deadline(call))).await {
             Err(Error::Conflict) => return Ok(()),
             Err(error) => Err(error),
             Ok((held, instance)) => self.take_down(call, held, instance, Operation::Delete).await,

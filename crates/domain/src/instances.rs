@@ -4,9 +4,9 @@ use futures::TryStreamExt as _;
 use jiff::Timestamp;
 
 use crate::{
-    Additional, Assignment, Begin, By, Call, Challenge, ChallengeId, Commit, Error, Fact, Failure, Gauntlet, Held,
-    Identity, Instance, InstanceKey, Operation, Order, Outputs, Phase, Pinned, Result, SourceId, Stored, Strategy,
-    Stream, Survey, Target, expiry, usecases::Deadline,
+    Additional, Assignment, Call, Challenge, ChallengeId, Error, Fact, Failure, Gauntlet, Identity, Instance,
+    InstanceKey, Intent, LockGuard, LockOptions, Operation, Order, Outcome, Outputs, Phase, Pinned, Result, Snapshot,
+    SourceId, Stored, Strategy, Stream, Target, expiry, usecases::Deadline,
 };
 
 /// How many attempts may go by what is remembered. Each conflict leaves what it met, so a second one is worth it, at once.
@@ -38,7 +38,7 @@ impl Gauntlet {
         let deadline = self.deadline(call);
         for attempt in 0.. {
             self.before(attempt, call, deadline).await?;
-            let allows = |survey| may_create(survey, call, id, source);
+            let allows = |snapshot| may_create(snapshot, call, id, source);
             let (challenge, mut pooled) = match self.surveyed(attempt, id, source, allows).await? {
                 Allowed::Now(challenge, pooled) => (*challenge, pooled),
                 Allowed::AfterUndoing(left) => {
@@ -97,7 +97,15 @@ impl Gauntlet {
 
     /// Finishes what a create left that could not be undone; somebody else may be at it.
     async fn undo(&self, call: &Call, left: &InstanceKey) -> Result<()> {
-        match self.store.begin(left, Begin::Recover, &By { origin: call.traceparent.clone(), ..By::default() }).await {
+        match self
+            .store
+            .begin(
+                left,
+                Intent::Recover,
+                &LockOptions { traceparent: call.traceparent.clone(), ..LockOptions::default() },
+            )
+            .await
+        {
             Err(Error::Conflict) => Ok(()),
             Err(error) => Err(error),
             Ok((held, instance)) => self.recover_instance(call, held, instance).await,
@@ -112,26 +120,26 @@ impl Gauntlet {
         }
     }
 
-    /// What `judge` makes of a survey. The first attempts go by what is remembered, and the second by what the first met; but what is
+    /// What `judge` makes of a snapshot. The first attempts go by what is remembered, and the second by what the first met; but what is
     /// remembered may be old, so it refuses nothing.
     async fn surveyed<T>(
         &self,
         attempt: u32,
         id: &ChallengeId,
         source: &SourceId,
-        judge: impl Fn(Survey) -> Result<T>,
+        judge: impl Fn(Snapshot) -> Result<T>,
     ) -> Result<T> {
-        let remembered = if attempt < REMEMBERED { self.store.recall(id, source) } else { None };
-        if let Some(judged) = remembered.filter(Survey::agrees).and_then(|survey| judge(survey).ok()) {
+        let remembered = if attempt < REMEMBERED { self.store.cached_snapshot(id, source) } else { None };
+        if let Some(judged) = remembered.filter(Snapshot::agrees).and_then(|snapshot| judge(snapshot).ok()) {
             return Ok(judged);
         }
-        judge(self.store.survey(id, source).await?)
+        judge(self.store.snapshot(id, source).await?)
     }
 
     /// The source's instance; [`Error::InstanceNotFound`] also when the challenge is unknown or the instance is still being created.
     pub async fn retrieve_instance(&self, challenge: &ChallengeId, source: &SourceId) -> Result<Instance> {
-        let survey = self.store.survey(challenge, source).await?;
-        survey
+        let snapshot = self.store.snapshot(challenge, source).await?;
+        snapshot
             .instance
             .map(|stored| stored.value)
             .filter(Instance::is_visible)
@@ -161,7 +169,7 @@ impl Gauntlet {
         let deadline = self.deadline(call);
         for attempt in 0.. {
             self.before(attempt, call, deadline).await?;
-            let allows = |survey| may_renew(survey, call, id, source);
+            let allows = |snapshot| may_renew(snapshot, call, id, source);
             let (challenge, stored) = self.surveyed(attempt, id, source, allows).await?;
             let (last_renew, until) = challenge.renewal(stored.value.last_renew, call.now);
             let renewed = Instance { last_renew, until, ..stored.value.clone() };
@@ -183,7 +191,7 @@ impl Gauntlet {
     async fn delete(&self, call: &Call, challenge: &ChallengeId, source: &SourceId) -> Result<()> {
         let key = InstanceKey { challenge: challenge.clone(), assignment: Assignment::Source(source.clone()) };
         let by = self.by(call, self.deadline(call));
-        match self.store.begin(&key, Begin::Delete, &by).await {
+        match self.store.begin(&key, Intent::Delete, &by).await {
             Ok((held, instance)) => self.take_down(call, held, instance, Operation::Delete).await,
             Err(Error::Conflict) => Err(match self.store.challenge(challenge).await? {
                 None => Error::ChallengeNotFound(challenge.clone()),
@@ -241,7 +249,7 @@ impl Gauntlet {
                 other => other?,
             }
             marked = true;
-            match self.store.begin(&key, Begin::Recover, &self.by(call, deadline)).await {
+            match self.store.begin(&key, Intent::Recover, &self.by(call, deadline)).await {
                 Ok((held, instance)) if instance.since == since => {
                     return self.take_down(call, held, instance, Operation::Delete).await.map(|()| true);
                 }
@@ -258,11 +266,11 @@ impl Gauntlet {
     pub(crate) async fn bring_up(
         &self,
         call: &Call,
-        held: Held,
+        held: LockGuard,
         challenge: &Challenge,
         mut instance: Instance,
     ) -> Result<Instance> {
-        let up = held.guard(self.up(&held, challenge, &instance, &instance.identity, &instance.scenario));
+        let up = held.run(self.up(&held, challenge, &instance, &instance.identity, &instance.scenario));
         match up.await {
             Ok(outputs) => {
                 instance.mark_ready(outputs);
@@ -275,7 +283,7 @@ impl Gauntlet {
     }
 
     /// Takes down what a failed create began. Answers why it failed and, if that could not be undone either, why not: the operator needs both.
-    async fn undo_create(&self, call: &Call, held: Held, instance: Instance, error: Error) -> Error {
+    async fn undo_create(&self, call: &Call, held: LockGuard, instance: Instance, error: Error) -> Error {
         match self.take_down(call, held, instance, Operation::Create).await {
             Ok(()) => error,
             Err(lost @ Error::Fenced(_)) => lost,
@@ -287,15 +295,21 @@ impl Gauntlet {
     }
 
     /// Takes everything of an instance down and removes its record; on failure the record stays, failed.
-    pub(crate) async fn take_down(&self, call: &Call, held: Held, instance: Instance, during: Operation) -> Result<()> {
-        let down = held.guard(async {
+    pub(crate) async fn take_down(
+        &self,
+        call: &Call,
+        held: LockGuard,
+        instance: Instance,
+        during: Operation,
+    ) -> Result<()> {
+        let down = held.run(async {
             for identity in instance.identities() {
-                self.provisioner.down(&instance.key.challenge, identity, held.fence).await?;
+                self.provisioner.down(&instance.key.challenge, identity, held.token).await?;
             }
             Ok(())
         });
         match down.await {
-            Ok(()) => self.store.commit(held, &instance.key, Commit::Remove).await,
+            Ok(()) => self.store.commit(held, &instance.key, Outcome::Remove).await,
             Err(error @ Error::Fenced(_)) => Err(error),
             Err(error) => {
                 let mut instance = instance;
@@ -315,7 +329,7 @@ impl Gauntlet {
     pub(crate) async fn move_to_target(
         &self,
         call: &Call,
-        held: Held,
+        held: LockGuard,
         challenge: &Challenge,
         mut instance: Instance,
         fallback: Fallback,
@@ -330,7 +344,7 @@ impl Gauntlet {
                 untouched = order.is_err();
                 match order {
                     Ok(order) => {
-                        held.guard(async {
+                        held.run(async {
                             let outputs = self.provisioner.update(&order).await?;
                             // It may have become another since the intent was made up.
                             if instance.identity != target.identity {
@@ -344,21 +358,21 @@ impl Gauntlet {
                 }
             }
             Strategy::BlueGreen => {
-                let up = held.guard(self.up(&held, challenge, &instance, &target.identity, &target.scenario)).await;
+                let up = held.run(self.up(&held, challenge, &instance, &target.identity, &target.scenario)).await;
                 match up {
-                    Ok(outputs) => held.guard(self.down(&held, &instance)).await.map(|()| outputs),
+                    Ok(outputs) => held.run(self.down(&held, &instance)).await.map(|()| outputs),
                     Err(error @ Error::Fenced(_)) => Err(error),
                     Err(error) => {
-                        let undo = self.provisioner.down(&instance.key.challenge, &target.identity, held.fence);
-                        untouched = held.guard(undo).await.is_ok();
+                        let undo = self.provisioner.down(&instance.key.challenge, &target.identity, held.token);
+                        untouched = held.run(undo).await.is_ok();
                         Err(error)
                     }
                 }
             }
             Strategy::Recreate => {
-                held.guard(async {
+                held.run(async {
                     for identity in instance.identities() {
-                        self.provisioner.down(&instance.key.challenge, identity, held.fence).await?;
+                        self.provisioner.down(&instance.key.challenge, identity, held.token).await?;
                     }
                     self.up(&held, challenge, &instance, &target.identity, &target.scenario).await
                 })
@@ -386,7 +400,7 @@ impl Gauntlet {
 
     async fn up(
         &self,
-        held: &Held,
+        held: &LockGuard,
         challenge: &Challenge,
         instance: &Instance,
         identity: &Identity,
@@ -396,13 +410,13 @@ impl Gauntlet {
         self.provisioner.up(&order).await
     }
 
-    async fn down(&self, held: &Held, instance: &Instance) -> Result<()> {
-        self.provisioner.down(&instance.key.challenge, &instance.identity, held.fence).await
+    async fn down(&self, held: &LockGuard, instance: &Instance) -> Result<()> {
+        self.provisioner.down(&instance.key.challenge, &instance.identity, held.token).await
     }
 
     async fn order(
         &self,
-        held: &Held,
+        held: &LockGuard,
         challenge: &Challenge,
         instance: &Instance,
         identity: &Identity,
@@ -412,19 +426,26 @@ impl Gauntlet {
         Ok(Order {
             challenge: challenge.id.clone(),
             identity: identity.clone(),
-            generation: held.fence,
+            generation: held.token,
             digest: scenario.digest.clone(),
             plan,
         })
     }
 
-    async fn settle(&self, held: Held, instance: Instance) -> Result<Instance> {
-        self.store.commit(held, &instance.key, Commit::Put(Box::new(instance.clone()))).await?;
+    async fn settle(&self, held: LockGuard, instance: Instance) -> Result<Instance> {
+        self.store.commit(held, &instance.key, Outcome::Put(Box::new(instance.clone()))).await?;
         Ok(instance)
     }
 
     /// Records a failure with the time of the next try, and answers the error to give: the failure, or why it could not be recorded.
-    async fn fail(&self, call: &Call, held: Held, mut instance: Instance, during: Operation, error: Error) -> Error {
+    async fn fail(
+        &self,
+        call: &Call,
+        held: LockGuard,
+        mut instance: Instance,
+        during: Operation,
+        error: Error,
+    ) -> Error {
         let (since, attempts) = match &instance.phase {
             Phase::Failed(before) => (before.since, before.attempts.saturating_add(1)),
             _ => (call.now, 1),
@@ -451,8 +472,8 @@ enum Allowed {
     AfterUndoing(InstanceKey),
 }
 
-fn may_create(survey: Survey, call: &Call, id: &ChallengeId, source: &SourceId) -> Result<Allowed> {
-    let Survey { challenge, instance, pooled } = survey;
+fn may_create(snapshot: Snapshot, call: &Call, id: &ChallengeId, source: &SourceId) -> Result<Allowed> {
+    let Snapshot { challenge, instance, pooled } = snapshot;
     let challenge = challenge.filter(|c| !c.value.deleting).ok_or_else(|| Error::ChallengeNotFound(id.clone()))?;
     let left = instance.map(|stored| stored.value);
     if left.as_ref().is_some_and(|left| !left.is_failed_create()) {
@@ -469,16 +490,16 @@ fn may_create(survey: Survey, call: &Call, id: &ChallengeId, source: &SourceId) 
 
 /// The challenge and the instance, if it may be renewed.
 fn may_renew(
-    survey: Survey,
+    snapshot: Snapshot,
     call: &Call,
     id: &ChallengeId,
     source: &SourceId,
 ) -> Result<(Challenge, Stored<Instance>)> {
-    let challenge = survey.challenge.ok_or_else(|| Error::ChallengeNotFound(id.clone()))?.value;
+    let challenge = snapshot.challenge.ok_or_else(|| Error::ChallengeNotFound(id.clone()))?.value;
     if challenge.timeout.is_none() {
         return Err(Error::ChallengeNoRenewal(id.clone()));
     }
-    let stored = survey
+    let stored = snapshot
         .instance
         .filter(|stored| stored.value.is_visible())
         .ok_or_else(|| Error::InstanceNotFound(id.clone(), source.clone()))?;

@@ -37,6 +37,7 @@ pub use reconcile::ReconcileReport;
 pub use replenish::{PoolJob, PoolPlan};
 pub use scenarios::{Pinned, Scenarios};
 pub use store::{
-    Begin, By, Census, Commit, Grant, Held, LockKind, Pool, Store, Stored, Stranded, Stream, Survey, Version, Waited,
+    Census, Grant, Intent, LockGuard, LockKind, LockOptions, Outcome, Pool, Snapshot, Store, Stored, Stream,
+    Unfinished, Version, WaitStats,
 };
 pub use usecases::{Call, Clock, Entropy, Gauntlet, Settings};

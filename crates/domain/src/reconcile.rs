@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use futures::TryStreamExt as _;
 
 use crate::{
-    Begin, By, Call, ChallengeId, Error, Fact, Found, Gauntlet, Held, Identity, Instance, LockKind, Operation, Phase,
-    PhaseName, RecoveryAction, Result, Stored, Stranded, Strategy, Target, instances::Fallback,
+    Call, ChallengeId, Error, Fact, Found, Gauntlet, Identity, Instance, Intent, LockGuard, LockKind, LockOptions,
+    Operation, Phase, PhaseName, RecoveryAction, Result, Stored, Strategy, Target, Unfinished, instances::Fallback,
 };
 
 /// What one pass did.
 #[derive(Debug, Default)]
 pub struct ReconcileReport {
-    /// Stranded instances that were finished or undone.
+    /// Unfinished instances that were finished or undone.
     pub recovered: usize,
     /// Updates and deletions of challenges that were carried on.
     pub resumed: usize,
@@ -34,11 +34,12 @@ impl Gauntlet {
         let found = self.provisioner.list().await?;
         let mut done = ReconcileReport::default();
 
-        let results = self.each(self.store.stranded(call.now).await?, |stranded| self.recover(call, stranded)).await;
+        let results =
+            self.each(self.store.unfinished(call.now).await?, |unfinished| self.recover(call, unfinished)).await;
         for result in results {
             match result {
-                Ok(Some(Stranded::Instance(_))) => done.recovered += 1,
-                Ok(Some(Stranded::Challenge(_))) => done.resumed += 1,
+                Ok(Some(Unfinished::Instance(_))) => done.recovered += 1,
+                Ok(Some(Unfinished::Challenge(_))) => done.resumed += 1,
                 Ok(None) => {}
                 Err(errors) => done.failures.extend(errors),
             }
@@ -56,23 +57,23 @@ impl Gauntlet {
     }
 
     /// Answers what was recovered, or `None` if somebody else had it; or all that did not work.
-    async fn recover(&self, call: &Call, stranded: Stranded) -> Result<Option<Stranded>, Vec<Error>> {
-        let failures = match &stranded {
-            Stranded::Instance(key) => match self.store.begin(key, Begin::Recover, &at_once(call)).await {
+    async fn recover(&self, call: &Call, unfinished: Unfinished) -> Result<Option<Unfinished>, Vec<Error>> {
+        let failures = match &unfinished {
+            Unfinished::Instance(key) => match self.store.begin(key, Intent::Recover, &at_once(call)).await {
                 Err(Error::Conflict | Error::Busy { .. }) => return Ok(None),
                 Err(error) => vec![error],
                 Ok((held, instance)) => self.recover_instance(call, held, instance).await.err().into_iter().collect(),
             },
-            Stranded::Challenge(id) => match self.store.lock(LockKind::Rollout, id, &at_once(call)).await {
+            Unfinished::Challenge(id) => match self.store.lock(LockKind::Rollout, id, &at_once(call)).await {
                 Err(Error::Busy { .. }) => return Ok(None),
                 Err(error) => vec![error],
                 Ok(rollout) => self.resume(call, rollout, id).await.unwrap_or_else(|error| vec![error]),
             },
         };
-        if failures.is_empty() { Ok(Some(stranded)) } else { Err(failures) }
+        if failures.is_empty() { Ok(Some(unfinished)) } else { Err(failures) }
     }
 
-    pub(crate) async fn recover_instance(&self, call: &Call, held: Held, instance: Instance) -> Result<()> {
+    pub(crate) async fn recover_instance(&self, call: &Call, held: LockGuard, instance: Instance) -> Result<()> {
         let phase = PhaseName::from(&instance.phase);
         let adopt = match &instance.phase {
             Phase::Provisioning | Phase::Updating => true,
@@ -111,7 +112,7 @@ impl Gauntlet {
     }
 
     /// Answers what failed with single instances.
-    async fn resume(&self, call: &Call, rollout: Held, id: &ChallengeId) -> Result<Vec<Error>> {
+    async fn resume(&self, call: &Call, rollout: LockGuard, id: &ChallengeId) -> Result<Vec<Error>> {
         match self.store.challenge(id).await?.map(|stored| stored.value) {
             Some(challenge) if challenge.deleting => self.close(call, rollout, id).await?,
             Some(challenge) if challenge.rollout.is_some() => {
@@ -182,7 +183,7 @@ impl Gauntlet {
         // Only if it is still what was read: meanwhile it may have become another, whose place the old one must not take.
         let marked = Instance { phase: Phase::Updating, target: Some(same), ..instance.clone() };
         let begun = match self.store.rewrite(&stored, &marked, &at_once(call)).await {
-            Ok(()) => self.store.begin(&instance.key, Begin::Recover, &at_once(call)).await,
+            Ok(()) => self.store.begin(&instance.key, Intent::Recover, &at_once(call)).await,
             Err(error) => Err(error),
         };
         let (held, begun) = match begun {
@@ -200,6 +201,6 @@ impl Gauntlet {
 }
 
 /// Without waiting for whoever owns it.
-fn at_once(call: &Call) -> By {
-    By { origin: call.traceparent.clone(), ..By::default() }
+fn at_once(call: &Call) -> LockOptions {
+    LockOptions { traceparent: call.traceparent.clone(), ..LockOptions::default() }
 }

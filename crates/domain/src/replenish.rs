@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::{
-    Additional, Assignment, Call, Challenge, ChallengeId, Error, Gauntlet, Held, Instance, InstanceKey, Operation,
+    Additional, Assignment, Call, Challenge, ChallengeId, Error, Gauntlet, Instance, InstanceKey, LockGuard, Operation,
     Phase, PhaseName, Result, Stored, Version, shortfall, usecases::Deadline,
 };
 
@@ -15,7 +15,7 @@ pub struct PoolJob(Job);
 #[derive(Debug)]
 enum Job {
     /// Recorded and owned; to be brought up.
-    Fill { challenge: Arc<Challenge>, held: Held, intent: Box<Instance> },
+    Fill { challenge: Arc<Challenge>, held: LockGuard, intent: Box<Instance> },
     /// To be taken down.
     Drain(InstanceKey),
 }
@@ -128,7 +128,7 @@ impl Gauntlet {
         for _ in 0..count {
             let intent = pooled_intent(call, &challenge.value);
             let held = self.store.begin_create(challenge, &intent, Some(version), &self.by(call, deadline)).await?;
-            version = Version(held.fence);
+            version = Version(held.token);
             jobs.push(PoolJob(Job::Fill { challenge: shared.clone(), held, intent: Box::new(intent) }));
         }
         Ok(())

@@ -26,11 +26,11 @@ pub struct Stored<T> {
 
 /// On whose behalf: written beside each ownership, so that who waits can be told who holds.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct By {
+pub struct LockOptions {
     /// The trace of the call, in W3C traceparent form.
-    pub origin: Option<String>,
+    pub traceparent: Option<String>,
     /// How long to wait for whoever owns it now; zero does not wait.
-    pub patience: Duration,
+    pub timeout: Duration,
 }
 
 /// What a lock is on.
@@ -57,7 +57,7 @@ impl LockKind {
 
 /// What happened while waiting for an ownership.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Waited {
+pub struct WaitStats {
     /// Whether somebody was ahead.
     pub contended: bool,
     /// How many were ahead at first, the holder included.
@@ -77,21 +77,21 @@ pub trait Grant: Send + Sync {
 }
 
 /// An ownership: a lock, or an instance's owner key. Whoever holds it may commit, as long as its lease lives.
-pub struct Held {
+pub struct LockGuard {
     /// What it is on.
     pub kind: LockKind,
     /// The fencing token: grows with every acquisition in the store, compared in every commit.
-    pub fence: u64,
+    pub token: u64,
     /// What happened while waiting for it.
-    pub waited: Waited,
+    pub waited: WaitStats,
     grant: Box<dyn Grant>,
     witness: Option<Box<dyn Any + Send + Sync>>,
 }
 
-impl Held {
+impl LockGuard {
     /// For adapters.
-    pub fn new(kind: LockKind, fence: u64, waited: Waited, grant: Box<dyn Grant>) -> Self {
-        Self { kind, fence, waited, grant, witness: None }
+    pub fn new(kind: LockKind, token: u64, waited: WaitStats, grant: Box<dyn Grant>) -> Self {
+        Self { kind, token, waited, grant, witness: None }
     }
 
     /// Attaches something that lives exactly as long as the ownership; decorators measure with it.
@@ -107,26 +107,26 @@ impl Held {
     }
 
     /// Does the work unless the ownership may be lost first; then the work is dropped and the answer is [`Error::Fenced`].
-    pub async fn guard<T>(&self, work: impl Future<Output = Result<T>> + Send) -> Result<T> {
+    pub async fn run<T>(&self, work: impl Future<Output = Result<T>> + Send) -> Result<T> {
         let work = std::pin::pin!(work);
         match futures::future::select(work, self.grant.lost()).await {
             futures::future::Either::Left((result, _)) => result,
             futures::future::Either::Right(((), _)) => {
-                Err(Error::Fenced(format!("{} (token {})", self.kind.name(), self.fence)))
+                Err(Error::Fenced(format!("{} (token {})", self.kind.name(), self.token)))
             }
         }
     }
 }
 
-impl fmt::Debug for Held {
+impl fmt::Debug for LockGuard {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Held").field("kind", &self.kind).field("fence", &self.fence).finish_non_exhaustive()
+        f.debug_struct("LockGuard").field("kind", &self.kind).field("token", &self.token).finish_non_exhaustive()
     }
 }
 
 /// What a create or a renewal needs to know, read at one revision.
 #[derive(Debug, Clone, Default)]
-pub struct Survey {
+pub struct Snapshot {
     /// The challenge.
     pub challenge: Option<Stored<Challenge>>,
     /// The source's instance, in whatever phase.
@@ -135,7 +135,7 @@ pub struct Survey {
     pub pooled: Vec<Stored<Instance>>,
 }
 
-impl Survey {
+impl Snapshot {
     /// Whether challenge and instance are of the same update, which tells parts that were seen at different times.
     pub fn agrees(&self) -> bool {
         let revision = self.challenge.as_ref().map(|challenge| challenge.value.revision);
@@ -156,7 +156,7 @@ pub struct Pool {
 
 /// What is about to be done with a stored instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Begin {
+pub enum Intent {
     /// It becomes its target: the phase is set to updating. Answers [`Error::Conflict`] if it is being deleted, which goes on.
     Update(Target),
     /// It goes: the phase is set to deleting.
@@ -167,7 +167,7 @@ pub enum Begin {
 
 /// How an ownership of an instance ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Commit {
+pub enum Outcome {
     /// The instance is now this.
     Put(Box<Instance>),
     /// The instance is gone.
@@ -176,7 +176,7 @@ pub enum Commit {
 
 /// Work that nobody owns.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Stranded {
+pub enum Unfinished {
     /// An instance in a working phase without an owner, or failed and due for another try.
     Instance(InstanceKey),
     /// A challenge whose update or deletion has not reached every instance.
@@ -196,7 +196,7 @@ pub struct Census {
 
 /// Records, ownership and locks. Every method is one transaction or a paged read at one revision (a read goes on at a later one where that is no
 /// longer kept: nothing is read twice, and what was there all the time is not left out); every method is bounded in time by the adapter, and
-/// waits no longer than [`By::patience`] for others. Dropping a method's future leaves nothing behind: an ownership that was taken meanwhile is
+/// waits no longer than [`LockOptions::timeout`] for others. Dropping a method's future leaves nothing behind: an ownership that was taken meanwhile is
 /// given up.
 ///
 /// Errors of any method: [`Error::Unavailable`] when the store does not answer (the outcome of a write is then unknown),
@@ -216,12 +216,12 @@ pub trait Store: Send + Sync {
     async fn challenge(&self, id: &ChallengeId) -> Result<Option<Stored<Challenge>>>;
 
     /// Reads what a create or a renewal needs, at one revision.
-    async fn survey(&self, id: &ChallengeId, source: &SourceId) -> Result<Survey>;
+    async fn snapshot(&self, id: &ChallengeId, source: &SourceId) -> Result<Snapshot>;
 
-    /// What this replica saw last of what [`Store::survey`] reads, without asking; `None` if it saw too little. Any part of it may be old,
+    /// What this replica saw last of what [`Store::snapshot`] reads, without asking; `None` if it saw too little. Any part of it may be old,
     /// so it is good for a try (a method that compares, and answers [`Error::Conflict`] if it was old) and for no refusal. A conflict
     /// leaves behind what it met.
-    fn recall(&self, id: &ChallengeId, source: &SourceId) -> Option<Survey>;
+    fn cached_snapshot(&self, id: &ChallengeId, source: &SourceId) -> Option<Snapshot>;
 
     /// All challenges in order of id, each with all its instances, at one revision, in pages.
     fn challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)>;
@@ -248,18 +248,18 @@ pub trait Store: Send + Sync {
     async fn pool(&self, id: &ChallengeId, claimed: usize, pooled: usize) -> Result<Pool>;
 
     /// Takes a challenge's lock exclusively, first come first served. The challenge need not exist. [`Error::Busy`] when patience ends.
-    async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held>;
+    async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &LockOptions) -> Result<LockGuard>;
 
     /// Gives a lock up without writing anything.
-    async fn release(&self, held: Held) -> Result<()>;
+    async fn release(&self, held: LockGuard) -> Result<()>;
 
     /// Writes a challenge under its lock and releases the lock, in one transaction. [`Error::Fenced`] if the lock was lost;
     /// [`Error::ChallengeNotFound`] if it is not stored.
-    async fn update_challenge(&self, held: Held, challenge: &Challenge) -> Result<()>;
+    async fn update_challenge(&self, held: LockGuard, challenge: &Challenge) -> Result<()>;
 
     /// Removes a closing challenge that has no instance left, and releases the lock. [`Error::Fenced`] if the lock was lost;
     /// [`Error::Conflict`] if instances are left.
-    async fn remove_challenge(&self, held: Held, id: &ChallengeId) -> Result<()>;
+    async fn remove_challenge(&self, held: LockGuard, id: &ChallengeId) -> Result<()>;
 
     /// Records the intent of a new instance and takes its ownership. Waits while the challenge's lock is held. [`Error::Conflict`] if the
     /// challenge changed since it was read, the seat is taken, or `pool` is not the pool's version any more. Where the pool's version
@@ -269,8 +269,8 @@ pub trait Store: Send + Sync {
         challenge: &Stored<Challenge>,
         intent: &Instance,
         pool: Option<Version>,
-        by: &By,
-    ) -> Result<Held>;
+        by: &LockOptions,
+    ) -> Result<LockGuard>;
 
     /// Gives a pooled instance to a source: the pooled record goes, `claimed` is stored. The answer is an ownership if `claimed` is in a
     /// working phase. [`Error::Conflict`] as above, or if the pooled instance changed.
@@ -279,23 +279,23 @@ pub trait Store: Send + Sync {
         challenge: &Stored<Challenge>,
         pooled: &Stored<Instance>,
         claimed: &Instance,
-        by: &By,
-    ) -> Result<Option<Held>>;
+        by: &LockOptions,
+    ) -> Result<Option<LockGuard>>;
 
     /// Takes the ownership of a stored instance and records what is about to be done; answers the record as it now stands.
-    /// [`Error::Conflict`] if nothing is stored there or as [`Begin`] says, [`Error::Busy`] when patience ends. A record that cannot be read stays as it is:
-    /// [`Error::Internal`] names it, or [`Error::Conflict`] for [`Begin::Recover`], as it is somebody else's to recover.
-    async fn begin(&self, key: &InstanceKey, begin: Begin, by: &By) -> Result<(Held, Instance)>;
+    /// [`Error::Conflict`] if nothing is stored there or as [`Intent`] says, [`Error::Busy`] when patience ends. A record that cannot be read stays as it is:
+    /// [`Error::Internal`] names it, or [`Error::Conflict`] for [`Intent::Recover`], as it is somebody else's to recover.
+    async fn begin(&self, key: &InstanceKey, begin: Intent, by: &LockOptions) -> Result<(LockGuard, Instance)>;
 
     /// Records an outcome and gives the ownership up. [`Error::Fenced`] if the ownership was lost: nothing was written.
-    async fn commit(&self, held: Held, key: &InstanceKey, commit: Commit) -> Result<()>;
+    async fn commit(&self, held: LockGuard, key: &InstanceKey, commit: Outcome) -> Result<()>;
 
     /// Writes an instance that nobody owns, if it is still at that version (a renewal, or an update that touches no resource). Waits while
     /// somebody owns it; [`Error::Conflict`] if it changed.
-    async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &By) -> Result<()>;
+    async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &LockOptions) -> Result<()>;
 
     /// Work that nobody owns, at `now`.
-    async fn stranded(&self, now: Timestamp) -> Result<Vec<Stranded>>;
+    async fn unfinished(&self, now: Timestamp) -> Result<Vec<Unfinished>>;
 
     /// Challenges that keep a pool (a lower bound above zero) or have pooled instances.
     async fn pools(&self) -> Result<Vec<ChallengeId>>;

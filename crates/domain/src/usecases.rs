@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use futures::StreamExt as _;
 use jiff::Timestamp;
 
-use crate::{By, Fact, Facts, Identity, Operation, OperationOutcome, Provisioner, Result, Scenarios, Store};
+use crate::{Fact, Facts, Identity, LockOptions, Operation, OperationOutcome, Provisioner, Result, Scenarios, Store};
 
 /// Randomness, handed in.
 pub trait Entropy: Send + Sync {
@@ -134,8 +134,8 @@ impl Gauntlet {
     }
 
     /// Whoever is waited for is waited for until then, and not at all after it.
-    pub(crate) fn by(&self, call: &Call, deadline: Deadline) -> By {
-        By { origin: call.traceparent.clone(), patience: deadline.left(call) }
+    pub(crate) fn by(&self, call: &Call, deadline: Deadline) -> LockOptions {
+        LockOptions { traceparent: call.traceparent.clone(), timeout: deadline.left(call) }
     }
 
     pub(crate) fn counted<T>(

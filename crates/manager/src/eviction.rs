@@ -86,8 +86,8 @@ mod tests {
 
     use gauntlet_coordination::Coordination;
     use gauntlet_domain::{
-        Assignment, By, Challenge, ChallengeId, Identity, Instance, InstanceKey, Phase, Pinned, PoolBounds, SourceId,
-        Strategy, Target,
+        Assignment, Challenge, ChallengeId, Identity, Instance, InstanceKey, LockOptions, Phase, Pinned, PoolBounds,
+        SourceId, Strategy, Target,
     };
 
     use super::*;
@@ -138,7 +138,7 @@ mod tests {
             traceparent: None,
         };
         let stored = store.challenge(&id).await.unwrap().unwrap();
-        let _held = store.begin_create(&stored, &instance, None, &By::default()).await.unwrap();
+        let _held = store.begin_create(&stored, &instance, None, &LockOptions::default()).await.unwrap();
         let expected = ["challenge", "instance", "target"].map(str::to_owned);
         assert_eq!(in_use(&store).await.unwrap(), BTreeSet::from(expected));
     }

@@ -8,7 +8,7 @@ use std::{
 
 use futures::{FutureExt as _, TryStreamExt as _};
 use gauntlet_coordination::{Coordination, kv::Kv};
-use gauntlet_domain::{Additional, By, ChallengeId, Gauntlet, LockKind, NewChallenge, SourceId, Store as _};
+use gauntlet_domain::{Additional, ChallengeId, Gauntlet, LockKind, LockOptions, NewChallenge, SourceId, Store as _};
 use jiff::Timestamp;
 
 use crate::{
@@ -73,7 +73,7 @@ fn lock<K: Kv>(store: &Arc<Coordination<K>>, of: Of) -> Work {
                 Of::Own => id(&format!("lock-{client}")),
                 Of::One => id("lock"),
             };
-            let by = By { origin: None, patience: PATIENCE };
+            let by = LockOptions { traceparent: None, timeout: PATIENCE };
             let held = store.lock(LockKind::Challenge, &id, &by).await.expect("a lock");
             store.release(held).await.expect("a release");
         }

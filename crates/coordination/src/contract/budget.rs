@@ -33,12 +33,12 @@ pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
     spent("a lock is released", &[("txn", 1)]);
 
     let key = instance_key("web", "alice");
-    let survey = store.survey(&id("web"), &source("alice")).await.unwrap();
+    let snapshot = store.snapshot(&id("web"), &source("alice")).await.unwrap();
     spent("what a create needs to know", &[("txn", 1)]);
-    let web = survey.challenge.unwrap();
+    let web = snapshot.challenge.unwrap();
     let intent = instance(key.clone(), Phase::Provisioning);
     let held = store.begin_create(&web, &intent, None, &patient()).await.unwrap();
-    store.commit(held, &key, Commit::Put(Box::new(instance(key.clone(), Phase::Ready)))).await.unwrap();
+    store.commit(held, &key, Outcome::Put(Box::new(instance(key.clone(), Phase::Ready)))).await.unwrap();
     spent("a create", &[("txn", 2)]);
 
     let stored = store.at(&key).await;
@@ -46,8 +46,8 @@ pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
     store.rewrite(&stored, &Instance { until: Some(at(500)), ..stored.value.clone() }, &patient()).await.unwrap();
     spent("a renewal", &[("txn", 1)]);
 
-    let (held, _) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
-    store.commit(held, &key, Commit::Remove).await.unwrap();
+    let (held, _) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
+    store.commit(held, &key, Outcome::Remove).await.unwrap();
     spent("a delete", &[("txn", 2)]);
 
     store.put(&[instance(pooled_key("web", 1), Phase::Ready)]).await;
@@ -73,8 +73,8 @@ pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
     let listed: Vec<_> = store.instances_by_source(Some(&source("team-5"))).try_collect().await.unwrap();
     assert_eq!(listed.len(), 1);
     spent("a source's query is what it returns", &[("page", 1), ("txn", 1)]);
-    assert!(store.stranded(at(0)).await.unwrap().is_empty());
-    spent("looking for stranded work", &[("page", 3)]);
+    assert!(store.unfinished(at(0)).await.unwrap().is_empty());
+    spent("looking for unfinished work", &[("page", 3)]);
 }
 
 fn new(name: &str, min: i64) -> NewChallenge {
@@ -159,7 +159,7 @@ pub(super) async fn a_commit_that_was_resolved_costs_nothing_later(rig: &impl Ri
     let held = store.begin_create(&store.stored("web").await, &intent, None, &patient()).await.unwrap();
     store.core.kv.fail_next(Fault::LostAnswer);
     let ready = Instance { applied_revision: 2, until: None, ..instance(key.clone(), Phase::Ready) };
-    store.commit(held, &key, Commit::Put(Box::new(ready))).await.unwrap();
+    store.commit(held, &key, Outcome::Put(Box::new(ready))).await.unwrap();
     for which in ["a renewal", "another"] {
         store.core.kv.reset();
         gauntlet.renew_instance(&call(), &id("web"), &source("carol")).await.unwrap();
@@ -173,7 +173,7 @@ pub(super) async fn what_is_remembered_is_never_trusted(rig: &impl Rig) {
     let (web, alice) = (id("web"), source("alice"));
     one.create_challenge(&call(), new("web", 2)).await.unwrap();
     one.maintain_pool(&call(), &web).await.unwrap();
-    assert_eq!(a.recall(&web, &alice).unwrap().pooled.len(), 2);
+    assert_eq!(a.cached_snapshot(&web, &alice).unwrap().pooled.len(), 2);
     // All that the first one knows is changed by the second: the pool is used up, the challenge has another timeout, the instance is gone.
     two.create_instance(&call(), &web, &source("bob"), BTreeMap::new()).await.unwrap();
     two.create_instance(&call(), &web, &source("carol"), BTreeMap::new()).await.unwrap();
@@ -199,7 +199,7 @@ pub(super) async fn a_thousand_waiters_share_one_watch(rig: &impl Rig) {
     const WAITERS: usize = 1000;
     let store = rig.replica("a");
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    let (web, patient) = (id("web"), By { patience: Duration::from_secs(300), ..patient() });
+    let (web, patient) = (id("web"), LockOptions { timeout: Duration::from_secs(300), ..patient() });
     let mut waiting: Vec<_> = (0..WAITERS).map(|_| Box::pin(store.lock(LockKind::Challenge, &web, &patient))).collect();
     eventually("all wait", || {
         assert!(waiting.iter_mut().all(|one| one.as_mut().now_or_never().is_none()));

@@ -18,34 +18,33 @@ pub(super) async fn a_lost_lease_cannot_commit(rig: &impl Rig) {
     let web = store.with("web").await;
     let ready = store.ready(&web, instance_key("web", "alice")).await;
     let key = ready.value.key.clone();
-    let (held, begun) = store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap();
+    let (held, begun) = store.begin(&key, Intent::Update(target(9)), &patient()).await.unwrap();
     let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.revoke().await;
-    let committed = store.commit(held, &key, Commit::Put(Box::new(ready.value.clone()))).await;
+    let committed = store.commit(held, &key, Outcome::Put(Box::new(ready.value.clone()))).await;
     assert!(matches!(committed, Err(Error::Fenced(_))), "{committed:?}");
     let updated = store.update_challenge(lock, &Challenge { revision: 5, ..web.value.clone() }).await;
     assert!(matches!(updated, Err(Error::Fenced(_))), "{updated:?}");
     assert_eq!(other.stored("web").await, web);
     assert_eq!(other.at(&key).await.value, begun, "nothing was written");
     // Somebody else carries on, and the loser does not disturb it.
-    let (held, _) = other.begin(&key, Begin::Recover, &patient()).await.unwrap();
+    let (held, _) = other.begin(&key, Intent::Recover, &patient()).await.unwrap();
     let lock = other.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
     other.remove_challenge(lock, &id("web")).await.unwrap_err();
-    other.commit(held, &key, Commit::Put(Box::new(ready.value))).await.unwrap();
+    other.commit(held, &key, Outcome::Put(Box::new(ready.value))).await.unwrap();
     other.check().await;
 }
 
 pub(super) async fn a_lost_lease_is_noticed_and_replaced(rig: &impl Rig) {
     let store = rig.replica_with("a", Duration::from_secs(2));
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    let fence = held.fence;
+    let token = held.token;
     store.revoke().await;
-    let guarded =
-        tokio::time::timeout(Duration::from_secs(30), held.guard(std::future::pending::<Result<(), Error>>()));
+    let guarded = tokio::time::timeout(Duration::from_secs(30), held.run(std::future::pending::<Result<(), Error>>()));
     assert!(matches!(guarded.await, Ok(Err(Error::Fenced(_)))));
     store.release(held).await.unwrap();
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    assert!(held.fence > fence);
+    assert!(held.token > token);
     store.release(held).await.unwrap();
     store.check().await;
 }
@@ -69,7 +68,7 @@ pub(super) async fn the_first_to_meet_a_lost_lease_goes_on_under_the_next(rig: &
     let create = async {
         let bob = instance(instance_key("web", "bob"), Phase::Provisioning);
         let held = store.begin_create(&web, &bob, None, &patient()).await.unwrap();
-        store.commit(held, &bob.key, Commit::Remove).await
+        store.commit(held, &bob.key, Outcome::Remove).await
     };
     let hands_on = async {
         eventually("both wait", || async { store.waits(2).0 == 2 }).await;
@@ -78,8 +77,8 @@ pub(super) async fn the_first_to_meet_a_lost_lease_goes_on_under_the_next(rig: &
     let (waited, created, handed_on) = futures::join!(waits, create, hands_on);
     waited.and(created).and(handed_on).unwrap();
     store.revoke().await;
-    let (held, _) = store.begin(&alice.value.key, Begin::Delete, &at_once()).await.unwrap();
-    store.commit(held, &alice.value.key, Commit::Remove).await.unwrap();
+    let (held, _) = store.begin(&alice.value.key, Intent::Delete, &at_once()).await.unwrap();
+    store.commit(held, &alice.value.key, Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -90,20 +89,20 @@ pub(super) async fn a_crash_leaves_work_that_is_found(rig: &impl Rig) {
     let deleting = store.ready(&web, instance_key("web", "bob")).await.value.key;
     store.ready(&web, instance_key("web", "carol")).await;
     let one = store.begin_create(&web, &creating, None, &patient()).await.unwrap();
-    let (two, _) = store.begin(&deleting, Begin::Delete, &patient()).await.unwrap();
-    assert!(other.stranded(at(0)).await.unwrap().is_empty(), "somebody is at it");
+    let (two, _) = store.begin(&deleting, Intent::Delete, &patient()).await.unwrap();
+    assert!(other.unfinished(at(0)).await.unwrap().is_empty(), "somebody is at it");
     store.revoke().await;
-    let expected = [&creating.key, &deleting].map(|key| Stranded::Instance(key.clone()));
-    eventually("all is stranded", || async { other.stranded(at(0)).await.unwrap() == expected }).await;
-    let (held, left) = other.begin(&creating.key, Begin::Recover, &at_once()).await.unwrap();
+    let expected = [&creating.key, &deleting].map(|key| Unfinished::Instance(key.clone()));
+    eventually("all is unfinished", || async { other.unfinished(at(0)).await.unwrap() == expected }).await;
+    let (held, left) = other.begin(&creating.key, Intent::Recover, &at_once()).await.unwrap();
     assert_eq!(left, creating);
-    assert_eq!(other.stranded(at(0)).await.unwrap(), expected[1..]);
-    assert_eq!(store.begin(&creating.key, Begin::Recover, &at_once()).await.unwrap_err(), Error::Conflict);
-    other.commit(held, &creating.key, Commit::Remove).await.unwrap();
-    let (held, left) = other.begin(&deleting, Begin::Recover, &at_once()).await.unwrap();
+    assert_eq!(other.unfinished(at(0)).await.unwrap(), expected[1..]);
+    assert_eq!(store.begin(&creating.key, Intent::Recover, &at_once()).await.unwrap_err(), Error::Conflict);
+    other.commit(held, &creating.key, Outcome::Remove).await.unwrap();
+    let (held, left) = other.begin(&deleting, Intent::Recover, &at_once()).await.unwrap();
     assert_eq!(left.phase, Phase::Deleting);
-    other.commit(held, &deleting, Commit::Remove).await.unwrap();
-    assert!(other.stranded(at(0)).await.unwrap().is_empty());
+    other.commit(held, &deleting, Outcome::Remove).await.unwrap();
+    assert!(other.unfinished(at(0)).await.unwrap().is_empty());
     drop((one, two));
     other.check().await;
 }
@@ -112,23 +111,23 @@ pub(super) async fn a_failure_is_found_when_it_is_due(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
     let key = store.ready(&web, instance_key("web", "alice")).await.value.key;
-    let (held, begun) = store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap();
+    let (held, begun) = store.begin(&key, Intent::Update(target(9)), &patient()).await.unwrap();
     let down = Instance { phase: failed(at(100)), ..begun };
-    store.commit(held, &key, Commit::Put(Box::new(down.clone()))).await.unwrap();
+    store.commit(held, &key, Outcome::Put(Box::new(down.clone()))).await.unwrap();
     assert_eq!(store.at(&key).await.value, down);
-    assert!(store.stranded(at(99)).await.unwrap().is_empty());
-    assert_eq!(store.stranded(at(100)).await.unwrap(), vec![Stranded::Instance(key.clone())]);
-    let (held, again) = store.begin(&key, Begin::Recover, &at_once()).await.unwrap();
+    assert!(store.unfinished(at(99)).await.unwrap().is_empty());
+    assert_eq!(store.unfinished(at(100)).await.unwrap(), vec![Unfinished::Instance(key.clone())]);
+    let (held, again) = store.begin(&key, Intent::Recover, &at_once()).await.unwrap();
     assert_eq!(again, down, "its phase stays");
-    assert!(store.stranded(at(100)).await.unwrap().is_empty());
+    assert!(store.unfinished(at(100)).await.unwrap().is_empty());
     let down = Instance { phase: failed(at(200)), ..down };
-    store.commit(held, &key, Commit::Put(Box::new(down))).await.unwrap();
-    assert!(store.stranded(at(199)).await.unwrap().is_empty());
+    store.commit(held, &key, Outcome::Put(Box::new(down))).await.unwrap();
+    assert!(store.unfinished(at(199)).await.unwrap().is_empty());
     store.check().await;
     // A failed one can be deleted; its target is not forgotten.
-    let (held, begun) = store.begin(&key, Begin::Delete, &at_once()).await.unwrap();
+    let (held, begun) = store.begin(&key, Intent::Delete, &at_once()).await.unwrap();
     assert_eq!(begun.target, Some(target(9)));
-    store.commit(held, &key, Commit::Remove).await.unwrap();
+    store.commit(held, &key, Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -142,16 +141,16 @@ pub(super) async fn an_unfinished_rollout_is_found(rig: &impl Rig) {
         Challenge { rollout: Some(Rollout { strategy: Strategy::BlueGreen, traceparent: None }), ..web.clone() };
     store.update_challenge(held, &started).await.unwrap();
     assert_eq!(store.stored("web").await.value, started);
-    assert!(store.stranded(at(0)).await.unwrap().is_empty(), "somebody is at it");
+    assert!(store.unfinished(at(0)).await.unwrap().is_empty(), "somebody is at it");
     drop(rollout);
-    let found = [Stranded::Challenge(id("web"))];
-    eventually("found", || async { store.stranded(at(0)).await.unwrap() == found }).await;
+    let found = [Unfinished::Challenge(id("web"))];
+    eventually("found", || async { store.unfinished(at(0)).await.unwrap() == found }).await;
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.update_challenge(held, &Challenge { deleting: true, ..web.clone() }).await.unwrap();
-    assert_eq!(store.stranded(at(0)).await.unwrap(), found);
+    assert_eq!(store.unfinished(at(0)).await.unwrap(), found);
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.update_challenge(held, &web).await.unwrap();
-    assert!(store.stranded(at(0)).await.unwrap().is_empty());
+    assert!(store.unfinished(at(0)).await.unwrap().is_empty());
     store.check().await;
 }
 
@@ -164,11 +163,11 @@ pub(super) async fn an_unknown_commit_is_resolved(rig: &impl Rig) {
         let held = store.begin_create(&web, &intent, None, &patient()).await.unwrap();
         store.core.kv.fail_next(fault);
         let ready = instance(key.clone(), Phase::Ready);
-        store.commit(held, &key, Commit::Put(Box::new(ready.clone()))).await.unwrap();
+        store.commit(held, &key, Outcome::Put(Box::new(ready.clone()))).await.unwrap();
         assert_eq!(store.at(&key).await.value, ready);
-        let (held, _) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
+        let (held, _) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
         store.core.kv.fail_next(fault);
-        store.commit(held, &key, Commit::Remove).await.unwrap();
+        store.commit(held, &key, Outcome::Remove).await.unwrap();
         assert_eq!(store.instance(&key).await.unwrap(), None);
         let lock = || async { store.lock(LockKind::Challenge, &id(name), &at_once()).await.unwrap() };
         let held = lock().await;
@@ -195,11 +194,12 @@ pub(super) async fn a_commit_that_stays_unknown_is_left_to_recovery(rig: &impl R
     let held = store.begin_create(&web, &intent, None, &patient()).await.unwrap();
     store.core.kv.fail_next(Fault::LostRequest);
     store.core.kv.fail_next(Fault::LostRequest);
-    let result = store.commit(held, &key, Commit::Remove).await;
+    let result = store.commit(held, &key, Outcome::Remove).await;
     assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
-    eventually("found", || async { store.stranded(at(0)).await.unwrap() == [Stranded::Instance(key.clone())] }).await;
-    let (held, _) = store.begin(&key, Begin::Recover, &at_once()).await.unwrap();
-    store.commit(held, &key, Commit::Remove).await.unwrap();
+    eventually("found", || async { store.unfinished(at(0)).await.unwrap() == [Unfinished::Instance(key.clone())] })
+        .await;
+    let (held, _) = store.begin(&key, Intent::Recover, &at_once()).await.unwrap();
+    store.commit(held, &key, Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -224,8 +224,8 @@ pub(super) async fn an_unknown_acquisition_is_given_up(rig: &impl Rig) {
         assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
         eventually("given up", given_up).await;
         if store.instance(&key).await.unwrap().is_some() {
-            let (held, _) = store.begin(&key, Begin::Recover, &at_once()).await.unwrap();
-            store.commit(held, &key, Commit::Remove).await.unwrap();
+            let (held, _) = store.begin(&key, Intent::Recover, &at_once()).await.unwrap();
+            store.commit(held, &key, Outcome::Remove).await.unwrap();
         }
     }
     store.check().await;
@@ -243,13 +243,16 @@ pub(super) async fn a_commit_of_another_store_is_refused(rig: &impl Rig) {
     }
     let store = rig.replica("a");
     let web = store.with("web").await;
-    let held = Held::new(LockKind::Instance, 1, gauntlet_domain::Waited::default(), Box::new(Foreign));
-    let result = store.commit(held, &instance_key("web", "alice"), Commit::Remove).await;
+    let held = LockGuard::new(LockKind::Instance, 1, gauntlet_domain::WaitStats::default(), Box::new(Foreign));
+    let result = store.commit(held, &instance_key("web", "alice"), Outcome::Remove).await;
     assert!(matches!(result, Err(Error::Internal(_))));
     // Nor does an ownership commit to another seat.
     let bob = store.ready(&web, instance_key("web", "bob")).await;
-    let (held, _) = store.begin(&bob.value.key, Begin::Delete, &patient()).await.unwrap();
-    assert!(matches!(store.commit(held, &instance_key("web", "alice"), Commit::Remove).await, Err(Error::Internal(_))));
+    let (held, _) = store.begin(&bob.value.key, Intent::Delete, &patient()).await.unwrap();
+    assert!(matches!(
+        store.commit(held, &instance_key("web", "alice"), Outcome::Remove).await,
+        Err(Error::Internal(_))
+    ));
 }
 
 pub(super) async fn shutdown_gives_up_what_is_owned(rig: &impl Rig) {
@@ -276,7 +279,7 @@ pub(super) async fn an_acquisition_that_comes_to_be_late_is_given_up(rig: &impl 
     store.core.kv.hurry(Duration::from_millis(50));
     store.core.kv.reset();
     store.core.kv.fail_next(Fault::LateRequest);
-    let result = store.begin(&key, Begin::Delete, &patient()).await;
+    let result = store.begin(&key, Intent::Delete, &patient()).await;
     assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
     // A network that was cut delivers what it held back, long after it was given up.
     let looked = || store.core.kv.calls().get("txn").is_some_and(|calls| *calls > 2);
@@ -284,8 +287,8 @@ pub(super) async fn an_acquisition_that_comes_to_be_late_is_given_up(rig: &impl 
     store.core.kv.deliver().await;
     assert_eq!(other.at(&key).await.value.phase, Phase::Deleting, "it has come to be");
     eventually("nobody owns it", || async { other.live_keys().await.is_empty() }).await;
-    let (held, _) = other.begin(&key, Begin::Recover, &at_once()).await.unwrap();
-    other.commit(held, &key, Commit::Remove).await.unwrap();
+    let (held, _) = other.begin(&key, Intent::Recover, &at_once()).await.unwrap();
+    other.commit(held, &key, Outcome::Remove).await.unwrap();
     other.check().await;
 }
 
@@ -329,7 +332,7 @@ pub(super) async fn what_a_lost_lease_holds_goes_though_no_revoke_succeeds(rig: 
     store.core.kv.fail_revoke();
     store.core.kv.hang_keep_alive();
     other.release(other.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap()).await.unwrap();
-    let lost = tokio::time::timeout(Duration::from_secs(30), held.guard(std::future::pending::<Result<(), Error>>()));
+    let lost = tokio::time::timeout(Duration::from_secs(30), held.run(std::future::pending::<Result<(), Error>>()));
     assert!(matches!(lost.await, Ok(Err(Error::Fenced(_)))), "and its holder is told");
 }
 
@@ -358,7 +361,7 @@ pub(super) async fn shutdown_waits_for_writes_under_way(rig: &impl Rig) {
     let held = store.begin_create(&web, &instance(key.clone(), Phase::Provisioning), None, &patient()).await.unwrap();
     store.core.kv.fail_next(Fault::Held);
     let ready = instance(key.clone(), Phase::Ready);
-    let commit = store.commit(held, &key, Commit::Put(Box::new(ready.clone())));
+    let commit = store.commit(held, &key, Outcome::Put(Box::new(ready.clone())));
     let late = async {
         // Time enough to revoke a lease, if it were to be revoked.
         for _ in 0..20 {
@@ -377,22 +380,22 @@ pub(super) async fn shutdown_waits_for_writes_under_way(rig: &impl Rig) {
 pub(super) async fn a_late_deletion_leaves_what_was_created_since(rig: &impl Rig) {
     let (store, other) = (rig.replica("a"), rig.replica("b"));
     let (web, key) = (store.with("web").await, instance_key("web", "alice"));
-    let doings = [Begin::Delete, Begin::Update(target(9))];
+    let doings = [Intent::Delete, Intent::Update(target(9))];
     for doing in doings {
         store.ready(&web, key.clone()).await;
         store.core.kv.fail_next(Fault::LateRequest);
         let result = store.begin(&key, doing.clone(), &patient()).await;
         assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
         // Meanwhile it is deleted, and its source has another.
-        let (held, _) = other.begin(&key, Begin::Delete, &patient()).await.unwrap();
-        other.commit(held, &key, Commit::Remove).await.unwrap();
+        let (held, _) = other.begin(&key, Intent::Delete, &patient()).await.unwrap();
+        other.commit(held, &key, Outcome::Remove).await.unwrap();
         let anew = other.ready(&web, key.clone()).await;
         store.core.kv.deliver().await;
         assert_eq!(other.at(&key).await, anew, "{doing:?}");
         eventually("nobody owns it", || async { other.live_keys().await.is_empty() }).await;
         // One that is asked for since is for that one.
-        let (held, _) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
-        store.commit(held, &key, Commit::Remove).await.unwrap();
+        let (held, _) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
+        store.commit(held, &key, Outcome::Remove).await.unwrap();
     }
     store.check().await;
 }

@@ -27,7 +27,7 @@ pub(super) async fn a_seat_is_taken_once(rig: &impl Rig) {
     let held = taken.remove(0);
     assert_eq!(held.kind, LockKind::Instance);
     assert_eq!(stores[1].at(&key).await.value.phase, Phase::Provisioning);
-    stores[0].commit(held, &key, Commit::Remove).await.unwrap();
+    stores[0].commit(held, &key, Outcome::Remove).await.unwrap();
     stores[0].check().await;
     stores[0].ready(&web, key).await;
     stores[0].check().await;
@@ -64,12 +64,12 @@ pub(super) async fn a_create_waits_for_the_challenge_lock(rig: &impl Rig) {
     other.release(lock).await.unwrap();
     let held = waiting.await.unwrap();
     assert!(held.waited.contended);
-    assert_eq!(held.waited.holder, patient().origin);
-    store.commit(held, &intent.key, Commit::Remove).await.unwrap();
+    assert_eq!(held.waited.holder, patient().traceparent);
+    store.commit(held, &intent.key, Outcome::Remove).await.unwrap();
     // The rollout lock is no matter to it.
     let rollout = other.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
     let held = store.begin_create(&web, &intent, None, &at_once()).await.unwrap();
-    store.commit(held, &intent.key, Commit::Remove).await.unwrap();
+    store.commit(held, &intent.key, Outcome::Remove).await.unwrap();
     other.release(rollout).await.unwrap();
     store.check().await;
 }
@@ -91,7 +91,7 @@ pub(super) async fn an_instance_begins_only_in_the_pool_that_was_counted(rig: &i
     let again = other.begin_create(&web, &pooled(2), Some(counted.version), &at_once()).await;
     assert_eq!(again.unwrap_err(), Error::Conflict);
     let next = other.pool(&id("web"), 3, 9).await.unwrap();
-    assert_eq!(next.version, Version(first.fence));
+    assert_eq!(next.version, Version(first.token));
     assert_eq!(next.pooled, [(pooled_key("web", 1), PhaseName::Provisioning)]);
     // Nor one that a source takes beside the pool.
     let alice = instance_key("web", "alice");
@@ -103,12 +103,12 @@ pub(super) async fn an_instance_begins_only_in_the_pool_that_was_counted(rig: &i
     let counted = other.pool(&id("web"), 3, 9).await.unwrap();
     assert_eq!((counted.claimed, counted.pooled.len()), (1, 1));
     let ready = Instance { phase: Phase::Ready, ..pooled(1) };
-    store.commit(first, &ready.key, Commit::Put(Box::new(ready.clone()))).await.unwrap();
-    store.commit(taken, &alice, Commit::Put(Box::new(instance(alice.clone(), Phase::Ready)))).await.unwrap();
+    store.commit(first, &ready.key, Outcome::Put(Box::new(ready.clone()))).await.unwrap();
+    store.commit(taken, &alice, Outcome::Put(Box::new(instance(alice.clone(), Phase::Ready)))).await.unwrap();
     let stored = store.at(&ready.key).await;
     store.claim(&web, &stored, &instance(instance_key("web", "bob"), Phase::Ready), &at_once()).await.unwrap();
     let second = other.begin_create(&web, &pooled(2), Some(counted.version), &at_once()).await.unwrap();
-    other.commit(second, &pooled(2).key, Commit::Remove).await.unwrap();
+    other.commit(second, &pooled(2).key, Outcome::Remove).await.unwrap();
     // A change of the challenge is told by the challenge.
     let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.update_challenge(lock, &Challenge { revision: 2, ..web.value.clone() }).await.unwrap();
@@ -125,7 +125,7 @@ pub(super) async fn creates_beside_a_pool_without_an_upper_bound_do_not_hold_it_
     store.ready(&web, instance_key("web", "alice")).await;
     let pooled = Instance { until: None, ..instance(pooled_key("web", 1), Phase::Provisioning) };
     let held = store.begin_create(&web, &pooled, Some(counted.version), &at_once()).await.unwrap();
-    store.commit(held, &pooled.key, Commit::Remove).await.unwrap();
+    store.commit(held, &pooled.key, Outcome::Remove).await.unwrap();
     // One that keeps no pool has no version to begin by.
     let none = store.with("none").await;
     store.ready(&none, instance_key("none", "alice")).await;
@@ -157,7 +157,7 @@ pub(super) async fn closing_and_creating_never_miss_each_other(rig: &impl Rig) {
         match created {
             Ok(held) => {
                 assert_eq!(seen, 1);
-                stores[0].commit(held, &instance_key(&name, "alice"), Commit::Remove).await.unwrap();
+                stores[0].commit(held, &instance_key(&name, "alice"), Outcome::Remove).await.unwrap();
             }
             Err(Error::Conflict) => assert_eq!(seen, 0),
             Err(error) => panic!("{error}"),
@@ -178,8 +178,9 @@ pub(super) async fn a_pooled_instance_is_claimed_once(rig: &impl Rig) {
         async move {
             let who = source(&format!("team-{n}"));
             loop {
-                let survey = store.survey(&id("web"), &who).await.unwrap();
-                let (Some(web), Some(pooled)) = (survey.challenge, survey.pooled.get(n % survey.pooled.len().max(1)))
+                let snapshot = store.snapshot(&id("web"), &who).await.unwrap();
+                let (Some(web), Some(pooled)) =
+                    (snapshot.challenge, snapshot.pooled.get(n % snapshot.pooled.len().max(1)))
                 else {
                     return None;
                 };
@@ -214,7 +215,7 @@ pub(super) async fn a_claim_with_values_is_owned(rig: &impl Rig) {
     assert_eq!(store.at(&key).await.value, claimed);
     assert_eq!(store.instance(&pooled.value.key).await.unwrap(), None);
     let ready = instance(key.clone(), Phase::Ready);
-    store.commit(held, &key, Commit::Put(Box::new(ready))).await.unwrap();
+    store.commit(held, &key, Outcome::Put(Box::new(ready))).await.unwrap();
     store.check().await;
 }
 
@@ -225,9 +226,9 @@ pub(super) async fn a_claim_of_what_changed_conflicts(rig: &impl Rig) {
     let pooled = store.at(&pooled_key("web", 1)).await;
     let claimed = instance(instance_key("web", "alice"), Phase::Ready);
     // Being taken down.
-    let (held, _) = store.begin(&pooled.value.key, Begin::Delete, &patient()).await.unwrap();
+    let (held, _) = store.begin(&pooled.value.key, Intent::Delete, &patient()).await.unwrap();
     assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
-    store.commit(held, &pooled.value.key, Commit::Remove).await.unwrap();
+    store.commit(held, &pooled.value.key, Outcome::Remove).await.unwrap();
     assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
     // The seat is taken.
     store.put(&[Instance { until: None, ..instance(pooled_key("web", 1), Phase::Ready) }]).await;
@@ -249,14 +250,14 @@ pub(super) async fn a_delete_takes_the_instance_as_it_is(rig: &impl Rig) {
     let web = store.with("web").await;
     let ready = store.ready(&web, instance_key("web", "alice")).await;
     let key = ready.value.key.clone();
-    let (held, begun) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
+    let (held, begun) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
     assert_eq!(begun, Instance { phase: Phase::Deleting, ..ready.value.clone() });
     let now = store.at(&key).await;
     assert_eq!(now.value, begun);
     assert!(now.version.0 > ready.version.0);
     let listed: Vec<_> = store.instances_of(&id("web")).try_collect().await.unwrap();
     assert_eq!(listed, vec![now]);
-    store.commit(held, &key, Commit::Remove).await.unwrap();
+    store.commit(held, &key, Outcome::Remove).await.unwrap();
     assert_eq!(store.instance(&key).await.unwrap(), None);
     store.check().await;
     assert_eq!(store.all_keys().await.len(), 1, "the challenge is left");
@@ -267,11 +268,11 @@ pub(super) async fn an_update_sets_the_target(rig: &impl Rig) {
     let web = store.with("web").await;
     let ready = store.ready(&web, instance_key("web", "alice")).await.value;
     let key = ready.key.clone();
-    let (held, begun) = store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap();
+    let (held, begun) = store.begin(&key, Intent::Update(target(9)), &patient()).await.unwrap();
     assert_eq!(begun, Instance { phase: Phase::Updating, target: Some(target(9)), ..ready.clone() });
     assert_eq!(store.at(&key).await.value, begun);
     let done = Instance { until: Some(at(500)), identity: Identity::from_bits(9), ..ready };
-    store.commit(held, &key, Commit::Put(Box::new(done.clone()))).await.unwrap();
+    store.commit(held, &key, Outcome::Put(Box::new(done.clone()))).await.unwrap();
     assert_eq!(store.at(&key).await.value, done);
     store.check().await;
 }
@@ -281,21 +282,21 @@ pub(super) async fn an_owner_is_waited_for(rig: &impl Rig) {
     let web = store.with("web").await;
     let ready = store.ready(&web, instance_key("web", "alice")).await.value;
     let key = ready.key.clone();
-    let (held, _) = store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap();
-    assert!(matches!(other.begin(&key, Begin::Delete, &short()).await, Err(Error::Busy { ahead: 1, .. })));
-    assert_eq!(other.begin(&key, Begin::Recover, &patient()).await.unwrap_err(), Error::Conflict);
+    let (held, _) = store.begin(&key, Intent::Update(target(9)), &patient()).await.unwrap();
+    assert!(matches!(other.begin(&key, Intent::Delete, &short()).await, Err(Error::Busy { ahead: 1, .. })));
+    assert_eq!(other.begin(&key, Intent::Recover, &patient()).await.unwrap_err(), Error::Conflict);
     let by = patient();
-    let mut waiting = Box::pin(other.begin(&key, Begin::Delete, &by));
+    let mut waiting = Box::pin(other.begin(&key, Intent::Delete, &by));
     for _ in 0..20 {
         assert!(waiting.as_mut().now_or_never().is_none());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    store.commit(held, &key, Commit::Put(Box::new(ready))).await.unwrap();
+    store.commit(held, &key, Outcome::Put(Box::new(ready))).await.unwrap();
     let (held, begun) = waiting.await.unwrap();
     assert!(held.waited.contended);
-    assert_eq!(held.waited.holder, patient().origin);
+    assert_eq!(held.waited.holder, patient().traceparent);
     assert_eq!(begun.phase, Phase::Deleting);
-    other.commit(held, &key, Commit::Remove).await.unwrap();
+    other.commit(held, &key, Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -303,15 +304,15 @@ pub(super) async fn what_an_owner_left_is_kept_by_the_next(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
     let key = store.ready(&web, instance_key("web", "alice")).await.value.key;
-    drop(store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap());
-    let (held, begun) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
+    drop(store.begin(&key, Intent::Update(target(9)), &patient()).await.unwrap());
+    let (held, begun) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
     assert_eq!(begun.phase, Phase::Deleting);
     assert_eq!(begun.target, Some(target(9)), "its resources must go too");
     drop(held);
     eventually("given up", || async { store.live_keys().await.is_empty() }).await;
-    let (held, recovered) = store.begin(&key, Begin::Recover, &patient()).await.unwrap();
+    let (held, recovered) = store.begin(&key, Intent::Recover, &patient()).await.unwrap();
     assert_eq!(recovered, begun);
-    store.commit(held, &key, Commit::Remove).await.unwrap();
+    store.commit(held, &key, Outcome::Remove).await.unwrap();
     store.check().await;
     assert_eq!(store.all_keys().await.len(), 1);
 }
@@ -322,14 +323,14 @@ pub(super) async fn what_was_being_deleted_is_not_updated(rig: &impl Rig) {
     let key = store.ready(&web, instance_key("web", "alice")).await.value.key;
     // The first deletion is an intent beside the record, the second is in the record.
     for _ in 0..2 {
-        drop(store.begin(&key, Begin::Delete, &patient()).await.unwrap());
-        assert_eq!(store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap_err(), Error::Conflict);
+        drop(store.begin(&key, Intent::Delete, &patient()).await.unwrap());
+        assert_eq!(store.begin(&key, Intent::Update(target(9)), &patient()).await.unwrap_err(), Error::Conflict);
         let left = store.at(&key).await.value;
         assert_eq!((left.phase, left.target), (Phase::Deleting, None));
-        assert_eq!(store.stranded(at(0)).await.unwrap(), [Stranded::Instance(key.clone())]);
+        assert_eq!(store.unfinished(at(0)).await.unwrap(), [Unfinished::Instance(key.clone())]);
     }
-    let (held, _) = store.begin(&key, Begin::Recover, &patient()).await.unwrap();
-    store.commit(held, &key, Commit::Remove).await.unwrap();
+    let (held, _) = store.begin(&key, Intent::Recover, &patient()).await.unwrap();
+    store.commit(held, &key, Outcome::Remove).await.unwrap();
     store.check().await;
     assert_eq!(store.all_keys().await.len(), 1);
 }
@@ -344,16 +345,16 @@ pub(super) async fn a_rewrite_needs_the_version_it_read(rig: &impl Rig) {
     assert_eq!(store.rewrite(&read, &renewed, &patient()).await.unwrap_err(), Error::Conflict);
     // What an owner left behind is written over as it was read.
     let key = read.value.key.clone();
-    drop(store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap());
+    drop(store.begin(&key, Intent::Update(target(9)), &patient()).await.unwrap());
     eventually("given up", || async { store.live_keys().await.is_empty() }).await;
     let left = store.at(&key).await;
     let renewed = Instance { until: Some(at(1000)), ..left.value.clone() };
     store.rewrite(&left, &renewed, &patient()).await.unwrap();
     assert_eq!(store.at(&key).await.value, renewed);
     store.check().await;
-    let (held, _) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
+    let (held, _) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
     let left = store.at(&key).await;
-    store.commit(held, &key, Commit::Remove).await.unwrap();
+    store.commit(held, &key, Outcome::Remove).await.unwrap();
     assert_eq!(store.rewrite(&left, &left.value, &patient()).await.unwrap_err(), Error::Conflict);
     store.check().await;
 }
@@ -363,11 +364,11 @@ pub(super) async fn a_rewrite_waits_for_the_owner(rig: &impl Rig) {
     let web = store.with("web").await;
     let read = store.ready(&web, instance_key("web", "alice")).await;
     let key = read.value.key.clone();
-    let (held, _) = store.begin(&key, Begin::Update(target(9)), &patient()).await.unwrap();
+    let (held, _) = store.begin(&key, Intent::Update(target(9)), &patient()).await.unwrap();
     assert!(matches!(store.rewrite(&read, &read.value, &short()).await, Err(Error::Busy { .. })));
     let by = patient();
     let waiting = store.rewrite(&read, &read.value, &by);
-    let commit = store.commit(held, &key, Commit::Put(Box::new(read.value.clone())));
+    let commit = store.commit(held, &key, Outcome::Put(Box::new(read.value.clone())));
     let (rewritten, committed) = tokio::join!(waiting, commit);
     committed.unwrap();
     assert_eq!(rewritten.unwrap_err(), Error::Conflict);
@@ -377,12 +378,12 @@ pub(super) async fn a_rewrite_waits_for_the_owner(rig: &impl Rig) {
 pub(super) async fn nothing_begins_where_nothing_is(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    for begin in [Begin::Delete, Begin::Update(target(9)), Begin::Recover] {
+    for begin in [Intent::Delete, Intent::Update(target(9)), Intent::Recover] {
         let result = store.begin(&instance_key("web", "alice"), begin, &patient()).await;
         assert_eq!(result.unwrap_err(), Error::Conflict);
     }
     let ready = store.ready(&web, instance_key("web", "alice")).await;
-    assert_eq!(store.begin(&ready.value.key, Begin::Recover, &patient()).await.unwrap_err(), Error::Conflict);
+    assert_eq!(store.begin(&ready.value.key, Intent::Recover, &patient()).await.unwrap_err(), Error::Conflict);
     store.check().await;
 }
 
@@ -392,11 +393,11 @@ pub(super) async fn a_dropped_ownership_is_given_up(rig: &impl Rig) {
     let key = instance_key("web", "alice");
     drop(store.begin_create(&web, &instance(key.clone(), Phase::Provisioning), None, &patient()).await.unwrap());
     eventually("given up", || async { store.live_keys().await.is_empty() }).await;
-    assert_eq!(store.stranded(at(0)).await.unwrap(), vec![Stranded::Instance(key.clone())]);
-    let (held, left) = store.begin(&key, Begin::Recover, &at_once()).await.unwrap();
+    assert_eq!(store.unfinished(at(0)).await.unwrap(), vec![Unfinished::Instance(key.clone())]);
+    let (held, left) = store.begin(&key, Intent::Recover, &at_once()).await.unwrap();
     assert_eq!(left.phase, Phase::Provisioning);
-    assert!(store.stranded(at(0)).await.unwrap().is_empty());
-    store.commit(held, &key, Commit::Remove).await.unwrap();
+    assert!(store.unfinished(at(0)).await.unwrap().is_empty());
+    store.commit(held, &key, Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -417,9 +418,9 @@ pub(super) async fn a_cancelled_begin_leaves_no_owner(rig: &impl Rig) {
     }
     eventually("nothing is owned", || async { store.live_keys().await.is_empty() }).await;
     let stored: Vec<_> = store.instances_of(&id("web")).try_collect().await.unwrap();
-    let stranded = store.stranded(at(0)).await.unwrap();
-    let expected: Vec<_> = keys_of(&stored).into_iter().map(Stranded::Instance).collect();
-    assert_eq!(stranded, expected, "what was recorded is found");
+    let unfinished = store.unfinished(at(0)).await.unwrap();
+    let expected: Vec<_> = keys_of(&stored).into_iter().map(Unfinished::Instance).collect();
+    assert_eq!(unfinished, expected, "what was recorded is found");
     store.check().await;
 }
 
@@ -468,5 +469,5 @@ pub(super) async fn a_create_that_waits_reads_some_of_those_ahead(rig: &impl Rig
     let (created, ()) = tokio::join!(create, go_on);
     let created = created.unwrap();
     assert_eq!(created.waited.queue_depth, QUEUED as u64 + 1);
-    store.commit(created, &new.key, Commit::Remove).await.unwrap();
+    store.commit(created, &new.key, Outcome::Remove).await.unwrap();
 }

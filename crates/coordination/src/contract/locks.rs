@@ -7,7 +7,7 @@ use super::*;
 pub(super) async fn a_free_lock_is_taken_at_once(rig: &impl Rig) {
     let store = rig.replica("a");
     let held = store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
-    assert_eq!(held.waited, gauntlet_domain::Waited::default());
+    assert_eq!(held.waited, gauntlet_domain::WaitStats::default());
     assert_eq!(held.kind, LockKind::Challenge);
     assert_eq!(store.live_keys().await.len(), 1);
     store.release(held).await.unwrap();
@@ -27,7 +27,7 @@ pub(super) async fn a_lock_is_handed_on_in_order_of_asking(rig: &impl Rig) {
                 let held = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
                 assert!(held.waited.contended);
                 assert_eq!(held.waited.queue_depth, n + 1);
-                order.lock().unwrap().push((n, held.fence));
+                order.lock().unwrap().push((n, held.token));
                 store.release(held).await.unwrap();
             }
         });
@@ -43,7 +43,7 @@ pub(super) async fn a_lock_is_handed_on_in_order_of_asking(rig: &impl Rig) {
     futures::future::join_all(waiting).await;
     let order = order.into_inner().unwrap();
     assert_eq!(order.iter().map(|(n, _)| *n).collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
-    assert!(order.is_sorted_by_key(|(_, fence)| *fence));
+    assert!(order.is_sorted_by_key(|(_, token)| *token));
     stores[0].check().await;
 }
 
@@ -66,7 +66,7 @@ pub(super) async fn locks_of_different_challenges_and_kinds_do_not_meet(rig: &im
 
 pub(super) async fn who_waits_learns_who_held(rig: &impl Rig) {
     let (one, two) = (rig.replica("a"), rig.replica("b"));
-    let by = By { origin: Some("00-aa-bb-01".to_owned()), ..patient() };
+    let by = LockOptions { traceparent: Some("00-aa-bb-01".to_owned()), ..patient() };
     let held = one.lock(LockKind::Challenge, &id("web"), &by).await.unwrap();
     let (web, patient) = (id("web"), patient());
     let waiting = two.lock(LockKind::Challenge, &web, &patient);
@@ -106,7 +106,7 @@ pub(super) async fn who_waits_can_be_asked(rig: &impl Rig) {
     assert_eq!(queue.iter().map(|place| place.replica.as_str()).collect::<String>(), format!("a{}", "b".repeat(20)));
     one.release(held).await.unwrap();
     let first = waiting.remove(0).await.unwrap();
-    assert_eq!((first.waited.queue_depth, first.waited.holder), (1, patient.origin.clone()));
+    assert_eq!((first.waited.queue_depth, first.waited.holder), (1, patient.traceparent.clone()));
     eventually("they move up", || async { two.waits(100).1.last().unwrap().position == 19 }).await;
     drop(waiting);
     eventually("nobody waits", || async { two.waits(10).0 == 0 }).await;
@@ -179,8 +179,8 @@ pub(super) async fn fences_grow(rig: &impl Rig) {
     for n in 0..6 {
         let store = if n % 2 == 0 { &one } else { &two };
         let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-        assert!(held.fence > last);
-        last = held.fence;
+        assert!(held.token > last);
+        last = held.token;
         store.release(held).await.unwrap();
     }
 }

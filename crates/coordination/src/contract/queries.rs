@@ -56,8 +56,8 @@ pub(super) async fn a_challenge_with_instances_is_not_removed(rig: &impl Rig) {
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     assert_eq!(store.remove_challenge(held, &id("web")).await, Err(Error::Conflict));
     eventually("the lock is given up", || async { store.live_keys().await.is_empty() }).await;
-    let (held, _) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
-    store.commit(held, &key, Commit::Remove).await.unwrap();
+    let (held, _) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
+    store.commit(held, &key, Outcome::Remove).await.unwrap();
     // Its neighbours do not count.
     let other = store.with("web 2").await;
     store.ready(&other, instance_key("web 2", "alice")).await;
@@ -70,7 +70,7 @@ pub(super) async fn a_challenge_with_instances_is_not_removed(rig: &impl Rig) {
 
 pub(super) async fn a_survey_answers_all_at_once(rig: &impl Rig) {
     let store = rig.replica("a");
-    let empty = store.survey(&id("web"), &source("alice")).await.unwrap();
+    let empty = store.snapshot(&id("web"), &source("alice")).await.unwrap();
     assert!(empty.challenge.is_none() && empty.instance.is_none() && empty.pooled.is_empty());
     let web = store.with("web").await;
     let mine = store.ready(&web, instance_key("web", "alice")).await;
@@ -78,13 +78,13 @@ pub(super) async fn a_survey_answers_all_at_once(rig: &impl Rig) {
     let pool: Vec<Instance> =
         (0..40).map(|bits| Instance { until: None, ..instance(pooled_key("web", bits), Phase::Ready) }).collect();
     store.put(&pool).await;
-    let (held, _) = store.begin(&pool[3].key, Begin::Delete, &patient()).await.unwrap();
-    let survey = store.survey(&id("web"), &source("alice")).await.unwrap();
-    assert_eq!(survey.challenge, Some(web));
-    assert_eq!(survey.instance, Some(mine));
-    assert_eq!(survey.pooled.len(), 16);
-    assert!(survey.pooled.iter().all(|stored| stored.value.phase == Phase::Ready && stored.value.key != pool[3].key));
-    store.commit(held, &pool[3].key, Commit::Remove).await.unwrap();
+    let (held, _) = store.begin(&pool[3].key, Intent::Delete, &patient()).await.unwrap();
+    let snapshot = store.snapshot(&id("web"), &source("alice")).await.unwrap();
+    assert_eq!(snapshot.challenge, Some(web));
+    assert_eq!(snapshot.instance, Some(mine));
+    assert_eq!(snapshot.pooled.len(), 16);
+    assert!(snapshot.pooled.iter().all(|stored| stored.value.phase == Phase::Ready && stored.value.key != pool[3].key));
+    store.commit(held, &pool[3].key, Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -94,8 +94,8 @@ pub(super) async fn a_survey_finds_the_ready_behind_the_others(rig: &impl Rig) {
     let phase = |bits| if bits == 90 { Phase::Ready } else { Phase::Provisioning };
     let pool: Vec<Instance> = (0..100).map(|bits| instance(pooled_key("web", bits), phase(bits))).collect();
     store.put(&pool).await;
-    let survey = store.survey(&id("web"), &source("alice")).await.unwrap();
-    assert_eq!(keys_of(&survey.pooled), BTreeSet::from([pooled_key("web", 90)]));
+    let snapshot = store.snapshot(&id("web"), &source("alice")).await.unwrap();
+    assert_eq!(keys_of(&snapshot.pooled), BTreeSet::from([pooled_key("web", 90)]));
 }
 
 fn many(challenge: &str, count: usize) -> Vec<Instance> {
@@ -110,7 +110,7 @@ pub(super) async fn all_is_listed_over_many_pages(rig: &impl Rig) {
     // Pages end between a record and its intent, too.
     let mut held = Vec::new();
     for at in [254, 255, 256, 510] {
-        held.push((store.begin(&all[at].key, Begin::Delete, &patient()).await.unwrap().0, all[at].key.clone()));
+        held.push((store.begin(&all[at].key, Intent::Delete, &patient()).await.unwrap().0, all[at].key.clone()));
     }
     let listed: Vec<_> = store.instances_of(&id("web")).try_collect().await.unwrap();
     assert_eq!(listed.len(), 1300);
@@ -119,7 +119,7 @@ pub(super) async fn all_is_listed_over_many_pages(rig: &impl Rig) {
     let everyone: Vec<_> = store.instances_by_source(None).try_collect().await.unwrap();
     assert_eq!(everyone.len(), 1300);
     for (held, key) in held {
-        store.commit(held, &key, Commit::Remove).await.unwrap();
+        store.commit(held, &key, Outcome::Remove).await.unwrap();
     }
     assert_eq!(store.census(at(0)).await.unwrap().instances.values().sum::<u64>(), 1296);
     store.check().await;
@@ -225,8 +225,8 @@ pub(super) async fn a_list_is_of_one_revision(rig: &impl Rig) {
     // Late ones, and a late removal, behind the first page.
     store.put(&[instance(instance_key("web", "zoe"), Phase::Ready)]).await;
     let last = instance_key("web", "team-00599");
-    let (held, _) = store.begin(&last, Begin::Delete, &patient()).await.unwrap();
-    store.commit(held, &last, Commit::Remove).await.unwrap();
+    let (held, _) = store.begin(&last, Intent::Delete, &patient()).await.unwrap();
+    store.commit(held, &last, Outcome::Remove).await.unwrap();
     let rest: Vec<_> = listing.try_collect().await.unwrap();
     assert_eq!(rest.len(), 599);
     assert!(keys_of(&rest).contains(&last) && !keys_of(&rest).contains(&instance_key("web", "zoe")));
@@ -248,7 +248,7 @@ pub(super) async fn a_list_goes_on_where_its_revision_is_compacted(rig: &impl Ri
         }
         if seen.len() == 10 {
             // One that is changed, and has another by its record, is told as it is by then.
-            drop(store.begin(&changed, Begin::Delete, &patient()).await.unwrap());
+            drop(store.begin(&changed, Intent::Delete, &patient()).await.unwrap());
         }
     }
     let expected: Vec<InstanceKey> =
@@ -272,18 +272,18 @@ pub(super) async fn a_list_goes_on_where_its_revision_is_compacted(rig: &impl Ri
         drop(all.next().await.unwrap().unwrap());
         let again = Instance { connection_info: "changed".to_owned(), ..before.value };
         store.rewrite(&store.at(&key).await, &again, &patient()).await.unwrap();
-        let (held, begun) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
+        let (held, begun) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
         store.core.kv.compact();
         let told: Vec<_> =
             all.try_filter(|stored| std::future::ready(stored.value.key == key)).try_collect().await.unwrap();
         assert!(told.iter().all(|told| told.value.phase != Phase::Deleting || told.value == begun), "{told:?}");
-        store.commit(held, &key, Commit::Put(Box::new(instance(key.clone(), Phase::Ready)))).await.unwrap();
+        store.commit(held, &key, Outcome::Put(Box::new(instance(key.clone(), Phase::Ready)))).await.unwrap();
     }
     store.core.kv.reset();
     assert_eq!(store.census(at(0)).await.unwrap().challenges, 3);
-    assert_eq!(store.stranded(at(0)).await.unwrap().len(), 1);
-    let (held, _) = store.begin(&changed, Begin::Recover, &patient()).await.unwrap();
-    store.commit(held, &changed, Commit::Remove).await.unwrap();
+    assert_eq!(store.unfinished(at(0)).await.unwrap().len(), 1);
+    let (held, _) = store.begin(&changed, Intent::Recover, &patient()).await.unwrap();
+    store.commit(held, &changed, Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -296,7 +296,7 @@ pub(super) async fn a_census_counts(rig: &impl Rig) {
     let key = store.ready(&web, instance_key("web", "bob")).await.value.key;
     store.put(&[Instance { until: None, ..instance(pooled_key("web", 1), Phase::Ready) }]).await;
     store.put(&[Instance { until: None, ..instance(instance_key("web", "carol"), Phase::Ready) }]).await;
-    let (held, _) = store.begin(&key, Begin::Delete, &patient()).await.unwrap();
+    let (held, _) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
     let census = store.census(at(70)).await.unwrap();
     assert_eq!((census.challenges, census.overdue), (2, 2));
     let expected = [
@@ -306,7 +306,7 @@ pub(super) async fn a_census_counts(rig: &impl Rig) {
     ];
     assert_eq!(census.instances, expected.into_iter().collect());
     assert_eq!(store.census(at(69)).await.unwrap().overdue, 0);
-    store.commit(held, &key, Commit::Remove).await.unwrap();
+    store.commit(held, &key, Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -334,8 +334,8 @@ pub(super) async fn a_pool_is_counted_by_its_keys(rig: &impl Rig) {
     let pooled: Vec<_> = (1..).zip(phases).map(|(bits, phase)| instance(pooled_key("web", bits), phase)).collect();
     store.put(&pooled).await;
     // What an owner is at, and what cannot be read, counts as it stands in the keys.
-    let _owned = store.begin(&instance_key("web", "bob"), Begin::Delete, &patient()).await.unwrap();
-    let _drained = store.begin(&pooled_key("web", 1), Begin::Delete, &patient()).await.unwrap();
+    let _owned = store.begin(&instance_key("web", "bob"), Intent::Delete, &patient()).await.unwrap();
+    let _drained = store.begin(&pooled_key("web", 1), Intent::Delete, &patient()).await.unwrap();
     store.garble(store.core.layout.instance(&pooled_key("web", 4)), "not json").await;
     store.garble(store.core.layout.instance(&instance_key("web", "carol")), "not json").await;
     // Neighbours of the same letters do not.
@@ -372,14 +372,14 @@ pub(super) async fn the_unreadable_hides_no_other(rig: &impl Rig) {
     assert_eq!(names, [("a", 4), ("c", 1)]);
     let mine: Vec<_> = store.instances_by_source(Some(&source("y"))).try_collect().await.unwrap();
     assert_eq!(mine.len(), 2);
-    assert_eq!(store.survey(&id("a"), &source("x")).await.unwrap().pooled.len(), 2);
+    assert_eq!(store.snapshot(&id("a"), &source("x")).await.unwrap().pooled.len(), 2);
     assert_eq!(store.census(at(0)).await.unwrap().instances.values().sum::<u64>(), 12, "they are there");
 
     let text = store.challenge(&id("b")).await.unwrap_err().to_string();
     assert!(text.contains("version 2") && text.contains("challenges b"), "{text}");
     assert!(matches!(store.instance(&instance_key("a", "y")).await, Err(Error::Internal(_))));
-    assert!(matches!(store.survey(&id("a"), &source("y")).await, Err(Error::Internal(_))));
-    assert!(matches!(store.begin(&instance_key("a", "y"), Begin::Delete, &patient()).await, Err(Error::Internal(_))));
+    assert!(matches!(store.snapshot(&id("a"), &source("y")).await, Err(Error::Internal(_))));
+    assert!(matches!(store.begin(&instance_key("a", "y"), Intent::Delete, &patient()).await, Err(Error::Internal(_))));
     eventually("nothing is owned", || async { store.live_keys().await.is_empty() }).await;
 }
 

@@ -131,7 +131,7 @@ pub(super) async fn a_newer_instance_is_left_alone(rig: &impl Rig) {
     assert!(store.begin_create(&web, &intent, None, &patient()).await.is_err());
     assert_eq!(store.contents().await, before);
 
-    // Nothing of theirs is taken for an orphan, nor its work for stranded; what is an orphan goes.
+    // Nothing of theirs is taken for an orphan, nor its work for unfinished; what is an orphan goes.
     let done = gauntlet.reconcile(&call()).await.unwrap();
     assert_eq!((done.recovered, done.orphans_removed, done.failures.len()), (0, 1, 1), "{done:?}");
     names(Err::<(), _>(done.failures[0].clone()), "web s alice");

@@ -4,7 +4,7 @@
 mod disk;
 mod power;
 
-use gauntlet_domain::{Begin, By, Commit, LockKind, Store as _, Stranded};
+use gauntlet_domain::{Intent, LockKind, LockOptions, Outcome, Store as _, Unfinished};
 
 use super::*;
 use crate::{
@@ -160,7 +160,7 @@ fn open_error_names_the_path() {
 async fn version_1_file_opens_and_stays_usable() {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/embedded/tests/version-1.redb");
     let open = |path: PathBuf| async move { Coordination::embedded(&path, "a".to_owned()).await.unwrap() };
-    let (by, alice, bob) = (By::default(), instance_key("web", "alice"), instance_key("web", "bob"));
+    let (by, alice, bob) = (LockOptions::default(), instance_key("web", "alice"), instance_key("web", "bob"));
     let ready = instance(alice.clone(), gauntlet_domain::Phase::Ready);
     let begun = instance(bob.clone(), gauntlet_domain::Phase::Provisioning);
     if !fixture.exists() {
@@ -169,7 +169,7 @@ async fn version_1_file_opens_and_stays_usable() {
         let web = store.challenge(&id("web")).await.unwrap().unwrap();
         let creating = instance(alice.clone(), gauntlet_domain::Phase::Provisioning);
         let held = store.begin_create(&web, &creating, None, &by).await.unwrap();
-        store.commit(held, &alice, Commit::Put(Box::new(ready.clone()))).await.unwrap();
+        store.commit(held, &alice, Outcome::Put(Box::new(ready.clone()))).await.unwrap();
         let _interrupted = store.begin_create(&web, &begun, None, &by).await.unwrap();
         store.core.kv.close().await;
     }
@@ -182,10 +182,10 @@ async fn version_1_file_opens_and_stays_usable() {
         let stored = store.instance(&alice).await.unwrap().unwrap();
         assert_eq!(stored.value, ready);
         store.rewrite(&stored, &ready, &by).await.unwrap();
-        if store.stranded(at(0)).await.unwrap() == [Stranded::Instance(bob.clone())] {
-            let (held, left) = store.begin(&bob, Begin::Recover, &by).await.unwrap();
+        if store.unfinished(at(0)).await.unwrap() == [Unfinished::Instance(bob.clone())] {
+            let (held, left) = store.begin(&bob, Intent::Recover, &by).await.unwrap();
             assert_eq!(left, begun);
-            store.commit(held, &bob, Commit::Remove).await.unwrap();
+            store.commit(held, &bob, Outcome::Remove).await.unwrap();
         }
         assert_eq!(store.instance(&bob).await.unwrap(), None);
         store.shutdown().await;
@@ -306,7 +306,7 @@ async fn restart_keeps_records_and_finds_unfinished_work() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     let open = || async { Coordination::embedded(&path, "a".to_owned()).await.unwrap() };
-    let (by, key) = (By::default(), instance_key("web", "alice"));
+    let (by, key) = (LockOptions::default(), instance_key("web", "alice"));
     let store = open().await;
     store.insert_challenge(&challenge("web")).await.unwrap();
     let web = store.challenge(&id("web")).await.unwrap().unwrap();
@@ -318,12 +318,12 @@ async fn restart_keeps_records_and_finds_unfinished_work() {
     drop(store);
     let store = open().await;
     assert_eq!(store.challenge(&id("web")).await.unwrap().unwrap(), web);
-    assert_eq!(store.stranded(at(0)).await.unwrap(), vec![Stranded::Instance(key.clone())]);
+    assert_eq!(store.unfinished(at(0)).await.unwrap(), vec![Unfinished::Instance(key.clone())]);
     let again = store.lock(LockKind::Rollout, &id("web"), &by).await.unwrap();
-    assert!(again.fence > lock.fence && again.fence > owner.fence);
-    let (held, left) = store.begin(&key, Begin::Recover, &by).await.unwrap();
+    assert!(again.token > lock.token && again.token > owner.token);
+    let (held, left) = store.begin(&key, Intent::Recover, &by).await.unwrap();
     assert_eq!(left, intent);
-    store.commit(held, &key, Commit::Remove).await.unwrap();
+    store.commit(held, &key, Outcome::Remove).await.unwrap();
     store.shutdown().await;
     assert!(store.ping().await.is_err());
     assert!(store.insert_challenge(&challenge("late")).await.is_err());
@@ -339,7 +339,7 @@ async fn broken_watch_is_listed_again_and_wakes_waiters() {
     let dir = tempfile::tempdir().unwrap();
     let store = Coordination::embedded(&dir.path().join("store"), "a".to_owned()).await.unwrap();
     let kv = store.core.kv.clone();
-    let by = By { patience: Duration::from_secs(30), ..By::default() };
+    let by = LockOptions { timeout: Duration::from_secs(30), ..LockOptions::default() };
     let web = id("web");
     let first = store.lock(LockKind::Rollout, &web, &by).await.unwrap();
     // The lock was handed over, so the watch is running.
@@ -367,6 +367,6 @@ async fn broken_watch_is_listed_again_and_wakes_waiters() {
     });
     other_thread.join().unwrap();
     let next = waiting.await.unwrap();
-    assert!(next.fence > held.fence);
+    assert!(next.token > held.token);
     store.release(next).await.unwrap();
 }

@@ -1,6 +1,6 @@
 //! A cluster that is stopped, frozen or refuses calls, and the configuration errors.
 #![allow(clippy::unwrap_used, reason = "tests")]
-use gauntlet_domain::{By, ChallengeId, LockKind, Store as _};
+use gauntlet_domain::{ChallengeId, LockKind, LockOptions, Store as _};
 use gauntlet_stack::{Etcd as Server, Process, Ready, Spec, Tool, Tools};
 use gauntlet_telemetry::Instruments;
 
@@ -28,8 +28,8 @@ async fn until_ok<T, F: Future<Output = Result<T, Error>>>(mut call: impl FnMut(
     }
 }
 
-fn by() -> By {
-    By { origin: None, patience: Duration::from_secs(30) }
+fn by() -> LockOptions {
+    LockOptions { traceparent: None, timeout: Duration::from_secs(30) }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -86,7 +86,7 @@ async fn an_update_of_what_has_become_another_leaves_one_of_them() {
 }
 
 /// A deletion that has taken down what there was, and waits for the challenge's lock: behind one that removes the challenge, and one more.
-async fn deletion_held_up(world: &World) -> (JoinHandle<gauntlet_domain::Result<()>>, gauntlet_domain::Held) {
+async fn deletion_held_up(world: &World) -> (JoinHandle<gauntlet_domain::Result<()>>, gauntlet_domain::LockGuard) {
     let held = world.lock(LockKind::Challenge).await.unwrap();
     let deleted = world.beside(|gauntlet, call, web| async move { gauntlet.delete_challenge(&call, &web).await });
     world.queued(LockKind::Challenge, 2).await;

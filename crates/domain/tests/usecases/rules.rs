@@ -2,7 +2,8 @@
 
 use futures::TryStreamExt as _;
 use gauntlet_domain::{
-    Additional, Begin, By, ChallengeId, Error, Fact, Identity, NewChallenge, SourceId, Store as _, Strategy, Target,
+    Additional, ChallengeId, Error, Fact, Identity, Intent, LockOptions, NewChallenge, SourceId, Store as _, Strategy,
+    Target,
 };
 
 use crate::world::{ALICE, World, reference};
@@ -80,7 +81,7 @@ async fn update_that_recovery_finishes_gives_the_instance_a_new_end() {
         strategy: Strategy::Recreate,
     };
     // Released without a commit, as a crash leaves it.
-    let (held, _) = world.store.begin(&instance.key, Begin::Update(target), &By::default()).await.unwrap();
+    let (held, _) = world.store.begin(&instance.key, Intent::Update(target), &LockOptions::default()).await.unwrap();
     world.store.release(held).await.unwrap();
     assert_eq!(world.gauntlet.reconcile(&world.at(1500)).await.unwrap().recovered, 1);
     let updated = world.stored(ALICE).await.unwrap();

@@ -16,9 +16,9 @@ use gauntlet_coordination::{
     kv::{Condition, Get, KeyRange, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResponse, Watch},
 };
 use gauntlet_domain::{
-    Additional, Assignment, By, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Found, Gauntlet, Held, Identity,
-    Instance, InstanceKey, LockKind, NewChallenge, Order, Outputs, Pinned, Place, Plan, PortSpec, Provisioner, Result,
-    Scenarios, Settings, SourceId, Store as _, Workload,
+    Additional, Assignment, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Found, Gauntlet, Identity, Instance,
+    InstanceKey, LockGuard, LockKind, LockOptions, NewChallenge, Order, Outputs, Pinned, Place, Plan, PortSpec,
+    Provisioner, Result, Scenarios, Settings, SourceId, Store as _, Workload,
 };
 use jiff::Timestamp;
 use tempfile::TempDir;
@@ -437,9 +437,11 @@ impl World {
     }
 
     /// Takes a lock of the challenge, beside the test: it may have to wait.
-    pub fn lock(&self, kind: LockKind) -> JoinHandle<Held> {
+    pub fn lock(&self, kind: LockKind) -> JoinHandle<LockGuard> {
         let (store, web) = (self.store.clone(), self.web.clone());
-        tokio::spawn(async move { store.lock(kind, &web, &By { patience: LONG, ..By::default() }).await.unwrap() })
+        tokio::spawn(async move {
+            store.lock(kind, &web, &LockOptions { timeout: LONG, ..LockOptions::default() }).await.unwrap()
+        })
     }
 
     /// Waits until so many hold a lock of the challenge or wait for it.

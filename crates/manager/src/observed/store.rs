@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Instant};
 use async_trait::async_trait;
 use futures::FutureExt as _;
 use gauntlet_domain::{
-    Begin, By, Census, Challenge, ChallengeId, Commit, Error, Held, Instance, InstanceKey, LockKind, Pool, Result,
-    SourceId, Store, Stored, Stranded, Stream, Survey, Version,
+    Census, Challenge, ChallengeId, Error, Instance, InstanceKey, Intent, LockGuard, LockKind, LockOptions, Outcome,
+    Pool, Result, Snapshot, SourceId, Store, Stored, Stream, Unfinished, Version,
 };
 use gauntlet_telemetry::{context, instruments::Instruments};
 use jiff::Timestamp;
@@ -49,7 +49,7 @@ impl ObservedStore {
         kind: LockKind,
         challenge: &ChallengeId,
         work: impl Future<Output = Result<T>>,
-        wrap: impl FnOnce(T, &dyn Fn(Held) -> Held) -> T,
+        wrap: impl FnOnce(T, &dyn Fn(LockGuard) -> LockGuard) -> T,
     ) -> Result<T> {
         let span = info_span!(
             "lock.acquire",
@@ -84,10 +84,10 @@ impl ObservedStore {
         }
     }
 
-    fn witnessed(&self, acquire: &Span, held: Held) -> Held {
+    fn witnessed(&self, acquire: &Span, held: LockGuard) -> LockGuard {
         acquire.record("lock.contended", held.waited.contended);
         acquire.record("lock.queue_depth", held.waited.queue_depth);
-        acquire.record("lock.token", held.fence);
+        acquire.record("lock.token", held.token);
         if let Some(holder) = &held.waited.holder {
             context::link_span(acquire, holder);
         }
@@ -95,7 +95,7 @@ impl ObservedStore {
             "lock.hold",
             lock.kind = held.kind.name(),
             lock.backend = self.inner.backend(),
-            lock.token = held.fence,
+            lock.token = held.token,
             error.type = Empty,
         );
         let hold = Hold {
@@ -127,12 +127,12 @@ impl Store for ObservedStore {
         self.inner.challenge(id).await
     }
 
-    async fn survey(&self, id: &ChallengeId, source: &SourceId) -> Result<Survey> {
-        self.inner.survey(id, source).await
+    async fn snapshot(&self, id: &ChallengeId, source: &SourceId) -> Result<Snapshot> {
+        self.inner.snapshot(id, source).await
     }
 
-    fn recall(&self, id: &ChallengeId, source: &SourceId) -> Option<Survey> {
-        self.inner.recall(id, source)
+    fn cached_snapshot(&self, id: &ChallengeId, source: &SourceId) -> Option<Snapshot> {
+        self.inner.cached_snapshot(id, source)
     }
 
     fn challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)> {
@@ -163,19 +163,19 @@ impl Store for ObservedStore {
         self.inner.pool(id, claimed, pooled).await
     }
 
-    async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {
+    async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &LockOptions) -> Result<LockGuard> {
         self.acquire(kind, id, self.inner.lock(kind, id, by), |held, wrap| wrap(held)).await
     }
 
-    async fn release(&self, held: Held) -> Result<()> {
+    async fn release(&self, held: LockGuard) -> Result<()> {
         self.inner.release(held).await
     }
 
-    async fn update_challenge(&self, held: Held, challenge: &Challenge) -> Result<()> {
+    async fn update_challenge(&self, held: LockGuard, challenge: &Challenge) -> Result<()> {
         self.inner.update_challenge(held, challenge).await
     }
 
-    async fn remove_challenge(&self, held: Held, id: &ChallengeId) -> Result<()> {
+    async fn remove_challenge(&self, held: LockGuard, id: &ChallengeId) -> Result<()> {
         self.inner.remove_challenge(held, id).await
     }
 
@@ -184,8 +184,8 @@ impl Store for ObservedStore {
         challenge: &Stored<Challenge>,
         intent: &Instance,
         pool: Option<Version>,
-        by: &By,
-    ) -> Result<Held> {
+        by: &LockOptions,
+    ) -> Result<LockGuard> {
         let begin = self.inner.begin_create(challenge, intent, pool, by);
         self.acquire(LockKind::Instance, &intent.key.challenge, begin, |held, wrap| wrap(held)).await
     }
@@ -195,13 +195,13 @@ impl Store for ObservedStore {
         challenge: &Stored<Challenge>,
         pooled: &Stored<Instance>,
         claimed: &Instance,
-        by: &By,
-    ) -> Result<Option<Held>> {
+        by: &LockOptions,
+    ) -> Result<Option<LockGuard>> {
         let claim = self.inner.claim(challenge, pooled, claimed, by);
         self.acquire(LockKind::Instance, &claimed.key.challenge, claim, |held, wrap| held.map(wrap)).await
     }
 
-    async fn begin(&self, key: &InstanceKey, begin: Begin, by: &By) -> Result<(Held, Instance)> {
+    async fn begin(&self, key: &InstanceKey, begin: Intent, by: &LockOptions) -> Result<(LockGuard, Instance)> {
         let begin = async {
             let (held, instance) = self.inner.begin(key, begin, by).await?;
             // From an instance's end, or its recovery, to its beginning.
@@ -213,16 +213,16 @@ impl Store for ObservedStore {
         self.acquire(LockKind::Instance, &key.challenge, begin, |(held, instance), wrap| (wrap(held), instance)).await
     }
 
-    async fn commit(&self, held: Held, key: &InstanceKey, commit: Commit) -> Result<()> {
+    async fn commit(&self, held: LockGuard, key: &InstanceKey, commit: Outcome) -> Result<()> {
         self.inner.commit(held, key, commit).await
     }
 
-    async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &By) -> Result<()> {
+    async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &LockOptions) -> Result<()> {
         self.inner.rewrite(read, instance, by).await
     }
 
-    async fn stranded(&self, now: Timestamp) -> Result<Vec<Stranded>> {
-        self.inner.stranded(now).await
+    async fn unfinished(&self, now: Timestamp) -> Result<Vec<Unfinished>> {
+        self.inner.unfinished(now).await
     }
 
     async fn pools(&self) -> Result<Vec<ChallengeId>> {

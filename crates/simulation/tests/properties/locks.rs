@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_coordination::{Coordination, kv::KeyRange};
-use gauntlet_domain::{By, ChallengeId, Error, Held, LockKind, Result, Store as _};
+use gauntlet_domain::{ChallengeId, Error, LockGuard, LockKind, LockOptions, Result, Store as _};
 use proptest::{prelude::*, sample::Index};
 use tokio::time::Instant;
 
@@ -84,7 +84,7 @@ struct Place {
     excused: bool,
 }
 
-type Asking = BoxFuture<'static, Result<Held>>;
+type Asking = BoxFuture<'static, Result<LockGuard>>;
 
 struct History {
     replicas: Vec<(Direct, Arc<Coordination<Direct>>)>,
@@ -92,7 +92,7 @@ struct History {
     /// In the order of asking, as far as they have a token.
     places: Vec<Place>,
     asking: BTreeMap<usize, Asking>,
-    held: BTreeMap<usize, Held>,
+    held: BTreeMap<usize, LockGuard>,
 }
 
 impl History {
@@ -174,7 +174,7 @@ impl History {
     fn ask(&mut self, replica: usize, patience: Duration) {
         let (client, store) = &self.replicas[replica];
         let (store, id, n) = (store.clone(), self.id.clone(), self.places.len());
-        let by = By { origin: Some(n.to_string()), patience };
+        let by = LockOptions { traceparent: Some(n.to_string()), timeout: patience };
         self.asking.insert(n, async move { store.lock(KIND, &id, &by).await }.boxed());
         self.places.push(Place {
             replica,
@@ -233,7 +233,7 @@ impl History {
         let place = self.places[n].clone();
         match answer {
             Ok(held) => {
-                assert!(place.stand == Stand::Lost || place.created == Some(held.fence), "{n} has another token");
+                assert!(place.stand == Stand::Lost || place.created == Some(held.token), "{n} has another token");
                 if place.stand == Stand::Queued {
                     let ahead = self.ahead(n, &stored);
                     assert!(ahead.is_empty(), "{n} comes in before {ahead:?}: {:#?}", self.places);
@@ -291,13 +291,13 @@ impl History {
         self.replicas.iter().for_each(|(client, _)| client.own().faults.clear());
         // What was not answered is looked for at once, and nothing comes late here.
         tokio::time::sleep(Duration::from_secs(20)).await;
-        let none = By::default();
+        let none = LockOptions::default();
         for (_, store) in &self.replicas {
             assert_eq!(store.waits(1).0, 0);
             assert_eq!(store.queue(KIND, &self.id).await.unwrap(), []);
             let held = store.lock(KIND, &self.id, &none).await.unwrap();
             let last = self.places.iter().filter_map(|place| place.created).max();
-            assert!(last.is_none_or(|last| held.fence > last), "tokens grow");
+            assert!(last.is_none_or(|last| held.token > last), "tokens grow");
             store.release(held).await.unwrap();
         }
         assert_eq!(self.stored(), BTreeMap::new());

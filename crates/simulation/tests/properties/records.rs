@@ -6,9 +6,9 @@ use std::{collections::BTreeMap, sync::Arc};
 use futures::TryStreamExt as _;
 use gauntlet_coordination::Coordination;
 use gauntlet_domain::{
-    Additional, Assignment, Begin, By, Challenge, ChallengeId, Commit, Error, Failure, Held, Identity, Instance,
-    InstanceKey, LockKind, Operation, Phase, PhaseName, Pinned, PoolBounds, Result, SourceId, Store as _, Stored,
-    Stranded, Target,
+    Additional, Assignment, Challenge, ChallengeId, Error, Failure, Identity, Instance, InstanceKey, Intent, LockGuard,
+    LockKind, LockOptions, Operation, Outcome, Phase, PhaseName, Pinned, PoolBounds, Result, SourceId, Store as _,
+    Stored, Target, Unfinished,
 };
 use jiff::Timestamp;
 use proptest::{prelude::*, sample::Index, strategy::Strategy};
@@ -134,7 +134,7 @@ impl Known {
 /// An ownership that was kept.
 struct Kept {
     replica: usize,
-    held: Held,
+    held: LockGuard,
     instance: Instance,
     /// Its lease is gone.
     lost: bool,
@@ -155,8 +155,8 @@ fn at(second: i64) -> Timestamp {
 }
 
 /// Nobody waits: who owns is told at once.
-fn by() -> By {
-    By::default()
+fn by() -> LockOptions {
+    LockOptions::default()
 }
 
 fn pinned() -> Pinned {
@@ -241,11 +241,11 @@ impl History {
                 let remembered = intent.key.assignment.source().filter(|_| remembered);
                 // From before what this replica has just read.
                 let other = &self.replicas[(replica + 1) % REPLICAS].1;
-                let (store, survey) = match remembered {
-                    Some(source) => (other.clone(), other.recall(&self.id, source)),
+                let (store, snapshot) = match remembered {
+                    Some(source) => (other.clone(), other.cached_snapshot(&self.id, source)),
                     None => (store, None),
                 };
-                let challenge = survey.and_then(|survey| survey.challenge).unwrap_or(now.clone());
+                let challenge = snapshot.and_then(|snapshot| snapshot.challenge).unwrap_or(now.clone());
                 let free = challenge.version == now.version && !self.model.contains_key(&intent.key);
                 let replica = if remembered.is_some() { (replica + 1) % REPLICAS } else { replica };
                 match store.begin_create(&challenge, &intent, None, &by()).await {
@@ -257,7 +257,7 @@ impl History {
                     }
                 }
             }
-            Command::Delete { seat, then } => self.begin(replica, seat, Begin::Delete, then).await,
+            Command::Delete { seat, then } => self.begin(replica, seat, Intent::Delete, then).await,
             Command::Update { seat, then } => {
                 let target = Target {
                     identity: Identity::from_bits(1000 + number as u64),
@@ -265,9 +265,9 @@ impl History {
                     revision: 1,
                     strategy: gauntlet_domain::Strategy::BlueGreen,
                 };
-                self.begin(replica, seat, Begin::Update(target), then).await;
+                self.begin(replica, seat, Intent::Update(target), then).await;
             }
-            Command::Recover { seat, then } => self.begin(replica, seat, Begin::Recover, then).await,
+            Command::Recover { seat, then } => self.begin(replica, seat, Intent::Recover, then).await,
             Command::Renew { seat, second } => {
                 let key = self.key(seat);
                 let Some(read) = store.instance(&key).await.unwrap() else {
@@ -333,27 +333,27 @@ impl History {
         }
     }
 
-    async fn begin(&mut self, replica: usize, seat: usize, begin: Begin, then: Then) {
+    async fn begin(&mut self, replica: usize, seat: usize, begin: Intent, then: Then) {
         let key = self.key(seat);
         let known = self.model.get(&key).cloned();
         let owned = self.owned(&key);
         let phase = known.as_ref().map(|known| known.phase);
         let allowed = match &begin {
-            Begin::Recover => phase.is_some_and(|phase| phase != PhaseName::Ready),
-            Begin::Update(_) => phase.is_some_and(|phase| phase != PhaseName::Deleting),
-            Begin::Delete => phase.is_some(),
+            Intent::Recover => phase.is_some_and(|phase| phase != PhaseName::Ready),
+            Intent::Update(_) => phase.is_some_and(|phase| phase != PhaseName::Deleting),
+            Intent::Delete => phase.is_some(),
         };
         match self.replicas[replica].1.begin(&key, begin.clone(), &by()).await {
             Err(Error::Busy { .. }) => assert!(owned),
-            Err(Error::Conflict) => assert!(!allowed || (owned && begin == Begin::Recover), "{begin:?} {known:?}"),
+            Err(Error::Conflict) => assert!(!allowed || (owned && begin == Intent::Recover), "{begin:?} {known:?}"),
             Err(error) => panic!("{error}"),
             Ok((held, begun)) => {
                 assert!(allowed && !owned);
                 let known = known.unwrap();
                 let expected = match &begin {
-                    Begin::Recover => known,
-                    Begin::Delete => Known { phase: PhaseName::Deleting, retry: None, ..known },
-                    Begin::Update(target) => Known {
+                    Intent::Recover => known,
+                    Intent::Delete => Known { phase: PhaseName::Deleting, retry: None, ..known },
+                    Intent::Update(target) => Known {
                         phase: PhaseName::Updating,
                         target: Some(target.identity.clone()),
                         retry: None,
@@ -399,7 +399,7 @@ impl History {
     }
 
     /// An ownership was taken.
-    async fn owns(&mut self, replica: usize, held: Held, instance: Instance, then: Then) {
+    async fn owns(&mut self, replica: usize, held: LockGuard, instance: Instance, then: Then) {
         self.model.insert(instance.key.clone(), Known::of(&instance));
         let kept = Kept { replica, held, instance, lost: false };
         match then {
@@ -416,19 +416,19 @@ impl History {
         let commit = match then {
             // The second time it is not kept.
             Then::Drop | Then::Keep => return drop(held),
-            Then::Gone => Commit::Remove,
+            Then::Gone => Outcome::Remove,
             Then::Ready => {
                 instance.phase = Phase::Ready;
                 if let Some(target) = instance.target.take() {
                     instance.identity = target.identity;
                 }
-                Commit::Put(Box::new(instance.clone()))
+                Outcome::Put(Box::new(instance.clone()))
             }
             Then::Fail { retry } => {
                 let (during, reason) = (Operation::Update, String::new());
                 let (since, attempts, retry_at) = (at(1), 1, at(retry));
                 instance.phase = Phase::Failed(Failure { during, reason, since, attempts, retry_at });
-                Commit::Put(Box::new(instance.clone()))
+                Outcome::Put(Box::new(instance.clone()))
             }
         };
         match store.commit(held, &key, commit).await {
@@ -465,10 +465,10 @@ impl History {
             let source = key.assignment.source().unwrap();
             let own = store.instances_by_source(Some(source)).try_collect().await.unwrap();
             assert_eq!(known(own), only(&|of, _| *of == key));
-            let survey = store.survey(id, source).await.unwrap();
-            assert_eq!(survey.challenge.unwrap().value.revision, self.revision);
-            assert_eq!(survey.instance.map(|stored| Known::of(&stored.value)), model.get(&key).cloned());
-            let pooled = survey.pooled.into_iter().map(|stored| stored.value).collect();
+            let snapshot = store.snapshot(id, source).await.unwrap();
+            assert_eq!(snapshot.challenge.unwrap().value.revision, self.revision);
+            assert_eq!(snapshot.instance.map(|stored| Known::of(&stored.value)), model.get(&key).cloned());
+            let pooled = snapshot.pooled.into_iter().map(|stored| stored.value).collect();
             assert_eq!(
                 known(pooled),
                 only(&|key, known| key.assignment.is_pooled() && known.phase == PhaseName::Ready)
@@ -479,12 +479,15 @@ impl History {
         assert!(expired.is_sorted_by_key(|instance| instance.until));
         assert_eq!(known(expired), overdue);
 
-        let stranded = store.stranded(at(NOW)).await.unwrap();
+        let unfinished = store.unfinished(at(NOW)).await.unwrap();
         let left = only(&|key, known| {
             known.phase != PhaseName::Ready && known.retry.is_none_or(|retry| retry <= NOW) && !self.owned(key)
         });
-        assert_eq!(stranded.len(), left.len());
-        assert!(left.keys().all(|key| stranded.contains(&Stranded::Instance(key.clone()))), "{stranded:?} {left:?}");
+        assert_eq!(unfinished.len(), left.len());
+        assert!(
+            left.keys().all(|key| unfinished.contains(&Unfinished::Instance(key.clone()))),
+            "{unfinished:?} {left:?}"
+        );
         let pooled = model.keys().any(|key| key.assignment.is_pooled());
         assert_eq!(store.pools().await.unwrap(), if pooled { vec![id.clone()] } else { Vec::new() });
 

@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_coordination::Coordination;
 use gauntlet_domain::{
-    Begin, By, Census, Challenge, ChallengeId, Commit, Held, Instance, InstanceKey, LockKind, Pool, Result, SourceId,
-    Store, Stored, Stranded, Stream, Survey, Version,
+    Census, Challenge, ChallengeId, Instance, InstanceKey, Intent, LockGuard, LockKind, LockOptions, Outcome, Pool,
+    Result, Snapshot, SourceId, Store, Stored, Stream, Unfinished, Version,
 };
 use jiff::Timestamp;
 
@@ -103,8 +103,8 @@ impl Drop for Until {
 }
 
 impl Observed {
-    fn done(&self, held: &Held) {
-        self.process.world.lock().observer.done(held.fence);
+    fn done(&self, held: &LockGuard) {
+        self.process.world.lock().observer.done(held.token);
     }
 }
 
@@ -126,12 +126,12 @@ impl Store for Observed {
         self.inner.challenge(id).await
     }
 
-    async fn survey(&self, id: &ChallengeId, source: &SourceId) -> Result<Survey> {
-        self.inner.survey(id, source).await
+    async fn snapshot(&self, id: &ChallengeId, source: &SourceId) -> Result<Snapshot> {
+        self.inner.snapshot(id, source).await
     }
 
-    fn recall(&self, id: &ChallengeId, source: &SourceId) -> Option<Survey> {
-        self.inner.recall(id, source)
+    fn cached_snapshot(&self, id: &ChallengeId, source: &SourceId) -> Option<Snapshot> {
+        self.inner.cached_snapshot(id, source)
     }
 
     fn challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)> {
@@ -162,9 +162,9 @@ impl Store for Observed {
         self.inner.pool(id, claimed, pooled).await
     }
 
-    async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &By) -> Result<Held> {
+    async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &LockOptions) -> Result<LockGuard> {
         let held = self.inner.lock(kind, id, by).await?;
-        let (world, token) = (&self.process.world, held.fence);
+        let (world, token) = (&self.process.world, held.token);
         let holder = Holder {
             lock: (kind.name(), id.clone()),
             process: self.process.clone(),
@@ -184,17 +184,17 @@ impl Store for Observed {
         Ok(held.witnessed(Until(world.clone(), token)))
     }
 
-    async fn release(&self, held: Held) -> Result<()> {
+    async fn release(&self, held: LockGuard) -> Result<()> {
         self.done(&held);
         self.inner.release(held).await
     }
 
-    async fn update_challenge(&self, held: Held, challenge: &Challenge) -> Result<()> {
+    async fn update_challenge(&self, held: LockGuard, challenge: &Challenge) -> Result<()> {
         self.done(&held);
         self.inner.update_challenge(held, challenge).await
     }
 
-    async fn remove_challenge(&self, held: Held, id: &ChallengeId) -> Result<()> {
+    async fn remove_challenge(&self, held: LockGuard, id: &ChallengeId) -> Result<()> {
         self.done(&held);
         self.inner.remove_challenge(held, id).await
     }
@@ -204,8 +204,8 @@ impl Store for Observed {
         challenge: &Stored<Challenge>,
         intent: &Instance,
         pool: Option<Version>,
-        by: &By,
-    ) -> Result<Held> {
+        by: &LockOptions,
+    ) -> Result<LockGuard> {
         self.inner.begin_create(challenge, intent, pool, by).await
     }
 
@@ -214,25 +214,25 @@ impl Store for Observed {
         challenge: &Stored<Challenge>,
         pooled: &Stored<Instance>,
         claimed: &Instance,
-        by: &By,
-    ) -> Result<Option<Held>> {
+        by: &LockOptions,
+    ) -> Result<Option<LockGuard>> {
         self.inner.claim(challenge, pooled, claimed, by).await
     }
 
-    async fn begin(&self, key: &InstanceKey, begin: Begin, by: &By) -> Result<(Held, Instance)> {
+    async fn begin(&self, key: &InstanceKey, begin: Intent, by: &LockOptions) -> Result<(LockGuard, Instance)> {
         self.inner.begin(key, begin, by).await
     }
 
-    async fn commit(&self, held: Held, key: &InstanceKey, commit: Commit) -> Result<()> {
+    async fn commit(&self, held: LockGuard, key: &InstanceKey, commit: Outcome) -> Result<()> {
         self.inner.commit(held, key, commit).await
     }
 
-    async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &By) -> Result<()> {
+    async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &LockOptions) -> Result<()> {
         self.inner.rewrite(read, instance, by).await
     }
 
-    async fn stranded(&self, now: Timestamp) -> Result<Vec<Stranded>> {
-        self.inner.stranded(now).await
+    async fn unfinished(&self, now: Timestamp) -> Result<Vec<Unfinished>> {
+        self.inner.unfinished(now).await
     }
 
     async fn pools(&self) -> Result<Vec<ChallengeId>> {
