@@ -7,6 +7,7 @@ mod config;
 mod connections;
 mod deadline;
 mod ends;
+mod errors;
 mod eviction;
 #[cfg(test)]
 mod fixture;

@@ -16,11 +16,12 @@ use gauntlet_telemetry::{
     layers::{GrpcServerLayer, HttpServerLayer},
 };
 use tokio::net::TcpListener;
-use tower::{Layer as _, ServiceExt as _};
+use tower::{Layer as _, ServiceExt as _, util::MapResponseLayer};
 
 use crate::{
     connections::{Port, accept},
     deadline::{DeadlineLayer, Sent},
+    errors,
     grpc::Handlers,
     tasks::Tasks,
 };
@@ -69,9 +70,10 @@ where
         .add_service(reflection().build_v1().context("reflection")?)
         .add_service(reflection().build_v1alpha().context("reflection")?)
         .prepare();
-    let grpc = GrpcServerLayer::new(instruments, METHODS).layer(DeadlineLayer.layer(routes));
+    let errors = MapResponseLayer::new(errors::report);
+    let grpc = GrpcServerLayer::new(instruments, METHODS).layer(errors.layer(DeadlineLayer.layer(routes)));
     let grpc = tonic_web::GrpcWebLayer::new().layer(grpc);
-    let rest = rest.layer(HttpServerLayer::new(instruments, &["/healthcheck"]));
+    let rest = rest.layer(MapResponseLayer::new(errors::report)).layer(HttpServerLayer::new(instruments, &["/healthcheck"]));
     Ok(Router::new().fallback(move |request: Request| {
         let (grpc, rest) = (grpc.clone(), rest.clone());
         async move {

@@ -1,20 +1,35 @@
-//! From domain errors to the answers of the contract: the only place that knows codes.
+//! Maps domain errors to the contract's gRPC statuses. The only place that knows codes.
+
+use std::{fmt, sync::Arc};
 
 use gauntlet_api::error;
 use gauntlet_domain::Error;
-use gauntlet_telemetry::context;
 use tonic::{Code, Status};
 
-/// The answer to a client. What is ours to know (hosts, paths, causes) is logged here and marked on the span, and not in the answer.
-pub(crate) fn status(error: &Error) -> Status {
-    context::set_attribute("gauntlet.error.code", error.code());
-    if error.is_fault() {
-        tracing::error!(error.type = error.code(), %error, "call failed");
-        context::fail_span(error.to_string());
-    } else {
-        tracing::debug!(error.type = error.code(), %error, "call refused");
+/// Why a call failed: the [source](std::error::Error::source) of its status. Statuses are sent without their source, so it may name hosts,
+/// paths and causes. [`errors::report`](crate::errors::report) reads it.
+#[derive(Debug)]
+pub(crate) enum Cause {
+    /// A use case failed.
+    Error(Error),
+    /// REST refused the request before a use case ran; the code.
+    Refusal(&'static str),
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Error(error) => error.fmt(f),
+            Self::Refusal(code) => f.write_str(code),
+        }
     }
-    match error {
+}
+
+impl std::error::Error for Cause {}
+
+/// The status that answers a call which failed with `error`, with `error` as its [`Cause`].
+pub(crate) fn status(error: Error) -> Status {
+    let mut status = match &error {
         Error::ChallengeExists(id) => error::challenge_already_exists(id.as_str()),
         Error::ChallengeNotFound(id) => error::challenge_not_found(id.as_str()),
         Error::ChallengeExpired(id) => error::challenge_expired(id.as_str()),
@@ -26,10 +41,7 @@ pub(crate) fn status(error: &Error) -> Status {
         Error::InstanceExpired(challenge, source) => error::instance_expired(challenge.as_str(), source.as_str()),
         Error::Invalid { field, problem } => error::invalid_field(field, problem),
         Error::ReferenceMalformed { reference, problem } => error::oci_reference_malformed(reference, problem),
-        Error::Registry { reference, detail } => {
-            tracing::warn!(reference, detail, "registry failed");
-            error::oci_interaction(reference)
-        }
+        Error::Registry { reference, .. } => error::oci_interaction(reference),
         Error::ReferenceNotFound { reference } => error::oci_reference_not_found(reference),
         Error::ScenarioInvalid { reference, problem } => error::scenario_non_matching_specification(reference, problem),
         Error::ScenarioNotFound { reference, problem } => error::scenario_not_found(reference, problem),
@@ -38,11 +50,13 @@ pub(crate) fn status(error: &Error) -> Status {
             error::unavailable(error.code())
         }
         Error::Provision { .. } | Error::Internal(_) => error::internal_error(),
-    }
+    };
+    status.set_source(Arc::new(Cause::Error(error)));
+    status
 }
 
-/// A request that REST refuses before there is a call: marks the span, as [`status`] does for a call.
-pub(crate) fn refused(status: Status) -> Status {
+/// Gives the status of a request that REST refuses before a use case runs its [`Cause`].
+pub(crate) fn refusal(mut status: Status) -> Status {
     let code = match status.code() {
         Code::NotFound => "UNKNOWN_PATH",
         Code::Unimplemented => "UNKNOWN_METHOD",
@@ -50,7 +64,7 @@ pub(crate) fn refused(status: Status) -> Status {
         Code::InvalidArgument => "INVALID_ARGUMENT",
         _ => "INTERNAL_ERROR",
     };
-    context::set_attribute("gauntlet.error.code", code);
-    tracing::debug!(error.type = code, message = status.message(), "request refused");
+    status.set_source(Arc::new(Cause::Refusal(code)));
     status
 }
+

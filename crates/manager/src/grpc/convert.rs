@@ -31,6 +31,10 @@ pub(super) fn source_id(field: &'static str, text: String) -> Result<SourceId> {
     SourceId::new(text).map_err(|problem| bad_id(field, &problem))
 }
 
+pub(super) fn instance_ids(challenge_id: String, source_id: String) -> Result<(ChallengeId, SourceId)> {
+    Ok((self::challenge_id("challenge_id", challenge_id)?, self::source_id("source_id", source_id)?))
+}
+
 fn bad_id(field: &'static str, problem: &InvalidId) -> Error {
     Error::Invalid { field, problem: problem.to_string() }
 }

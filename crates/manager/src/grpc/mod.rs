@@ -9,12 +9,14 @@ use std::pin::Pin;
 
 use futures::{Stream, StreamExt as _};
 use gauntlet_domain::Result;
-use tonic::Status;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Response, Status};
 
-use crate::operations::Operations;
+use crate::{errors::StreamFailure, operations::Operations, status::status};
 
-/// A stream of answers; ends after the first error.
-pub(crate) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+/// The messages of a stream; it ends after the first error.
+pub(crate) type Messages<M> = Pin<Box<dyn Stream<Item = Result<M, Status>> + Send>>;
 
 /// `api.v1.challenge.ChallengeStore`, `api.v1.instance.InstanceManager` and `gauntlet.v1.Sweeper`.
 #[derive(Clone)]
@@ -28,26 +30,39 @@ impl Handlers {
     }
 }
 
-/// How many answers of a stream may wait for a slow client.
+/// How many messages of a stream may wait for a slow client.
 const STREAM_BUFFER: usize = 16;
 
-/// Turns a borrowed stream of the operations into an owned one: a task reads ahead by a bounded number, and ends when the client goes.
-fn answers<T, F>(operations: &Operations, read: F) -> Answers<T>
+/// Answers a call with its response, or with the status of its error.
+async fn respond<M>(call: impl Future<Output = Result<Response<M>>>) -> Result<Response<M>, Status> {
+    call.await.map_err(status)
+}
+
+/// Turns a borrowed stream of the operations into a response that owns it: a task reads up to [`STREAM_BUFFER`] messages ahead, and ends
+/// when the client leaves.
+fn stream<T, M, F>(operations: &Operations, message: fn(T) -> M, read: F) -> Response<Messages<M>>
 where
     T: Send + 'static,
+    M: Send + 'static,
     F: for<'a> FnOnce(&'a Operations) -> gauntlet_domain::Stream<'a, T> + Send + 'static,
 {
-    let (sender, mut receiver) = tokio::sync::mpsc::channel(STREAM_BUFFER);
-    let owned = operations.clone();
+    let (sender, receiver) = mpsc::channel(STREAM_BUFFER);
+    let failure = StreamFailure::default();
+    let (owned, failed) = (operations.clone(), failure.clone());
     operations.detached(async move {
         let mut items = read(&owned);
         while let Some(item) = items.next().await {
-            let item = item.map_err(|error| crate::status::status(&error));
+            let item = item.map(message).map_err(status);
+            if let Err(status) = &item {
+                failed.set(status);
+            }
             let last = item.is_err();
             if sender.send(item).await.is_err() || last {
                 break;
             }
         }
     });
-    Box::pin(futures::stream::poll_fn(move |cx| receiver.poll_recv(cx)))
+    let mut response = Response::new(ReceiverStream::new(receiver).boxed());
+    response.extensions_mut().insert(failure);
+    response
 }

@@ -11,7 +11,7 @@ use http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
 use prost::{Message, Name};
 use tonic::Status;
 
-use crate::grpc::Answers;
+use crate::grpc::Messages;
 
 /// A message as JSON.
 pub(super) struct Answer<M>(M);
@@ -37,11 +37,11 @@ pub(super) struct Failure(Status);
 impl Failure {
     /// A refusal before there is a call.
     pub(super) fn refused(status: Status) -> Self {
-        Self(crate::status::refused(status))
+        Self(crate::status::refusal(status))
     }
 }
 
-/// The answer to a call, whose handler has marked its span.
+/// The answer to a call, or an answer that is not reported.
 impl From<Status> for Failure {
     fn from(status: Status) -> Self {
         Self(status)
@@ -50,13 +50,19 @@ impl From<Status> for Failure {
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        with_json(error::http_status(self.0.code()), error::body(&self.0))
+        let mut response = with_json(error::http_status(self.0.code()), error::body(&self.0));
+        // For `errors::report`, as tonic does for its own responses.
+        response.extensions_mut().insert(self.0);
+        response
     }
 }
 
 /// The items as lines, each sent when it is there. Waits for the first: an error before it is the whole answer, an error after it is the
 /// last line. An item that JSON cannot say is left out: it hides no other. Without an item the body is empty and has no type.
-pub(super) async fn stream<M: Message + Name + 'static>(items: Answers<M>) -> Result<Response, Failure> {
+pub(super) async fn stream<M: Message + Name + 'static>(
+    response: tonic::Response<Messages<M>>,
+) -> Result<Response, Failure> {
+    let (_, items, extensions) = response.into_parts();
     let mut lines = items.filter_map(|item| {
         ready(match item.map(|message| json::stream_line(&message)) {
             Ok(Ok(line)) => Some(Ok(line)),
@@ -75,7 +81,9 @@ pub(super) async fn stream<M: Message + Name + 'static>(items: Answers<M>) -> Re
         ready((!before).then(|| line.unwrap_or_else(|status| error::stream_line(&status))))
     });
     let body = once(ready(first)).chain(rest).map(Ok::<_, std::convert::Infallible>);
-    Ok(with_json(StatusCode::OK, Body::from_stream(body)))
+    let mut response = with_json(StatusCode::OK, Body::from_stream(body));
+    *response.extensions_mut() = extensions;
+    Ok(response)
 }
 
 /// An answer whose body is JSON already.

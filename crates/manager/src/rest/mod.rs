@@ -31,7 +31,7 @@ use tonic::Request;
 use crate::grpc::Handlers;
 use answer::{Answer, Failure, stream};
 pub(crate) use health::Health;
-use request::{Message, PathIds, Source};
+use request::{Message, Path, SourceId};
 
 /// A failure is answered with the code's HTTP status and the error as JSON.
 type Result<T> = std::result::Result<T, Failure>;
@@ -67,24 +67,24 @@ async fn create_challenge(
     Ok(handlers.create_challenge(Request::new(message)).await?.into())
 }
 
-async fn retrieve_challenge(State(handlers): State<Handlers>, PathIds([id]): PathIds<1>) -> Result<Answer<Challenge>> {
+async fn retrieve_challenge(State(handlers): State<Handlers>, Path(id): Path<String>) -> Result<Answer<Challenge>> {
     Ok(handlers.retrieve_challenge(Request::new(RetrieveChallengeRequest { id })).await?.into())
 }
 
 async fn query_challenge(State(handlers): State<Handlers>) -> Result<Response> {
-    stream(handlers.query_challenge(Request::new(())).await?.into_inner()).await
+    stream(handlers.query_challenge(Request::new(())).await?).await
 }
 
 async fn update_challenge(
     State(handlers): State<Handlers>,
-    PathIds([id]): PathIds<1>,
+    Path(id): Path<String>,
     Message(message): Message<UpdateChallengeRequest>,
 ) -> Result<Answer<Challenge>> {
     let message = UpdateChallengeRequest { id, ..message };
     Ok(handlers.update_challenge(Request::new(message)).await?.into())
 }
 
-async fn delete_challenge(State(handlers): State<Handlers>, PathIds([id]): PathIds<1>) -> Result<Answer<()>> {
+async fn delete_challenge(State(handlers): State<Handlers>, Path(id): Path<String>) -> Result<Answer<()>> {
     Ok(handlers.delete_challenge(Request::new(DeleteChallengeRequest { id })).await?.into())
 }
 
@@ -95,13 +95,13 @@ async fn create_instance(
     Ok(handlers.create_instance(Request::new(message)).await?.into())
 }
 
-async fn query_instance(State(handlers): State<Handlers>, Source(source_id): Source) -> Result<Response> {
-    stream(handlers.query_instance(Request::new(QueryInstanceRequest { source_id })).await?.into_inner()).await
+async fn query_instance(State(handlers): State<Handlers>, SourceId(source_id): SourceId) -> Result<Response> {
+    stream(handlers.query_instance(Request::new(QueryInstanceRequest { source_id })).await?).await
 }
 
 async fn retrieve_instance(
     State(handlers): State<Handlers>,
-    PathIds([challenge_id, source_id]): PathIds<2>,
+    Path((challenge_id, source_id)): Path<(String, String)>,
 ) -> Result<Answer<Instance>> {
     let message = RetrieveInstanceRequest { challenge_id, source_id };
     Ok(handlers.retrieve_instance(Request::new(message)).await?.into())
@@ -109,7 +109,7 @@ async fn retrieve_instance(
 
 async fn renew_instance(
     State(handlers): State<Handlers>,
-    PathIds([challenge_id, source_id]): PathIds<2>,
+    Path((challenge_id, source_id)): Path<(String, String)>,
     // Read for its form only: the path says all there is to say.
     Message(_): Message<RenewInstanceRequest>,
 ) -> Result<Answer<Instance>> {
@@ -119,7 +119,7 @@ async fn renew_instance(
 
 async fn delete_instance(
     State(handlers): State<Handlers>,
-    PathIds([challenge_id, source_id]): PathIds<2>,
+    Path((challenge_id, source_id)): Path<(String, String)>,
 ) -> Result<Answer<()>> {
     let message = DeleteInstanceRequest { challenge_id, source_id };
     Ok(handlers.delete_instance(Request::new(message)).await?.into())

@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use axum::{
     body::{Body, HttpBody as _},
-    extract::{FromRequest, FromRequestParts, RawPathParams, Request},
+    extract::{
+        self, FromRequest, FromRequestParts, Request,
+        path::ErrorKind,
+        rejection::PathRejection,
+    },
 };
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
@@ -12,6 +16,7 @@ use gauntlet_api::{error, json};
 use http::request::Parts;
 use percent_encoding::percent_decode_str;
 use prost::Name;
+use serde::de::DeserializeOwned;
 use tonic::Status;
 
 use super::answer::Failure;
@@ -72,27 +77,33 @@ fn too_long() -> Status {
     Status::invalid_argument(format!("The body is longer than {BODY_LIMIT} bytes; send less."))
 }
 
-/// The ids in the path, in order, percent-decoded.
-pub(super) struct PathIds<const N: usize>(pub(super) [String; N]);
+/// The ids in the path, percent-decoded.
+pub(super) struct Path<T>(pub(super) T);
 
-impl<const N: usize, S: Send + Sync> FromRequestParts<S> for PathIds<N> {
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T> {
     type Rejection = Failure;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        // Axum takes a malformed escape literally.
         check_escapes("path", parts.uri.path()).map_err(Failure::refused)?;
-        let ids = RawPathParams::from_request_parts(parts, state).await;
-        let ids = ids.map_err(|_| Failure::refused(not_utf8("path", parts.uri.path())))?;
-        let ids: Vec<_> = ids.iter().map(|(_, id)| id.to_owned()).collect();
-        // Only a route with another number of ids than its handler could get here.
-        ids.try_into().map(Self).map_err(|_| Failure::refused(error::internal_error()))
+        match extract::Path::from_request_parts(parts, state).await {
+            Ok(extract::Path(ids)) => Ok(Self(ids)),
+            Err(PathRejection::FailedToDeserializePathParams(error))
+                if matches!(error.kind(), ErrorKind::InvalidUtf8InPathParam { .. }) =>
+            {
+                Err(Failure::refused(not_utf8("path", parts.uri.path())))
+            }
+            // The route has other parameters than its handler takes.
+            Err(_) => Err(Failure::refused(error::internal_error())),
+        }
     }
 }
 
 /// `sourceId`, or `source_id`, of the query; empty where it has none. Given twice, by either name, it is refused, as in a body: which one
-/// is meant cannot be known. Other parameters are ignored.
-pub(super) struct Source(pub(super) String);
+/// is meant cannot be known. Other parameters are ignored. Axum's `Query` does not fit: it replaces what is not UTF-8 instead of refusing it.
+pub(super) struct SourceId(pub(super) String);
 
-impl<S: Send + Sync> FromRequestParts<S> for Source {
+impl<S: Send + Sync> FromRequestParts<S> for SourceId {
     type Rejection = Failure;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Failure> {

@@ -16,7 +16,7 @@ use tokio::{
 
 use super::{Health, answer::stream, health};
 use crate::fixture::{Api, answer, text};
-use crate::grpc::Answers;
+use crate::grpc::Messages;
 
 /// The answers to several calls, one after the other.
 async fn calls(api: &Api, calls: &[(&str, &str)]) -> String {
@@ -410,8 +410,8 @@ async fn methods() {
 }
 
 /// A stream as the handlers give it: up to the first error.
-fn items<const N: usize>(items: [Result<Challenge, tonic::Status>; N]) -> Answers<Challenge> {
-    futures::stream::iter(items).boxed()
+fn items<const N: usize>(items: [Result<Challenge, tonic::Status>; N]) -> tonic::Response<Messages<Challenge>> {
+    tonic::Response::new(futures::stream::iter(items).boxed())
 }
 
 fn item(until: Option<i64>) -> Result<Challenge, tonic::Status> {
@@ -460,7 +460,7 @@ async fn times_at_the_end_of_time() {
 async fn items_are_sent_as_they_come() {
     let (sender, receiver) = futures::channel::mpsc::unbounded();
     sender.unbounded_send(item(None)).unwrap();
-    let response = stream(receiver.boxed()).await.unwrap_or_default();
+    let response = stream(tonic::Response::new(receiver.boxed())).await.unwrap_or_default();
     let mut body = Body::into_data_stream(response.into_body());
     for _ in 0..2 {
         // Nothing more is there yet: what has been sent arrives all the same.

@@ -1,0 +1,111 @@
+//! Reports why a call failed, once, where its response leaves the API: to the log and on the call's span.
+
+use std::{
+    error::Error as _,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    task::{Context, Poll},
+};
+
+use gauntlet_domain::Error;
+use gauntlet_telemetry::context;
+use http::Response;
+use http_body::{Body, Frame, SizeHint};
+use tonic::Status;
+use tracing::Span;
+
+use crate::status::Cause;
+
+/// Holds the status of a stream that failed. It is an extension of the response, whose trailers carry a status without its cause.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct StreamFailure(Arc<OnceLock<Status>>);
+
+impl StreamFailure {
+    /// Keeps the status for the report. The first one counts: a stream ends with its first error.
+    pub(crate) fn set(&self, status: &Status) {
+        let _ = self.0.set(status.clone());
+    }
+}
+
+/// Reports the error that a response carries in its extensions ([`Status`] or [`StreamFailure`]); to be mapped over the responses of a
+/// service, inside the layer that makes the call's span. A stream's error is reported when it is passed on, or when the client has left.
+pub(crate) fn report<B>(response: Response<B>) -> Response<ReportedBody<B>> {
+    if let Some(status) = response.extensions().get::<Status>() {
+        report_cause(status);
+    }
+    let failure = response.extensions().get::<StreamFailure>().map(|failure| (failure.clone(), Span::current()));
+    response.map(|body| ReportedBody { body, failure: Reporter(failure) })
+}
+
+fn report_cause(status: &Status) {
+    match status.source().and_then(|source| source.downcast_ref::<Cause>()) {
+        Some(Cause::Error(error)) => {
+            context::attribute("gauntlet.error.code", error.code());
+            if error.is_fault() {
+                tracing::error!(error.type = error.code(), %error, "call failed");
+                context::fail_span(error.to_string());
+            } else {
+                tracing::debug!(error.type = error.code(), %error, "call refused");
+            }
+            if let Error::Registry { reference, detail } = error {
+                tracing::warn!(reference, detail, "registry failed");
+            }
+        }
+        Some(Cause::Refusal(code)) => {
+            context::attribute("gauntlet.error.code", *code);
+            tracing::debug!(error.type = code, message = status.message(), "request refused");
+        }
+        // An answer of the transport itself, such as an unhealthy /healthcheck.
+        None => {}
+    }
+}
+
+/// Where a stream's failure is kept and the span of its call, until the failure has been reported.
+struct Reporter(Option<(StreamFailure, Span)>);
+
+impl Reporter {
+    fn report(&mut self) {
+        let Some((StreamFailure(failure), span)) = &self.0 else { return };
+        if let Some(status) = failure.get() {
+            span.in_scope(|| report_cause(status));
+            self.0 = None;
+        }
+    }
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        self.report();
+    }
+}
+
+/// The body of a response, whose failure is reported.
+pub(crate) struct ReportedBody<B> {
+    body: B,
+    failure: Reporter,
+}
+
+impl<B: Body + Unpin> Body for ReportedBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        self.failure.report();
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl<B: Default> Default for ReportedBody<B> {
+    fn default() -> Self {
+        Self { body: B::default(), failure: Reporter(None) }
+    }
+}
