@@ -143,9 +143,9 @@ pub struct Config {
     #[arg(long, env = "KEEPALIVE", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Limits")]
     pub keepalive: Duration,
 
-    /// How long a call waits for whoever works on the same challenge or instance.
-    #[arg(long, env = "PATIENCE", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
-    pub patience: Duration,
+    /// How long a call waits for locks in all before it fails with UNAVAILABLE.
+    #[arg(long, env = "LOCK_TIMEOUT", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
+    pub lock_timeout: Duration,
     /// How often to look for work that a crash left.
     #[arg(long, env = "RECONCILE_EVERY", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
     pub reconcile_every: Duration,
@@ -297,7 +297,7 @@ mod tests {
     #[test]
     fn wrong_values_name_themselves_and_the_fix() {
         for (arguments, part) in [
-            (["--patience", "soon"], "expected a duration above zero such as 30s"),
+            (["--lock-timeout", "soon"], "expected a duration above zero such as 30s"),
             (["--instance-ports", "9-3"], "expected FIRST-LAST"),
             (["--debug-address", "8081"], "expected HOST:PORT"),
             (["--port", "70000"], "70000"),

@@ -1,12 +1,12 @@
 //! Instances that end by themselves are brought up again when they do, not when the reconciler next comes by.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use futures::{StreamExt as _, stream::FuturesUnordered};
 use gauntlet_domain::{Found, Gauntlet, ReconcileReport, Result};
 use gauntlet_provision::process::Ends;
 
-use crate::{background::run_reconcile, operations::call_now, pools::Pools, tasks::Tasks};
+use crate::{call::call_now, reconciler::run_reconcile, signals::Signals, tasks::Tasks};
 
 /// Brought up again at once. The others wait; the kernel remembers them.
 const AT_ONCE: usize = 16;
@@ -14,8 +14,8 @@ const AT_ONCE: usize = 16;
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// Watches for as long as the manager runs. What cannot be brought up now is left to the reconciler.
-pub(crate) fn start(tasks: &Tasks, gauntlet: &Gauntlet, pools: &Arc<Pools>, mut ends: Ends) {
-    let (gauntlet, pools) = (gauntlet.clone(), pools.clone());
+pub(crate) fn start(tasks: &Tasks, gauntlet: &Gauntlet, signals: &Signals, mut ends: Ends) {
+    let (gauntlet, signals) = (gauntlet.clone(), signals.clone());
     tasks.background("ends", |stop| async move {
         let mut under_way = FuturesUnordered::new();
         loop {
@@ -24,7 +24,7 @@ pub(crate) fn start(tasks: &Tasks, gauntlet: &Gauntlet, pools: &Arc<Pools>, mut 
                 Some(_) = under_way.next() => {}
                 found = ends.next(), if under_way.len() < AT_ONCE => match found {
                     Ok(found) => {
-                        under_way.push(run_reconcile(bring_back(&gauntlet, found), &pools));
+                        under_way.push(run_reconcile(bring_back(&gauntlet, found), &signals));
                     }
                     Err(error) => tracing::warn!(%error, "an instance that ended is left to the reconciler"),
                 },

@@ -9,6 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use axum::{Router, body::Body};
+use futures::FutureExt as _;
 use gauntlet_coordination::Coordination;
 use gauntlet_domain::{
     Additional, ChallengeId, Error, Fact, Facts, Found, Gauntlet, Identity, Limits, Order, Outputs, Pinned, Place,
@@ -18,9 +19,9 @@ use http::Request;
 use tower::ServiceExt as _;
 
 use crate::{
-    background::{self, Background},
     grpc::Handlers,
     operations::Operations,
+    signals::Signals,
     tasks::Tasks,
 };
 
@@ -28,7 +29,7 @@ use crate::{
 pub(crate) struct Api {
     handlers: Handlers,
     router: Router,
-    background: Background,
+    signals: Signals,
     facts: Arc<Noted>,
     _store: tempfile::TempDir,
 }
@@ -40,9 +41,9 @@ impl Api {
         let facts = Arc::new(Noted::default());
         let gauntlet =
             Gauntlet::new(Arc::new(store), Arc::new(Played), Arc::new(Played), facts.clone(), Settings::default());
-        let (signals, background) = background::signals();
-        let handlers = Handlers::new(Operations::new(gauntlet, Tasks::default(), signals));
-        Self { router: crate::rest::router(handlers.clone()), handlers, background, facts, _store: dir }
+        let signals = Signals::default();
+        let handlers = Handlers::new(Operations::new(gauntlet, Tasks::default(), signals.clone()));
+        Self { router: crate::rest::router(handlers.clone()), handlers, signals, facts, _store: dir }
     }
 
     pub(crate) fn handlers(&self) -> Handlers {
@@ -53,8 +54,8 @@ impl Api {
         self.facts.0.lock().unwrap().clone()
     }
 
-    pub(crate) fn reconciliation_is_asked_for(&self) -> bool {
-        self.background.reconciliation_is_asked_for()
+    pub(crate) fn reconcile_is_requested(&self) -> bool {
+        self.signals.reconcile_requested().now_or_never().is_some()
     }
 
     pub(crate) fn router(&self) -> Router {

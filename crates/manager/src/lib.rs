@@ -1,7 +1,7 @@
 //! The manager: gRPC, REST and background work over the ports. This is the composition root: what stands behind each port is decided here.
 
 mod backends;
-mod background;
+mod call;
 mod claimed;
 mod config;
 mod connections;
@@ -17,8 +17,10 @@ mod health;
 mod observed;
 mod operations;
 mod pools;
+mod reconciler;
 mod rest;
 mod server;
+mod signals;
 mod status;
 mod tasks;
 
@@ -33,6 +35,8 @@ pub use gauntlet_provision::process::shim::run_if_requested as supervise_if_requ
 use gauntlet_telemetry::Telemetry;
 use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, ObservedStore, SignallingFacts};
 use operations::Operations;
+use reconciler::Reconciler;
+use signals::Signals;
 use tasks::Tasks;
 use tokio::sync::watch;
 
@@ -73,8 +77,9 @@ impl Manager {
         let scenarios = ObservedScenarios::new(Arc::new(library.clone()), instances.name(), instruments.clone());
         let store: Arc<dyn Store> = Arc::new(ObservedStore::new(backend.store(), instruments.clone()));
 
-        let settings = Settings { lock_timeout: config.patience, pool_max: config.pool_max, ..Settings::default() };
-        let (signals, background) = background::signals();
+        let settings = Settings { patience: config.lock_timeout, pool_max: config.pool_max, ..Settings::default() };
+        let signals = Signals::default();
+        let reconciler = Reconciler::new(signals.clone());
         let facts = SignallingFacts { inner: Arc::new(CountedFacts(instruments.clone())), signals: signals.clone() };
         let facts = Arc::new(facts);
         let gauntlet = Gauntlet::new(store.clone(), Arc::new(provisioner), Arc::new(scenarios), facts, settings);
@@ -83,11 +88,11 @@ impl Manager {
         telemetry.debug().add_panel("locks", backend.waits());
         let who =
             serde_json::json!({ "replica": replica, "store": store.backend(), "version": env!("CARGO_PKG_VERSION") });
-        telemetry.debug().add_panel("manager", move || who.clone());
-        let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals));
+        telemetry.debug().panel("manager", move || who.clone());
+        let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals.clone()));
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let asked =
-            health::Asked { store: backend.store(), instances: instances.clone(), settled: background.settled() };
+            health::Asked { store: backend.store(), instances: instances.clone(), settled: reconciler.settled() };
         let health = health::watch(&tasks, asked, reporter).await;
         let rest = rest::router(handlers.clone()).merge(rest::health::router(health.clone()));
         let port = |name, router| Port {
@@ -110,10 +115,11 @@ impl Manager {
         eviction::start(&tasks, library, backend.store(), config.scenario_keep);
         // Before the first pass looks: what ends between the two is seen by one of them.
         match instances.ends() {
-            Ok(watched) => ends::start(&tasks, &gauntlet, background.pools(), watched),
+            Ok(watched) => ends::start(&tasks, &gauntlet, &signals, watched),
             Err(error) => tracing::warn!(%error, "instances that end are brought up again by the reconciler alone"),
         }
-        background.start(&tasks, &gauntlet, config.reconcile_every);
+        signals.pools().start(&tasks, &gauntlet);
+        reconciler.start(&tasks, &gauntlet, config.reconcile_every);
         let shown = page.map(|page| format!("http://{page}/"));
         tracing::info!(%api, page = shown, store = store.backend(), "listening");
         Ok(Self { api, debug: page, config, tasks, backend, instances, health })

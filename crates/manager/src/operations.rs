@@ -1,53 +1,12 @@
 //! What every transport calls: a use case as a call that happens now, in the caller's trace, and goes on if the caller goes away.
 
-use std::{
-    sync::{Arc, LazyLock},
-    time::{Duration, Instant},
-};
-
-use async_trait::async_trait;
 use gauntlet_domain::{
-    Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Clock, Entropy, Error, Gauntlet, Instance, NewChallenge,
-    Result, SourceId, Stream, UpdateReport,
+    Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Instance, NewChallenge, Result, SourceId,
+    Stream, Updated,
 };
-use gauntlet_telemetry::context;
 use jiff::Timestamp;
 
-use crate::{background::Signals, tasks::Tasks};
-
-/// Randomness from the operating system.
-pub(crate) struct OsEntropy;
-
-impl Entropy for OsEntropy {
-    fn next_u64(&self) -> u64 {
-        rand::random()
-    }
-}
-
-/// The runtime's clock.
-pub(crate) struct RuntimeClock;
-
-#[async_trait]
-impl Clock for RuntimeClock {
-    fn elapsed(&self) -> Duration {
-        static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-        START.elapsed()
-    }
-
-    async fn sleep(&self, pause: Duration) {
-        tokio::time::sleep(pause).await;
-    }
-}
-
-/// A call that happens now, in the current trace.
-pub(crate) fn call_now() -> Call {
-    Call {
-        now: Timestamp::now(),
-        traceparent: context::current_traceparent(),
-        entropy: Arc::new(OsEntropy),
-        clock: Arc::new(RuntimeClock),
-    }
-}
+use crate::{call::call_now, signals::Signals, tasks::Tasks};
 
 /// The use cases as the transports call them. Dropping the future of a changing call does not stop the change.
 #[derive(Clone)]
@@ -78,7 +37,7 @@ impl Operations {
             Err(panic) => Err(Error::Internal(format!("the operation ended early: {panic}"))),
         };
         if result.as_ref().is_err_and(Error::is_fault) {
-            self.signals.reconcile();
+            self.signals.request_reconcile();
         }
         result
     }
@@ -104,10 +63,10 @@ impl Operations {
             tracing::warn!(error.type = error.code(), %error, challenge = %updated.challenge.id, "an instance is not up to date");
         }
         if !updated.failures.is_empty() {
-            self.signals.reconcile();
+            self.signals.request_reconcile();
         }
         // A lowered bound leaves instances to drain: always worth a look.
-        self.signals.pool(&updated.challenge.id);
+        self.signals.request_refill(&updated.challenge.id);
         Ok(updated)
     }
 
@@ -159,7 +118,7 @@ impl Operations {
 
     fn tend(&self, challenge: &Challenge) {
         if challenge.bounds.min() > 0 {
-            self.signals.pool(&challenge.id);
+            self.signals.request_refill(&challenge.id);
         }
     }
 }

@@ -12,7 +12,7 @@ use gauntlet_telemetry::context;
 use tokio::sync::Notify;
 use tracing::{Instrument as _, Span, field::Empty, info_span};
 
-use crate::{operations::call_now, tasks::Tasks};
+use crate::{call::call_now, tasks::Tasks};
 
 /// Challenges that may wait to be looked at; past this many the periodic pass asks again.
 const QUEUE: usize = 65_536;
@@ -56,9 +56,9 @@ struct Turn {
 }
 
 impl Pools {
-    /// Asks for a challenge's pool to be looked at. Never blocks.
-    pub(crate) fn ask(&self, challenge: &ChallengeId, origin: Option<String>) {
-        if self.lock().ask(challenge, origin) {
+    /// Requests that a challenge's pool is looked at. Never blocks.
+    pub(crate) fn request(&self, challenge: &ChallengeId, origin: Option<String>) {
+        if self.lock().request(challenge, origin) {
             self.changed.notify_one();
         }
     }
@@ -103,7 +103,7 @@ impl Pools {
         let more = succeeded && state.busy.get_mut(challenge).is_some_and(|busy| std::mem::take(&mut busy.more));
         state.give_back(challenge, 1);
         if more {
-            state.ask(challenge, context::current_traceparent());
+            state.request(challenge, context::current_traceparent());
         }
         drop(state);
         self.changed.notify_one();
@@ -116,7 +116,7 @@ impl Pools {
 
 impl State {
     /// Answers whether that is new.
-    fn ask(&mut self, challenge: &ChallengeId, origin: Option<String>) -> bool {
+    fn request(&mut self, challenge: &ChallengeId, origin: Option<String>) -> bool {
         let new = self.queue.len() < QUEUE && !self.asked.contains_key(challenge);
         if new {
             self.queue.push_back(challenge.clone());

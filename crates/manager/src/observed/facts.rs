@@ -5,7 +5,7 @@ use std::sync::Arc;
 use gauntlet_domain::{Fact, Facts};
 use gauntlet_telemetry::instruments::Instruments;
 
-use crate::background::Signals;
+use crate::signals::Signals;
 
 /// Asks for a pool to be looked at once a create has taken from it, or found it empty; passes every fact on.
 pub(crate) struct SignallingFacts {
@@ -16,7 +16,7 @@ pub(crate) struct SignallingFacts {
 impl Facts for SignallingFacts {
     fn record(&self, fact: Fact) {
         if let Fact::PoolClaim { challenge, .. } = &fact {
-            self.signals.pool(challenge);
+            self.signals.request_refill(challenge);
         }
         self.inner.record(fact);
     }

@@ -74,5 +74,5 @@ async fn each_instance_that_an_update_does_not_reach_is_logged_and_counted_and_t
         matches!(fact, Fact::InstanceOperation { operation: Operation::Update, outcome: of, .. } if *of == outcome)
     };
     assert_eq!(api.facts().iter().filter(failed).count(), 3);
-    assert!(api.reconciliation_is_asked_for());
+    assert!(api.reconcile_is_requested());
 }

@@ -23,9 +23,10 @@ use tokio::{
 
 use super::*;
 use crate::{
-    background::{self, Background},
     observed::SignallingFacts,
     operations::Operations,
+    reconciler::Reconciler,
+    signals::Signals,
 };
 
 /// What takes longer has stopped for good.
@@ -179,7 +180,7 @@ struct World {
     calls: Arc<Mutex<BTreeMap<&'static str, usize>>>,
     pools: Arc<Pools>,
     tasks: Tasks,
-    background: Option<Background>,
+    signals: Signals,
     _dir: TempDir,
 }
 
@@ -198,13 +199,13 @@ impl World {
             fails: Mutex::default(),
             ups: Mutex::default(),
         });
-        let (signals, background) = background::signals();
+        let signals = Signals::default();
         let facts = Arc::new(SignallingFacts { inner: Arc::new(Uncounted), signals: signals.clone() });
         let gauntlet = Gauntlet::new(store.clone(), machine.clone(), Arc::new(Library), facts, settings);
         let tasks = Tasks::default();
-        let operations = Operations::new(gauntlet.clone(), tasks.clone(), signals);
-        let pools = background.pools().clone();
-        Self { operations, gauntlet, store, machine, calls, pools, tasks, background: Some(background), _dir: dir }
+        let operations = Operations::new(gauntlet.clone(), tasks.clone(), signals.clone());
+        let pools = signals.pools().clone();
+        Self { operations, gauntlet, store, machine, calls, pools, tasks, signals, _dir: dir }
     }
 
     /// Whose pools are looked after; nothing else happens in the background.
@@ -296,7 +297,7 @@ async fn asking_often_is_asking_once() {
     let web = world.challenge("web", 0, 0).await;
     world.spent();
     for _ in 0..1000 {
-        world.pools.ask(&web, None);
+        world.pools.request(&web, None);
     }
     world.pools.start(&world.tasks, &world.gauntlet);
     world.idle().await;
@@ -305,14 +306,15 @@ async fn asking_often_is_asking_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pools_that_are_slow_to_fill_hold_up_no_other() {
-    let mut world = World::new(Settings::default());
+    let world = World::new(Settings::default());
     let slow: BTreeSet<_> = (0..10).map(|n| id(&format!("slow-{n}"))).collect();
     world.machine.slow.send_replace(slow.clone());
     for challenge in &slow {
         world.challenge(challenge.as_str(), 20, 0).await;
     }
     // The reconciler asks for them, too, and waits for none.
-    world.background.take().unwrap().start(&world.tasks, &world.gauntlet, Duration::from_millis(20));
+    world.pools.start(&world.tasks, &world.gauntlet);
+    Reconciler::new(world.signals.clone()).start(&world.tasks, &world.gauntlet, Duration::from_millis(20));
     let all_wait = || std::future::ready(slow.iter().all(|challenge| world.machine.ups(challenge).0 == JOBS));
     eventually("the slow ones are all waited for", all_wait).await;
     let quick = world.challenge("quick", 20, 0).await;
@@ -338,7 +340,7 @@ async fn a_scenario_that_fails_is_not_brought_up_again_and_again() {
     world.idle().await;
     assert_eq!((world.machine.ups(&web).2, world.pooled(&web).await), (JOBS, 0));
     world.machine.fails.lock().unwrap().clear();
-    world.pools.ask(&web, None);
+    world.pools.request(&web, None);
     eventually("it is filled", || async { world.pooled(&web).await == 100 }).await;
 }
 
@@ -349,7 +351,7 @@ async fn a_bound_from_before_there_was_a_limit_is_cut_to_it() {
     let stored = world.store.challenge(&web).await.unwrap().unwrap().value;
     let old = Challenge { id: id("old"), bounds: PoolBounds::new(9_000_000_000_000_000_000, 0).unwrap(), ..stored };
     world.store.insert_challenge(&old).await.unwrap();
-    world.pools.ask(&old.id, None);
+    world.pools.request(&old.id, None);
     // It is created from meanwhile.
     for n in 0..30 {
         timeout(LONG, world.create(&old.id, &n.to_string())).await.unwrap();
@@ -376,7 +378,7 @@ async fn creates_and_looks_at_once_keep_a_pool_within_its_bounds() {
     for source in &sources {
         world.operations.delete_instance(web.clone(), SourceId::new(source.as_str()).unwrap()).await.unwrap();
     }
-    world.pools.ask(&web, None);
+    world.pools.request(&web, None);
     world.idle().await;
     assert_eq!(world.pooled(&web).await, 5);
 }

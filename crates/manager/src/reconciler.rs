@@ -1,79 +1,45 @@
-//! Background work: the reconciler, periodic and signalled, and what looks after pools. One code path each, idempotent, in every replica.
+//! The reconciler: finds work that a crash or a failure left and finishes or undoes it. Periodic and on request, idempotent, in every replica.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use gauntlet_domain::{ChallengeId, Error, Gauntlet, ReconcileReport, Result};
+use gauntlet_domain::{Error, Gauntlet, Reconciled, Result};
 use gauntlet_telemetry::context;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tracing::{Instrument as _, field::Empty, info_span};
 
-use crate::{operations::call_now, pools::Pools, tasks::Tasks};
+use crate::{call::call_now, signals::Signals, tasks::Tasks};
 
 /// After a pass that could read nothing: how long signals wait, and how long the first pass waits for its next try.
 const AGAIN: Duration = Duration::from_secs(2);
 
-/// How the rest of the manager asks for background work. Never blocks; asking twice is asking once.
-#[derive(Clone)]
-pub(crate) struct Signals {
-    reconcile: Arc<Notify>,
-    pools: Arc<Pools>,
-}
-
-impl Signals {
-    /// Asks for a reconcile pass soon.
-    pub(crate) fn reconcile(&self) {
-        self.reconcile.notify_one();
-    }
-
-    /// Asks for a challenge's pool to be looked at, on behalf of the current trace.
-    pub(crate) fn pool(&self, challenge: &ChallengeId) {
-        self.pools.ask(challenge, context::current_traceparent());
-    }
-}
-
-/// The receiving side, until [`Background::start`].
-pub(crate) struct Background {
-    reconcile: Arc<Notify>,
-    pools: Arc<Pools>,
+/// The loop that reconciles.
+pub(crate) struct Reconciler {
+    signals: Signals,
     settled: watch::Sender<bool>,
 }
 
-/// Both sides of the signals.
-pub(crate) fn signals() -> (Signals, Background) {
-    let reconcile = Arc::new(Notify::new());
-    let pools = Arc::new(Pools::default());
-    let background =
-        Background { reconcile: reconcile.clone(), pools: pools.clone(), settled: watch::Sender::new(false) };
-    (Signals { reconcile, pools }, background)
-}
+impl Reconciler {
+    /// A reconciler that runs a pass whenever `signals` request one.
+    pub(crate) fn new(signals: Signals) -> Self {
+        Self { signals, settled: watch::Sender::new(false) }
+    }
 
-impl Background {
-    /// Whether the first reconcile pass has been over everything.
+    /// Whether the first pass has been over everything.
     pub(crate) fn settled(&self) -> watch::Receiver<bool> {
         self.settled.subscribe()
     }
 
-    #[cfg(test)]
-    pub(crate) fn reconciliation_is_asked_for(&self) -> bool {
-        futures::FutureExt::now_or_never(self.reconcile.notified()).is_some()
-    }
-
-    /// Where pools are asked to be looked at.
-    pub(crate) fn pools(&self) -> &Arc<Pools> {
-        &self.pools
-    }
-
-    /// Starts both loops. The first reconcile pass runs at once: a restart finds what a crash left.
+    /// Starts the loop. The first pass runs at once: a restart finds what a crash left.
     pub(crate) fn start(self, tasks: &Tasks, gauntlet: &Gauntlet, every: Duration) {
-        let Self { reconcile, pools, settled } = self;
-        let reconciler = gauntlet.clone();
-        pools.start(tasks, gauntlet);
+        let Self { signals, settled } = self;
+        let gauntlet = gauntlet.clone();
         tasks.background("reconcile", |stop| async move {
             loop {
+                let pass = async { gauntlet.reconcile(&call_now()).await };
                 let reconciled = tokio::select! {
                     // What a pass was at is on record, as after a crash: the next start goes on with it.
                     () = stop.cancelled() => return,
-                    reconciled = run_reconcile(async { reconciler.reconcile(&call_now()).await }, &pools) => reconciled,
+                    reconciled = run_reconcile(pass, &signals) => reconciled,
                 };
                 if reconciled {
                     settled.send_replace(true);
@@ -91,7 +57,7 @@ impl Background {
                 let pause = every.mul_f64(0.75 + 0.5 * rand::random::<f64>());
                 tokio::select! {
                     () = stop.cancelled() => return,
-                    () = reconcile.notified() => {}
+                    () = signals.reconcile_requested() => {}
                     () = tokio::time::sleep(pause) => {}
                 }
             }
@@ -100,7 +66,7 @@ impl Background {
 }
 
 /// Does a pass in its span. Answers whether it has been over all that it is for, whatever came of each.
-pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<ReconcileReport>>, pools: &Pools) -> bool {
+pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<Reconciled>>, signals: &Signals) -> bool {
     let span = info_span!(
         parent: None,
         "reconcile",
@@ -130,7 +96,7 @@ pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<ReconcileRep
                     );
                 }
                 for challenge in &done.pools {
-                    pools.ask(challenge, context::current_traceparent());
+                    signals.request_refill(challenge);
                 }
                 for error in &done.failures {
                     tracing::warn!(error.type = error.code(), %error, "not reconciled, will be tried again");
@@ -159,11 +125,14 @@ fn failed(error: &Error) {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    };
 
     use async_trait::async_trait;
     use gauntlet_coordination::Coordination;
-    use gauntlet_domain::{Found, Identity, Order, Outputs, Provisioner, Settings};
+    use gauntlet_domain::{ChallengeId, Found, Identity, Order, Outputs, Provisioner, Settings};
 
     use super::*;
     use crate::fixture::{Noted, Played};
@@ -203,8 +172,7 @@ mod tests {
         let (machine, facts) = (Arc::new(Silent::default()), Arc::new(Noted::default()));
         let gauntlet = Gauntlet::new(Arc::new(store), machine.clone(), Arc::new(Played), facts, Settings::default());
         let tasks = Tasks::default();
-        let (_signals, background) = signals();
-        background.start(&tasks, &gauntlet, Duration::from_secs(3600));
+        Reconciler::new(Signals::default()).start(&tasks, &gauntlet, Duration::from_secs(3600));
         let under_way = async {
             while !machine.0.load(Ordering::SeqCst) {
                 tokio::task::yield_now().await;
