@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, anyhow};
 use gauntlet_coordination::{Coordination, Embedded, Etcd, EtcdConfig, EtcdTls};
 use gauntlet_domain::Store;
 use gauntlet_provision::process::{self, Process};
 use gauntlet_scenario::{Access, Credentials, FlagKey, Library};
 use gauntlet_telemetry::{db::Database, instruments::Instruments};
 
-use crate::Config;
+use crate::{Config, StartError};
+
+type Result<T> = std::result::Result<T, StartError>;
 
 /// The host's name and the process id.
 pub(crate) fn replica_name() -> String {
@@ -23,13 +25,10 @@ pub(crate) fn scenarios(config: &Config) -> Result<Library> {
         .with_context(|| format!("cannot make {}: give --dir a directory that can be written", config.dir.display()))?;
     let key_file = config.flag_key_file.clone().unwrap_or_else(|| config.dir.join("flag.key"));
     let key = FlagKey::load_or_create(&key_file).with_context(|| format!("flag key {}", key_file.display()))?;
-    let credentials = config
-        .oci_username
-        .clone()
-        .zip(config.oci_password.as_ref())
-        .map(|(username, password)| Credentials { registry: None, username, password: password.reveal().to_owned() });
+    let credentials =
+        config.registry_credentials().map(|(username, password)| Credentials { registry: None, username, password });
     if let Some(root) = config.scenario_root.as_ref().filter(|root| !root.is_dir()) {
-        anyhow::bail!("--scenario-root (SCENARIO_ROOT) {}: is not a directory", root.display());
+        return Err(anyhow!("--scenario-root (SCENARIO_ROOT) {}: is not a directory", root.display()).into());
     }
     let library = gauntlet_scenario::Config {
         local_root: config.scenario_root.clone(),
@@ -110,13 +109,10 @@ pub(crate) async fn store(config: &Config, replica: String, instruments: &Instru
 /// How etcd is reached.
 fn etcd(config: &Config) -> EtcdConfig {
     let tls = EtcdTls { ca: config.etcd_ca.clone(), identity: config.etcd_cert.clone().zip(config.etcd_key.clone()) };
+    let (username, password) = config.etcd_credentials().unzip();
     EtcdConfig {
-        username: config.etcd_username.clone(),
-        password: config
-            .etcd_username
-            .as_ref()
-            .and(config.etcd_password.as_ref())
-            .map(|password| password.reveal().to_owned()),
+        username,
+        password,
         tls: (tls.ca.is_some() || tls.identity.is_some()).then_some(tls),
         prefix: config.etcd_prefix.clone(),
         lease_ttl: config.lease_ttl,

@@ -178,6 +178,10 @@ fn ports(text: &str) -> Result<(u16, u16), String> {
         .ok_or_else(|| format!("expected FIRST-LAST such as 20000-29999; got {text:?}"))
 }
 
+fn credentials(username: Option<&String>, password: Option<&Secret>) -> Option<(String, String)> {
+    Some((username?.clone(), password?.reveal().to_owned()))
+}
+
 impl Config {
     /// Reads flags and environment.
     ///
@@ -205,8 +209,9 @@ impl Config {
             config.etcd_endpoints =
                 config.etcd_endpoint.iter().filter(|endpoint| !endpoint.is_empty()).cloned().collect();
         }
-        config.etcd_username.take_if(|name| name.is_empty());
-        config.oci_username.take_if(|name| name.is_empty());
+        for username in [&mut config.etcd_username, &mut config.oci_username] {
+            username.take_if(|name| name.is_empty());
+        }
         let wrong = |text: String| Err(Self::command().error(ErrorKind::ValueValidation, text));
         if config.lease_ttl < SHORTEST_LEASE {
             return wrong(format!(
@@ -227,6 +232,16 @@ impl Config {
     /// How long one call to etcd may take.
     pub(crate) fn etcd_deadline(&self) -> Duration {
         self.etcd_deadline.unwrap_or_else(|| ETCD_DEADLINE.min(self.lease_ttl * 9 / 10))
+    }
+
+    /// The user and the password of etcd.
+    pub(crate) fn etcd_credentials(&self) -> Option<(String, String)> {
+        credentials(self.etcd_username.as_ref(), self.etcd_password.as_ref())
+    }
+
+    /// The user and the password of registries.
+    pub(crate) fn registry_credentials(&self) -> Option<(String, String)> {
+        credentials(self.oci_username.as_ref(), self.oci_password.as_ref())
     }
 
     /// What the clients of each port may use up.

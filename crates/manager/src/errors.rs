@@ -109,3 +109,48 @@ impl<B: Default> Default for ReportedBody<B> {
         Self { body: B::default(), failure: Reporter(None) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use futures::FutureExt as _;
+    use http_body_util::{BodyExt as _, Full};
+
+    use super::*;
+    use crate::{fixture::Logs, status::status};
+
+    fn failed() -> Status {
+        status(Error::Internal("disk of host-7".to_owned()))
+    }
+
+    #[test]
+    fn error_of_a_call_is_logged_once_and_not_sent() {
+        let logs = Logs::default();
+        let response = logs.record(|| report(failed().into_http::<Full<bytes::Bytes>>()));
+        assert_eq!(logs.containing("disk of host-7"), 1);
+        let sent = format!("{:?}", response.headers());
+        assert!(sent.contains("grpc-status") && !sent.contains("host-7"), "{sent}");
+    }
+
+    #[test]
+    fn error_of_a_stream_is_logged_once_when_it_is_passed_on() {
+        let (logs, failure) = (Logs::default(), StreamFailure::default());
+        let mut response = Response::new(Full::new(bytes::Bytes::from_static(b"message")));
+        response.extensions_mut().insert(failure.clone());
+        let response = logs.record(|| report(response));
+        failure.set(&failed());
+        assert_eq!(logs.containing("disk of host-7"), 0);
+        logs.record(|| response.into_body().collect().now_or_never().unwrap()).unwrap();
+        assert_eq!(logs.containing("disk of host-7"), 1);
+    }
+
+    #[test]
+    fn error_of_a_stream_is_logged_when_the_client_leaves() {
+        let (logs, failure) = (Logs::default(), StreamFailure::default());
+        let mut response = Response::new(Full::new(bytes::Bytes::new()));
+        response.extensions_mut().insert(failure.clone());
+        failure.set(&failed());
+        logs.record(|| drop(report(response)));
+        assert_eq!(logs.containing("disk of host-7"), 1);
+    }
+}

@@ -17,13 +17,13 @@ use gauntlet_domain::{
 };
 use http::Request;
 use tower::ServiceExt as _;
-
-use crate::{
-    grpc::Handlers,
-    operations::Operations,
-    signals::Signals,
-    tasks::Tasks,
+use tracing::{
+    Event, Level, Metadata, Subscriber,
+    field::{Field, Visit},
+    span,
 };
+
+use crate::{grpc::Handlers, operations::Operations, signals::Signals, tasks::Tasks};
 
 /// An API with nothing in it.
 pub(crate) struct Api {
@@ -228,4 +228,56 @@ impl Provisioner for Played {
     async fn list(&self) -> Result<Vec<Found>> {
         Ok(Vec::new())
     }
+}
+
+/// Records the text of warnings and errors.
+#[derive(Clone, Default)]
+pub(crate) struct Logs(Arc<Mutex<Vec<String>>>);
+
+impl Logs {
+    /// Records what `work` logs.
+    pub(crate) fn record<T>(&self, work: impl FnOnce() -> T) -> T {
+        tracing::subscriber::with_default(self.clone(), work)
+    }
+
+    pub(crate) fn lines(&self) -> Vec<String> {
+        self.0.lock().unwrap().clone()
+    }
+
+    /// How many lines contain `text`.
+    pub(crate) fn containing(&self, text: &str) -> usize {
+        self.lines().iter().filter(|line| line.contains(text)).count()
+    }
+}
+
+struct Line(String);
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        write!(self.0, "{}={value:?} ", field.name()).unwrap();
+    }
+}
+
+impl Subscriber for Logs {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.is_event() && *metadata.level() <= Level::WARN
+    }
+
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        let mut line = Line(String::new());
+        event.record(&mut line);
+        self.0.lock().unwrap().push(line.0);
+    }
+
+    fn enter(&self, _: &span::Id) {}
+
+    fn exit(&self, _: &span::Id) {}
 }

@@ -26,7 +26,6 @@ mod tasks;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use anyhow::Result;
 use claimed::Claimed;
 pub use config::{Config, DebugAddress, Secret};
 use connections::Port;
@@ -39,6 +38,26 @@ use reconciler::Reconciler;
 use signals::Signals;
 use tasks::Tasks;
 use tokio::sync::watch;
+
+/// Why a manager did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A flag or a variable has a value that cannot be used; the text names it and the fix.
+    #[error("{0}")]
+    Config(Error),
+    /// The data directory, the store or a port cannot be used; the text says what to do.
+    #[error(transparent)]
+    Failed(#[from] anyhow::Error),
+}
+
+impl From<Error> for StartError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Invalid { .. } => Self::Config(error),
+            error => Self::Failed(error.into()),
+        }
+    }
+}
 
 /// How long the store may take to give up what this replica owns.
 const STORE_WITHIN: Duration = Duration::from_secs(2);
@@ -59,7 +78,7 @@ pub struct Manager {
 impl Manager {
     /// Puts everything together and listens. Fails, with what to do about it, if the data directory, the store or a port cannot be had, or if
     /// the data directory holds the instances of another store. An etcd that does not answer is no failure: calls fail until it does.
-    pub async fn start(config: Config, telemetry: &Telemetry) -> Result<Self> {
+    pub async fn start(config: Config, telemetry: &Telemetry) -> Result<Self, StartError> {
         let replica = config.replica.clone().unwrap_or_else(backends::replica_name);
         tracing::info!(%replica, dir = %config.dir.display(), etcd = config.etcd_endpoints.join(","), "starting");
         let instruments = telemetry.instruments();
@@ -146,7 +165,7 @@ impl Manager {
     }
 
     /// Stops, and ends the instances of this machine too; the next start brings them back. Answers how many were running.
-    pub async fn stop_with_instances(self) -> Result<usize> {
+    pub async fn stop_with_instances(self) -> anyhow::Result<usize> {
         let instances = self.instances();
         self.stop().await;
         instances.halt().await
@@ -164,7 +183,7 @@ pub struct Instances(Arc<Claimed>);
 impl Instances {
     /// Tells the supervisor of each instance to end it, all at once, and waits until they have; the next start brings them back. Answers how
     /// many were running. A supervisor that has been told goes on if this is dropped.
-    pub async fn halt(&self) -> Result<usize> {
+    pub async fn halt(&self) -> anyhow::Result<usize> {
         Ok(self.0.halt().await?)
     }
 }

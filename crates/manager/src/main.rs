@@ -1,9 +1,9 @@
-//! `gauntlet-manager`: trace, configure, build, serve, drain.
+//! `gauntlet-manager`: reads the configuration, starts telemetry, starts the manager, serves until a signal, and drains.
 
 use std::process::ExitCode;
 
-use gauntlet_domain::Error;
-use gauntlet_manager::{Config, Manager};
+use anyhow::Context as _;
+use gauntlet_manager::{Config, Manager, StartError};
 use gauntlet_startup::{EX_USAGE, ShutdownSignals, exit_on_second_signal};
 use gauntlet_telemetry::{Env, Settings, Telemetry};
 
@@ -18,17 +18,17 @@ fn main() -> ExitCode {
         ..Settings::new("gauntlet-manager", env!("CARGO_PKG_VERSION")).with_debug()
     };
     if let Err(error) = exit_on_second_signal() {
-        eprintln!("error: signals cannot be listened for: {error}");
+        eprintln!("error: cannot listen for signals: {error}");
         return ExitCode::FAILURE;
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: the runtime cannot be started: {error}");
+            eprintln!("error: cannot start the async runtime: {error}");
             return ExitCode::FAILURE;
         }
     };
-    // Within the runtime, so that telemetry measures it. A flag may have overridden LOG_LEVEL.
+    // Telemetry starts inside the runtime to measure it. LOG_LEVEL has been read with the flags, which override it.
     let entered = runtime.enter();
     let telemetry = match Telemetry::start(&settings, &Env::process().without("LOG_LEVEL")) {
         Ok(telemetry) => telemetry,
@@ -38,24 +38,24 @@ fn main() -> ExitCode {
         }
     };
     drop(entered);
-    let code = runtime.block_on(serve(config, &telemetry));
-    if let Err(error) = &code {
+    let result = runtime.block_on(serve(config, &telemetry));
+    if let Err(error) = &result {
         tracing::error!("{error:#}");
     }
     if let Err(error) = telemetry.shutdown() {
         eprintln!("warning: {error}");
     }
-    // A blocking call under way must not hold up the exit: what it does is on record.
+    // Don't wait for blocking calls: recovery finishes their work at the next start.
     runtime.shutdown_background();
-    match code {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) if matches!(error.downcast_ref(), Some(Error::Invalid { .. })) => EX_USAGE.into(),
-        Err(_) => ExitCode::FAILURE,
+        Err(StartError::Config(_)) => EX_USAGE.into(),
+        Err(StartError::Failed(_)) => ExitCode::FAILURE,
     }
 }
 
-async fn serve(config: Config, telemetry: &Telemetry) -> anyhow::Result<()> {
-    let mut shutdown = ShutdownSignals::listen()?;
+async fn serve(config: Config, telemetry: &Telemetry) -> Result<(), StartError> {
+    let mut shutdown = ShutdownSignals::listen().context("cannot listen for signals")?;
     let manager = Manager::start(config, telemetry).await?;
     shutdown.recv().await;
     manager.stop().await;

@@ -1,8 +1,8 @@
 //! What every transport calls: a use case as a call that happens now, in the caller's trace, and goes on if the caller goes away.
 
 use gauntlet_domain::{
-    Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Instance, NewChallenge, Result, SourceId,
-    Stream, Updated,
+    Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Instance, NewChallenge, Result,
+    SourceId, Stream, Updated,
 };
 use jiff::Timestamp;
 

@@ -73,7 +73,8 @@ where
     let errors = MapResponseLayer::new(errors::report);
     let grpc = GrpcServerLayer::new(instruments, METHODS).layer(errors.layer(DeadlineLayer.layer(routes)));
     let grpc = tonic_web::GrpcWebLayer::new().layer(grpc);
-    let rest = rest.layer(MapResponseLayer::new(errors::report)).layer(HttpServerLayer::new(instruments, &["/healthcheck"]));
+    let rest =
+        rest.layer(MapResponseLayer::new(errors::report)).layer(HttpServerLayer::new(instruments, &["/healthcheck"]));
     Ok(Router::new().fallback(move |request: Request| {
         let (grpc, rest) = (grpc.clone(), rest.clone());
         async move {

@@ -67,4 +67,3 @@ pub(crate) fn refusal(mut status: Status) -> Status {
     status.set_source(Arc::new(Cause::Refusal(code)));
     status
 }
-

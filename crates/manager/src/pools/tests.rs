@@ -22,12 +22,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::{
-    observed::SignallingFacts,
-    operations::Operations,
-    reconciler::Reconciler,
-    signals::Signals,
-};
+use crate::{observed::SignallingFacts, operations::Operations, reconciler::Reconciler, signals::Signals};
 
 /// What takes longer has stopped for good.
 const LONG: Duration = Duration::from_secs(120);

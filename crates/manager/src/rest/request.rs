@@ -4,11 +4,7 @@ use std::time::Duration;
 
 use axum::{
     body::{Body, HttpBody as _},
-    extract::{
-        self, FromRequest, FromRequestParts, Request,
-        path::ErrorKind,
-        rejection::PathRejection,
-    },
+    extract::{self, FromRequest, FromRequestParts, Request, path::ErrorKind, rejection::PathRejection},
 };
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
