@@ -1,4 +1,4 @@
-//! Flags and environment, checked before anything starts. The names of chall-manager's environment are accepted.
+//! The manager's configuration: flags and environment variables, checked before anything starts. chall-manager's variables are accepted.
 
 use std::{ffi::OsString, fmt, net::SocketAddr, num::NonZeroU32, path::PathBuf, str::FromStr, time::Duration};
 
@@ -8,17 +8,17 @@ use tokio::sync::Semaphore;
 
 use crate::connections::Limits;
 
-/// What etcd does not go below.
-const SHORTEST_LEASE: Duration = Duration::from_secs(2);
-/// How long one call to etcd may take unless told otherwise.
-const ETCD_DEADLINE: Duration = Duration::from_secs(5);
+/// The shortest lease that etcd grants.
+const MIN_LEASE_TTL: Duration = Duration::from_secs(2);
+/// The default deadline of one call to etcd.
+const DEFAULT_ETCD_DEADLINE: Duration = Duration::from_secs(5);
 
-/// A text that is never printed.
+/// A value that `Debug` does not print.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// The text itself.
+    /// The value.
     pub fn reveal(&self) -> &str {
         &self.0
     }
@@ -40,125 +40,128 @@ impl FromStr for Secret {
 
 /// Runs challenge instances on demand, over gRPC, gRPC-web and REST on one port.
 ///
-/// Without flags it runs embedded: state in one file below --dir, no etcd, no collector. With --etcd-endpoints several managers share one
-/// etcd. OpenTelemetry is configured by the standard OTEL_* environment.
+/// Without flags it needs no etcd and no collector: it keeps its state in one file in --dir. With --etcd-endpoints, several managers share
+/// one etcd cluster. OpenTelemetry is configured with the standard OTEL_* variables.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "gauntlet-manager", version, about, long_about)]
 pub struct Config {
     /// The address to listen on.
     #[arg(long, env = "BIND", default_value = "0.0.0.0", value_name = "ADDRESS")]
     pub bind: std::net::IpAddr,
-    /// The port of gRPC, gRPC-web and REST; 0 picks a free one.
+    /// The port for gRPC, gRPC-web and REST; 0 picks a free port.
     #[arg(long, env = "PORT", default_value_t = 8080)]
     pub port: u16,
-    /// Where the debug page listens; it shows traces, so keep it off the network. "off" for none.
+    /// The address of the debug page, or "off". The page shows traces without asking for a password: keep it off public networks.
     #[arg(long, env = "DEBUG_ADDRESS", default_value = "127.0.0.1:8081", value_name = "ADDRESS", value_parser = debug_address)]
     pub debug_address: DebugAddress,
-    /// Where everything is kept that is not in etcd: instances, scenarios, the embedded store, the flag key.
+    /// The data directory: instances, cached scenarios, the flag key and, without etcd, the store.
     #[arg(long, env = "DIR", default_value = "gauntlet-data", value_name = "DIR")]
     pub dir: PathBuf,
-    /// What this replica is called in locks and logs; the host's name and the process id unless given.
+    /// The name of this replica in locks and logs [default: host name and process id].
     #[arg(long, env = "REPLICA", value_name = "NAME")]
     pub replica: Option<String>,
 
-    /// etcd, as host:port or URL, comma-separated; none runs the embedded store. ETCD_ENDPOINT, chall-manager's name, says the same.
+    /// The etcd cluster, as host:port or URL, separated by commas. Without it the store is a file in --dir. chall-manager's ETCD_ENDPOINT
+    /// also works.
     #[arg(long, env = "ETCD_ENDPOINTS", value_delimiter = ',', value_name = "URL,...", help_heading = "etcd")]
     pub etcd_endpoints: Vec<String>,
-    /// The same by chall-manager's name.
+    /// chall-manager's name for it.
     #[arg(long, env = "ETCD_ENDPOINT", value_delimiter = ',', hide = true)]
     etcd_endpoint: Vec<String>,
-    /// The user of etcd.
+    /// The user name for etcd.
     #[arg(long, env = "ETCD_USERNAME", requires = "etcd_password", value_name = "NAME", help_heading = "etcd")]
     pub etcd_username: Option<String>,
-    /// Its password; better given by the environment.
+    /// The password for etcd. Prefer the variable: other users can see the flags of a process.
     #[arg(long, env = "ETCD_PASSWORD", hide_env_values = true, value_name = "PASSWORD", help_heading = "etcd")]
     pub etcd_password: Option<Secret>,
-    /// The authority that signed etcd's certificate, PEM; those that the system trusts unless given. Read again when it changes, as are the
-    /// certificate and its key.
+    /// The CA certificate that etcd's certificate is checked against, PEM [default: the system's CAs]. The file is reloaded when it changes.
     #[arg(long, env = "ETCD_CA", value_name = "FILE", help_heading = "etcd")]
     pub etcd_ca: Option<PathBuf>,
-    /// The certificate to show to etcd, PEM.
+    /// The client certificate for etcd, PEM. The file is reloaded when it changes.
     #[arg(long, env = "ETCD_CERT", requires = "etcd_key", value_name = "FILE", help_heading = "etcd")]
     pub etcd_cert: Option<PathBuf>,
-    /// Its private key, PEM.
+    /// The private key of the client certificate, PEM. The file is reloaded when it changes.
     #[arg(long, env = "ETCD_KEY", requires = "etcd_cert", value_name = "FILE", help_heading = "etcd")]
     pub etcd_key: Option<PathBuf>,
-    /// What every key in etcd begins with.
+    /// The prefix of all keys in etcd.
     #[arg(long, env = "ETCD_PREFIX", default_value = "gauntlet/", value_name = "PREFIX", help_heading = "etcd")]
     pub etcd_prefix: String,
-    /// How long a replica that went silent keeps what it owns, at least 2s.
+    /// How long a replica that stopped responding keeps its locks; at least 2s.
     #[arg(long, env = "LEASE_TTL", default_value = "10s", value_parser = duration, value_name = "DURATION", help_heading = "etcd")]
     pub lease_ttl: Duration,
-    /// How long one call to etcd may take, over all endpoints tried; shorter than --lease-ttl. 5s, or nine tenths of that if it is less,
-    /// unless given.
+    /// How long one call to etcd may take, over all endpoints that it tries. Must be shorter than --lease-ttl [default: 5s, or 90% of
+    /// --lease-ttl if that is less].
     #[arg(long, env = "ETCD_DEADLINE", value_parser = duration, value_name = "DURATION", help_heading = "etcd")]
     pub etcd_deadline: Option<Duration>,
 
-    /// Speak plain HTTP with registries.
+    /// Use plain HTTP for registries.
     #[arg(long, env = "OCI_INSECURE", value_parser = clap::builder::BoolishValueParser::new(), default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set, value_name = "BOOL", help_heading = "Scenarios")]
     pub oci_insecure: bool,
-    /// The user of registries.
+    /// The user name for registries.
     #[arg(long, env = "OCI_USERNAME", requires = "oci_password", value_name = "NAME", help_heading = "Scenarios")]
     pub oci_username: Option<String>,
-    /// Its password; better given by the environment.
+    /// The password for registries. Prefer the variable: other users can see the flags of a process.
     #[arg(long, env = "OCI_PASSWORD", hide_env_values = true, value_name = "PASSWORD", help_heading = "Scenarios")]
     pub oci_password: Option<Secret>,
-    /// The directory below which `file://` scenarios are allowed; none allows no local scenario.
+    /// The directory that file:// scenarios may be in. Without it, scenarios come from registries only.
     #[arg(long, env = "SCENARIO_ROOT", value_name = "DIR", help_heading = "Scenarios")]
     pub scenario_root: Option<PathBuf>,
-    /// How much of scenarios is kept on the disk, as a number of B, KiB, MiB or GiB. Beyond that, those used longest ago that no challenge
-    /// and no instance refers to are removed; they are fetched again when they are wanted again.
+    /// The size of the scenario cache, in B, KiB, MiB or GiB. When it is exceeded, the least recently used scenarios that no challenge or
+    /// instance refers to are removed; they are pulled again when needed.
     #[arg(long, env = "SCENARIO_KEEP", default_value = "10GiB", value_parser = size, value_name = "SIZE", help_heading = "Scenarios")]
     pub scenario_keep: u64,
-    /// The key that varies flags, 64 hexadecimal characters; made on first use below --dir unless given. Replicas must share it.
+    /// The file with the key that flags are derived from: 64 hexadecimal characters. All replicas must have the same key [default: flag.key
+    /// in --dir, generated on first start].
     #[arg(long, env = "FLAG_KEY_FILE", value_name = "FILE", help_heading = "Scenarios")]
     pub flag_key_file: Option<PathBuf>,
 
-    /// What players call this host in connection infos.
+    /// The host name or address that players connect to; part of the connection info of instances.
     #[arg(long, env = "INSTANCE_HOST", default_value = "127.0.0.1", value_name = "HOST", help_heading = "Instances")]
     pub instance_host: String,
-    /// The ports instances listen on, as FIRST-LAST.
+    /// The range of ports for instances.
     #[arg(long, env = "INSTANCE_PORTS", default_value = "20000-29999", value_parser = ports, value_name = "FIRST-LAST", help_heading = "Instances")]
     pub instance_ports: (u16, u16),
-    /// More directories to look for the programs of scenarios in, before PATH.
+    /// Directories to search for the programs of scenarios before those in PATH.
     #[arg(long, env = "INSTANCE_PATH", value_delimiter = ':', value_name = "DIR:...", help_heading = "Instances")]
     pub instance_path: Vec<PathBuf>,
-    /// The most that `min` or `max` of a challenge's pool may be. One stored with more is treated as if it had this.
+    /// The upper limit of a pool's `min` and `max`. Challenges stored with a higher value are treated as if they had this one.
     #[arg(long, env = "POOL_MAX", default_value_t = 1000, value_name = "COUNT", help_heading = "Instances")]
     pub pool_max: u32,
 
-    /// How many connections a port has at once; those beyond it are closed at once, and counted.
+    /// The maximum number of open connections of each port. Further ones are closed, and counted in gauntlet.server.refused.
     #[arg(long, env = "MAX_CONNECTIONS", default_value = "1000", value_name = "COUNT", help_heading = "Limits")]
     pub max_connections: NonZeroU32,
-    /// How many calls a port serves at once, over all connections; those beyond it are told to try again (UNAVAILABLE, 503), and counted.
+    /// The maximum number of concurrent calls of each port, over all connections. Further ones fail with UNAVAILABLE (503), and are counted
+    /// in gauntlet.server.refused.
     #[arg(long, env = "MAX_CALLS", default_value = "1000", value_name = "COUNT", help_heading = "Limits")]
     pub max_calls: NonZeroU32,
-    /// How long a client may take to send the head of a request; an HTTP/1 connection that is idle for as long is closed.
+    /// How long a client may take to send the headers of a request. HTTP/1 connections that are idle for this long are closed.
     #[arg(long, env = "HEADER_TIMEOUT", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Limits")]
     pub header_timeout: Duration,
-    /// How long a client may leave an answer unread before its connection is closed.
+    /// How long a client may stop reading a response before its connection is closed.
     #[arg(long, env = "STALL_TIMEOUT", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Limits")]
     pub stall_timeout: Duration,
-    /// How often an HTTP/2 client is asked whether it is still there; it has as long to answer, 20s at most.
+    /// How often idle HTTP/2 connections are pinged. A client must answer within the same time, at most 20s.
     #[arg(long, env = "KEEPALIVE", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Limits")]
     pub keepalive: Duration,
 
     /// How long a call waits for locks in all before it fails with UNAVAILABLE.
     #[arg(long, env = "LOCK_TIMEOUT", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
     pub lock_timeout: Duration,
-    /// How often to look for work that a crash left.
+    /// How often to look for unfinished work that a crash left behind.
     #[arg(long, env = "RECONCILE_EVERY", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
     pub reconcile_every: Duration,
-    /// How long calls under way may take to end at shutdown, which takes up to 4s more. Docker kills what takes longer than 10s in all: give
-    /// its --stop-timeout (Compose: stop_grace_period) more than that where this is longer. A second signal ends at once.
+    /// How long running calls may take to finish at shutdown. The rest of the shutdown takes up to 4s more. Docker kills a container 10s
+    /// after it is told to stop: if you raise this, also raise Docker's --stop-timeout (Compose: stop_grace_period). A second signal exits
+    /// at once.
     #[arg(long, env = "DRAIN", default_value = "5s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
     pub drain: Duration,
-    /// What to log, as LEVEL or tracing directives.
+    /// The log level, or a filter such as info,gauntlet_manager=debug.
     #[arg(long, env = "LOG_LEVEL", default_value = "info", value_name = "LEVEL", help_heading = "Background")]
     pub log_level: String,
 }
 
-/// Where the debug page listens, if anywhere.
+/// The address of the debug page; `None` turns it off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DebugAddress(pub Option<SocketAddr>);
 
@@ -183,27 +186,27 @@ fn credentials(username: Option<&String>, password: Option<&Secret>) -> Option<(
 }
 
 impl Config {
-    /// Reads flags and environment.
+    /// Parses flags and environment.
     ///
     /// # Errors
-    /// A wrong value, named with the expected form; also `--help` and `--version`, with their text. See
+    /// An invalid value, with its flag and the expected form; also `--help` and `--version`, with their text. Print it with
     /// [`gauntlet_startup::print_parse_error`].
     pub fn from_command_line() -> Result<Self, clap::Error> {
         Self::checked(std::env::args_os())
     }
 
-    /// The environment over the defaults, no flags: for a program that embeds the manager.
+    /// Parses the environment without flags: for a program that embeds the manager.
     ///
     /// # Errors
-    /// A variable with a wrong value; the text names it and the fix.
+    /// A variable has an invalid value; the text names it and the fix.
     pub fn from_environment() -> Result<Self, clap::Error> {
         Self::checked(["gauntlet-manager"])
     }
 
-    /// Parses, and checks what no flag can be checked for alone.
+    /// Parses, and checks flags against each other.
     fn checked(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Self, clap::Error> {
         let mut config = Self::try_parse_from(arguments)?;
-        // A variable that is set to nothing, as compose files do, says nothing.
+        // Empty variables count as unset: compose files set them.
         config.etcd_endpoints.retain(|endpoint| !endpoint.is_empty());
         if config.etcd_endpoints.is_empty() {
             config.etcd_endpoints =
@@ -212,39 +215,39 @@ impl Config {
         for username in [&mut config.etcd_username, &mut config.oci_username] {
             username.take_if(|name| name.is_empty());
         }
-        let wrong = |text: String| Err(Self::command().error(ErrorKind::ValueValidation, text));
-        if config.lease_ttl < SHORTEST_LEASE {
-            return wrong(format!(
-                "--lease-ttl (LEASE_TTL) is {:?}: give it at least {SHORTEST_LEASE:?}",
+        let invalid = |text: String| Err(Self::command().error(ErrorKind::ValueValidation, text));
+        if config.lease_ttl < MIN_LEASE_TTL {
+            return invalid(format!(
+                "--lease-ttl (LEASE_TTL) is {:?}; it must be at least {MIN_LEASE_TTL:?}",
                 config.lease_ttl
             ));
         }
         match config.etcd_deadline {
-            Some(deadline) if deadline >= config.lease_ttl => wrong(format!(
+            Some(deadline) if deadline >= config.lease_ttl => invalid(format!(
                 "--etcd-deadline (ETCD_DEADLINE) is {deadline:?}, and --lease-ttl (LEASE_TTL) is {:?}: a call must end before the lease \
-                 that it is made under can; give a shorter deadline or a longer lease",
+                 can expire; pass a shorter deadline or a longer lease",
                 config.lease_ttl
             )),
             _ => Ok(config),
         }
     }
 
-    /// How long one call to etcd may take.
+    /// The deadline of one call to etcd.
     pub(crate) fn etcd_deadline(&self) -> Duration {
-        self.etcd_deadline.unwrap_or_else(|| ETCD_DEADLINE.min(self.lease_ttl * 9 / 10))
+        self.etcd_deadline.unwrap_or_else(|| DEFAULT_ETCD_DEADLINE.min(self.lease_ttl * 9 / 10))
     }
 
-    /// The user and the password of etcd.
+    /// The user name and password for etcd, if both are set.
     pub(crate) fn etcd_credentials(&self) -> Option<(String, String)> {
         credentials(self.etcd_username.as_ref(), self.etcd_password.as_ref())
     }
 
-    /// The user and the password of registries.
+    /// The user name and password for registries, if both are set.
     pub(crate) fn registry_credentials(&self) -> Option<(String, String)> {
         credentials(self.oci_username.as_ref(), self.oci_password.as_ref())
     }
 
-    /// What the clients of each port may use up.
+    /// The limits of each port.
     pub(crate) fn limits(&self) -> Limits {
         let count = |count: NonZeroU32| usize::try_from(count.get()).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
         Limits {
@@ -256,7 +259,7 @@ impl Config {
         }
     }
 
-    /// The directory instances are kept in.
+    /// The directory of the process provisioner.
     pub(crate) fn instances_dir(&self) -> PathBuf {
         self.dir.join("process")
     }
@@ -282,17 +285,17 @@ mod tests {
     #[test]
     fn default_shutdown_fits_into_ten_seconds() {
         let config = parse(&[]).unwrap();
-        let whole = config.drain + crate::STORE_WITHIN + gauntlet_telemetry::SHUTDOWN_TIMEOUT;
-        assert!(whole < Duration::from_secs(10), "{whole:?}");
+        let total = config.drain + crate::STORE_WITHIN + gauntlet_telemetry::SHUTDOWN_WITHIN;
+        assert!(total < Duration::from_secs(10), "{total:?}");
     }
 
     #[test]
-    fn scenarios_keep_ten_gibibytes_by_default() {
+    fn scenario_cache_is_ten_gibibytes_by_default() {
         assert_eq!(parse(&[]).unwrap().scenario_keep, 10 << 30);
     }
 
     #[test]
-    fn empty_is_as_good_as_not_given() {
+    fn empty_values_count_as_unset() {
         let credentials = ["--etcd-username", "", "--etcd-password", "", "--oci-username", "", "--oci-password", ""];
         let config = parse(&[&["--etcd-endpoints", ""], &credentials[..]].concat()).unwrap();
         assert!(config.etcd_endpoints.is_empty());
@@ -300,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn endpoints_by_either_name() {
+    fn both_names_set_the_endpoints() {
         for (arguments, endpoints) in [
             (&["--etcd-endpoint", "a:1,b:2"][..], &["a:1", "b:2"][..]),
             (&["--etcd-endpoint", "a:1", "--etcd-endpoints", "c:3"], &["c:3"]),
@@ -310,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_values_name_themselves_and_the_fix() {
+    fn invalid_values_are_reported_with_flag_and_fix() {
         for (arguments, part) in [
             (["--lock-timeout", "soon"], "expected a duration above zero such as 30s"),
             (["--instance-ports", "9-3"], "expected FIRST-LAST"),
@@ -326,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_to_etcd_ends_before_its_lease() {
+    fn etcd_deadline_is_shorter_than_the_lease() {
         for (arguments, deadline) in [
             (&["--lease-ttl", "10s"][..], 5000),
             (&["--lease-ttl", "3s"], 2700),

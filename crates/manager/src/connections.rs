@@ -1,9 +1,9 @@
-//! The connections of one port: accepted up to a bound, watched, and closed when the manager stops.
+//! Accepts the connections of one port up to a limit, and closes them when the manager stops.
 //!
-//! A client can hold on to a connection without using it in three ways: by not finishing a request's head, by not reading an answer, and by
-//! going away without a word. Each has its limit here; each refusal is counted.
+//! A client can occupy a connection without using it: it doesn't finish the headers of a request, doesn't read a response, or has vanished.
+//! Each of these has a timeout. Clients that are refused or cut off are counted.
 
-mod watch;
+mod activity;
 
 use std::{convert::Infallible, future::Future, io, pin::pin, sync::Arc, time::Duration};
 
@@ -27,43 +27,43 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
-use self::watch::Watch;
+use self::activity::Activity;
 use crate::tasks::Tasks;
 
-/// At a stop: how long a connection without a call may take to say goodbye, and a half-sent head to become a call.
-const CLOSE_WITHIN: Duration = Duration::from_millis(500);
-/// How often connections look whether they may close at a stop.
-const CLOSE_EVERY: Duration = Duration::from_millis(50);
-/// How long the operating system's refusal to accept (too many open files) is waited out.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(200);
-/// How long a client may take to answer a ping.
-const PONG_WITHIN: Duration = Duration::from_secs(20);
+/// At shutdown: how long to wait for an idle connection to close, and for half-sent headers to become a call.
+const IDLE_CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
+/// At shutdown: how often a connection checks whether it is idle.
+const IDLE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+/// The pause after a failed accept (too many open files), so that the loop doesn't spin.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(200);
+/// How long a client may take to answer a ping, at most.
+const MAX_PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What the clients of a port may use up.
+/// Limits on the clients of one port.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
-    /// Connections at once.
+    /// Open connections.
     pub(crate) connections: usize,
-    /// Calls at once, over all connections.
+    /// Concurrent calls, over all connections.
     pub(crate) calls: usize,
-    /// How long the head of a request may take; also how long a connection of HTTP/1 may be idle.
+    /// How long a client may take to send the headers of a request; also how long an HTTP/1 connection may be idle.
     pub(crate) header_timeout: Duration,
-    /// How long an answer may wait for its reader.
+    /// How long a client may stop reading a response.
     pub(crate) stall_timeout: Duration,
-    /// How long a connection of HTTP/2 may be silent before it is sent a ping.
+    /// How long an HTTP/2 connection may be silent before it is pinged.
     pub(crate) keepalive: Duration,
 }
 
-/// A port: whom it serves and how.
+/// What one port serves, and within which limits.
 #[derive(Clone)]
 pub(crate) struct Port {
-    /// Its name on metrics and in logs.
+    /// The value of `server` in metrics and logs.
     pub(crate) name: &'static str,
     pub(crate) limits: Limits,
     pub(crate) router: Router,
-    /// Whether a request is answered however many calls there are: a health check.
-    pub(crate) exempt: fn(&Request) -> bool,
-    /// The answer to a call beyond the bound.
+    /// Whether the limit on calls doesn't apply to a request: health checks.
+    pub(crate) is_exempt: fn(&Request) -> bool,
+    /// The response to a call beyond the limit.
     pub(crate) overloaded: fn(&Request) -> Response,
     pub(crate) refusals: instruments::Server,
 }
@@ -75,7 +75,7 @@ impl Port {
     }
 }
 
-/// Accepts connections until `stop`; each is a task of its own, which ends soon after.
+/// Accepts connections until `stop` is cancelled. Each connection is a task of its own, which closes it once its calls have ended.
 pub(crate) async fn accept(tasks: Tasks, port: Port, listener: TcpListener, stop: CancellationToken) {
     let connections = Arc::new(Semaphore::new(port.limits.connections));
     let calls = Arc::new(Semaphore::new(port.limits.calls));
@@ -86,11 +86,11 @@ pub(crate) async fn accept(tasks: Tasks, port: Port, listener: TcpListener, stop
         };
         let stream = match accepted {
             Ok((stream, _)) => stream,
-            Err(error) if is_of_the_client(&error) => continue,
+            Err(error) if is_client_gone(&error) => continue,
             Err(error) => {
                 port.refused("accept_failed");
-                tracing::error!(server = port.name, %error, "cannot accept connections; will try again");
-                tokio::time::sleep(ACCEPT_AGAIN).await;
+                tracing::error!(server = port.name, %error, "cannot accept connections; retrying");
+                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
                 continue;
             }
         };
@@ -98,11 +98,11 @@ pub(crate) async fn accept(tasks: Tasks, port: Port, listener: TcpListener, stop
             port.refused("connections");
             continue;
         };
-        // Answers are written whole: waiting for more to send only delays them.
+        // Responses are written whole: Nagle's algorithm would only delay them.
         let _ = stream.set_nodelay(true);
         let (port, calls, executor) = (port.clone(), calls.clone(), tasks.clone());
-        tasks.background("connection", |stop| async move {
-            if let Some(reason) = connection(&port, calls, executor, stream, stop).await {
+        tasks.spawn("connection", |stop| async move {
+            if let Some(reason) = serve_connection(&port, calls, executor, stream, stop).await {
                 port.refused(reason);
             }
             drop(slot);
@@ -110,14 +110,14 @@ pub(crate) async fn accept(tasks: Tasks, port: Port, listener: TcpListener, stop
     }
 }
 
-/// The client is gone before it was accepted.
-fn is_of_the_client(error: &io::Error) -> bool {
+/// Whether the client closed the connection before it was accepted.
+fn is_client_gone(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-/// Serves one connection to its end; returns why the client was refused, if it was.
-async fn connection(
+/// Serves one connection until it is closed. Returns why the client was cut off, if it was.
+async fn serve_connection(
     port: &Port,
     calls: Arc<Semaphore>,
     executor: Tasks,
@@ -125,20 +125,20 @@ async fn connection(
     stop: CancellationToken,
 ) -> Option<&'static str> {
     let limits = port.limits;
-    let watch = Watch::default();
+    let activity = Activity::default();
     let mut builder = auto::Builder::new(executor);
     builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.header_timeout);
     builder
         .http2()
         .timer(TokioTimer::new())
         .keep_alive_interval(limits.keepalive)
-        .keep_alive_timeout(PONG_WITHIN.min(limits.keepalive));
-    let service = service_fn(|request| call(port.clone(), calls.clone(), watch.clone(), request));
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(watch.stream(stream)), service));
+        .keep_alive_timeout(MAX_PING_TIMEOUT.min(limits.keepalive));
+    let service = service_fn(|request| serve_call(port.clone(), calls.clone(), activity.clone(), request));
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(activity.stream(stream)), service));
 
-    // Until it is clear which HTTP it speaks nothing else bounds its silence.
-    let mut silence = pin!(tokio::time::sleep(limits.header_timeout));
-    let mut silence_over = false;
+    // hyper applies its own timeouts only once it knows the version of HTTP.
+    let mut first_bytes_deadline = pin!(tokio::time::sleep(limits.header_timeout));
+    let mut first_bytes_checked = false;
     let mut check = tokio::time::interval(limits.stall_timeout.div_f64(4.0).max(Duration::from_millis(1)));
     check.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut stopping = false;
@@ -146,21 +146,21 @@ async fn connection(
     loop {
         tokio::select! {
             ended = connection.as_mut() => {
-                let late = ended.err().is_some_and(|error| is_timeout(error.as_ref()));
-                return (late && watch.in_head()).then_some("header_timeout");
+                let timed_out = ended.err().is_some_and(|error| is_timeout(error.as_ref()));
+                return (timed_out && activity.is_reading_headers()).then_some("header_timeout");
             }
-            () = &mut silence, if !silence_over => {
-                silence_over = true;
-                if !watch.has_spoken() {
+            () = &mut first_bytes_deadline, if !first_bytes_checked => {
+                first_bytes_checked = true;
+                if !activity.has_sent_preface() {
                     return Some("header_timeout");
                 }
             }
             _ = check.tick() => {
-                if watch.stalled(limits.stall_timeout) {
+                if activity.is_stalled(limits.stall_timeout) {
                     return Some("stalled_reader");
                 }
-                if stopping && watch.calls() == 0 {
-                    if idle_since.get_or_insert_with(Instant::now).elapsed() >= CLOSE_WITHIN {
+                if stopping && activity.calls() == 0 {
+                    if idle_since.get_or_insert_with(Instant::now).elapsed() >= IDLE_CLOSE_TIMEOUT {
                         return None;
                     }
                 } else {
@@ -170,7 +170,7 @@ async fn connection(
             () = stop.cancelled(), if !stopping => {
                 stopping = true;
                 connection.as_mut().graceful_shutdown();
-                check = tokio::time::interval(CLOSE_EVERY.min(check.period()));
+                check = tokio::time::interval(IDLE_CHECK_INTERVAL.min(check.period()));
             }
         }
     }
@@ -180,34 +180,34 @@ fn is_timeout(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
     error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_timeout)
 }
 
-async fn call(
+async fn serve_call(
     port: Port,
     calls: Arc<Semaphore>,
-    watch: Watch,
+    activity: Activity,
     request: hyper::Request<Incoming>,
 ) -> Result<Response, Infallible> {
-    let call = watch.begin(request.version());
+    let call = activity.begin_call(request.version());
     let request = request.map(Body::new);
     let permit = match calls.try_acquire_owned() {
         Ok(permit) => Some(permit),
-        Err(_) if (port.exempt)(&request) => None,
+        Err(_) if (port.is_exempt)(&request) => None,
         Err(_) => {
             port.refused("calls");
             return Ok((port.overloaded)(&request).into_response());
         }
     };
     let response = port.router.oneshot(request).await?;
-    // The call goes on until its answer has been read.
-    Ok(response.map(|body| Body::new(call.answer(body, permit))))
+    // The call ends when its response has been read.
+    Ok(response.map(|body| Body::new(call.response(body, permit))))
 }
 
-/// So that the streams of HTTP/2 are tasks of the manager too.
+/// Makes the streams of HTTP/2 tasks of the manager.
 impl<F> hyper::rt::Executor<F> for Tasks
 where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, stream: F) {
-        self.background("stream", |_| stream);
+        self.spawn("stream", |_| stream);
     }
 }
 

@@ -16,7 +16,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Watches for as long as the manager runs. What cannot be brought up now is left to the reconciler.
 pub(crate) fn start(tasks: &Tasks, gauntlet: &Gauntlet, signals: &Signals, mut ends: Ends) {
     let (gauntlet, signals) = (gauntlet.clone(), signals.clone());
-    tasks.background("ends", |stop| async move {
+    tasks.spawn("ends", |stop| async move {
         let mut under_way = FuturesUnordered::new();
         loop {
             tokio::select! {

@@ -16,7 +16,7 @@ const EVERY: Duration = Duration::from_secs(600);
 
 /// Looks at once and then every ten minutes. The store is asked only where more than `limit` bytes are kept.
 pub(crate) fn start(tasks: &Tasks, library: Library, store: Arc<dyn Store>, limit: u64) {
-    tasks.background("eviction", |stop| async move {
+    tasks.spawn("eviction", |stop| async move {
         loop {
             let looked = async {
                 look(&library, store.as_ref(), limit).await;

@@ -37,7 +37,7 @@ pub(crate) async fn watch(tasks: &Tasks, mut asked: Asked, reporter: HealthRepor
     let (sender, receiver) = watch::channel(Health::Starting);
     let mut answered = None;
     tell(&reporter, &sender, asked.health(&mut answered).await).await;
-    tasks.background("health", |stop| async move {
+    tasks.spawn("health", |stop| async move {
         loop {
             let settling = !*asked.settled.borrow();
             tokio::select! {

@@ -118,7 +118,7 @@ impl Manager {
             name,
             limits: config.limits(),
             router,
-            exempt: server::is_health_check,
+            is_exempt: server::is_health_check,
             overloaded: server::overloaded,
             refusals: instruments.server.clone(),
         };

@@ -23,7 +23,7 @@ impl Operations {
 
     /// A read that goes on beside its caller; it must end by itself.
     pub(crate) fn detached(&self, read: impl Future<Output = ()> + Send + 'static) {
-        drop(self.tasks.operation(read));
+        drop(self.tasks.spawn_operation(read));
     }
 
     /// Runs one use case on the supervised tasks; `mend` says whether its failure may have left work behind.
@@ -32,7 +32,7 @@ impl Operations {
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
-        let result = match self.tasks.operation(work(self.gauntlet.clone(), call_now())).await {
+        let result = match self.tasks.spawn_operation(work(self.gauntlet.clone(), call_now())).await {
             Ok(result) => result,
             Err(panic) => Err(Error::Internal(format!("the operation ended early: {panic}"))),
         };

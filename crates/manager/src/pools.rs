@@ -66,7 +66,7 @@ impl Pools {
     /// Looks at pools as they are asked for, until told to stop. What was begun is then left to recovery.
     pub(crate) fn start(self: &Arc<Self>, tasks: &Tasks, gauntlet: &Gauntlet) {
         let (pools, gauntlet, jobs) = (self.clone(), gauntlet.clone(), tasks.clone());
-        tasks.background("pools", |stop| async move {
+        tasks.spawn("pools", |stop| async move {
             let turns = stream::unfold(&pools, |pools| async move { Some((pools.next().await, pools)) });
             let work = turns.for_each_concurrent(LOOKS, |turn| look(&pools, &gauntlet, &jobs, turn));
             tokio::select! {
@@ -199,7 +199,7 @@ fn run(tasks: &Tasks, gauntlet: Gauntlet, job: PoolJob, place: Place) {
             Err(error) => failed(&error, &place.challenge),
         }
     };
-    tasks.background("pool job", |stop| async move {
+    tasks.spawn("pool job", |stop| async move {
         tokio::select! {
             () = stop.cancelled() => {}
             () = work.instrument(span) => {}

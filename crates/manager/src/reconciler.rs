@@ -33,7 +33,7 @@ impl Reconciler {
     pub(crate) fn start(self, tasks: &Tasks, gauntlet: &Gauntlet, every: Duration) {
         let Self { signals, settled } = self;
         let gauntlet = gauntlet.clone();
-        tasks.background("reconcile", |stop| async move {
+        tasks.spawn("reconcile", |stop| async move {
             loop {
                 let pass = async { gauntlet.reconcile(&call_now()).await };
                 let reconciled = tokio::select! {

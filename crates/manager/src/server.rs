@@ -116,6 +116,6 @@ pub(crate) async fn serve(tasks: &Tasks, address: SocketAddr, port: Port) -> Res
         .with_context(|| format!("cannot listen on {address} for the {name}; is something else running there?"))?;
     let address = listener.local_addr()?;
     let owner = tasks.clone();
-    tasks.background(name, |stop| accept(owner, port, listener, stop));
+    tasks.spawn(name, |stop| accept(owner, port, listener, stop));
     Ok(address)
 }

@@ -1,4 +1,4 @@
-//! The one place that spawns: every task has a name, an owner and an end.
+//! The one place that spawns: every task of the manager is told to stop and is waited for.
 
 use std::{future::Future, time::Duration};
 
@@ -14,20 +14,20 @@ pub(crate) struct Tasks {
 }
 
 impl Tasks {
-    /// A loop that ends when it is told by the token that it is given.
-    pub(crate) fn background<F>(&self, name: &'static str, run: impl FnOnce(CancellationToken) -> F)
+    /// Spawns a task that ends on its own or when the token is cancelled. It runs outside the caller's span.
+    pub(crate) fn spawn<F>(&self, name: &'static str, run: impl FnOnce(CancellationToken) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let task = run(self.stop.clone());
         self.tracker.spawn(async move {
             task.await;
-            tracing::debug!(task = name, "ended");
+            tracing::debug!(task = name, "task ended");
         });
     }
 
-    /// An operation that goes on when whoever asked for it goes away; it stays in the caller's span.
-    pub(crate) fn operation<T, F>(&self, operation: F) -> JoinHandle<T>
+    /// Spawns the work of a call, in the caller's span. It continues when the caller is dropped, and [`Tasks::drain`] waits for it.
+    pub(crate) fn spawn_operation<T, F>(&self, operation: F) -> JoinHandle<T>
     where
         T: Send + 'static,
         F: Future<Output = T> + Send + 'static,
@@ -35,11 +35,11 @@ impl Tasks {
         self.tracker.spawn(operation.in_current_span())
     }
 
-    /// Tells every loop to end and waits for all tasks; answers how many were still running after `patience`.
-    pub(crate) async fn drain(&self, patience: Duration) -> usize {
+    /// Cancels the token and waits until all tasks have ended, at most for `timeout`. Returns how many are still running.
+    pub(crate) async fn drain(&self, timeout: Duration) -> usize {
         self.stop.cancel();
         self.tracker.close();
-        let _ = tokio::time::timeout(patience, self.tracker.wait()).await;
+        let _ = tokio::time::timeout(timeout, self.tracker.wait()).await;
         self.tracker.len()
     }
 }

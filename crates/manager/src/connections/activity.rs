@@ -1,4 +1,4 @@
-//! What is known about one connection: whether it has said anything, what is under way on it, and what waits for its reader.
+//! The activity of one connection: what it has received, which calls are running on it, and what the client has not read yet.
 
 use std::{
     collections::BTreeMap,
@@ -19,129 +19,132 @@ use tokio::{
     time::Instant,
 };
 
-/// As long as the preface of HTTP/2: whoever sends as much has said which HTTP it speaks.
-const PREFACE: u64 = 24;
-/// Stands for the socket among what waits for the reader; calls are counted from above it.
+/// The length of HTTP/2's preface: after this many bytes the version of HTTP is known.
+const PREFACE_LEN: u64 = 24;
+/// The key of the socket in [`State::unread`]. Calls are numbered from 1.
 const SOCKET: u64 = 0;
 
-/// Shared by the socket, the calls and the answers of one connection.
+/// Shared by the socket, the calls and the responses of one connection.
 #[derive(Clone, Default)]
-pub(super) struct Watch(Arc<Mutex<State>>);
+pub(super) struct Activity(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
-    /// Bytes read so far, and when the last call began or ended.
-    read: u64,
-    read_by_calls: u64,
+    /// Bytes received.
+    received: u64,
+    /// The value of `received` when the last call began or ended: bytes after it are the headers of the next request.
+    received_by_calls: u64,
+    /// Calls begun; the number of the latest.
     begun: u64,
+    /// Calls running.
     calls: usize,
-    /// HTTP/2: what is written may be of any call.
+    /// Whether the connection speaks HTTP/2, so that written bytes may belong to any call.
     multiplexed: bool,
-    /// What has been given and not been taken, since when: a frame of an answer, or what is to be written to the socket.
+    /// What waits for the client to read, and since when: a frame of a call's response, or bytes for the [`SOCKET`].
     unread: BTreeMap<u64, Instant>,
 }
 
-impl Watch {
+impl Activity {
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing here panics half-way.
+        // Poisoning does no harm: no update is left half done.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The stream, watched.
+    /// Wraps the socket, so that its reads and writes are recorded.
     pub(super) fn stream(&self, stream: TcpStream) -> Stream {
-        Stream { inner: stream, watch: self.clone() }
+        Stream { inner: stream, activity: self.clone() }
     }
 
-    /// A call begins; it ends when the guard, or the answer made with it, is dropped.
-    pub(super) fn begin(&self, version: Version) -> Call {
+    /// Records that a call begins. It ends when the returned guard, or the response made with it, is dropped.
+    pub(super) fn begin_call(&self, version: Version) -> Call {
         let mut state = self.state();
         state.multiplexed = version == Version::HTTP_2;
         state.begun += 1;
         state.calls += 1;
-        state.read_by_calls = state.read;
-        Call { id: state.begun, watch: self.clone() }
+        state.received_by_calls = state.received;
+        Call { id: state.begun, activity: self.clone() }
     }
 
-    /// Whether the client has sent a request, or enough to tell which HTTP it speaks.
-    pub(super) fn has_spoken(&self) -> bool {
+    /// Whether the client has sent a request, or enough bytes to tell the version of HTTP.
+    pub(super) fn has_sent_preface(&self) -> bool {
         let state = self.state();
-        state.begun > 0 || state.read >= PREFACE
+        state.begun > 0 || state.received >= PREFACE_LEN
     }
 
-    /// Whether something was sent since the last call.
-    pub(super) fn in_head(&self) -> bool {
+    /// Whether the client has sent part of a request's headers.
+    pub(super) fn is_reading_headers(&self) -> bool {
         let state = self.state();
-        state.read > state.read_by_calls
+        state.received > state.received_by_calls
     }
 
-    /// How many calls are under way.
+    /// How many calls are running.
     pub(super) fn calls(&self) -> usize {
         self.state().calls
     }
 
-    /// Whether anything has waited for its reader for `limit`.
-    pub(super) fn stalled(&self, limit: Duration) -> bool {
+    /// Whether the client has left anything unread for `limit`.
+    pub(super) fn is_stalled(&self, limit: Duration) -> bool {
         self.state().unread.values().any(|since| since.elapsed() >= limit)
     }
 
-    fn given(&self, what: u64) {
-        self.state().unread.entry(what).or_insert_with(Instant::now);
+    fn record_unread(&self, key: u64) {
+        self.state().unread.entry(key).or_insert_with(Instant::now);
     }
 
-    fn taken(&self, what: u64) {
-        self.state().unread.remove(&what);
+    fn record_read(&self, key: u64) {
+        self.state().unread.remove(&key);
     }
 
-    /// The socket took something.
-    fn written(&self) {
+    /// Records that the socket accepted bytes.
+    fn record_write(&self) {
         let mut state = self.state();
         state.unread.remove(&SOCKET);
         if !state.multiplexed {
-            // It was of the one answer there is: a large one is read at the reader's pace.
+            // They belong to the only response there is: a slow client that keeps reading a large frame has not stalled.
             let now = Instant::now();
             state.unread.values_mut().for_each(|since| *since = now);
         }
     }
 }
 
-/// A call under way.
+/// A running call.
 pub(super) struct Call {
     id: u64,
-    watch: Watch,
+    activity: Activity,
 }
 
 impl Call {
-    /// Its answer, which holds the permit until it has been read.
-    pub(super) fn answer(self, body: Body, permit: Option<OwnedSemaphorePermit>) -> Answer {
-        Answer { body, call: self, _permit: permit }
+    /// Wraps the body of the call's response. The call ends, and the permit is released, when the body has been read or dropped.
+    pub(super) fn response(self, body: Body, permit: Option<OwnedSemaphorePermit>) -> ResponseBody {
+        ResponseBody { body, call: self, _permit: permit }
     }
 }
 
 impl Drop for Call {
     fn drop(&mut self) {
-        let mut state = self.watch.state();
+        let mut state = self.activity.state();
         state.calls -= 1;
         state.unread.remove(&self.id);
-        state.read_by_calls = state.read;
+        state.received_by_calls = state.received;
     }
 }
 
-/// The body of an answer. It is polled for a frame when the one before has been taken.
-pub(super) struct Answer {
+/// The body of a response. hyper polls it for the next frame once the client has read the one before.
+pub(super) struct ResponseBody {
     body: Body,
     call: Call,
     _permit: Option<OwnedSemaphorePermit>,
 }
 
-impl http_body::Body for Answer {
+impl http_body::Body for ResponseBody {
     type Data = Bytes;
     type Error = axum::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        self.call.watch.taken(self.call.id);
+        self.call.activity.record_read(self.call.id);
         let polled = Pin::new(&mut self.body).poll_frame(cx);
         if let Poll::Ready(Some(Ok(_))) = &polled {
-            self.call.watch.given(self.call.id);
+            self.call.activity.record_unread(self.call.id);
         }
         polled
     }
@@ -155,17 +158,17 @@ impl http_body::Body for Answer {
     }
 }
 
-/// A socket whose reads are counted, and whose writes are watched.
+/// A socket whose reads and writes are recorded.
 pub(super) struct Stream {
     inner: TcpStream,
-    watch: Watch,
+    activity: Activity,
 }
 
 impl Stream {
-    fn written<T>(&self, polled: Poll<T>) -> Poll<T> {
+    fn record_write<T>(&self, polled: Poll<T>) -> Poll<T> {
         match polled {
-            Poll::Pending => self.watch.given(SOCKET),
-            Poll::Ready(_) => self.watch.written(),
+            Poll::Pending => self.activity.record_unread(SOCKET),
+            Poll::Ready(_) => self.activity.record_write(),
         }
         polled
     }
@@ -177,7 +180,7 @@ impl AsyncRead for Stream {
         let polled = Pin::new(&mut self.inner).poll_read(cx, buffer);
         let more = buffer.filled().len().saturating_sub(before);
         if more > 0 {
-            self.watch.state().read += more as u64;
+            self.activity.state().received += more as u64;
         }
         polled
     }
@@ -186,7 +189,7 @@ impl AsyncRead for Stream {
 impl AsyncWrite for Stream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.inner).poll_write(cx, bytes);
-        self.written(polled)
+        self.record_write(polled)
     }
 
     fn poll_write_vectored(
@@ -195,7 +198,7 @@ impl AsyncWrite for Stream {
         bytes: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.inner).poll_write_vectored(cx, bytes);
-        self.written(polled)
+        self.record_write(polled)
     }
 
     fn is_write_vectored(&self) -> bool {
