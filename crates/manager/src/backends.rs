@@ -1,4 +1,4 @@
-//! What stands behind the ports, as configured.
+//! Builds the adapters behind the ports from the configuration.
 
 use std::sync::Arc;
 
@@ -13,22 +13,22 @@ use crate::{Config, StartError};
 
 type Result<T> = std::result::Result<T, StartError>;
 
-/// The host's name and the process id.
+/// The default name of a replica: host name and process id.
 pub(crate) fn replica_name() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     format!("{}-{}", host.trim(), std::process::id())
 }
 
-/// Scenarios from registries and, if allowed, from a local directory.
+/// Scenarios from registries and, with `--scenario-root`, from a local directory.
 pub(crate) fn scenarios(config: &Config) -> Result<Library> {
     std::fs::create_dir_all(&config.dir)
-        .with_context(|| format!("cannot make {}: give --dir a directory that can be written", config.dir.display()))?;
+        .with_context(|| format!("cannot create {}; pass a writable directory as --dir (DIR)", config.dir.display()))?;
     let key_file = config.flag_key_file.clone().unwrap_or_else(|| config.dir.join("flag.key"));
-    let key = FlagKey::load_or_create(&key_file).with_context(|| format!("flag key {}", key_file.display()))?;
+    let key = FlagKey::load_or_create(&key_file).with_context(|| format!("cannot use the flag key {}", key_file.display()))?;
     let credentials =
         config.registry_credentials().map(|(username, password)| Credentials { registry: None, username, password });
     if let Some(root) = config.scenario_root.as_ref().filter(|root| !root.is_dir()) {
-        return Err(anyhow!("--scenario-root (SCENARIO_ROOT) {}: is not a directory", root.display()).into());
+        return Err(anyhow!("--scenario-root (SCENARIO_ROOT) {} is not a directory", root.display()).into());
     }
     let library = gauntlet_scenario::Config {
         local_root: config.scenario_root.clone(),
@@ -38,7 +38,7 @@ pub(crate) fn scenarios(config: &Config) -> Result<Library> {
     Ok(Library::new(library)?)
 }
 
-/// Instances as processes of this machine.
+/// Instances as processes on this machine.
 pub(crate) fn provisioner(config: &Config) -> Result<Process> {
     let (first, last) = config.instance_ports;
     let mut process = process::Config::new(config.instances_dir());
@@ -48,17 +48,17 @@ pub(crate) fn provisioner(config: &Config) -> Result<Process> {
     Ok(Process::new(process)?)
 }
 
-/// The store, whichever it is. Clones share it.
+/// The store. Cloning shares it.
 #[derive(Clone)]
 pub(crate) enum Backend {
-    /// One file, for one manager.
+    /// A file, used by one manager.
     Embedded(Arc<Coordination<Embedded>>),
-    /// An etcd cluster, for several.
+    /// An etcd cluster, shared by several managers.
     Etcd(Arc<Coordination<Etcd>>),
 }
 
 impl Backend {
-    /// As the domain sees it.
+    /// The store behind the domain's port.
     pub(crate) fn store(&self) -> Arc<dyn Store> {
         match self {
             Self::Embedded(store) => store.clone(),
@@ -66,7 +66,7 @@ impl Backend {
         }
     }
 
-    /// Which store it is; `fresh` becomes its name where it has none.
+    /// The id of the store; a new store gets `fresh`.
     pub(crate) async fn store_id(&self, fresh: &str) -> gauntlet_domain::Result<String> {
         match self {
             Self::Embedded(store) => store.store_id(fresh).await,
@@ -74,7 +74,7 @@ impl Backend {
         }
     }
 
-    /// Reads who of this replica waits, for whom and since when; the longest waits where there are many. Does not block.
+    /// Reads which calls of this replica wait for locks, for which holders and since when; the longest waits if there are many. Doesn't block.
     pub(crate) fn waits(&self) -> impl Fn() -> serde_json::Value + Send + Sync + 'static {
         const SHOWN: usize = 32;
         let backend = self.clone();
@@ -87,7 +87,7 @@ impl Backend {
         }
     }
 
-    /// Gives up what this replica owns and closes the store; bounded in time.
+    /// Releases the locks of this replica and closes the store; takes a bounded time.
     pub(crate) async fn shutdown(&self) {
         match self {
             Self::Embedded(store) => store.shutdown().await,
@@ -96,7 +96,7 @@ impl Backend {
     }
 }
 
-/// The embedded store below the data directory, or etcd where endpoints are given.
+/// Opens etcd if there are endpoints, otherwise the embedded store in the data directory.
 pub(crate) async fn store(config: &Config, replica: String, instruments: &Instruments) -> Result<Backend> {
     if config.etcd_endpoints.is_empty() {
         let file = config.dir.join("gauntlet.redb");
@@ -106,7 +106,7 @@ pub(crate) async fn store(config: &Config, replica: String, instruments: &Instru
     Ok(Backend::Etcd(Arc::new(Coordination::etcd(etcd, replica, Database::etcd(instruments)).await?)))
 }
 
-/// How etcd is reached.
+/// The configuration of the etcd client.
 fn etcd(config: &Config) -> EtcdConfig {
     let tls = EtcdTls { ca: config.etcd_ca.clone(), identity: config.etcd_cert.clone().zip(config.etcd_key.clone()) };
     let (username, password) = config.etcd_credentials().unzip();
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_certificate_for_etcd_is_used_without_an_authority_of_its_own() {
+    fn client_certificate_for_etcd_works_without_a_ca() {
         let arguments = ["manager", "--etcd-endpoints", "a:2379", "--etcd-cert", "cert.pem", "--etcd-key", "key.pem"];
         let tls = etcd(&Config::try_parse_from(arguments).unwrap()).tls.unwrap();
         assert!(tls.ca.is_none() && tls.identity == Some(("cert.pem".into(), "key.pem".into())));

@@ -1,4 +1,4 @@
-//! The instances of this machine, touched once it is known that they belong to this store.
+//! The instances of this machine, used only once their directory is known to belong to this store.
 
 use async_trait::async_trait;
 use gauntlet_domain::{ChallengeId, Found, Identity, Order, Outputs, Provisioner, Result};
@@ -7,7 +7,7 @@ use tokio::sync::OnceCell;
 
 use crate::backends::Backend;
 
-/// The process provisioner of one store: its directory is claimed before anything there is touched, and orders fail until it is.
+/// The process provisioner of one store. Claims its directory for the store before the first call; until that succeeds, calls fail.
 pub(crate) struct Claimed {
     processes: Process,
     backend: Backend,
@@ -19,8 +19,10 @@ impl Claimed {
         Self { processes, backend, claimed: OnceCell::new() }
     }
 
-    /// Claims the directory for the store, if that has not been done. Fails while the store does not answer, and if the directory belongs
-    /// to another.
+    /// Claims the directory for the store, unless that has been done.
+    ///
+    /// # Errors
+    /// The store does not respond, or the directory belongs to another store.
     pub(crate) async fn claim(&self) -> Result<()> {
         let claim = async || {
             let store = self.backend.store_id(&format!("{:016x}", rand::random::<u64>())).await?;
@@ -34,7 +36,7 @@ impl Claimed {
         self.processes.ends()
     }
 
-    /// Ends every instance, as [`Process::halt`] does; none of another store's.
+    /// Stops every instance, as [`Process::halt`] does; does nothing if the directory is not claimed, as it may belong to another store.
     pub(crate) async fn halt(&self) -> Result<usize> {
         if self.claimed.initialized() { self.processes.halt().await } else { Ok(0) }
     }

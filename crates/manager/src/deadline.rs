@@ -1,4 +1,4 @@
-//! How long a gRPC call may take: to be sent, and to be answered where the caller says so (`grpc-timeout`).
+//! Time limits of gRPC calls: for the response, where the caller sets `grpc-timeout`, and for the arrival of the request message.
 
 use std::{
     pin::Pin,
@@ -13,8 +13,8 @@ use tokio::time::Sleep;
 use tonic::{Status, body::Body};
 use tower::{Layer, Service};
 
-/// Ends calls, and streams of answers, with DEADLINE_EXCEEDED once the time that the caller gave is over. What a call changes goes on: the
-/// operation behind it is a task of its own.
+/// Ends calls and response streams with DEADLINE_EXCEEDED when the caller's `grpc-timeout` has passed. A change that the call began continues:
+/// it runs in a task of its own.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DeadlineLayer;
 
@@ -26,7 +26,7 @@ impl<S> Layer<S> for DeadlineLayer {
     }
 }
 
-/// A gRPC service whose callers' deadlines are kept.
+/// A gRPC service that enforces the deadlines of its callers.
 #[derive(Clone, Debug)]
 pub(crate) struct Deadline<S> {
     inner: S,
@@ -47,14 +47,14 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let limit = timeout(request.headers());
-        let answer = self.inner.call(request);
-        let Some(limit) = limit else { return Box::pin(answer) };
-        let mut over = Box::pin(tokio::time::sleep(limit));
+        let response = self.inner.call(request);
+        let Some(limit) = limit else { return Box::pin(response) };
+        let mut deadline = Box::pin(tokio::time::sleep(limit));
         Box::pin(async move {
             tokio::select! {
                 biased;
-                answer = answer => Ok(answer?.map(|body| Body::new(Timed { body, over, limit, ended: false }))),
-                () = &mut over => Ok(exceeded(limit).into_http()),
+                response = response => Ok(response?.map(|body| Body::new(DeadlineBody { body, deadline, limit, ended: false }))),
+                () = &mut deadline => Ok(exceeded(limit).into_http()),
             }
         })
     }
@@ -64,7 +64,7 @@ fn exceeded(limit: Duration) -> Status {
     Status::deadline_exceeded(format!("The call did not end within the {limit:?} that the caller gave it."))
 }
 
-/// The caller's `grpc-timeout`: up to eight digits and a unit. One that is malformed is no timeout, as in every gRPC server.
+/// The caller's `grpc-timeout`: up to eight digits and a unit. A malformed one is ignored, as other gRPC servers do.
 fn timeout(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("grpc-timeout")?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
@@ -83,15 +83,15 @@ fn timeout(headers: &HeaderMap) -> Option<Duration> {
     })
 }
 
-/// A stream of answers that ends at the deadline.
-struct Timed {
+/// A response body that ends at the deadline.
+struct DeadlineBody {
     body: Body,
-    over: Pin<Box<Sleep>>,
+    deadline: Pin<Box<Sleep>>,
     limit: Duration,
     ended: bool,
 }
 
-impl http_body::Body for Timed {
+impl http_body::Body for DeadlineBody {
     type Data = bytes::Bytes;
     type Error = Status;
 
@@ -99,7 +99,7 @@ impl http_body::Body for Timed {
         if self.ended {
             return Poll::Ready(None);
         }
-        if self.over.as_mut().poll(cx).is_ready() {
+        if self.deadline.as_mut().poll(cx).is_ready() {
             self.ended = true;
             let mut trailers = HeaderMap::new();
             return Poll::Ready(Some(match exceeded(self.limit).add_header(&mut trailers) {
@@ -119,20 +119,20 @@ impl http_body::Body for Timed {
     }
 }
 
-/// The body of a request that must have been sent within a time: else a caller could hold a call's place for nothing.
-pub(crate) struct Sent {
+/// A request body that must arrive within `limit`: otherwise a client could keep a call open without sending its message.
+pub(crate) struct TimedRequestBody {
     body: axum::body::Body,
-    over: Pin<Box<Sleep>>,
+    deadline: Pin<Box<Sleep>>,
     limit: Duration,
 }
 
-impl Sent {
+impl TimedRequestBody {
     pub(crate) fn new(body: axum::body::Body, limit: Duration) -> Self {
-        Self { body, over: Box::pin(tokio::time::sleep(limit)), limit }
+        Self { body, deadline: Box::pin(tokio::time::sleep(limit)), limit }
     }
 }
 
-impl http_body::Body for Sent {
+impl http_body::Body for TimedRequestBody {
     type Data = bytes::Bytes;
     type Error = axum::Error;
 
@@ -143,9 +143,9 @@ impl http_body::Body for Sent {
         if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
             return Poll::Ready(frame);
         }
-        self.over.as_mut().poll(cx).map(|()| {
-            let late = format!("The message was not sent within {:?}.", self.limit);
-            Some(Err(axum::Error::new(Status::deadline_exceeded(late))))
+        self.deadline.as_mut().poll(cx).map(|()| {
+            let message = format!("The message was not sent within {:?}.", self.limit);
+            Some(Err(axum::Error::new(Status::deadline_exceeded(message))))
         })
     }
 
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn timeouts_as_the_protocol_writes_them() {
+    fn timeouts_are_parsed_as_the_protocol_defines_them() {
         for (text, expected) in [
             ("1H", Some(Duration::from_secs(3600))),
             ("99999999H", Some(Duration::from_secs(99_999_999 * 3600))),
@@ -192,40 +192,40 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_call_past_its_deadline_is_answered() {
+    async fn call_past_its_deadline_fails() {
         let hangs = tower::service_fn(|_: Request<()>| std::future::pending::<Result<Response<Body>, Status>>());
-        let answer = DeadlineLayer.layer(hangs).oneshot(request("10m")).await.unwrap();
-        assert_eq!(answer.headers().get("grpc-status").unwrap(), "4");
+        let response = DeadlineLayer.layer(hangs).oneshot(request("10m")).await.unwrap();
+        assert_eq!(response.headers().get("grpc-status").unwrap(), "4");
     }
 
     #[tokio::test]
-    async fn a_stream_past_its_deadline_ends() {
+    async fn stream_past_its_deadline_ends() {
         let streams = tower::service_fn(|_: Request<()>| async {
             let first = futures::stream::iter([Ok::<_, Status>(Frame::data(bytes::Bytes::from_static(b"first")))]);
             let body = StreamBody::new(futures::StreamExt::chain(first, futures::stream::pending()));
             Ok::<_, Status>(Response::new(Body::new(body)))
         });
-        let answer = DeadlineLayer.layer(streams).oneshot(request("100m")).await.unwrap();
-        let whole = answer.into_body().collect().await.unwrap();
-        assert_eq!(whole.trailers().unwrap().get("grpc-status").unwrap(), "4");
-        assert_eq!(whole.to_bytes(), "first");
+        let response = DeadlineLayer.layer(streams).oneshot(request("100m")).await.unwrap();
+        let body = response.into_body().collect().await.unwrap();
+        assert_eq!(body.trailers().unwrap().get("grpc-status").unwrap(), "4");
+        assert_eq!(body.to_bytes(), "first");
     }
 
     #[tokio::test]
-    async fn a_message_that_is_not_sent_is_given_up() {
+    async fn call_whose_message_does_not_arrive_fails() {
         use gauntlet_api::v1::challenge::challenge_store_client::ChallengeStoreClient;
         let (_, health) = tonic_health::server::health_reporter();
         let api = crate::fixture::Api::new().await;
         let instruments = gauntlet_telemetry::Instruments::noop();
         let routes = crate::server::api(api.handlers(), api.router(), health, &instruments).unwrap();
-        let stuck = tower::service_fn(move |request: Request<Body>| {
+        let channel = tower::service_fn(move |request: Request<Body>| {
             let routes = routes.clone();
             // The client's message never arrives.
             let body = axum::body::Body::from_stream(futures::stream::pending::<Result<bytes::Bytes, Status>>());
-            let body = axum::body::Body::new(Sent::new(body, Duration::from_millis(20)));
+            let body = axum::body::Body::new(TimedRequestBody::new(body, Duration::from_millis(20)));
             async move { routes.oneshot(request.map(|_| body)).await }
         });
-        let mut client = ChallengeStoreClient::new(stuck);
+        let mut client = ChallengeStoreClient::new(channel);
         let status = client.retrieve_challenge(tonic::Request::new(Default::default())).await.unwrap_err();
         assert_eq!(status.code(), tonic::Code::DeadlineExceeded, "{status:?}");
     }

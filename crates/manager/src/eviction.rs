@@ -1,4 +1,4 @@
-//! Keeps the scenarios on this machine's disk within their bound.
+//! Limits the size of the scenario cache on disk.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -11,30 +11,30 @@ use tracing::{Instrument as _, field::Empty, info_span};
 
 use crate::tasks::Tasks;
 
-/// Between two looks.
-const EVERY: Duration = Duration::from_secs(600);
+/// The pause between two checks.
+const INTERVAL: Duration = Duration::from_secs(600);
 
-/// Looks at once and then every ten minutes. The store is asked only where more than `limit` bytes are kept.
+/// Checks at once, then every [`INTERVAL`]. Reads the store only if the cache has more than `limit` bytes.
 pub(crate) fn start(tasks: &Tasks, library: Library, store: Arc<dyn Store>, limit: u64) {
     tasks.spawn("eviction", |stop| async move {
         loop {
-            let looked = async {
-                look(&library, store.as_ref(), limit).await;
-                tokio::time::sleep(EVERY).await;
+            let check = async {
+                evict(&library, store.as_ref(), limit).await;
+                tokio::time::sleep(INTERVAL).await;
             };
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = looked => {}
+                () = check => {}
             }
         }
     });
 }
 
-async fn look(library: &Library, store: &dyn Store, limit: u64) {
+async fn evict(library: &Library, store: &dyn Store, limit: u64) {
     match library.bytes().await {
         Ok(bytes) if bytes <= limit => return,
         Ok(_) => {}
-        Err(error) => return tracing::warn!(error.type = error.code(), %error, "scenarios not counted"),
+        Err(error) => return tracing::warn!(error.type = error.code(), %error, "cannot measure the scenario cache"),
     }
     let span = info_span!(parent: None, "scenario.evict", evicted.scenarios = Empty, evicted.bytes = Empty, error.type = Empty);
     async {
@@ -43,10 +43,10 @@ async fn look(library: &Library, store: &dyn Store, limit: u64) {
             Ok(done) => {
                 let span = tracing::Span::current();
                 span.record("evicted.scenarios", done.scenarios).record("evicted.bytes", done.bytes);
-                tracing::info!(scenarios = done.scenarios, bytes = done.bytes, left = done.left, limit, "evicted");
+                tracing::info!(scenarios = done.scenarios, bytes = done.bytes, left = done.left, limit, "evicted scenarios");
             }
             Err(error) => {
-                tracing::warn!(error.type = error.code(), %error, "scenarios not evicted, will be tried again");
+                tracing::warn!(error.type = error.code(), %error, "cannot evict scenarios; retrying later");
                 tracing::Span::current().record("error.type", error.code());
                 context::fail_span(error.to_string());
             }
@@ -56,7 +56,10 @@ async fn look(library: &Library, store: &dyn Store, limit: u64) {
     .await;
 }
 
-/// The digest of every scenario that a challenge or an instance refers to; [`Error::Internal`] if some record cannot be read.
+/// The digests of all scenarios that challenges and instances refer to.
+///
+/// # Errors
+/// [`Error::Internal`] if a record cannot be read, as it may refer to any scenario.
 async fn in_use(store: &dyn Store) -> Result<BTreeSet<String>> {
     let mut digests = BTreeSet::new();
     let mut read = 0;
@@ -73,7 +76,7 @@ async fn in_use(store: &dyn Store) -> Result<BTreeSet<String>> {
     let stored = store.census(Timestamp::now()).await?.challenges;
     if read < stored {
         return Err(Error::Internal(format!(
-            "of {stored} challenges {read} were read: what the others use is not known"
+            "only {read} of {stored} challenges can be read; the scenarios of the others are unknown"
         )));
     }
     Ok(digests)
@@ -97,7 +100,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_challenges_instances_and_updates_refer_to_is_in_use() {
+    async fn scenarios_of_challenges_instances_and_updates_are_in_use() {
         let dir = tempfile::tempdir().unwrap();
         let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
         assert_eq!(in_use(&store).await.unwrap(), BTreeSet::new());

@@ -1,4 +1,4 @@
-//! `challenges`, `instances` and what is overdue, read from the store whenever they are collected.
+//! The gauges `challenges`, `instances` and overdue instances: counted in the store whenever metrics are collected.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use gauntlet_domain::Store;
 use gauntlet_telemetry::{Gauges, Sample, names};
 use jiff::Timestamp;
 
-/// Has the store counted at each collection. The store is the one behind the decorators: collecting is not a call.
+/// Registers the gauges. `store` is not the observed one: a collection must not show up as a call.
 pub(crate) fn register(gauges: &Gauges, store: Arc<dyn Store>) {
     let read = move || {
         let store = store.clone();

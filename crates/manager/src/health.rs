@@ -1,4 +1,4 @@
-//! Whether the manager can serve: asked of the store, told over grpc.health.v1 and `/healthcheck`.
+//! Checks whether the manager can serve, and publishes it over grpc.health.v1 and `/healthcheck`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,75 +16,75 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{claimed::Claimed, grpc::Handlers, rest::Health, tasks::Tasks};
 
-/// Between two questions.
-const EVERY: Duration = Duration::from_secs(2);
-/// How long an answer may take.
-const DEADLINE: Duration = Duration::from_secs(2);
+/// The pause between two checks.
+const INTERVAL: Duration = Duration::from_secs(2);
+/// How long a check may take.
+const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// After a start: how long health waits, once the store answers, for the first look at what the run before left.
-const SETTLE_WITHIN: Duration = Duration::from_secs(30);
+/// How long the manager may stay `Starting` for the first reconcile pass, counted from the first successful check.
+const RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Whom to ask.
-pub(crate) struct Asked {
+/// What the health of the manager depends on.
+pub(crate) struct Checks {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) instances: Arc<Claimed>,
-    /// Whether the first reconcile pass is over: before it, what is handed out may not run.
-    pub(crate) settled: watch::Receiver<bool>,
+    /// Whether the first reconcile pass is complete. Before that, instances of the previous run may be down.
+    pub(crate) recovered: watch::Receiver<bool>,
 }
 
-/// Asks every two seconds, and once before this answers, until the tasks stop; then health is `Stopping` at once.
-pub(crate) async fn watch(tasks: &Tasks, mut asked: Asked, reporter: HealthReporter) -> watch::Receiver<Health> {
+/// Checks once, then every [`INTERVAL`] in a task, until the tasks stop; health is `Stopping` from then on.
+pub(crate) async fn start(tasks: &Tasks, mut checks: Checks, reporter: HealthReporter) -> watch::Receiver<Health> {
     let (sender, receiver) = watch::channel(Health::Starting);
-    let mut answered = None;
-    tell(&reporter, &sender, asked.health(&mut answered).await).await;
+    let mut first_success = None;
+    publish(&reporter, &sender, checks.health(&mut first_success).await).await;
     tasks.spawn("health", |stop| async move {
         loop {
-            let settling = !*asked.settled.borrow();
+            let recovering = !*checks.recovered.borrow();
             tokio::select! {
                 () = stop.cancelled() => break,
-                Ok(()) = asked.settled.changed(), if settling => {}
-                () = tokio::time::sleep(EVERY) => {}
+                Ok(()) = checks.recovered.changed(), if recovering => {}
+                () = tokio::time::sleep(INTERVAL) => {}
             }
             let health = tokio::select! {
                 () = stop.cancelled() => break,
-                health = asked.health(&mut answered) => health,
+                health = checks.health(&mut first_success) => health,
             };
-            tell(&reporter, &sender, health).await;
+            publish(&reporter, &sender, health).await;
         }
-        tell(&reporter, &sender, Health::Stopping).await;
+        publish(&reporter, &sender, Health::Stopping).await;
     });
     receiver
 }
 
-impl Asked {
-    /// `answered` is when it was first well.
-    async fn health(&self, answered: &mut Option<Instant>) -> Health {
-        match ask(self.store.as_ref(), &self.instances).await {
-            Health::Serving if !*self.settled.borrow() => {
-                let waited = answered.get_or_insert_with(Instant::now).elapsed();
-                if waited < SETTLE_WITHIN { Health::Starting } else { Health::Serving }
+impl Checks {
+    /// Checks store and instances. `first_success` keeps the time of the first successful check.
+    async fn health(&self, first_success: &mut Option<Instant>) -> Health {
+        match check(self.store.as_ref(), &self.instances).await {
+            Health::Serving if !*self.recovered.borrow() => {
+                let waited = first_success.get_or_insert_with(Instant::now).elapsed();
+                if waited < RECOVERY_TIMEOUT { Health::Starting } else { Health::Serving }
             }
             health => health,
         }
     }
 }
 
-async fn ask(store: &dyn Store, instances: &Claimed) -> Health {
-    let asked = async {
+async fn check(store: &dyn Store, instances: &Claimed) -> Health {
+    let check = async {
         store.ping().await?;
         instances.claim().await
     };
-    match tokio::time::timeout(DEADLINE, asked).await {
+    match tokio::time::timeout(TIMEOUT, check).await {
         Ok(Ok(())) => Health::Serving,
         Ok(Err(error @ Error::Provision { .. })) => {
-            tracing::error!(%error, "the data directory cannot be used");
+            tracing::error!(%error, "cannot use the data directory");
             Health::Failing { why: "its data directory cannot be used".to_owned() }
         }
         Ok(Err(_)) | Err(_) => Health::Failing { why: format!("{} does not answer", store.backend()) },
     }
 }
 
-async fn tell(reporter: &HealthReporter, sender: &watch::Sender<Health>, health: Health) {
+async fn publish(reporter: &HealthReporter, sender: &watch::Sender<Health>, health: Health) {
     let serving = if health == Health::Serving { ServingStatus::Serving } else { ServingStatus::NotServing };
     let services = [
         "",
@@ -104,7 +104,7 @@ async fn tell(reporter: &HealthReporter, sender: &watch::Sender<Health>, health:
     });
     if changed {
         match health {
-            Health::Failing { why } => tracing::error!(why, "cannot serve: calls fail"),
+            Health::Failing { why } => tracing::error!(why, "unhealthy: calls fail"),
             other => tracing::info!(health = ?other, "health changed"),
         }
     }
@@ -113,39 +113,44 @@ async fn tell(reporter: &HealthReporter, sender: &watch::Sender<Health>, health:
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
-    use gauntlet_coordination::Coordination;
+    use std::path::Path;
+
+    use gauntlet_coordination::{Coordination, Embedded};
     use gauntlet_provision::process::{self, Process};
 
     use super::*;
     use crate::backends::Backend;
 
-    #[tokio::test]
-    async fn it_serves_half_a_minute_after_the_store_answered_whatever_the_first_look_comes_to() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Arc::new(Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap());
-        let processes = Process::new(process::Config::new(dir.path().join("instances"))).unwrap();
-        let instances = Arc::new(Claimed::new(processes, Backend::Embedded(store.clone())));
-        let (_never, settled) = watch::channel(false);
-        let asked = Asked { store, instances, settled };
-        let mut answered = None;
-        assert_eq!(asked.health(&mut answered).await, Health::Starting);
-        assert!(answered.is_some());
-        let mut before = Some(Instant::now() - Duration::from_secs(30));
-        assert_eq!(asked.health(&mut before).await, Health::Serving);
+    async fn on(dir: &Path) -> (Arc<Coordination<Embedded>>, Arc<Claimed>) {
+        let store = Arc::new(Coordination::embedded(&dir.join("store"), "replica".into()).await.unwrap());
+        let processes = Process::new(process::Config::new(dir.join("instances"))).unwrap();
+        let instances = Claimed::new(processes, Backend::Embedded(store.clone()));
+        (store, Arc::new(instances))
     }
 
     #[tokio::test]
-    async fn it_serves_once_what_is_left_has_been_looked_at() {
+    async fn serves_after_the_recovery_timeout_without_a_reconcile_pass() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Arc::new(Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap());
-        let processes = Process::new(process::Config::new(dir.path().join("instances"))).unwrap();
-        let instances = Arc::new(Claimed::new(processes, Backend::Embedded(store.clone())));
-        let (settled, receiver) = watch::channel(false);
+        let (store, instances) = on(dir.path()).await;
+        let (_never, recovered) = watch::channel(false);
+        let checks = Checks { store, instances, recovered };
+        let mut first_success = None;
+        assert_eq!(checks.health(&mut first_success).await, Health::Starting);
+        assert!(first_success.is_some());
+        let mut earlier = Some(Instant::now() - Duration::from_secs(30));
+        assert_eq!(checks.health(&mut earlier).await, Health::Serving);
+    }
+
+    #[tokio::test]
+    async fn serves_once_the_first_reconcile_pass_is_complete() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, instances) = on(dir.path()).await;
+        let (recovered, receiver) = watch::channel(false);
         let (reporter, _service) = tonic_health::server::health_reporter();
         let tasks = Tasks::default();
-        let mut health = super::watch(&tasks, Asked { store, instances, settled: receiver }, reporter).await;
+        let mut health = start(&tasks, Checks { store, instances, recovered: receiver }, reporter).await;
         assert_ne!(*health.borrow(), Health::Serving);
-        settled.send_replace(true);
+        recovered.send_replace(true);
         let soon = Duration::from_secs(60);
         tokio::time::timeout(soon, health.wait_for(|health| *health == Health::Serving)).await.unwrap().unwrap();
         tasks.drain(soon).await;

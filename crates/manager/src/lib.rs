@@ -1,4 +1,4 @@
-//! The manager: gRPC, REST and background work over the ports. This is the composition root: what stands behind each port is decided here.
+//! The manager: gRPC, REST and background work on top of the use cases. This is the composition root, which chooses the adapter of each port.
 
 mod backends;
 mod call;
@@ -59,14 +59,14 @@ impl From<Error> for StartError {
     }
 }
 
-/// How long the store may take to give up what this replica owns.
-const STORE_WITHIN: Duration = Duration::from_secs(2);
+/// How long the store may take to release the locks of this replica at shutdown.
+const STORE_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A running manager. Ends with [`Manager::stop`]; dropping it leaves its tasks to the runtime.
+/// A running manager. Stop it with [`Manager::stop`]: dropping it leaves its tasks running.
 pub struct Manager {
-    /// Where the API listens: the port is the chosen one when 0 was asked for.
+    /// The address of the API, with the actual port if the configured one is 0.
     pub api: SocketAddr,
-    /// Where the debug page listens, if it does.
+    /// The address of the debug page, unless it is off.
     pub debug: Option<SocketAddr>,
     config: Config,
     tasks: Tasks,
@@ -76,8 +76,11 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// Puts everything together and listens. Fails, with what to do about it, if the data directory, the store or a port cannot be had, or if
-    /// the data directory holds the instances of another store. An etcd that does not answer is no failure: calls fail until it does.
+    /// Builds the manager, starts its tasks and listens. If etcd does not respond it starts all the same, and calls fail until etcd does.
+    ///
+    /// # Errors
+    /// The configuration is invalid, the data directory, the store or a port cannot be used, or the data directory holds the instances of
+    /// another store.
     pub async fn start(config: Config, telemetry: &Telemetry) -> Result<Self, StartError> {
         let replica = config.replica.clone().unwrap_or_else(backends::replica_name);
         tracing::info!(%replica, dir = %config.dir.display(), etcd = config.etcd_endpoints.join(","), "starting");
@@ -89,7 +92,7 @@ impl Manager {
         let backend = backends::store(&config, replica.clone(), instruments).await?;
         let instances = Arc::new(Claimed::new(processes, backend.clone()));
         match instances.claim().await {
-            Err(error @ Error::Unavailable { .. }) => tracing::warn!(%error, "calls fail until the store answers"),
+            Err(error @ Error::Unavailable { .. }) => tracing::warn!(%error, "the store does not respond; calls fail until it does"),
             claimed => claimed?,
         }
         let provisioner = ObservedProvisioner::new(instances.clone(), instruments.clone());
@@ -104,15 +107,15 @@ impl Manager {
         let gauntlet = Gauntlet::new(store.clone(), Arc::new(provisioner), Arc::new(scenarios), facts, settings);
 
         gauges::register(telemetry.gauges(), backend.store());
-        telemetry.debug().add_panel("locks", backend.waits());
-        let who =
+        telemetry.debug().panel("locks", backend.waits());
+        let about =
             serde_json::json!({ "replica": replica, "store": store.backend(), "version": env!("CARGO_PKG_VERSION") });
-        telemetry.debug().panel("manager", move || who.clone());
+        telemetry.debug().panel("manager", move || about.clone());
         let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals.clone()));
         let (reporter, health_service) = tonic_health::server::health_reporter();
-        let asked =
-            health::Asked { store: backend.store(), instances: instances.clone(), settled: reconciler.settled() };
-        let health = health::watch(&tasks, asked, reporter).await;
+        let checks =
+            health::Checks { store: backend.store(), instances: instances.clone(), recovered: reconciler.recovered() };
+        let health = health::start(&tasks, checks, reporter).await;
         let rest = rest::router(handlers.clone()).merge(rest::health::router(health.clone()));
         let port = |name, router| Port {
             name,
@@ -132,57 +135,58 @@ impl Manager {
             None => None,
         };
         eviction::start(&tasks, library, backend.store(), config.scenario_keep);
-        // Before the first pass looks: what ends between the two is seen by one of them.
+        // The watch starts before the first reconcile pass: an exit between the two would be missed.
         match instances.ends() {
             Ok(watched) => ends::start(&tasks, &gauntlet, &signals, watched),
-            Err(error) => tracing::warn!(%error, "instances that end are brought up again by the reconciler alone"),
+            Err(error) => tracing::warn!(%error, "cannot watch for exits of instances; only the reconciler restarts them"),
         }
         signals.pools().start(&tasks, &gauntlet);
         reconciler.start(&tasks, &gauntlet, config.reconcile_every);
-        let shown = page.map(|page| format!("http://{page}/"));
-        tracing::info!(%api, page = shown, store = store.backend(), "listening");
+        let page_url = page.map(|page| format!("http://{page}/"));
+        tracing::info!(%api, page = page_url, store = store.backend(), "listening");
         Ok(Self { api, debug: page, config, tasks, backend, instances, health })
     }
 
-    /// Waits until health says that it serves: the store answers, and what the run before left has been looked at. Calls are answered before
-    /// that, but an instance that is handed out may not run yet. Does not end while the store does not answer.
+    /// Waits until the manager is healthy: the store responds and the first reconcile pass is complete. It serves calls before that, but instances
+    /// of the previous run may be down. Doesn't return while the store does not respond.
     pub async fn serving(&self) {
-        // Whoever tells health ends with the manager.
+        // Fails only if the health task has ended, as it does at shutdown.
         let _ = self.health.clone().wait_for(|health| *health == rest::Health::Serving).await;
     }
 
-    /// Stops listening, lets calls under way end (for as long as the configuration says), and gives up what this replica owns. Instances go
-    /// on.
+    /// Stops listening, waits for running calls for the configured time, and releases the locks of this replica. Instances keep running.
     pub async fn stop(self) {
-        tracing::info!(within = ?self.config.drain, "stopping: no new calls, those under way end; a second signal ends at once");
-        let left = self.tasks.drain(self.config.drain).await;
-        if left > 0 {
-            tracing::warn!(left, after = ?self.config.drain, "calls were still under way: what they left is recovered at the next start");
+        tracing::info!(within = ?self.config.drain, "stopping: waiting for running calls to finish; a second signal exits at once");
+        let running = self.tasks.drain(self.config.drain).await;
+        if running > 0 {
+            tracing::warn!(left = running, after = ?self.config.drain, "calls were still running; recovery finishes their work at the next start");
         }
-        if tokio::time::timeout(STORE_WITHIN, self.backend.shutdown()).await.is_err() {
-            tracing::warn!("the store did not shut down in time: what is owned goes with its lease");
+        if tokio::time::timeout(STORE_SHUTDOWN_TIMEOUT, self.backend.shutdown()).await.is_err() {
+            tracing::warn!("the store did not shut down in time; the locks of this replica are released when its lease expires");
         }
     }
 
-    /// Stops, and ends the instances of this machine too; the next start brings them back. Answers how many were running.
+    /// Stops the manager and the instances of this machine, and returns how many were running. The next start restarts them.
     pub async fn stop_with_instances(self) -> anyhow::Result<usize> {
         let instances = self.instances();
         self.stop().await;
         instances.halt().await
     }
 
-    /// The instances of this machine, which can be ended also while the manager stops.
+    /// The instances of this machine, to be stopped also while [`Manager::stop`] runs.
     pub fn instances(&self) -> Instances {
         Instances(self.instances.clone())
     }
 }
 
-/// The instances of one machine.
+/// The instances of one machine, whose supervisors outlive the manager.
 pub struct Instances(Arc<Claimed>);
 
 impl Instances {
-    /// Tells the supervisor of each instance to end it, all at once, and waits until they have; the next start brings them back. Answers how
-    /// many were running. A supervisor that has been told goes on if this is dropped.
+    /// Stops all instances concurrently, waits until they have exited, and returns how many were running. The next start restarts them.
+    ///
+    /// # Cancel safety
+    /// If the future is dropped, the supervisors that have been told continue to stop their instances.
     pub async fn halt(&self) -> anyhow::Result<usize> {
         Ok(self.0.halt().await?)
     }

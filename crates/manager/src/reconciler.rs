@@ -9,52 +9,52 @@ use tracing::{Instrument as _, field::Empty, info_span};
 
 use crate::{call::call_now, signals::Signals, tasks::Tasks};
 
-/// After a pass that could read nothing: how long signals wait, and how long the first pass waits for its next try.
-const AGAIN: Duration = Duration::from_secs(2);
+/// The pause after a pass that failed as a whole.
+const RETRY_DELAY: Duration = Duration::from_secs(2);
 
 /// The loop that reconciles.
 pub(crate) struct Reconciler {
     signals: Signals,
-    settled: watch::Sender<bool>,
+    recovered: watch::Sender<bool>,
 }
 
 impl Reconciler {
     /// A reconciler that runs a pass whenever `signals` request one.
     pub(crate) fn new(signals: Signals) -> Self {
-        Self { signals, settled: watch::Sender::new(false) }
+        Self { signals, recovered: watch::Sender::new(false) }
     }
 
-    /// Whether the first pass has been over everything.
-    pub(crate) fn settled(&self) -> watch::Receiver<bool> {
-        self.settled.subscribe()
+    /// Becomes true when the first pass is complete.
+    pub(crate) fn recovered(&self) -> watch::Receiver<bool> {
+        self.recovered.subscribe()
     }
 
-    /// Starts the loop. The first pass runs at once: a restart finds what a crash left.
-    pub(crate) fn start(self, tasks: &Tasks, gauntlet: &Gauntlet, every: Duration) {
-        let Self { signals, settled } = self;
+    /// Starts the loop. The first pass begins at once: it finds the work that a crash left behind.
+    pub(crate) fn start(self, tasks: &Tasks, gauntlet: &Gauntlet, interval: Duration) {
+        let Self { signals, recovered } = self;
         let gauntlet = gauntlet.clone();
         tasks.spawn("reconcile", |stop| async move {
             loop {
                 let pass = async { gauntlet.reconcile(&call_now()).await };
                 let reconciled = tokio::select! {
-                    // What a pass was at is on record, as after a crash: the next start goes on with it.
+                    // The next start continues what a pass was doing, as after a crash.
                     () = stop.cancelled() => return,
                     reconciled = run_reconcile(pass, &signals) => reconciled,
                 };
                 if reconciled {
-                    settled.send_replace(true);
+                    recovered.send_replace(true);
                 } else {
-                    // While the store is away every call that fails asks for a pass, which would fail too.
+                    // While the store is down, each failed call requests a pass, which would fail too.
                     tokio::select! {
                         () = stop.cancelled() => return,
-                        () = tokio::time::sleep(AGAIN) => {}
+                        () = tokio::time::sleep(RETRY_DELAY) => {}
                     }
-                    if !*settled.borrow() {
+                    if !*recovered.borrow() {
                         continue;
                     }
                 }
-                // Between three quarters and five quarters of the period, so that replicas do not march in step.
-                let pause = every.mul_f64(0.75 + 0.5 * rand::random::<f64>());
+                // 75% to 125% of the interval, so that replicas spread their passes.
+                let pause = interval.mul_f64(0.75 + 0.5 * rand::random::<f64>());
                 tokio::select! {
                     () = stop.cancelled() => return,
                     () = signals.reconcile_requested() => {}
@@ -65,7 +65,7 @@ impl Reconciler {
     }
 }
 
-/// Does a pass in its span. Answers whether it has been over all that it is for, whatever came of each.
+/// Runs a pass in a span of its own. Returns whether it is complete; single items may have failed.
 pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<Reconciled>>, signals: &Signals) -> bool {
     let span = info_span!(
         parent: None,
@@ -99,16 +99,16 @@ pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<Reconciled>>
                     signals.request_refill(challenge);
                 }
                 for error in &done.failures {
-                    tracing::warn!(error.type = error.code(), %error, "not reconciled, will be tried again");
+                    tracing::warn!(error.type = error.code(), %error, "cannot reconcile an item; retrying later");
                 }
                 if let Some(error) = done.failures.first() {
-                    failed(error);
+                    record_error(error);
                 }
                 true
             }
             Err(error) => {
-                tracing::warn!(error.type = error.code(), %error, "could not reconcile, will be tried again");
-                failed(&error);
+                tracing::warn!(error.type = error.code(), %error, "cannot reconcile; retrying later");
+                record_error(&error);
                 false
             }
         }
@@ -117,7 +117,7 @@ pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<Reconciled>>
     .await
 }
 
-fn failed(error: &Error) {
+fn record_error(error: &Error) {
     tracing::Span::current().record("error.type", error.code());
     context::fail_span(error.to_string());
 }
@@ -134,17 +134,19 @@ mod tests {
     use gauntlet_coordination::Coordination;
     use gauntlet_domain::{ChallengeId, Found, Identity, Order, Outputs, Provisioner, Settings};
 
+    use gauntlet_testing::eventually;
+
     use super::*;
     use crate::fixture::{Noted, Played};
 
-    /// A machine that never says what is on it.
+    /// A provisioner whose calls never return.
     #[derive(Default)]
-    struct Silent(AtomicBool);
+    struct Hanging(AtomicBool);
 
     #[async_trait]
-    impl Provisioner for Silent {
+    impl Provisioner for Hanging {
         fn name(&self) -> &'static str {
-            "silent"
+            "hanging"
         }
 
         async fn up(&self, _: &Order) -> Result<Outputs> {
@@ -166,19 +168,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn running_pass_does_not_use_up_the_drain() {
+    async fn running_pass_does_not_delay_shutdown() {
         let dir = tempfile::tempdir().unwrap();
         let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
-        let (machine, facts) = (Arc::new(Silent::default()), Arc::new(Noted::default()));
-        let gauntlet = Gauntlet::new(Arc::new(store), machine.clone(), Arc::new(Played), facts, Settings::default());
+        let (provisioner, facts) = (Arc::new(Hanging::default()), Arc::new(Noted::default()));
+        let gauntlet = Gauntlet::new(Arc::new(store), provisioner.clone(), Arc::new(Played), facts, Settings::default());
         let tasks = Tasks::default();
         Reconciler::new(Signals::default()).start(&tasks, &gauntlet, Duration::from_secs(3600));
-        let under_way = async {
-            while !machine.0.load(Ordering::SeqCst) {
-                tokio::task::yield_now().await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(30), under_way).await.unwrap();
+        eventually("a pass to list instances", async || provisioner.0.load(Ordering::SeqCst)).await;
         assert_eq!(tasks.drain(Duration::from_secs(10)).await, 0);
     }
 }

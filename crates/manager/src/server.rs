@@ -1,8 +1,8 @@
-//! One port for gRPC, gRPC-web and REST; another for the debug page.
+//! The listeners: one port for gRPC, gRPC-web and REST, another for the debug page.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{io::ErrorKind, net::SocketAddr, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use axum::{Router, extract::Request, response::Response};
 use gauntlet_api::{
     extension::{self, sweeper_server::SweeperServer},
@@ -20,13 +20,13 @@ use tower::{Layer as _, ServiceExt as _, util::MapResponseLayer};
 
 use crate::{
     connections::{Port, accept},
-    deadline::{DeadlineLayer, Sent},
+    deadline::{DeadlineLayer, TimedRequestBody},
     errors,
     grpc::Handlers,
     tasks::Tasks,
 };
 
-/// The RPCs that are served, as `package.Service/Method`.
+/// The RPCs, as `package.Service/Method`: the names that spans may have.
 const METHODS: [&str; 12] = [
     "api.v1.challenge.ChallengeStore/CreateChallenge",
     "api.v1.challenge.ChallengeStore/RetrieveChallenge",
@@ -42,10 +42,10 @@ const METHODS: [&str; 12] = [
     "gauntlet.v1.Sweeper/DeleteExpired",
 ];
 
-/// How long the message of a gRPC call may take to arrive; REST bounds its bodies by itself.
-const SEND_WITHIN: Duration = Duration::from_secs(30);
+/// How long the message of a gRPC call may take to arrive. REST has a limit of its own.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Everything on the API's port, told apart by content type: gRPC says what it is, the rest is REST.
+/// Routes the requests of the API's port by content type: to gRPC and gRPC-web, or to REST.
 pub(crate) fn api<H>(handlers: Handlers, rest: Router, health: H, instruments: &Instruments) -> Result<Router>
 where
     H: tower::Service<http::Request<tonic::body::Body>, Error = std::convert::Infallible>
@@ -79,7 +79,7 @@ where
         let (grpc, rest) = (grpc.clone(), rest.clone());
         async move {
             if is_grpc(&request) {
-                let request = request.map(|body| axum::body::Body::new(Sent::new(body, SEND_WITHIN)));
+                let request = request.map(|body| axum::body::Body::new(TimedRequestBody::new(body, MESSAGE_TIMEOUT)));
                 match grpc.oneshot(request).await {
                     Ok(response) => response.map(axum::body::Body::new),
                 }
@@ -97,23 +97,30 @@ fn is_grpc(request: &Request) -> bool {
     content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
-/// Whether a request is a health check, which is answered however many calls there are.
+/// Whether a request is a health check, to which the limit on calls does not apply.
 pub(crate) fn is_health_check(request: &Request) -> bool {
     matches!(request.uri().path(), "/healthcheck" | "/healthz") || request.uri().path().starts_with("/grpc.health.")
 }
 
-/// The answer to a call beyond the bound, in the caller's protocol.
+/// The response to a call beyond the limit, in the caller's protocol.
 pub(crate) fn overloaded(request: &Request) -> Response {
     let status = gauntlet_api::error::unavailable("TOO_MANY_CALLS");
     if is_grpc(request) { status.into_http() } else { crate::rest::failure(status) }
 }
 
-/// Serves a port until the tasks stop, then until the calls under way have ended. Answers the address it listens on.
+/// Listens on `address` and serves the port until the tasks stop and the running calls have ended. Returns the bound address.
+///
+/// # Errors
+/// The address cannot be bound.
 pub(crate) async fn serve(tasks: &Tasks, address: SocketAddr, port: Port) -> Result<SocketAddr> {
     let name = port.name;
-    let listener = TcpListener::bind(address)
-        .await
-        .with_context(|| format!("cannot listen on {address} for the {name}; is something else running there?"))?;
+    let listener = TcpListener::bind(address).await.map_err(|error| match error.kind() {
+        ErrorKind::AddrInUse => anyhow!(
+            "cannot listen on {address} for the {name}: address in use; stop the process using it (`ss -ltnp sport = :{}`) or choose another port",
+            address.port()
+        ),
+        _ => anyhow!("cannot listen on {address} for the {name}: {error}"),
+    })?;
     let address = listener.local_addr()?;
     let owner = tasks.clone();
     tasks.spawn(name, |stop| accept(owner, port, listener, stop));

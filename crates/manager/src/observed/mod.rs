@@ -1,4 +1,5 @@
-//! The ports, observed: what a port means (a lock waited for, an instance provisioned) is measured here, once, whatever stands behind it.
+//! Decorators of the domain's ports. They measure what a port means (a lock that was waited for, an instance that was launched), whatever the
+//! adapter.
 
 mod facts;
 mod provisioner;

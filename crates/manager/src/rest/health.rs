@@ -11,28 +11,28 @@ use tokio::sync::watch;
 use tonic::Status;
 
 use super::{
-    answer::{Failure, with_json},
+    response::{Failure, with_json},
     unknown_method,
 };
 
 /// Whether the manager can serve.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Health {
-    /// Not yet.
+    /// The first check or the first reconcile pass is not complete.
     Starting,
-    /// It can.
+    /// It can serve.
     Serving,
-    /// It cannot.
+    /// A check failed.
     Failing {
-        /// Why, shown to whoever asks.
+        /// Why; part of the response.
         why: String,
     },
-    /// Not any more.
+    /// It is shutting down.
     Stopping,
 }
 
-/// `GET /healthcheck`: 200 `{"status":"ok"}` when serving, else 503 and an error of code 14 that says why. A channel whose sender is gone
-/// is not serving: nobody looks any more.
+/// Routes `GET /healthcheck`: 200 `{"status":"ok"}` when serving, otherwise 503 and an error of code 14 with the reason. If the sender of `health`
+/// is dropped, the health is unknown, and the manager does not count as serving.
 pub(crate) fn router(health: watch::Receiver<Health>) -> Router {
     Router::new().route("/healthcheck", get(healthcheck)).method_not_allowed_fallback(unknown_method).with_state(health)
 }
@@ -41,8 +41,8 @@ async fn healthcheck(State(health): State<watch::Receiver<Health>>) -> Response 
     let watched = health.has_changed().is_ok();
     let why = match &*health.borrow() {
         Health::Serving if watched => return with_json(StatusCode::OK, r#"{"status":"ok"}"#),
-        Health::Serving => "The manager no longer looks after its health.".to_owned(),
-        Health::Starting => "The manager is starting: it looks at what runs.".to_owned(),
+        Health::Serving => "The health of the manager is no longer checked.".to_owned(),
+        Health::Starting => "The manager is starting: it checks its instances.".to_owned(),
         Health::Stopping => "The manager is stopping.".to_owned(),
         Health::Failing { why } => format!("The manager cannot serve: {why}."),
     };

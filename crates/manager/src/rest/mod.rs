@@ -1,9 +1,9 @@
-//! The v1 API over REST: JSON in, the gRPC handlers in process, JSON out.
+//! The v1 API over REST: decodes JSON, calls the gRPC handlers in process, and encodes their messages as JSON.
 //!
-//! What stands in a path goes over what stands in a body. A path is known with its segments whole: `%2F` is part of an id, a slash at
-//! the end is another path. `HEAD` is answered as `GET` without its body; any other method that the table does not have is refused.
+//! Ids in the path override those in the body. Paths are matched segment by segment: `%2F` is part of an id, and a trailing slash makes another
+//! path. `HEAD` works like `GET`; other methods that a path does not have are refused.
 
-mod answer;
+mod response;
 pub(crate) mod health;
 mod request;
 
@@ -29,14 +29,14 @@ use gauntlet_api::{
 use tonic::Request;
 
 use crate::grpc::Handlers;
-use answer::{Answer, Failure, stream};
 pub(crate) use health::Health;
 use request::{Message, Path, SourceId};
+use response::{Failure, Json, stream};
 
-/// A failure is answered with the code's HTTP status and the error as JSON.
+/// A response, or an error that becomes one.
 type Result<T> = std::result::Result<T, Failure>;
 
-/// The REST table of the v1 API. Every answer but that of a stream without items is JSON, those to unknown paths and methods too.
+/// The routes of the v1 API. Every response is JSON, also to unknown paths and methods, except the empty one of a stream without messages.
 pub(crate) fn router(handlers: Handlers) -> Router {
     Router::new()
         .route("/api/v1/challenge", post(create_challenge).get(query_challenge))
@@ -51,7 +51,7 @@ pub(crate) fn router(handlers: Handlers) -> Router {
         .with_state(handlers)
 }
 
-/// An error that is answered before there is a call.
+/// The response to a call that was rejected before it reached the router.
 pub(crate) fn failure(status: tonic::Status) -> Response {
     Failure::from(status).into_response()
 }
@@ -63,11 +63,11 @@ async fn unknown_method() -> Failure {
 async fn create_challenge(
     State(handlers): State<Handlers>,
     Message(message): Message<CreateChallengeRequest>,
-) -> Result<Answer<Challenge>> {
+) -> Result<Json<Challenge>> {
     Ok(handlers.create_challenge(Request::new(message)).await?.into())
 }
 
-async fn retrieve_challenge(State(handlers): State<Handlers>, Path(id): Path<String>) -> Result<Answer<Challenge>> {
+async fn retrieve_challenge(State(handlers): State<Handlers>, Path(id): Path<String>) -> Result<Json<Challenge>> {
     Ok(handlers.retrieve_challenge(Request::new(RetrieveChallengeRequest { id })).await?.into())
 }
 
@@ -79,19 +79,19 @@ async fn update_challenge(
     State(handlers): State<Handlers>,
     Path(id): Path<String>,
     Message(message): Message<UpdateChallengeRequest>,
-) -> Result<Answer<Challenge>> {
+) -> Result<Json<Challenge>> {
     let message = UpdateChallengeRequest { id, ..message };
     Ok(handlers.update_challenge(Request::new(message)).await?.into())
 }
 
-async fn delete_challenge(State(handlers): State<Handlers>, Path(id): Path<String>) -> Result<Answer<()>> {
+async fn delete_challenge(State(handlers): State<Handlers>, Path(id): Path<String>) -> Result<Json<()>> {
     Ok(handlers.delete_challenge(Request::new(DeleteChallengeRequest { id })).await?.into())
 }
 
 async fn create_instance(
     State(handlers): State<Handlers>,
     Message(message): Message<CreateInstanceRequest>,
-) -> Result<Answer<Instance>> {
+) -> Result<Json<Instance>> {
     Ok(handlers.create_instance(Request::new(message)).await?.into())
 }
 
@@ -102,7 +102,7 @@ async fn query_instance(State(handlers): State<Handlers>, SourceId(source_id): S
 async fn retrieve_instance(
     State(handlers): State<Handlers>,
     Path((challenge_id, source_id)): Path<(String, String)>,
-) -> Result<Answer<Instance>> {
+) -> Result<Json<Instance>> {
     let message = RetrieveInstanceRequest { challenge_id, source_id };
     Ok(handlers.retrieve_instance(Request::new(message)).await?.into())
 }
@@ -110,9 +110,9 @@ async fn retrieve_instance(
 async fn renew_instance(
     State(handlers): State<Handlers>,
     Path((challenge_id, source_id)): Path<(String, String)>,
-    // Read for its form only: the path says all there is to say.
+    // Only checked: the path has both ids.
     Message(_): Message<RenewInstanceRequest>,
-) -> Result<Answer<Instance>> {
+) -> Result<Json<Instance>> {
     let message = RenewInstanceRequest { challenge_id, source_id };
     Ok(handlers.renew_instance(Request::new(message)).await?.into())
 }
@@ -120,7 +120,7 @@ async fn renew_instance(
 async fn delete_instance(
     State(handlers): State<Handlers>,
     Path((challenge_id, source_id)): Path<(String, String)>,
-) -> Result<Answer<()>> {
+) -> Result<Json<()>> {
     let message = DeleteInstanceRequest { challenge_id, source_id };
     Ok(handlers.delete_instance(Request::new(message)).await?.into())
 }

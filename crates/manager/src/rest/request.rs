@@ -1,4 +1,4 @@
-//! Bodies, paths and queries in; each refused with what is wrong and the fix.
+//! Requests: extracts messages and ids from bodies, paths and queries. What cannot be decoded is refused with the value and the fix.
 
 use std::time::Duration;
 
@@ -15,17 +15,17 @@ use prost::Name;
 use serde::de::DeserializeOwned;
 use tonic::Status;
 
-use super::answer::Failure;
+use super::response::Failure;
 
-/// The longest body that is read as a message.
+/// The maximum length of a body, in bytes.
 const BODY_LIMIT: usize = 1024 * 1024;
-/// Up to here the rest of a body that is too long is read and thrown away: a client that is still sending hears the answer then, and not
-/// a connection that breaks.
+/// A body that is too long is read and discarded up to this length, in bytes. A client that is still sending then gets the response instead of a
+/// reset connection.
 const DISCARD_LIMIT: usize = 16 * BODY_LIMIT;
 /// How long a body may take to arrive.
-const BODY_DEADLINE: Duration = Duration::from_secs(30);
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A message from a JSON body of at most 1 MiB, whatever its content type. No body is the message without any field.
+/// A message, from a JSON body of at most 1 MiB with any content type. An empty body is a message without fields.
 pub(super) struct Message<M>(pub(super) M);
 
 impl<M, S> FromRequest<S> for Message<M>
@@ -41,8 +41,8 @@ where
 }
 
 async fn message<M: prost::Message + Name + Default>(body: Body) -> Result<M, Status> {
-    let Ok(body) = tokio::time::timeout(BODY_DEADLINE, read(body)).await else {
-        let seconds = BODY_DEADLINE.as_secs();
+    let Ok(body) = tokio::time::timeout(BODY_TIMEOUT, read(body)).await else {
+        let seconds = BODY_TIMEOUT.as_secs();
         return Err(Status::deadline_exceeded(format!("The body did not arrive within {seconds} seconds.")));
     };
     let body = body?;
@@ -80,7 +80,7 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
     type Rejection = Failure;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
-        // Axum takes a malformed escape literally.
+        // axum takes malformed escapes literally.
         check_escapes("path", parts.uri.path()).map_err(Failure::refused)?;
         match extract::Path::from_request_parts(parts, state).await {
             Ok(extract::Path(ids)) => Ok(Self(ids)),
@@ -89,14 +89,14 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
             {
                 Err(Failure::refused(not_utf8("path", parts.uri.path())))
             }
-            // The route has other parameters than its handler takes.
+            // The route and its handler disagree on the parameters.
             Err(_) => Err(Failure::refused(error::internal_error())),
         }
     }
 }
 
-/// `sourceId`, or `source_id`, of the query; empty where it has none. Given twice, by either name, it is refused, as in a body: which one
-/// is meant cannot be known. Other parameters are ignored. Axum's `Query` does not fit: it replaces what is not UTF-8 instead of refusing it.
+/// The parameter `sourceId` or `source_id` of the query, or an empty text. A query that has it twice, under either name, is refused: the one that
+/// is meant is unknown. Other parameters are ignored. axum's `Query` does not fit: it replaces invalid UTF-8 where the contract has an error.
 pub(super) struct SourceId(pub(super) String);
 
 impl<S: Send + Sync> FromRequestParts<S> for SourceId {
@@ -115,7 +115,7 @@ fn source_id(query: &str) -> Result<String, Status> {
             continue;
         }
         check_escapes("sourceId", value)?;
-        // Queries are written as forms are.
+        // Queries are form-encoded.
         let value = value.replace('+', " ");
         let value = percent_decode_str(&value).decode_utf8().map_err(|_| not_utf8("sourceId", &value))?.into_owned();
         if found.replace(value).is_some() {
@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_query_names_one_source_or_none() {
+    fn source_id_of_a_query_is_optional_and_unique() {
         for (query, source) in [
             ("", ""),
             ("sourceId=7", "7"),
@@ -164,19 +164,19 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn any_source_reads_back(source in ".*") {
+        fn any_source_id_round_trips(source in ".*") {
             let encoded = percent_encoding::utf8_percent_encode(&source, percent_encoding::NON_ALPHANUMERIC);
             proptest::prop_assert_eq!(source_id(&format!("sourceId={encoded}")).unwrap(), source);
         }
 
         #[test]
-        fn no_query_is_a_panic(query in ".*") {
+        fn no_query_panics(query in ".*") {
             let _ = source_id(&query);
         }
     }
 
     #[tokio::test]
-    async fn a_body_is_bounded_however_it_comes() {
+    async fn length_of_bodies_is_limited() {
         let whole = |length: usize| Body::from(vec![b' '; length]);
         let chunked = |chunks: usize| {
             let chunk = Bytes::from(vec![b' '; BODY_LIMIT / 4]);

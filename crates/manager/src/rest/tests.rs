@@ -14,7 +14,7 @@ use tokio::{
     sync::watch,
 };
 
-use super::{Health, answer::stream, health};
+use super::{Health, response::stream, health};
 use crate::fixture::{Api, answer, text};
 use crate::grpc::Messages;
 

@@ -1,4 +1,4 @@
-//! Messages, streams and errors out.
+//! Responses: messages, streams of messages and errors, as JSON.
 
 use axum::{
     body::Body,
@@ -14,15 +14,15 @@ use tonic::Status;
 use crate::grpc::Messages;
 
 /// A message as JSON.
-pub(super) struct Answer<M>(M);
+pub(super) struct Json<M>(M);
 
-impl<M> From<tonic::Response<M>> for Answer<M> {
+impl<M> From<tonic::Response<M>> for Json<M> {
     fn from(response: tonic::Response<M>) -> Self {
         Self(response.into_inner())
     }
 }
 
-impl<M: Message + Name> IntoResponse for Answer<M> {
+impl<M: Message + Name> IntoResponse for Json<M> {
     fn into_response(self) -> Response {
         match json::to_string(&self.0) {
             Ok(body) => with_json(StatusCode::OK, body),
@@ -31,17 +31,17 @@ impl<M: Message + Name> IntoResponse for Answer<M> {
     }
 }
 
-/// An error as JSON, with the HTTP status of its code.
+/// An error as JSON, with the HTTP status of its gRPC code.
 pub(super) struct Failure(Status);
 
 impl Failure {
-    /// A refusal before there is a call.
+    /// A request that is refused before it becomes a call.
     pub(super) fn refused(status: Status) -> Self {
         Self(crate::status::refusal(status))
     }
 }
 
-/// The answer to a call, or an answer that is not reported.
+/// The error of a call, which has its cause, or the response to a health check, which has none and is not reported.
 impl From<Status> for Failure {
     fn from(status: Status) -> Self {
         Self(status)
@@ -51,20 +51,21 @@ impl From<Status> for Failure {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let mut response = with_json(error::http_status(self.0.code()), error::body(&self.0));
-        // For `errors::report`, as tonic does for its own responses.
+        // `errors::report` reads it. tonic does the same for its responses.
         response.extensions_mut().insert(self.0);
         response
     }
 }
 
-/// The items as lines, each sent when it is there. Waits for the first: an error before it is the whole answer, an error after it is the
-/// last line. An item that JSON cannot say is left out: it hides no other. Without an item the body is empty and has no type.
+/// Streams messages as JSON lines, each as soon as it is available. Waits for the first message: an error before it is the whole response; an
+/// error after it is the last line. Messages that cannot be encoded are skipped, so that they don't hide the others. Without messages the body
+/// is empty and has no content type.
 pub(super) async fn stream<M: Message + Name + 'static>(
     response: tonic::Response<Messages<M>>,
 ) -> Result<Response, Failure> {
-    let (_, items, extensions) = response.into_parts();
-    let mut lines = items.filter_map(|item| {
-        ready(match item.map(|message| json::stream_line(&message)) {
+    let (_, messages, extensions) = response.into_parts();
+    let mut lines = messages.filter_map(|message| {
+        ready(match message.map(|message| json::stream_line(&message)) {
             Ok(Ok(line)) => Some(Ok(line)),
             Ok(Err(error)) => {
                 unencodable(&error);
@@ -77,8 +78,8 @@ pub(super) async fn stream<M: Message + Name + 'static>(
         return Ok(StatusCode::OK.into_response());
     };
     let rest = lines.scan(false, |ended, line| {
-        let before = std::mem::replace(ended, line.is_err());
-        ready((!before).then(|| line.unwrap_or_else(|status| error::stream_line(&status))))
+        let already_ended = std::mem::replace(ended, line.is_err());
+        ready((!already_ended).then(|| line.unwrap_or_else(|status| error::stream_line(&status))))
     });
     let body = once(ready(first)).chain(rest).map(Ok::<_, std::convert::Infallible>);
     let mut response = with_json(StatusCode::OK, Body::from_stream(body));
@@ -86,7 +87,7 @@ pub(super) async fn stream<M: Message + Name + 'static>(
     Ok(response)
 }
 
-/// An answer whose body is JSON already.
+/// A response whose body is encoded already.
 pub(super) fn with_json(status: StatusCode, body: impl Into<Body>) -> Response {
     let mut response = Response::new(body.into());
     *response.status_mut() = status;
@@ -94,9 +95,9 @@ pub(super) fn with_json(status: StatusCode, body: impl Into<Body>) -> Response {
     response
 }
 
-/// Something stored that JSON cannot say: a fault of ours, so the client is not told what.
+/// Reports a stored value that JSON cannot represent. The client gets an internal error without the details.
 fn unencodable(error: &json::EncodeError) -> Status {
-    tracing::error!(error.type = "INTERNAL_ERROR", %error, "answer not encoded");
+    tracing::error!(error.type = "INTERNAL_ERROR", %error, "cannot encode the response as JSON");
     context::fail_span(error.to_string());
     error::internal_error()
 }
