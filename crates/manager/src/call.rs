@@ -14,7 +14,7 @@ use jiff::Timestamp;
 pub(crate) struct OsEntropy;
 
 impl Entropy for OsEntropy {
-    fn bits(&self) -> u64 {
+    fn next_u64(&self) -> u64 {
         rand::random()
     }
 }
@@ -38,7 +38,7 @@ impl Clock for RuntimeClock {
 pub(crate) fn call_now() -> Call {
     Call {
         now: Timestamp::now(),
-        origin: context::current_traceparent(),
+        traceparent: context::current_traceparent(),
         entropy: Arc::new(OsEntropy),
         clock: Arc::new(RuntimeClock),
     }

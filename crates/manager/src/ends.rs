@@ -34,11 +34,11 @@ pub(crate) fn start(tasks: &Tasks, gauntlet: &Gauntlet, signals: &Signals, mut e
 }
 
 /// Checks the instance twice if need be: one that exited as soon as it was ready may not be recorded as ready yet.
-async fn bring_back(gauntlet: &Gauntlet, found: Found) -> Result<Reconciled> {
-    let done = gauntlet.bring_back(&call_now(), found.clone()).await?;
-    if done.revived + done.orphans + done.failures.len() > 0 {
+async fn bring_back(gauntlet: &Gauntlet, found: Found) -> Result<ReconcileReport> {
+    let done = gauntlet.reconcile_instance(&call_now(), found.clone()).await?;
+    if done.restarted + done.orphans_removed + done.failures.len() > 0 {
         return Ok(done);
     }
     tokio::time::sleep(RECHECK_DELAY).await;
-    gauntlet.bring_back(&call_now(), found).await
+    gauntlet.reconcile_instance(&call_now(), found).await
 }

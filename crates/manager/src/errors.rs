@@ -40,7 +40,7 @@ pub(crate) fn report<B>(response: Response<B>) -> Response<ReportedBody<B>> {
 fn report_cause(status: &Status) {
     match status.source().and_then(|source| source.downcast_ref::<Cause>()) {
         Some(Cause::Error(error)) => {
-            context::attribute("gauntlet.error.code", error.code());
+            context::set_attribute("gauntlet.error.code", error.code());
             if error.is_fault() {
                 tracing::error!(error.type = error.code(), %error, "call failed");
                 context::fail_span(error.to_string());
@@ -52,7 +52,7 @@ fn report_cause(status: &Status) {
             }
         }
         Some(Cause::Refusal(code)) => {
-            context::attribute("gauntlet.error.code", *code);
+            context::set_attribute("gauntlet.error.code", *code);
             tracing::debug!(error.type = code, message = status.message(), "request refused");
         }
         // An answer of the transport itself, such as an unhealthy /healthcheck.

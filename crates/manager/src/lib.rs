@@ -99,7 +99,7 @@ impl Manager {
         let scenarios = ObservedScenarios::new(Arc::new(library.clone()), instances.name(), instruments.clone());
         let store: Arc<dyn Store> = Arc::new(ObservedStore::new(backend.store(), instruments.clone()));
 
-        let settings = Settings { patience: config.lock_timeout, pool_max: config.pool_max, ..Settings::default() };
+        let settings = Settings { lock_timeout: config.lock_timeout, pool_max: config.pool_max, ..Settings::default() };
         let signals = Signals::default();
         let reconciler = Reconciler::new(signals.clone());
         let facts = SignallingFacts { inner: Arc::new(CountedFacts(instruments.clone())), signals: signals.clone() };
@@ -107,10 +107,10 @@ impl Manager {
         let gauntlet = Gauntlet::new(store.clone(), Arc::new(provisioner), Arc::new(scenarios), facts, settings);
 
         gauges::register(telemetry.gauges(), backend.store());
-        telemetry.debug().panel("locks", backend.waits());
+        telemetry.debug().add_panel("locks", backend.waits());
         let about =
             serde_json::json!({ "replica": replica, "store": store.backend(), "version": env!("CARGO_PKG_VERSION") });
-        telemetry.debug().panel("manager", move || about.clone());
+        telemetry.debug().add_panel("manager", move || about.clone());
         let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals.clone()));
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let checks =

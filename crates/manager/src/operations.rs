@@ -2,7 +2,7 @@
 
 use gauntlet_domain::{
     Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Instance, NewChallenge, Result,
-    SourceId, Stream, Updated,
+    SourceId, Stream, UpdateReport,
 };
 use jiff::Timestamp;
 

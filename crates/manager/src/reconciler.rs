@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use gauntlet_domain::{Error, Gauntlet, Reconciled, Result};
+use gauntlet_domain::{Error, Gauntlet, ReconcileReport, Result};
 use gauntlet_telemetry::context;
 use tokio::sync::watch;
 use tracing::{Instrument as _, field::Empty, info_span};
@@ -66,7 +66,7 @@ impl Reconciler {
 }
 
 /// Runs a pass in a span of its own. Returns whether it is complete; single items may have failed.
-pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<Reconciled>>, signals: &Signals) -> bool {
+pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<ReconcileReport>>, signals: &Signals) -> bool {
     let span = info_span!(
         parent: None,
         "reconcile",

@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use gauntlet_domain::{Fact, Operation, Outcome};
+use gauntlet_domain::{Fact, Operation, OperationOutcome};
 
 use crate::fixture::{Api, Logs};
 
