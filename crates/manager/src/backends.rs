@@ -24,7 +24,8 @@ pub(crate) fn scenarios(config: &Config) -> Result<Library> {
     std::fs::create_dir_all(&config.dir)
         .with_context(|| format!("cannot create {}; pass a writable directory as --dir (DIR)", config.dir.display()))?;
     let key_file = config.flag_key_file.clone().unwrap_or_else(|| config.dir.join("flag.key"));
-    let key = FlagKey::load_or_create(&key_file).with_context(|| format!("cannot use the flag key {}", key_file.display()))?;
+    let key = FlagKey::load_or_create(&key_file)
+        .with_context(|| format!("cannot use the flag key {}", key_file.display()))?;
     let credentials =
         config.registry_credentials().map(|(username, password)| Credentials { registry: None, username, password });
     if let Some(root) = config.scenario_root.as_ref().filter(|root| !root.is_dir()) {

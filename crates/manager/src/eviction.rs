@@ -43,7 +43,13 @@ async fn evict(library: &Library, store: &dyn Store, limit: u64) {
             Ok(done) => {
                 let span = tracing::Span::current();
                 span.record("evicted.scenarios", done.scenarios).record("evicted.bytes", done.bytes);
-                tracing::info!(scenarios = done.scenarios, bytes = done.bytes, left = done.left, limit, "evicted scenarios");
+                tracing::info!(
+                    scenarios = done.scenarios,
+                    bytes = done.bytes,
+                    left = done.left,
+                    limit,
+                    "evicted scenarios"
+                );
             }
             Err(error) => {
                 tracing::warn!(error.type = error.code(), %error, "cannot evict scenarios; retrying later");

@@ -92,7 +92,9 @@ impl Manager {
         let backend = backends::store(&config, replica.clone(), instruments).await?;
         let instances = Arc::new(Claimed::new(processes, backend.clone()));
         match instances.claim().await {
-            Err(error @ Error::Unavailable { .. }) => tracing::warn!(%error, "the store does not respond; calls fail until it does"),
+            Err(error @ Error::Unavailable { .. }) => {
+                tracing::warn!(%error, "the store does not respond; calls fail until it does")
+            }
             claimed => claimed?,
         }
         let provisioner = ObservedProvisioner::new(instances.clone(), instruments.clone());
@@ -138,7 +140,9 @@ impl Manager {
         // The watch starts before the first reconcile pass: an exit between the two would be missed.
         match instances.ends() {
             Ok(watched) => ends::start(&tasks, &gauntlet, &signals, watched),
-            Err(error) => tracing::warn!(%error, "cannot watch for exits of instances; only the reconciler restarts them"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot watch for exits of instances; only the reconciler restarts them")
+            }
         }
         signals.pools().start(&tasks, &gauntlet);
         reconciler.start(&tasks, &gauntlet, config.reconcile_every);
@@ -162,7 +166,9 @@ impl Manager {
             tracing::warn!(left = running, after = ?self.config.drain, "calls were still running; recovery finishes their work at the next start");
         }
         if tokio::time::timeout(STORE_SHUTDOWN_TIMEOUT, self.backend.shutdown()).await.is_err() {
-            tracing::warn!("the store did not shut down in time; the locks of this replica are released when its lease expires");
+            tracing::warn!(
+                "the store did not shut down in time; the locks of this replica are released when its lease expires"
+            );
         }
     }
 

@@ -172,7 +172,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
         let (provisioner, facts) = (Arc::new(Hanging::default()), Arc::new(Noted::default()));
-        let gauntlet = Gauntlet::new(Arc::new(store), provisioner.clone(), Arc::new(Played), facts, Settings::default());
+        let gauntlet =
+            Gauntlet::new(Arc::new(store), provisioner.clone(), Arc::new(Played), facts, Settings::default());
         let tasks = Tasks::default();
         Reconciler::new(Signals::default()).start(&tasks, &gauntlet, Duration::from_secs(3600));
         eventually("a pass to list instances", async || provisioner.0.load(Ordering::SeqCst)).await;

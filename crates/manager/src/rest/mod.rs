@@ -3,9 +3,9 @@
 //! Ids in the path override those in the body. Paths are matched segment by segment: `%2F` is part of an id, and a trailing slash makes another
 //! path. `HEAD` works like `GET`; other methods that a path does not have are refused.
 
-mod response;
 pub(crate) mod health;
 mod request;
+mod response;
 
 use axum::{
     Router,

@@ -14,7 +14,7 @@ use tokio::{
     sync::watch,
 };
 
-use super::{Health, response::stream, health};
+use super::{Health, health, response::stream};
 use crate::fixture::{Api, answer, text};
 use crate::grpc::Messages;
 
