@@ -252,7 +252,7 @@ async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut(
 impl<T: Tested> Coordination<T> {
     /// Every key there is.
     async fn all_keys(&self) -> Vec<String> {
-        let all = Scan::keys(&self.core, self.core.layout.everything(), None).all().await.unwrap();
+        let all = Scan::keys(&self.core, self.core.layout.all_keys(), None).all().await.unwrap();
         all.into_iter().map(|kv| kv.key).collect()
     }
 
@@ -323,7 +323,7 @@ impl<T: Tested> Coordination<T> {
                 expected.extend(layout.instance_index(&instance).into_iter().map(|(key, _)| key));
             }
         }
-        let intent = |key: &str| layout.read_instance(key).is_some_and(|(_, intent)| intent);
+        let intent = |key: &str| layout.parse_instance(key).is_some_and(|(_, intent)| intent);
         let found: BTreeSet<String> = self.all_keys().await.into_iter().filter(|key| !intent(key)).collect();
         assert_eq!(found, expected);
     }

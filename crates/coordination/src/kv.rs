@@ -145,6 +145,29 @@ pub enum Condition {
     Value(Vec<u8>),
 }
 
+impl Condition {
+    /// Whether the condition holds for a key with these revisions and this value.
+    pub fn holds_for(&self, create_revision: u64, mod_revision: u64, value: &[u8]) -> bool {
+        match self {
+            Self::Exists => true,
+            Self::Absent => false,
+            Self::CreateRevision(revision) => create_revision == *revision,
+            Self::CreateRevisionAtMost(revision) => create_revision <= *revision,
+            Self::ModRevision(revision) => mod_revision == *revision,
+            Self::ModRevisionAtMost(revision) => mod_revision <= *revision,
+            Self::Value(expected) => value == expected,
+        }
+    }
+
+    /// Whether the condition holds for a single key that is absent.
+    pub fn holds_if_absent(&self) -> bool {
+        match self {
+            Self::Absent | Self::CreateRevisionAtMost(_) | Self::ModRevisionAtMost(_) => true,
+            Self::Exists | Self::CreateRevision(_) | Self::ModRevision(_) | Self::Value(_) => false,
+        }
+    }
+}
+
 /// One operation of a transaction. The puts and deletes of one transaction must not touch the same key twice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Op {

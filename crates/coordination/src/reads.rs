@@ -105,7 +105,7 @@ impl<K: Kv> Scan<K> {
         let mut page = self.core.page(Get { range, ..get }, self.at.clone()).await?;
         self.at = Some(page.snapshot);
         // What belongs to the last one may be on the next page, and of another revision by then: both are read with that.
-        let parted = |kv: &KeyValue| self.core.layout.read_instance(&kv.key).is_some_and(|(_, intent)| !intent);
+        let parted = |kv: &KeyValue| self.core.layout.parse_instance(&kv.key).is_some_and(|(_, intent)| !intent);
         let again = match page.kvs.last() {
             Some(last) if page.more && !get.keys_only && page.kvs.len() > 1 && parted(last) => page.kvs.pop(),
             _ => None,
@@ -147,7 +147,7 @@ impl<K: Kv> Scan<K> {
         };
         let (mut passed, mut ahead) = (0, 0);
         while let Some(kv) = Box::pin(challenges.next()).await? {
-            let Some(id) = self.core.layout.read_challenge(&kv.key) else { continue };
+            let Some(id) = self.core.layout.parse_challenge(&kv.key) else { continue };
             let begins = self.core.layout.instances_of(&id).start;
             passed += 1;
             ahead += usize::from(begins > *from);
@@ -200,7 +200,7 @@ impl<K: Kv> Instances<K> {
         };
         let mut group = vec![record];
         while let Some(kv) = self.scan.next().await? {
-            if self.scan.core.layout.read_instance(&kv.key).is_some_and(|(_, intent)| intent) {
+            if self.scan.core.layout.parse_instance(&kv.key).is_some_and(|(_, intent)| intent) {
                 group.push(kv);
             } else {
                 self.peeked = Some(kv);
@@ -247,7 +247,7 @@ impl<K: Kv> Indexed<K> {
             keys.extend((self.key)(&core.layout, &kv.key));
         }
         if !keys.is_empty() {
-            let read = core.read(keys.iter().map(|key| Op::get(core.layout.whole(key))).collect()).await?;
+            let read = core.read(keys.iter().map(|key| Op::get(core.layout.record_and_intent(key))).collect()).await?;
             self.found.extend(read.reads.iter().filter_map(|group| core.readable(group)).map(|stored| stored.value));
         }
         Ok(())
@@ -284,7 +284,7 @@ impl<K: Kv> Core<K> {
         let layout = &self.layout;
         [
             Op::get(KeyRange::key(layout.challenge(&key.challenge))),
-            Op::get(layout.whole(key)),
+            Op::get(layout.record_and_intent(key)),
             Op::Get(Get { range: layout.pooled_of(&key.challenge), limit: POOLED_KEYS, keys_only: false }),
         ]
     }
@@ -315,7 +315,7 @@ impl<K: Kv> Core<K> {
         let mut groups: Vec<Vec<KeyValue>> = Vec::new();
         for kv in listed {
             match groups.last_mut() {
-                Some(group) if self.layout.read_instance(&kv.key).is_some_and(|(_, intent)| intent) => group.push(kv),
+                Some(group) if self.layout.parse_instance(&kv.key).is_some_and(|(_, intent)| intent) => group.push(kv),
                 _ => groups.push(vec![kv]),
             }
         }
@@ -334,7 +334,8 @@ impl<K: Kv> Core<K> {
 
     /// The challenge of a key in a list; reported and left out if it cannot be read.
     pub(crate) fn readable_challenge(&self, kv: &KeyValue) -> Option<Stored<Challenge>> {
-        let id = self.layout.read_challenge(&kv.key).ok_or_else(|| Unreadable("the key names no challenge".to_owned()));
+        let id =
+            self.layout.parse_challenge(&kv.key).ok_or_else(|| Unreadable("the key names no challenge".to_owned()));
         match id.and_then(|id| records::read_challenge(id, &kv.value)) {
             Ok(value) => Some(Stored { value, version: Version(kv.mod_revision) }),
             Err(problem) => {
@@ -359,7 +360,7 @@ impl<K: Kv> Core<K> {
     }
 
     fn parsed(&self, kvs: &[KeyValue]) -> Result<Stored<Instance>, Unreadable> {
-        match kvs.first().and_then(|first| self.layout.read_instance(&first.key)) {
+        match kvs.first().and_then(|first| self.layout.parse_instance(&first.key)) {
             Some((key, false)) => stored(&key, kvs),
             _ => Err(Unreadable("the key names no instance".to_owned())),
         }

@@ -1,4 +1,4 @@
-//! Records as they are stored: JSON with a version, mapped from and to the domain's types. What a key says (ids) is not said again.
+//! The stored form of records: JSON with a version, converted from and to the domain's types. IDs are in the keys and not repeated.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use gauntlet_domain::{
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-/// The version this build writes, and the newest it reads.
+/// The record version that this build writes, and the only one it reads.
 const VERSION: u32 = 1;
 
 /// Why a record could not be read.
@@ -17,7 +17,7 @@ const VERSION: u32 = 1;
 pub(crate) struct Unreadable(pub(crate) String);
 
 #[derive(Serialize)]
-struct Written<'a, T> {
+struct Versioned<'a, T> {
     v: u32,
     #[serde(flatten)]
     record: &'a T,
@@ -29,8 +29,8 @@ struct VersionOf {
 }
 
 fn write<T: Serialize>(record: &T) -> Vec<u8> {
-    // Maps with text keys, text and numbers: nothing that JSON cannot hold.
-    serde_json::to_vec(&Written { v: VERSION, record }).unwrap_or_default()
+    // Cannot fail: the records have text keys, texts and numbers only.
+    serde_json::to_vec(&Versioned { v: VERSION, record }).unwrap_or_default()
 }
 
 fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Unreadable> {
@@ -38,7 +38,7 @@ fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Unreadable> {
     let VersionOf { v } = serde_json::from_slice(bytes).map_err(unreadable)?;
     if v != VERSION {
         return Err(Unreadable(format!(
-            "version {v} is not one this build reads (it reads {VERSION}): run a newer build"
+            "version {v} is not supported (this build reads {VERSION}): run a newer build"
         )));
     }
     serde_json::from_slice(bytes).map_err(unreadable)
@@ -105,7 +105,7 @@ struct TargetRecord {
     strategy: StrategyName,
 }
 
-/// What the owner of an instance is doing with it.
+/// The operation that the owner of an instance has begun.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "intent", rename_all = "lowercase")]
 enum IntentRecord {
@@ -113,16 +113,16 @@ enum IntentRecord {
     Delete,
 }
 
-/// Who owns something, or waits for it.
+/// The holder of an ownership or lock, or a waiter for it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Owner {
     /// The replica's name.
     pub(crate) replica: String,
-    /// The trace of the call, in W3C traceparent form.
+    /// The caller's trace, as a W3C traceparent.
     pub(crate) origin: Option<String>,
-    /// Since when, by the replica's clock.
+    /// When the key was put, by the replica's clock.
     pub(crate) since: Timestamp,
-    /// Told apart from every other acquisition.
+    /// Differs between any two acquisitions.
     pub(crate) unique: String,
 }
 
@@ -170,7 +170,7 @@ pub(crate) fn write_challenge(challenge: &Challenge) -> Vec<u8> {
 pub(crate) fn read_challenge(id: ChallengeId, bytes: &[u8]) -> Result<Challenge, Unreadable> {
     let record: ChallengeRecord = read(bytes)?;
     let bounds = PoolBounds::new(record.min, record.max)
-        .ok_or_else(|| Unreadable(format!("pool bounds {} and {} cannot be met", record.min, record.max)))?;
+        .ok_or_else(|| Unreadable(format!("pool bounds {} and {} are invalid", record.min, record.max)))?;
     Ok(Challenge {
         id,
         scenario: record.scenario.into(),
@@ -239,7 +239,7 @@ pub(crate) fn read_instance(key: InstanceKey, bytes: &[u8]) -> Result<Instance, 
     })
 }
 
-/// An intent to give an instance a target, or (`None`) to delete it.
+/// Encodes the intent to update an instance to a target, or with `None` to delete it.
 pub(crate) fn write_intent(target: Option<&Target>) -> Vec<u8> {
     write(&match target {
         Some(target) => IntentRecord::Update { target: target.into() },
@@ -247,7 +247,7 @@ pub(crate) fn write_intent(target: Option<&Target>) -> Vec<u8> {
     })
 }
 
-/// Puts an intent over the record it belongs to.
+/// Applies an intent to the record that it belongs to.
 pub(crate) fn apply_intent(instance: &mut Instance, bytes: &[u8]) -> Result<(), Unreadable> {
     match read(bytes)? {
         IntentRecord::Update { target } => {
@@ -325,7 +325,7 @@ impl From<PhaseRecord> for Phase {
     }
 }
 
-/// The names of a domain enum's values, kept apart from it so that renaming there never changes what is stored.
+/// Defines the stored names of a domain enum. They are separate from the enum so that renaming its variants doesn't change stored records.
 macro_rules! names {
     ($name:ident of $domain:ident { $($value:ident),+ }) => {
         #[derive(Serialize, Deserialize)]
@@ -349,7 +349,7 @@ macro_rules! names {
 names!(StrategyName of Strategy { UpdateInPlace, BlueGreen, Recreate });
 names!(OperationName of Operation { Create, Renew, Update, Delete });
 
-/// A duration as seconds with nine decimals and an `s`: exact, and of any length.
+/// A duration as seconds with nine decimals and an `s`, which is exact for any duration.
 struct DurationText(Duration);
 
 impl Serialize for DurationText {
@@ -366,11 +366,11 @@ impl<'de> Deserialize<'de> for DurationText {
             let nanos = (nanos.len() == 9).then(|| nanos.parse().ok())??;
             Some(Self(Duration::new(seconds.parse().ok()?, nanos)))
         };
-        parse().ok_or_else(|| serde::de::Error::custom(format!("{text:?} is no duration such as \"60.000000000s\"")))
+        parse().ok_or_else(|| serde::de::Error::custom(format!("{text:?} is not a duration such as \"60.000000000s\"")))
     }
 }
 
-/// An identity as its sixteen characters.
+/// An identity as its sixteen hexadecimal digits.
 struct IdentityText(Identity);
 
 impl Serialize for IdentityText {

@@ -115,7 +115,7 @@ impl<K: Kv> Store for Coordination<K> {
     }
 
     async fn instance(&self, key: &InstanceKey) -> Result<Option<Stored<Instance>>> {
-        let mut read = self.core.read(vec![Op::get(self.core.layout.whole(key))]).await?;
+        let mut read = self.core.read(vec![Op::get(self.core.layout.record_and_intent(key))]).await?;
         self.core.read_instance(key, &read.next_read())
     }
 
@@ -145,14 +145,14 @@ impl<K: Kv> Store for Coordination<K> {
             }
             Some(source) => {
                 let index = Scan::keys(&self.core, self.core.layout.by_source(source), None);
-                Box::pin(Indexed::new(index, Layout::read_by_source).stream())
+                Box::pin(Indexed::new(index, Layout::parse_by_source).stream())
             }
         }
     }
 
     fn expired(&self, now: Timestamp) -> Stream<'_, Instance> {
-        let index = Scan::keys(&self.core, self.core.layout.ended(now), None);
-        let expired = Indexed::new(index, Layout::read_instance_key).stream();
+        let index = Scan::keys(&self.core, self.core.layout.expired(now), None);
+        let expired = Indexed::new(index, Layout::parse_instance_key).stream();
         // The index is of one revision, the instances are of now: one that was renewed meanwhile is not expired.
         Box::pin(expired.try_filter(move |instance| std::future::ready(instance.expired(now))))
     }
@@ -172,16 +172,16 @@ impl<K: Kv> Store for Coordination<K> {
             .await?;
         let version = version(&read.next_read()).unwrap_or(Version(0));
         let records = read.next_read();
-        let records = records.iter().filter(|kv| layout.read_instance(&kv.key).is_none_or(|(_, intent)| !intent));
+        let records = records.iter().filter(|kv| layout.parse_instance(&kv.key).is_none_or(|(_, intent)| !intent));
         let claimed = records.count().min(claimed);
         let pooled = read.next_read();
         let working: BTreeMap<InstanceKey, PhaseName> = read
             .next_read()
             .into_iter()
-            .filter_map(|kv| Some((layout.read_instance_key(&kv.key)?, Layout::read_working(&kv.value))))
+            .filter_map(|kv| Some((layout.parse_instance_key(&kv.key)?, Layout::parse_working(&kv.value))))
             .collect();
         let phase = |key: &InstanceKey| working.get(key).copied().unwrap_or(PhaseName::Ready);
-        let pooled = pooled.iter().filter_map(|kv| layout.read_pooled(&kv.key)).map(|key| (phase(&key), key));
+        let pooled = pooled.iter().filter_map(|kv| layout.parse_pooled(&kv.key)).map(|key| (phase(&key), key));
         Ok(Pool { version, claimed, pooled: pooled.map(|(phase, key)| (key, phase)).collect() })
     }
 
@@ -276,7 +276,7 @@ impl<K: Kv> Store for Coordination<K> {
             success.extend(counts.then(|| Op::put(layout.pool(id), "")));
             let mut compare = vec![
                 Compare::mod_revision(layout.challenge(id), challenge.version.0),
-                Compare::absent(layout.whole(key)),
+                Compare::absent(layout.record_and_intent(key)),
                 Compare::absent(KeyRange::key(layout.owner(key))),
                 Compare::absent(writers.clone()),
             ];
@@ -326,8 +326,10 @@ impl<K: Kv> Store for Coordination<K> {
             let lease = core.lease().await?;
             let live = core.live_key(lease, by, layout.owner(to), None);
             let writers = layout.queue(LockKind::Challenge, id);
-            let mut success =
-                vec![Op::Delete(layout.whole(from)), Op::put(layout.instance(to), records::write_instance(claimed))];
+            let mut success = vec![
+                Op::Delete(layout.record_and_intent(from)),
+                Op::put(layout.instance(to), records::write_instance(claimed)),
+            ];
             success.extend(working.then(|| live.put()));
             success.extend(layout.instance_index(&pooled.value).into_iter().map(|(key, _)| Op::delete(key)));
             success.extend(layout.instance_index(claimed).into_iter().map(|(key, value)| Op::put(key, value)));
@@ -335,15 +337,15 @@ impl<K: Kv> Store for Coordination<K> {
                 compare: vec![
                     Compare::mod_revision(layout.challenge(id), challenge.version.0),
                     Compare::exists(layout.instance(from)),
-                    not_after(layout.whole(from), pooled.version),
+                    not_after(layout.record_and_intent(from), pooled.version),
                     Compare::absent(KeyRange::key(layout.owner(from))),
-                    Compare::absent(layout.whole(to)),
+                    Compare::absent(layout.record_and_intent(to)),
                     Compare::absent(KeyRange::key(layout.owner(to))),
                     Compare::absent(writers.clone()),
                 ],
                 success,
                 failure: [
-                    Op::get_keys(layout.whole(from)),
+                    Op::get_keys(layout.record_and_intent(from)),
                     Op::get_keys(KeyRange::key(layout.owner(from))),
                     Op::get(KeyRange::key(layout.owner(to))),
                     in_queue(&writers),
@@ -403,7 +405,7 @@ impl<K: Kv> Store for Coordination<K> {
                     success.push(Op::put(layout.working(key), working_on(&begin).name()));
                 }
                 (Intent::Update(_) | Intent::Delete, Some(before)) => {
-                    compare.push(not_after(layout.whole(key), before.version));
+                    compare.push(not_after(layout.record_and_intent(key), before.version));
                     let mut record = before.value;
                     begun(&mut record, &begin);
                     success.push(Op::put(layout.instance(key), records::write_instance(&record)));
@@ -411,9 +413,9 @@ impl<K: Kv> Store for Coordination<K> {
                     success.push(Op::put(layout.working(key), working_on(&begin).name()));
                 }
             }
-            success.push(Op::get(layout.whole(key)));
+            success.push(Op::get(layout.record_and_intent(key)));
             let failure = vec![
-                Op::get(layout.whole(key)),
+                Op::get(layout.record_and_intent(key)),
                 Op::get(KeyRange::key(layout.owner(key))),
                 Op::get_keys(KeyRange::key(layout.working(key))),
             ];
@@ -422,7 +424,7 @@ impl<K: Kv> Store for Coordination<K> {
             let (taken, mut result) = core.take(live, of, Txn { compare, success, failure }, false).await?;
             if let Some(mut ticket) = taken {
                 let (working, whole) = (result.next_read(), result.next_read());
-                let was = working.first().map(|kv| Layout::read_working(&kv.value));
+                let was = working.first().map(|kv| Layout::parse_working(&kv.value));
                 if matches!(begin, Intent::Update(_)) && was == Some(PhaseName::Deleting) {
                     self.take_back(held(LockKind::Instance, ticket, patience), key, working).await?;
                     return Err(Error::Conflict);
@@ -487,7 +489,8 @@ impl<K: Kv> Store for Coordination<K> {
             }
         };
         let token = held.token;
-        let txn = Txn { compare: vec![ticket.stands()], success, failure: vec![Op::get(layout.whole(key))] };
+        let txn =
+            Txn { compare: vec![ticket.stands()], success, failure: vec![Op::get(layout.record_and_intent(key))] };
         let applied = move |read: &[Vec<KeyValue>]| match &record {
             None => read.first()?.is_empty().then_some(0),
             Some(record) => written_at(read.first()?, record),
@@ -517,7 +520,7 @@ impl<K: Kv> Store for Coordination<K> {
             let txn = Txn {
                 compare: vec![
                     Compare::exists(layout.instance(key)),
-                    not_after(layout.whole(key), read.version),
+                    not_after(layout.record_and_intent(key), read.version),
                     Compare::absent(KeyRange::key(layout.owner(key))),
                 ],
                 success,
@@ -552,14 +555,14 @@ impl<K: Kv> Store for Coordination<K> {
         };
         let mut unfinished = Vec::new();
         while let Some(kv) = working.next().await? {
-            let Some(key) = layout.read_instance_key(&kv.key) else { continue };
+            let Some(key) = layout.parse_instance_key(&kv.key) else { continue };
             let retry_at = std::str::from_utf8(&kv.value).ok().and_then(|text| text.parse::<Timestamp>().ok());
             if retry_at.is_none_or(|retry_at| retry_at <= now) && !owned(&layout.owner(&key)) {
                 unfinished.push(Unfinished::Instance(key));
             }
         }
         for kv in Scan::keys(core, layout.rollouts(), at).all().await? {
-            let Some(id) = layout.read_index(&kv.key) else { continue };
+            let Some(id) = layout.parse_index(&kv.key) else { continue };
             if !locked(&layout.queue(LockKind::Rollout, &id)) {
                 unfinished.push(Unfinished::Challenge(id));
             }
@@ -571,7 +574,7 @@ impl<K: Kv> Store for Coordination<K> {
         let mut keys = Scan::keys(&self.core, self.core.layout.pools(), None);
         let mut pools: Vec<ChallengeId> = Vec::new();
         while let Some(kv) = keys.next().await? {
-            if let Some(id) = self.core.layout.read_index(&kv.key)
+            if let Some(id) = self.core.layout.parse_index(&kv.key)
                 && pools.last() != Some(&id)
             {
                 pools.push(id);
@@ -588,21 +591,21 @@ impl<K: Kv> Store for Coordination<K> {
         let mut working = Scan::values(core, layout.all_working(), at.clone());
         let mut census = Census {
             challenges: core.count(layout.challenges(), at.clone()).await?,
-            overdue: core.count(layout.ended(now), at).await?,
+            overdue: core.count(layout.expired(now), at).await?,
             ..Census::default()
         };
         while let Some(kv) = instances.next().await? {
-            if let Some((key, false)) = layout.read_instance(&kv.key) {
+            if let Some((key, false)) = layout.parse_instance(&kv.key) {
                 let pooled = key.assignment.is_pooled();
                 *census.instances.entry((key.challenge, PhaseName::Ready, pooled)).or_default() += 1;
             }
         }
         while let Some(kv) = working.next().await? {
-            let Some(key) = layout.read_instance_key(&kv.key) else { continue };
+            let Some(key) = layout.parse_instance_key(&kv.key) else { continue };
             let (challenge, pooled) = (key.challenge, key.assignment.is_pooled());
             if let Some(ready) = census.instances.get_mut(&(challenge.clone(), PhaseName::Ready, pooled)) {
                 *ready = ready.saturating_sub(1);
-                *census.instances.entry((challenge, Layout::read_working(&kv.value), pooled)).or_default() += 1;
+                *census.instances.entry((challenge, Layout::parse_working(&kv.value), pooled)).or_default() += 1;
             }
         }
         census.instances.retain(|_, count| *count > 0);

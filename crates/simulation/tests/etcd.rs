@@ -8,7 +8,7 @@ use std::{
 };
 
 use gauntlet_coordination::kv::{
-    Compare, Condition, Event, Get, KeyRange, KeyValue, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResponse,
+    Compare, Event, Get, KeyRange, KeyValue, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResponse,
 };
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -177,20 +177,13 @@ impl Server {
 
     pub fn holds(&self, compare: &Compare) -> bool {
         let Compare { range, condition } = compare;
-        let mut met = self.range(range).map(|(_, entry)| match condition {
-            Condition::Exists => true,
-            Condition::Absent => false,
-            Condition::CreateRevision(revision) => entry.create_revision == *revision,
-            Condition::CreateRevisionAtMost(revision) => entry.create_revision <= *revision,
-            Condition::ModRevision(revision) => entry.mod_revision == *revision,
-            Condition::ModRevisionAtMost(revision) => entry.mod_revision <= *revision,
-            Condition::Value(value) => *entry.value == **value,
-        });
-        match (condition, &range.end) {
-            // As etcd has it: what is not there has revision 0 and no value, an empty range fulfils anything.
-            (Condition::Absent | Condition::ModRevisionAtMost(_) | Condition::CreateRevisionAtMost(_), _)
-            | (_, Some(_)) => met.all(|holds| holds),
-            (_, None) => met.next() == Some(true),
+        let holds = |entry: &Entry| condition.holds_for(entry.create_revision, entry.mod_revision, &entry.value);
+        let mut entries = self.range(range).map(|(_, entry)| holds(entry)).peekable();
+        // As in etcd, an empty range satisfies every condition; an absent key has revisions of 0 and no value.
+        if range.end.is_none() && entries.peek().is_none() {
+            condition.holds_if_absent()
+        } else {
+            entries.all(|holds| holds)
         }
     }
 

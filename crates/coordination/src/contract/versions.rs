@@ -71,7 +71,7 @@ impl<T: Tested> Coordination<T> {
     /// What is stored, once nothing is owned.
     async fn contents(&self) -> BTreeMap<String, Vec<u8>> {
         eventually("nothing is owned", || async { self.live_keys().await.is_empty() }).await;
-        let all = Scan::values(&self.core, self.core.layout.everything(), None).all().await.unwrap();
+        let all = Scan::values(&self.core, self.core.layout.all_keys(), None).all().await.unwrap();
         all.into_iter().map(|kv| (kv.key, kv.value)).collect()
     }
 

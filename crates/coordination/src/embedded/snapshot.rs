@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, ops::Bound, sync::Arc};
 
 use redb::{ReadOnlyTable, ReadableTable, TableDefinition};
 
-use crate::kv::{Compare, Condition, Get, KeyRange, KeyValue, LeaseId};
+use crate::kv::{Compare, Get, KeyRange, KeyValue, LeaseId};
 
 /// Create revision, mod revision, value.
 pub(super) type Entry = (u64, u64, &'static [u8]);
@@ -143,23 +143,10 @@ pub(super) fn compares_hold(
         let (mut any, mut all) = (false, true);
         visit(range, table, leased, |entry| {
             any = true;
-            all = match condition {
-                Condition::Exists => true,
-                Condition::Absent => false,
-                Condition::CreateRevision(revision) => entry.create_revision == *revision,
-                Condition::CreateRevisionAtMost(revision) => entry.create_revision <= *revision,
-                Condition::ModRevision(revision) => entry.mod_revision == *revision,
-                Condition::ModRevisionAtMost(revision) => entry.mod_revision <= *revision,
-                Condition::Value(value) => entry.value == value,
-            };
+            all = condition.holds_for(entry.create_revision, entry.mod_revision, entry.value);
             all
         })?;
-        let holds = match condition {
-            Condition::Absent | Condition::ModRevisionAtMost(_) | Condition::CreateRevisionAtMost(_) => all,
-            Condition::Exists | Condition::CreateRevision(_) | Condition::ModRevision(_) | Condition::Value(_) => {
-                any && all
-            }
-        };
+        let holds = if any { all } else { condition.holds_if_absent() };
         if !holds {
             return Ok(false);
         }

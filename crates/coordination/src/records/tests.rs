@@ -1,4 +1,4 @@
-//! The records' form is an interface: what one build writes, the next must read.
+//! The stored form is an interface: later builds must read what earlier ones wrote.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use gauntlet_domain::{Assignment, SourceId};
@@ -72,7 +72,7 @@ fn pretty(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn a_challenge_in_version_1() {
+fn version_1_challenge() {
     insta::assert_snapshot!(pretty(&write_challenge(&full_challenge())), @r#"
     {
       "additional": {
@@ -100,7 +100,7 @@ fn a_challenge_in_version_1() {
 }
 
 #[test]
-fn an_instance_in_version_1() {
+fn version_1_instance() {
     insta::assert_snapshot!(pretty(&write_instance(&full_instance())), @r#"
     {
       "additional": {},
@@ -141,7 +141,7 @@ fn an_instance_in_version_1() {
 }
 
 #[test]
-fn an_intent_and_an_owner_in_version_1() {
+fn version_1_intent_and_owner() {
     let target = full_instance().target;
     insta::assert_snapshot!(pretty(&write_intent(target.as_ref())), @r#"
     {
@@ -164,19 +164,19 @@ fn an_intent_and_an_owner_in_version_1() {
 }
 
 #[test]
-fn what_cannot_be_read_says_why() {
-    let why = |text: &str| read_challenge(id(), text.as_bytes()).unwrap_err().0;
-    insta::assert_snapshot!(why("{\"v\":2}"), @"version 2 is not one this build reads (it reads 1): run a newer build");
-    insta::assert_snapshot!(why("{}"), @"missing field `v` at line 1 column 2");
-    insta::assert_snapshot!(why(""), @"EOF while parsing a value at line 1 column 0");
+fn unreadable_record_names_the_problem() {
+    let problem = |text: &str| read_challenge(id(), text.as_bytes()).unwrap_err().0;
+    insta::assert_snapshot!(problem("{\"v\":2}"), @"version 2 is not supported (this build reads 1): run a newer build");
+    insta::assert_snapshot!(problem("{}"), @"missing field `v` at line 1 column 2");
+    insta::assert_snapshot!(problem(""), @"EOF while parsing a value at line 1 column 0");
     let text = String::from_utf8(write_challenge(&full_challenge())).unwrap();
-    insta::assert_snapshot!(why(&text.replace("\"90.000000005s\"", "\"90s\"")), @r#""90s" is no duration such as "60.000000000s" at line 1 column 90"#);
-    insta::assert_snapshot!(why(&text.replace("\"min\":2", "\"min\":9")), @"pool bounds 9 and 5 cannot be met");
-    insta::assert_snapshot!(why(&text.replace("blue_green", "purple")), @"unknown variant `purple`, expected one of `update_in_place`, `blue_green`, `recreate` at line 1 column 232");
+    insta::assert_snapshot!(problem(&text.replace("\"90.000000005s\"", "\"90s\"")), @r#""90s" is not a duration such as "60.000000000s" at line 1 column 90"#);
+    insta::assert_snapshot!(problem(&text.replace("\"min\":2", "\"min\":9")), @"pool bounds 9 and 5 are invalid");
+    insta::assert_snapshot!(problem(&text.replace("blue_green", "purple")), @"unknown variant `purple`, expected one of `update_in_place`, `blue_green`, `recreate` at line 1 column 232");
 }
 
 #[test]
-fn a_field_of_a_later_build_is_passed_over() {
+fn unknown_fields_are_ignored() {
     let text = String::from_utf8(write_challenge(&full_challenge())).unwrap();
     let longer = text.replacen('{', "{\"later\":[1,2],", 1);
     assert_eq!(read_challenge(id(), longer.as_bytes()).unwrap(), full_challenge());
@@ -194,12 +194,12 @@ fn operation() -> impl Generate<Value = Operation> {
     prop_oneof![Just(Operation::Create), Just(Operation::Renew), Just(Operation::Update), Just(Operation::Delete)]
 }
 
-fn a_pinned() -> impl Generate<Value = Pinned> {
+fn any_pinned() -> impl Generate<Value = Pinned> {
     (any::<String>(), any::<String>()).prop_map(|(reference, digest)| Pinned { reference, digest })
 }
 
-fn a_target() -> impl Generate<Value = Target> {
-    (any::<u64>(), a_pinned(), any::<u64>(), strategy()).prop_map(|(bits, scenario, revision, strategy)| Target {
+fn any_target() -> impl Generate<Value = Target> {
+    (any::<u64>(), any_pinned(), any::<u64>(), strategy()).prop_map(|(bits, scenario, revision, strategy)| Target {
         identity: Identity::from_bits(bits),
         scenario,
         revision,
@@ -221,8 +221,8 @@ fn additional() -> impl Generate<Value = Additional> {
 }
 
 prop_compose! {
-    fn a_challenge()(
-        scenario in a_pinned(), timeout in option::of(any::<Duration>()), until in option::of(timestamp()),
+    fn any_challenge()(
+        scenario in any_pinned(), timeout in option::of(any::<Duration>()), until in option::of(timestamp()),
         additional in additional(), min in 0i64..9, room in option::of(0i64..9), counts in any::<(u64, u64)>(),
         rollout in option::of((strategy(), any::<Option<String>>())), deleting: bool, traceparent: Option<String>,
     ) -> Challenge {
@@ -237,10 +237,10 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn an_instance()(
-        bits: u64, phase in phase(), times in (timestamp(), timestamp(), option::of(timestamp())), scenario in a_pinned(),
+    fn any_instance()(
+        bits: u64, phase in phase(), times in (timestamp(), timestamp(), option::of(timestamp())), scenario in any_pinned(),
         applied_revision: u64, additional in additional(), connection_info: String, flags: Vec<String>,
-        target in option::of(a_target()), traceparent: Option<String>,
+        target in option::of(any_target()), traceparent: Option<String>,
     ) -> Instance {
         Instance {
             key: key(), identity: Identity::from_bits(bits), phase, since: times.0, last_renew: times.1, until: times.2,
@@ -251,17 +251,17 @@ prop_compose! {
 
 proptest! {
     #[test]
-    fn challenges_read_back(challenge in a_challenge()) {
+    fn challenges_round_trip(challenge in any_challenge()) {
         prop_assert_eq!(read_challenge(id(), &write_challenge(&challenge)).unwrap(), challenge);
     }
 
     #[test]
-    fn instances_read_back(instance in an_instance()) {
+    fn instances_round_trip(instance in any_instance()) {
         prop_assert_eq!(read_instance(key(), &write_instance(&instance)).unwrap(), instance);
     }
 
     #[test]
-    fn intents_apply(instance in an_instance(), target in a_target()) {
+    fn intent_overrides_phase_and_target(instance in any_instance(), target in any_target()) {
         let mut updating = instance.clone();
         apply_intent(&mut updating, &write_intent(Some(&target))).unwrap();
         prop_assert_eq!(&updating, &Instance { phase: Phase::Updating, target: Some(target), ..instance.clone() });
@@ -271,7 +271,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_break_the_reader(bytes: Vec<u8>, text in "\\{\"v\":1[a-z0-9:,\"{}]{0,40}") {
+    fn arbitrary_bytes_do_not_panic(bytes: Vec<u8>, text in "\\{\"v\":1[a-z0-9:,\"{}]{0,40}") {
         for bytes in [bytes.as_slice(), text.as_bytes()] {
             let _ = read_challenge(id(), bytes);
             let _ = read_instance(key(), bytes);
