@@ -107,6 +107,14 @@ pub enum Error {
         /// The operator's text.
         detail: String,
     },
+    /// Another program took a reserved port before the instance could use it. A launch with another reservation may work.
+    #[error("provisioning failed because another program uses port {port}: {detail}")]
+    PortTaken {
+        /// The port.
+        port: u16,
+        /// The operator's text.
+        detail: String,
+    },
     /// What was read has changed since; the caller reads again. Never reaches a client unless retries run out.
     #[error("the stored state changed meanwhile")]
     Conflict,
@@ -156,7 +164,7 @@ impl Error {
             Self::ScenarioInvalid { .. } => "SCENARIO_NON_MATCHING_SPECIFICATION",
             Self::ScenarioNotFound { .. } => "SCENARIO_NOT_FOUND",
             Self::ScenarioPreprocessing { .. } => "SCENARIO_PREPROCESSING",
-            Self::Provision { .. } => "PROVISION_FAILED",
+            Self::Provision { .. } | Self::PortTaken { .. } => "PROVISION_FAILED",
             Self::Conflict => "CONFLICT",
             Self::Busy { .. } => "BUSY",
             Self::Fenced(_) => "FENCED",
@@ -170,6 +178,7 @@ impl Error {
         matches!(
             self,
             Self::Provision { .. }
+                | Self::PortTaken { .. }
                 | Self::Conflict
                 | Self::Busy { .. }
                 | Self::Fenced(_)

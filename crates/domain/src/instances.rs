@@ -5,12 +5,15 @@ use jiff::Timestamp;
 
 use crate::{
     Additional, Assignment, Call, Challenge, ChallengeId, Error, Fact, Failure, Gauntlet, Identity, Instance,
-    InstanceKey, Intent, LockGuard, LockOptions, Operation, Order, Outcome, Outputs, Phase, Pinned, Result, Snapshot,
-    SourceId, Stored, Strategy, Stream, Target, expiry, usecases::Deadline,
+    InstanceKey, Intent, LaunchRequest, LockGuard, LockOptions, Operation, Outcome, Outputs, Phase, Pinned,
+    PreparedScenario, Result, Snapshot, SourceId, Stored, Strategy, Stream, Target, expiry, usecases::Deadline,
 };
 
 /// How many attempts may go by what is remembered. Each conflict leaves what it met, so a second one is worth it, at once.
 const REMEMBERED: u32 = 2;
+
+/// How often an instance is launched while other programs take its ports.
+const MAX_LAUNCH_ATTEMPTS: usize = 3;
 
 impl Gauntlet {
     /// Gives the source an instance: one from the pool if there is one, else a new one, which is up and ready when this answers.
@@ -340,12 +343,13 @@ impl Gauntlet {
         let mut untouched = false;
         let moved = match target.strategy {
             Strategy::UpdateInPlace => {
-                let order = self.order(&held, challenge, &instance, &target.identity, &target.scenario).await;
-                untouched = order.is_err();
-                match order {
-                    Ok(order) => {
+                let launch = self.prepare(&held, challenge, &instance, &target.identity, &target.scenario);
+                let launch = held.run(launch).await;
+                untouched = launch.is_err();
+                match launch {
+                    Ok(launch) => {
                         held.run(async {
-                            let outputs = self.provisioner.update(&order).await?;
+                            let outputs = self.launch(launch, Launching::Update).await?;
                             // It may have become another since the intent was made up.
                             if instance.identity != target.identity {
                                 self.down(&held, &instance).await?;
@@ -406,30 +410,65 @@ impl Gauntlet {
         identity: &Identity,
         scenario: &Pinned,
     ) -> Result<Outputs> {
-        let order = self.order(held, challenge, instance, identity, scenario).await?;
-        self.provisioner.up(&order).await
+        let launch = self.prepare(held, challenge, instance, identity, scenario).await?;
+        self.launch(launch, Launching::Up).await
     }
 
     async fn down(&self, held: &LockGuard, instance: &Instance) -> Result<()> {
         self.provisioner.down(&instance.key.challenge, &instance.identity, held.token).await
     }
 
-    async fn order(
+    /// Prepares the scenario, reserves its ports and renders its plan. Does not disturb what runs under the identity.
+    async fn prepare(
         &self,
         held: &LockGuard,
         challenge: &Challenge,
         instance: &Instance,
         identity: &Identity,
         scenario: &Pinned,
-    ) -> Result<Order> {
-        let plan = self.scenarios.plan(scenario, identity, &challenge.merge_additional(&instance.additional)).await?;
-        Ok(Order {
-            challenge: challenge.id.clone(),
+    ) -> Result<Launch> {
+        let prepared =
+            self.scenarios.prepare(scenario, identity, &challenge.merge_additional(&instance.additional)).await?;
+        let request = self.place(&prepared, &challenge.id, held.token).await?;
+        Ok(Launch { prepared, request })
+    }
+
+    /// Reserves the ports of a prepared scenario and renders its plan for them.
+    async fn place(
+        &self,
+        prepared: &PreparedScenario,
+        challenge: &ChallengeId,
+        generation: u64,
+    ) -> Result<LaunchRequest> {
+        let identity = &prepared.identity;
+        let placement = self.provisioner.reserve(challenge, identity, generation, &prepared.ports).await?;
+        let plan = self.scenarios.render(prepared, &placement).await?;
+        Ok(LaunchRequest {
+            challenge: challenge.clone(),
             identity: identity.clone(),
-            generation: held.token,
-            digest: scenario.digest.clone(),
+            generation,
+            digest: prepared.scenario.digest.clone(),
+            placement,
             plan,
         })
+    }
+
+    /// Launches an instance. If another program takes one of its ports, reserves another one and tries again.
+    async fn launch(&self, launch: Launch, how: Launching) -> Result<Outputs> {
+        let Launch { prepared, mut request } = launch;
+        let mut attempt = 1;
+        loop {
+            let launched = match how {
+                Launching::Up => self.provisioner.up(&request).await,
+                Launching::Update => self.provisioner.update(&request).await,
+            };
+            match launched {
+                Err(Error::PortTaken { .. }) if attempt < MAX_LAUNCH_ATTEMPTS => {}
+                launched => return launched,
+            }
+            attempt += 1;
+            request = self.place(&prepared, &request.challenge, request.generation).await?;
+        }
     }
 
     async fn settle(&self, held: LockGuard, instance: Instance) -> Result<Instance> {
@@ -462,6 +501,22 @@ impl Gauntlet {
             Err(unrecorded) => unrecorded,
         }
     }
+}
+
+/// A launch, ready to run.
+struct Launch {
+    /// Kept to render again if a port is taken.
+    prepared: PreparedScenario,
+    request: LaunchRequest,
+}
+
+/// What to do with an instance that already runs under the identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Launching {
+    /// Keep it.
+    Up,
+    /// Replace it if it runs from another plan.
+    Update,
 }
 
 /// When a source may have an instance.

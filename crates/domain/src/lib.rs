@@ -30,12 +30,12 @@ pub use error::{Error, Result};
 pub use facts::{Fact, Facts, Operation, OperationOutcome, PhaseName, RecoveryAction};
 pub use id::{ChallengeId, Identity, InvalidId, SourceId};
 pub use instance::{Additional, Assignment, Failure, Instance, InstanceKey, Phase, Target};
-pub use plan::{Limits, Place, Plan, PortSpec, Probe, Protocol, Readiness, Workload};
+pub use plan::{LaunchPlan, Limits, Placement, PortHold, PortSpec, Probe, Protocol, Readiness};
 pub use pool::{PoolBounds, shortfall};
-pub use provisioner::{Found, Order, Outputs, Provisioner};
+pub use provisioner::{LaunchRequest, Outputs, ProvisionedInstance, Provisioner};
 pub use reconcile::ReconcileReport;
 pub use replenish::{PoolJob, PoolPlan};
-pub use scenarios::{Pinned, Scenarios};
+pub use scenarios::{Pinned, PreparedScenario, Scenarios};
 pub use store::{
     Census, Grant, Intent, LockGuard, LockKind, LockOptions, Outcome, Pool, Snapshot, Store, Stored, Stream,
     Unfinished, Version, WaitStats,

@@ -1,103 +1,135 @@
-//! What a scenario asks a provisioner for, rendered for one instance.
+//! What a provisioner is given: the ports to reserve, and the launch plan rendered for them.
 
-use std::{collections::BTreeMap, fmt::Debug, path::PathBuf, time::Duration};
+use std::{any::Any, collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
 
-use crate::Result;
-
-/// A scenario prepared for one instance: everything is known but where it will run.
-pub trait Plan: Debug + Send + Sync {
-    /// The ports it needs, each named once.
-    fn ports(&self) -> &[PortSpec];
-
-    /// Renders its templates, now that host and ports are known. Pure: the same place gives the same workload.
-    fn render(&self, place: &Place) -> Result<Workload>;
-}
-
-/// A port that a scenario asks for.
+/// A port that a scenario needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortSpec {
-    /// How templates call it.
+    /// The name that templates use; unique within the scenario.
     pub name: String,
-    /// What it speaks.
+    /// The transport.
     pub protocol: Protocol,
 }
 
-/// A transport.
+/// A transport protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Protocol {
-    /// A stream.
+    /// TCP.
     #[default]
     Tcp,
-    /// Datagrams.
+    /// UDP.
     Udp,
 }
 
-/// Where an instance runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
-    /// What players call the host.
+/// Where an instance will run: what [`Provisioner::reserve`](crate::Provisioner::reserve) returns.
+#[derive(Debug, Clone, Default)]
+pub struct Placement {
+    /// The host name or address that players connect to.
     pub host: String,
-    /// The number of each named port.
+    /// The port number reserved for each name.
     pub ports: BTreeMap<String, u16>,
-    /// The instance's own directory: writable, gone when it is taken down.
+    /// The instance's own writable directory, removed with the instance.
     pub dir: PathBuf,
+    /// Keeps the ports from other programs until the launch.
+    pub hold: PortHold,
 }
 
-/// What to run and how to tell that it does.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Workload {
+/// Keeps reserved ports from other programs; the last clone releases them when it is dropped.
+///
+/// Opaque to everybody but the provisioner that made it. The reservation itself doesn't depend on it: that one is recorded and lasts until
+/// [`Provisioner::down`](crate::Provisioner::down).
+#[derive(Clone, Default)]
+pub struct PortHold(Option<Arc<dyn Any + Send + Sync>>);
+
+impl PortHold {
+    /// Wraps whatever the provisioner must keep open.
+    pub fn new(held: impl Any + Send + Sync) -> Self {
+        Self(Some(Arc::new(held)))
+    }
+
+    /// What [`PortHold::new`] was given, if it was a `T`.
+    pub fn downcast_ref<T: Any>(&self) -> Option<&T> {
+        self.0.as_ref()?.downcast_ref()
+    }
+}
+
+impl fmt::Debug for PortHold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "held" } else { "not held" })
+    }
+}
+
+/// What to run for one instance, and how to tell that it is ready. Nothing is left to render. `Debug` leaves out flags and everything that
+/// may contain one.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct LaunchPlan {
+    /// The ports that the program listens on, as they were reserved.
+    pub ports: Vec<PortSpec>,
     /// The scenario's files: read-only, shared by its instances.
     pub files: PathBuf,
-    /// The program and its arguments; at least the program. A relative program is looked for in `files`, then in `PATH`.
+    /// The program and its arguments; at least the program. A relative program is looked up in `files`, then in `PATH`.
     pub command: Vec<String>,
-    /// The whole environment of the process.
+    /// The environment of the process. The provisioner adds only variables that are missing here.
     pub env: BTreeMap<String, String>,
-    /// How to tell that it is ready.
+    /// How to tell that the instance is ready.
     pub readiness: Readiness,
-    /// What it may use.
+    /// The resource limits.
     pub limits: Limits,
-    /// How players reach it.
+    /// How players reach the instance.
     pub connection_info: String,
-    /// What proves it solved, in order; secret.
+    /// The flags that prove the challenge solved, in order; secret.
     pub flags: Vec<String>,
 }
 
-/// How to tell that an instance is ready, and for how long to try.
-#[derive(Debug, Clone, PartialEq, Eq)]
+impl fmt::Debug for LaunchPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LaunchPlan").field("ports", &self.ports).field("files", &self.files).finish_non_exhaustive()
+    }
+}
+
+/// A readiness check and its times.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Readiness {
-    /// The question.
+    /// The check.
     pub probe: Probe,
-    /// Between two tries.
+    /// The longest pause between two probes.
     pub interval: Duration,
-    /// After which it has failed.
+    /// The launch has failed once this much time has passed without a successful probe.
     pub timeout: Duration,
 }
 
-/// A question whose answer is readiness.
+/// A readiness check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Probe {
-    /// A connection to the named port is accepted.
+    /// The named port accepts a connection.
     Tcp {
         /// The port's name.
         port: String,
     },
-    /// A GET answers with this status.
+    /// A GET request returns this status.
     Http {
         /// The port's name.
         port: String,
-        /// The path, from its slash on.
+        /// The path, with its leading slash.
         path: String,
-        /// The status to wait for.
+        /// The expected status.
         status: u16,
     },
-    /// A line of its output contains this text.
+    /// A line of the output contains this text.
     Output {
         /// The text.
         contains: String,
     },
 }
 
-/// What an instance may use; `None` is the operator's default.
+impl Default for Probe {
+    /// Any line of output.
+    fn default() -> Self {
+        Self::Output { contains: String::new() }
+    }
+}
+
+/// Resource limits of an instance; `None` means the operator's default.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Limits {
     /// Address space of each process, in bytes.
@@ -106,6 +138,6 @@ pub struct Limits {
     pub cpu_seconds: Option<u64>,
     /// Open files of each process.
     pub open_files: Option<u64>,
-    /// Output kept, in bytes; the oldest goes first.
+    /// Output to keep, in bytes; the oldest is dropped first.
     pub output: Option<u64>,
 }

@@ -1,66 +1,92 @@
-//! The port to whatever runs instances.
-
-use std::sync::Arc;
+//! The port to the backend that runs instances.
 
 use async_trait::async_trait;
 
-use crate::{ChallengeId, Identity, Plan, Result};
+use crate::{ChallengeId, Identity, LaunchPlan, Placement, PortSpec, Result};
 
-/// What to bring up. Everything brought up is labelled with challenge, identity and generation.
+/// Everything that is needed to launch one instance. The resources are labelled with challenge, identity and generation.
 #[derive(Debug, Clone)]
-pub struct Order {
+pub struct LaunchRequest {
     /// The challenge.
     pub challenge: ChallengeId,
     /// The identity.
     pub identity: Identity,
-    /// The fencing token of whoever orders: an order older than what is there must change nothing.
+    /// The fencing token of the request: one lower than the recorded generation changes nothing.
     pub generation: u64,
-    /// The digest of the scenario that the plan was made from.
+    /// The digest of the scenario that the plan was rendered from.
     pub digest: String,
+    /// The reservation that the plan was rendered for.
+    pub placement: Placement,
     /// What to run.
-    pub plan: Arc<dyn Plan>,
+    pub plan: LaunchPlan,
 }
 
-/// What came up.
+/// What players need of a running instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outputs {
     /// How players reach it.
     pub connection_info: String,
-    /// What proves it solved; secret.
+    /// The flags that prove the challenge solved; secret.
     pub flags: Vec<String>,
 }
 
-/// Resources that are there, by their labels.
+/// The resources of one instance, identified by their labels.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Found {
+pub struct ProvisionedInstance {
     /// The challenge.
     pub challenge: ChallengeId,
     /// The identity.
     pub identity: Identity,
-    /// The generation that brought them up.
+    /// The highest generation recorded for it.
     pub generation: u64,
-    /// False for what ended by itself, or with its machine, and is due to be brought up again. What ends again and again is left alone for
-    /// a while each time, and is not due before that.
+    /// False once the instance is due to be launched again: it ended on its own or with its machine, and its restart delay has passed.
     pub alive: bool,
 }
 
-/// Brings instances up and down. Every call is idempotent and may be repeated after a crash; dropping a call's future leaves at most a
-/// partly done job that repeating the call, or [`Provisioner::down`], puts right.
+/// Launches and removes instances.
+///
+/// A launch is three calls: [`reserve`](Self::reserve) the ports, render the plan for them
+/// ([`Scenarios::render`](crate::Scenarios::render)), then [`up`](Self::up) or [`update`](Self::update).
+///
+/// Every call is idempotent and fenced: it may be repeated after a crash, and it fails with [`Error::Fenced`](crate::Error::Fenced) and
+/// changes nothing if a higher generation is recorded for that identity.
+///
+/// # Cancel safety
+/// Dropping a call's future leaves at most partly done work, which repeating the call or [`down`](Self::down) completes.
 #[async_trait]
 pub trait Provisioner: Send + Sync {
-    /// Its name on spans and metrics, such as `process`.
+    /// The name on spans and metrics, such as `process`.
     fn name(&self) -> &'static str;
 
-    /// Brings it up and waits until it is ready. What is up already under that identity is kept and answered. Bounded by the plan's
-    /// readiness timeout.
-    async fn up(&self, order: &Order) -> Result<Outputs>;
+    /// Reserves the instance's directory and a port for each of `ports`. An identity keeps the port that it already has under a name.
+    ///
+    /// The reservation is recorded and lasts until [`down`](Self::down); restarts of the manager don't end it. A running instance is not
+    /// disturbed.
+    async fn reserve(
+        &self,
+        challenge: &ChallengeId,
+        identity: &Identity,
+        generation: u64,
+        ports: &[PortSpec],
+    ) -> Result<Placement>;
 
-    /// Makes what runs under that identity run the order's plan, keeping its ports, and waits until it is ready.
-    async fn update(&self, order: &Order) -> Result<Outputs>;
+    /// Launches the instance and waits until it is ready, at most for the plan's readiness timeout. An instance that already runs under that
+    /// identity is kept, and its outputs are returned.
+    ///
+    /// # Errors
+    /// [`Error::PortTaken`](crate::Error::PortTaken) if another program has a reserved port, or the reservation was given up. Reserve and
+    /// render again, then retry.
+    async fn up(&self, request: &LaunchRequest) -> Result<Outputs>;
 
-    /// Takes down whatever is labelled with that identity; nothing there is success.
+    /// As [`up`](Self::up), but replaces an instance that runs from another plan.
+    ///
+    /// # Errors
+    /// As [`up`](Self::up).
+    async fn update(&self, request: &LaunchRequest) -> Result<Outputs>;
+
+    /// Stops the instance, removes its resources and gives back its ports. Succeeds if there are none.
     async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()>;
 
-    /// Everything that is there, whoever brought it up.
-    async fn list(&self) -> Result<Vec<Found>>;
+    /// Lists the resources of all instances, whichever manager made them.
+    async fn list(&self) -> Result<Vec<ProvisionedInstance>>;
 }

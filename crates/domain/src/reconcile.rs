@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use futures::TryStreamExt as _;
 
 use crate::{
-    Call, ChallengeId, Error, Fact, Found, Gauntlet, Identity, Instance, Intent, LockGuard, LockKind, LockOptions,
-    Operation, Phase, PhaseName, RecoveryAction, Result, Stored, Strategy, Target, Unfinished, instances::Fallback,
+    Call, ChallengeId, Error, Fact, Gauntlet, Identity, Instance, Intent, LockGuard, LockKind, LockOptions, Operation,
+    Phase, PhaseName, ProvisionedInstance, RecoveryAction, Result, Stored, Strategy, Target, Unfinished,
+    instances::Fallback,
 };
 
 /// What one pass did.
@@ -50,7 +51,7 @@ impl Gauntlet {
     }
 
     /// Brings up again what was found to have ended by itself, if it should run: what [`Gauntlet::reconcile`] does, for that one alone.
-    pub async fn reconcile_instance(&self, call: &Call, found: Found) -> Result<ReconcileReport> {
+    pub async fn reconcile_instance(&self, call: &Call, found: ProvisionedInstance) -> Result<ReconcileReport> {
         let mut done = ReconcileReport::default();
         self.examine(call, vec![found], &mut done).await?;
         Ok(done)
@@ -124,8 +125,8 @@ impl Gauntlet {
     }
 
     /// Takes down what has no record, and brings back what should run and does not.
-    async fn examine(&self, call: &Call, found: Vec<Found>, done: &mut ReconcileReport) -> Result<()> {
-        let mut by_challenge: BTreeMap<ChallengeId, Vec<Found>> = BTreeMap::new();
+    async fn examine(&self, call: &Call, found: Vec<ProvisionedInstance>, done: &mut ReconcileReport) -> Result<()> {
+        let mut by_challenge: BTreeMap<ChallengeId, Vec<ProvisionedInstance>> = BTreeMap::new();
         for found in found {
             by_challenge.entry(found.challenge.clone()).or_default().push(found);
         }

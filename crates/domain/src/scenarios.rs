@@ -1,26 +1,82 @@
-//! The port to where scenarios come from.
+//! The port to the source of scenarios.
 
-use std::sync::Arc;
+use std::{fmt, path::PathBuf};
 
 use async_trait::async_trait;
 
-use crate::{Additional, Identity, Plan, Result};
+use crate::{Additional, Identity, LaunchPlan, Placement, PortSpec, Result};
 
-/// A scenario reference and the digest of what it named when it was resolved.
+/// A scenario reference and the digest that it resolved to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pinned {
-    /// As the platform gave it.
+    /// The reference as the platform gave it.
     pub reference: String,
     /// `sha256:` and 64 hexadecimal characters.
     pub digest: String,
 }
 
-/// Fetches, checks and prepares scenarios.
+/// A scenario made ready for one instance: everything but its placement is known. `Debug` leaves out the flags.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PreparedScenario {
+    /// The scenario.
+    pub scenario: Pinned,
+    /// The instance's identity.
+    pub identity: Identity,
+    /// The instance's values.
+    pub additional: Additional,
+    /// The directory of the scenario's files.
+    pub files: PathBuf,
+    /// The ports to reserve.
+    pub ports: Vec<PortSpec>,
+    /// The instance's flags by name, in the scenario's order; secret.
+    pub flags: Vec<(String, String)>,
+}
+
+impl PreparedScenario {
+    /// One without files, ports or flags.
+    pub fn new(scenario: &Pinned, identity: &Identity, additional: &Additional) -> Self {
+        Self {
+            scenario: scenario.clone(),
+            identity: identity.clone(),
+            additional: additional.clone(),
+            files: PathBuf::new(),
+            ports: Vec::new(),
+            flags: Vec::new(),
+        }
+    }
+}
+
+impl fmt::Debug for PreparedScenario {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PreparedScenario")
+            .field("scenario", &self.scenario)
+            .field("identity", &self.identity)
+            .field("ports", &self.ports)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Fetches, checks and renders scenarios.
 #[async_trait]
 pub trait Scenarios: Send + Sync {
-    /// Fetches what the reference names now, checks it and keeps it by digest.
+    /// Resolves a reference to a digest, then fetches, checks and caches that scenario.
     async fn resolve(&self, reference: &str) -> Result<Pinned>;
 
-    /// Prepares a pinned scenario for one instance; fetched again by its digest if it is no longer kept.
-    async fn plan(&self, scenario: &Pinned, identity: &Identity, additional: &Additional) -> Result<Arc<dyn Plan>>;
+    /// Prepares a pinned scenario for one instance; fetches it again if it is no longer cached.
+    ///
+    /// # Errors
+    /// [`Error::ScenarioPreprocessing`](crate::Error::ScenarioPreprocessing) if a flag can't be rendered, for example because `additional`
+    /// lacks a value.
+    async fn prepare(
+        &self,
+        scenario: &Pinned,
+        identity: &Identity,
+        additional: &Additional,
+    ) -> Result<PreparedScenario>;
+
+    /// Renders the launch plan. Pure: the same scenario and placement give the same plan.
+    ///
+    /// # Errors
+    /// [`Error::ScenarioPreprocessing`](crate::Error::ScenarioPreprocessing) if a template can't be rendered.
+    async fn render(&self, prepared: &PreparedScenario, placement: &Placement) -> Result<LaunchPlan>;
 }

@@ -1,7 +1,9 @@
 //! The instances of this machine, used only once their directory is known to belong to this store.
 
 use async_trait::async_trait;
-use gauntlet_domain::{ChallengeId, Found, Identity, Order, Outputs, Provisioner, Result};
+use gauntlet_domain::{
+    ChallengeId, Identity, LaunchRequest, Outputs, Placement, PortSpec, ProvisionedInstance, Provisioner, Result,
+};
 use gauntlet_provision::process::{Ends, Process};
 use tokio::sync::OnceCell;
 
@@ -48,14 +50,25 @@ impl Provisioner for Claimed {
         self.processes.name()
     }
 
-    async fn up(&self, order: &Order) -> Result<Outputs> {
+    async fn reserve(
+        &self,
+        challenge: &ChallengeId,
+        identity: &Identity,
+        generation: u64,
+        ports: &[PortSpec],
+    ) -> Result<Placement> {
         self.claim().await?;
-        self.processes.up(order).await
+        self.processes.reserve(challenge, identity, generation, ports).await
     }
 
-    async fn update(&self, order: &Order) -> Result<Outputs> {
+    async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
         self.claim().await?;
-        self.processes.update(order).await
+        self.processes.up(request).await
+    }
+
+    async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
+        self.claim().await?;
+        self.processes.update(request).await
     }
 
     async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
@@ -63,7 +76,7 @@ impl Provisioner for Claimed {
         self.processes.down(challenge, identity, generation).await
     }
 
-    async fn list(&self) -> Result<Vec<Found>> {
+    async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
         self.claim().await?;
         self.processes.list().await
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures::{StreamExt as _, stream::FuturesUnordered};
-use gauntlet_domain::{Found, Gauntlet, ReconcileReport, Result};
+use gauntlet_domain::{Gauntlet, ProvisionedInstance, ReconcileReport, Result};
 use gauntlet_provision::process::Ends;
 
 use crate::{call::call_now, reconciler::run_reconcile, signals::Signals, tasks::Tasks};
@@ -34,7 +34,7 @@ pub(crate) fn start(tasks: &Tasks, gauntlet: &Gauntlet, signals: &Signals, mut e
 }
 
 /// Checks the instance twice if need be: one that exited as soon as it was ready may not be recorded as ready yet.
-async fn bring_back(gauntlet: &Gauntlet, found: Found) -> Result<ReconcileReport> {
+async fn bring_back(gauntlet: &Gauntlet, found: ProvisionedInstance) -> Result<ReconcileReport> {
     let done = gauntlet.reconcile_instance(&call_now(), found.clone()).await?;
     if done.restarted + done.orphans_removed + done.failures.len() > 0 {
         return Ok(done);

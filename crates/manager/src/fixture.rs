@@ -3,7 +3,6 @@
 
 use std::{
     fmt::Write as _,
-    path::PathBuf,
     sync::{Arc, Mutex},
 };
 
@@ -12,8 +11,8 @@ use axum::{Router, body::Body};
 use futures::FutureExt as _;
 use gauntlet_coordination::Coordination;
 use gauntlet_domain::{
-    Additional, ChallengeId, Error, Fact, Facts, Found, Gauntlet, Identity, Limits, Order, Outputs, Pinned, Place,
-    Plan, PortSpec, Probe, Provisioner, Readiness, Result, Scenarios, Settings, Workload,
+    Additional, ChallengeId, Error, Fact, Facts, Gauntlet, Identity, LaunchPlan, LaunchRequest, Outputs, Pinned,
+    Placement, PortSpec, PreparedScenario, ProvisionedInstance, Provisioner, Result, Scenarios, Settings,
 };
 use http::Request;
 use tower::ServiceExt as _;
@@ -167,39 +166,29 @@ impl Scenarios for Played {
         }
     }
 
-    async fn plan(&self, scenario: &Pinned, _: &Identity, additional: &Additional) -> Result<Arc<dyn Plan>> {
-        Ok(Arc::new(PlayedPlan { reference: scenario.reference.clone(), additional: additional.clone() }))
-    }
-}
-
-#[derive(Debug)]
-struct PlayedPlan {
-    reference: String,
-    additional: Additional,
-}
-
-impl Plan for PlayedPlan {
-    fn ports(&self) -> &[PortSpec] {
-        &[]
+    async fn prepare(
+        &self,
+        scenario: &Pinned,
+        identity: &Identity,
+        additional: &Additional,
+    ) -> Result<PreparedScenario> {
+        Ok(PreparedScenario::new(scenario, identity, additional))
     }
 
-    fn render(&self, place: &Place) -> Result<Workload> {
-        if self.reference == "reg/fails" {
-            return Err(Error::Provision { step: "start", detail: "/srv/secret: no such file".to_owned() });
-        }
-        let flags: &[&str] = if self.reference == "reg/two" { &["FLAG{1}", "FLAG{2}"] } else { &["FLAG{1}"] };
-        Ok(Workload {
-            files: PathBuf::new(),
+    async fn render(&self, prepared: &PreparedScenario, placement: &Placement) -> Result<LaunchPlan> {
+        let flags: &[&str] = match prepared.scenario.reference.as_str() {
+            "reg/fails" => {
+                return Err(Error::Provision { step: "start", detail: "/srv/secret: no such file".to_owned() });
+            }
+            "reg/two" => &["FLAG{1}", "FLAG{2}"],
+            _ => &["FLAG{1}"],
+        };
+        Ok(LaunchPlan {
             command: vec!["true".to_owned()],
-            env: self.additional.clone(),
-            readiness: Readiness {
-                probe: Probe::Output { contains: String::new() },
-                interval: std::time::Duration::ZERO,
-                timeout: std::time::Duration::ZERO,
-            },
-            limits: Limits::default(),
-            connection_info: format!("http://{}:1337", place.host),
+            env: prepared.additional.clone(),
+            connection_info: format!("http://{}:1337", placement.host),
             flags: flags.iter().map(|flag| (*flag).to_owned()).collect(),
+            ..LaunchPlan::default()
         })
     }
 }
@@ -210,22 +199,24 @@ impl Provisioner for Played {
         "played"
     }
 
-    async fn up(&self, order: &Order) -> Result<Outputs> {
-        let place =
-            Place { host: "host.example".to_owned(), ports: std::collections::BTreeMap::new(), dir: PathBuf::new() };
-        let workload = order.plan.render(&place)?;
-        Ok(Outputs { connection_info: workload.connection_info, flags: workload.flags })
+    async fn reserve(&self, _: &ChallengeId, _: &Identity, _: u64, _: &[PortSpec]) -> Result<Placement> {
+        Ok(Placement { host: "host.example".to_owned(), ..Placement::default() })
     }
 
-    async fn update(&self, order: &Order) -> Result<Outputs> {
-        self.up(order).await
+    async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
+        let LaunchPlan { connection_info, flags, .. } = request.plan.clone();
+        Ok(Outputs { connection_info, flags })
+    }
+
+    async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
+        self.up(request).await
     }
 
     async fn down(&self, _: &ChallengeId, _: &Identity, _: u64) -> Result<()> {
         Ok(())
     }
 
-    async fn list(&self) -> Result<Vec<Found>> {
+    async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
         Ok(Vec::new())
     }
 }

@@ -132,7 +132,9 @@ mod tests {
 
     use async_trait::async_trait;
     use gauntlet_coordination::Coordination;
-    use gauntlet_domain::{ChallengeId, Found, Identity, Order, Outputs, Provisioner, Settings};
+    use gauntlet_domain::{
+        ChallengeId, Identity, LaunchRequest, Outputs, Placement, PortSpec, ProvisionedInstance, Provisioner, Settings,
+    };
 
     use gauntlet_testing::eventually;
 
@@ -149,11 +151,15 @@ mod tests {
             "hanging"
         }
 
-        async fn up(&self, _: &Order) -> Result<Outputs> {
+        async fn reserve(&self, _: &ChallengeId, _: &Identity, _: u64, _: &[PortSpec]) -> Result<Placement> {
             std::future::pending().await
         }
 
-        async fn update(&self, _: &Order) -> Result<Outputs> {
+        async fn up(&self, _: &LaunchRequest) -> Result<Outputs> {
+            std::future::pending().await
+        }
+
+        async fn update(&self, _: &LaunchRequest) -> Result<Outputs> {
             std::future::pending().await
         }
 
@@ -161,7 +167,7 @@ mod tests {
             std::future::pending().await
         }
 
-        async fn list(&self) -> Result<Vec<Found>> {
+        async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
             self.0.store(true, Ordering::SeqCst);
             std::future::pending().await
         }

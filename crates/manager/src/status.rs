@@ -49,7 +49,7 @@ pub(crate) fn status(error: Error) -> Status {
         Error::Unavailable { .. } | Error::Busy { .. } | Error::Conflict | Error::Fenced(_) => {
             error::unavailable(error.code())
         }
-        Error::Provision { .. } | Error::Internal(_) => error::internal_error(),
+        Error::Provision { .. } | Error::PortTaken { .. } | Error::Internal(_) => error::internal_error(),
     };
     status.set_source(Arc::new(Cause::Error(error)));
     status

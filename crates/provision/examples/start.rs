@@ -7,42 +7,37 @@ use std::{
     collections::BTreeMap,
     io::Read as _,
     net::{Ipv4Addr, TcpStream},
-    path::PathBuf,
+    path::Path,
     process::Command,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use gauntlet_domain::{
-    ChallengeId, Identity, Limits, Order, Place, Plan, PortSpec, Probe, Protocol, Provisioner as _, Readiness, Result,
-    Workload,
+    ChallengeId, Identity, LaunchPlan, LaunchRequest, Outputs, PortSpec, Probe, Protocol, Provisioner as _, Readiness,
 };
 use gauntlet_provision::process::{Config, Process};
 
-#[derive(Debug)]
-struct Greeter(PathBuf, Vec<PortSpec>);
-
-impl Plan for Greeter {
-    fn ports(&self) -> &[PortSpec] {
-        &self.1
-    }
-
-    fn render(&self, place: &Place) -> Result<Workload> {
-        let port = place.ports["main"];
-        Ok(Workload {
-            files: "/".into(),
-            command: vec![self.0.display().to_string()],
-            env: BTreeMap::from([("LISTEN".to_owned(), format!("127.0.0.1:{port}"))]),
-            readiness: Readiness {
-                probe: Probe::Tcp { port: "main".to_owned() },
-                interval: Duration::from_millis(100),
-                timeout: Duration::from_secs(20),
-            },
-            limits: Limits::default(),
-            connection_info: format!("127.0.0.1:{port}"),
-            flags: Vec::new(),
-        })
-    }
+/// Reserves, renders and launches, as the use cases do.
+async fn launch(process: &Process, greeter: &Path, identity: u64) -> Outputs {
+    let (challenge, identity) = (ChallengeId::new("c").unwrap(), Identity::from_bits(identity));
+    let ports = vec![PortSpec { name: "main".to_owned(), protocol: Protocol::Tcp }];
+    let placement = process.reserve(&challenge, &identity, 1, &ports).await.unwrap();
+    let address = format!("127.0.0.1:{}", placement.ports["main"]);
+    let plan = LaunchPlan {
+        ports,
+        files: "/".into(),
+        command: vec![greeter.display().to_string()],
+        env: BTreeMap::from([("LISTEN".to_owned(), address.clone())]),
+        readiness: Readiness {
+            probe: Probe::Tcp { port: "main".to_owned() },
+            interval: Duration::from_millis(100),
+            timeout: Duration::from_secs(20),
+        },
+        connection_info: address,
+        ..LaunchPlan::default()
+    };
+    let request = LaunchRequest { challenge, identity, generation: 1, digest: String::new(), placement, plan };
+    process.up(&request).await.unwrap()
 }
 
 fn answered(address: &str) {
@@ -85,28 +80,18 @@ async fn main() {
     config.bind = Ipv4Addr::LOCALHOST.into();
     config.cgroups = !std::env::args().any(|arg| arg == "nocgroup");
     let process = Process::new(config).unwrap();
-    let spec = PortSpec { name: "main".to_owned(), protocol: Protocol::Tcp };
-    let plan: Arc<dyn Plan> = Arc::new(Greeter(greeter, vec![spec]));
-    let order = |n| Order {
-        challenge: ChallengeId::new("c").unwrap(),
-        identity: Identity::from_bits(n),
-        generation: 1,
-        digest: String::new(),
-        plan: plan.clone(),
-    };
     for n in 0..others {
-        process.up(&order(1_000_000 + n)).await.unwrap();
+        launch(&process, &greeter, 1_000_000 + n).await;
     }
     let (mut ups, mut downs) = (Vec::new(), Vec::new());
     for n in 0..count {
-        let order = order(n);
         let began = Instant::now();
-        let outputs = process.up(&order).await.unwrap();
+        let outputs = launch(&process, &greeter, n).await;
         answered(&outputs.connection_info);
         ups.push(began.elapsed());
         tokio::time::sleep(Duration::from_millis(50)).await;
         let began = Instant::now();
-        process.down(&order.challenge, &order.identity, 1).await.unwrap();
+        process.down(&ChallengeId::new("c").unwrap(), &Identity::from_bits(n), 1).await.unwrap();
         downs.push(began.elapsed());
     }
     median(&format!("up beside {others}"), ups);

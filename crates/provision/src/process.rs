@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! <dir>/instances/<hash of the challenge>-<identity>/
-//!     label.json      challenge, identity, generation; locked while somebody works on the instance; stays for an hour after it is gone
+//!     label.json      challenge, identity, generation, reserved ports; locked while somebody works on the instance; stays for an hour after it is gone
 //!     instance.json   ports and what to run; holds secrets
 //!     state.json      supervisor, first process, how it ended
 //!     supervisor.log  what went wrong with the supervisor, if something did
@@ -55,13 +55,15 @@ use std::{
     os::unix::ffi::OsStrExt as _,
     path::PathBuf,
     process::{Command, Stdio},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use gauntlet_domain::{
-    ChallengeId, Error, Found, Identity, Limits, Order, Outputs, Place, PortSpec, Provisioner, Result,
+    ChallengeId, Error, Identity, LaunchPlan, LaunchRequest, Limits, Outputs, Placement, PortHold, PortSpec,
+    ProvisionedInstance, Provisioner, Result,
 };
 use tracing::{Instrument as _, Span};
 
@@ -70,14 +72,12 @@ use self::{
     home::{Home, Wanted, blocking, failed},
     ports::{Held, Ports},
     ready::Shim,
-    record::{READY, RECORD, Record, STATE, State, WORK, Who},
+    record::{LABEL, READY, RECORD, Record, STATE, State, WORK, Who},
 };
 pub use self::{ends::Ends, restart::Restart};
 
 /// How long what is killed may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(6);
-/// How often an instance is started on another port after another program took the one that it was given.
-const PORT_TRIES: usize = 3;
 /// Instances that are ended at once when all are.
 const HALTED_AT_ONCE: usize = 64;
 
@@ -299,45 +299,38 @@ impl Process {
         halted.into_iter().sum()
     }
 
-    async fn bring(&self, order: &Order, running: Running) -> Result<Outputs> {
-        let home = self.enter(&order.challenge, &order.identity, order.generation, Wanted::There).await?;
-        let (alive, mut stopped, mut before) = self.before(&home).await?;
+    async fn bring(&self, request: &LaunchRequest, running: Running) -> Result<Outputs> {
+        let home = self.enter(&request.challenge, &request.identity, request.generation, Wanted::There).await?;
+        let (alive, mut stopped, before) = self.before(&home).await?;
         if alive
             && running == Running::Keep
             && let Some(record) = &before
         {
-            return self.settle(&home, record, None, &[]).await;
+            return self.settle(&home, record, None, &[LABEL]).await;
         }
-        // What a killed supervisor left goes before ports are given out: it may still hold them.
         if !alive && stopped.is_none() {
             stopped = Some(self.stop(&home).await?);
         }
-        for last in (1..=PORT_TRIES).map(|tries| tries == PORT_TRIES) {
-            let ports = before.as_ref().map(|before| before.ports.clone()).unwrap_or_default();
-            let allocate = self.allocate(home.clone(), order, ports.clone(), stopped.is_none());
-            let (record, held) = step(step_span!("provision.allocate", home), allocate).await?;
-            let lock = match stopped.take() {
-                Some(lock) => lock,
-                None if before.as_ref() == Some(&record) => return self.settle(&home, &record, None, &[]).await,
-                None => step(step_span!("provision.stop", home), self.stop(&home)).await?,
-            };
-            let starting = self.start(home.clone(), order, record.clone(), ports, held, lock);
-            let result = match step(step_span!("provision.start", home), starting).await {
-                Ok(shim) => self.settle(&home, &record, Some(shim), &[RECORD]).await,
-                Err(error) => Err(error),
-            };
-            let Err(error) = result else { return result };
-            let Some(port) = self.lost(order, &record).await?.filter(|_| !last) else { return Err(error) };
-            tracing::warn!(
-                instance.identity = home.identity(),
-                port,
-                %error,
-                "another program took the port of an instance that was being started: trying another"
-            );
-            stopped = Some(self.stop(&home).await?);
-            before = Some(record);
-        }
-        Err(Error::Internal("no try to start an instance is the last".to_owned()))
+        let record = self.record(home.clone(), request).await?;
+        let lock = match stopped {
+            Some(lock) => lock,
+            None if before.as_ref() == Some(&record) => return self.settle(&home, &record, None, &[LABEL]).await,
+            None => step(step_span!("provision.stop", home), self.stop(&home)).await?,
+        };
+        let starting = self.start(home.clone(), request, record.clone(), before, lock);
+        let result = match step(step_span!("provision.start", home), starting).await {
+            Ok(shim) => self.settle(&home, &record, Some(shim), &[LABEL, RECORD]).await,
+            Err(error) => Err(error),
+        };
+        let Err(error) = result else { return result };
+        let Some(port) = self.lost(&request.plan, &record).await? else { return Err(error) };
+        tracing::warn!(
+            instance.identity = home.identity(),
+            port,
+            %error,
+            "another program took the port of an instance that was being started"
+        );
+        Err(Error::PortTaken { port, detail: error.to_string() })
     }
 
     async fn enter(
@@ -370,27 +363,45 @@ impl Process {
     }
 
     /// One of its ports that another program has, if one does.
-    async fn lost(&self, order: &Order, record: &Record) -> Result<Option<u16>> {
-        let (ports, specs, taken) = (self.ports.clone(), order.plan.ports().to_vec(), record.ports.clone());
+    async fn lost(&self, plan: &LaunchPlan, record: &Record) -> Result<Option<u16>> {
+        let (ports, specs, taken) = (self.ports.clone(), plan.ports.clone(), record.ports.clone());
         blocking(move || Ok(ports.lost(&specs, &taken))).await
     }
 
-    /// Reserves ports and renders the plan with them.
+    /// Makes the directory and reserves the ports: those that it had before, as far as they are free.
     async fn allocate(
         &self,
-        home: Home,
-        order: &Order,
-        before: BTreeMap<String, u16>,
+        mut home: Home,
+        specs: &[PortSpec],
+        before: Option<Record>,
         running: bool,
-    ) -> Result<(Record, Held)> {
-        let (ports, config, plan) = (self.ports.clone(), self.config.clone(), order.plan.clone());
+    ) -> Result<Placement> {
+        let (process, specs) = (self.clone(), specs.to_vec());
         blocking(move || {
-            let work = home.dir.join(WORK);
-            home::make(&work).map_err(failed("allocate", "making its directory"))?;
-            let (ports, held) = ports.assign(&home.key, plan.ports(), &before, running)?;
-            let place = Place { host: config.host.clone(), ports: ports.clone(), dir: work };
-            let launch = launch::decide(&config, &place, plan.render(&place)?)?;
-            Ok((Record { version: record::VERSION, ports, launch }, held))
+            let dir = home.dir.join(WORK);
+            home::make(&dir).map_err(failed("allocate", "making its directory"))?;
+            let mut reserved = before.map(|record| record.ports).unwrap_or_default();
+            reserved.extend(home.ports().clone());
+            let (ports, held) = process.ports.assign(&home.key, &specs, &reserved, running)?;
+            reserved.extend(ports.clone());
+            home.record_ports(reserved).map_err(failed("allocate", "recording its ports"))?;
+            let hold = PortHold::new(Mutex::new(held));
+            Ok(Placement { host: process.config.host.clone(), ports, dir, hold })
+        })
+        .await
+    }
+
+    /// What a request wants to run. Fails if its reservation has been given up since.
+    async fn record(&self, home: Home, request: &LaunchRequest) -> Result<Record> {
+        let (process, plan, placement) = (self.clone(), request.plan.clone(), request.placement.clone());
+        blocking(move || {
+            let Placement { ports, dir, .. } = placement;
+            if let Some(port) = process.ports.not_reserved(&home.key, &ports) {
+                let detail = "it is no longer reserved for this instance".to_owned();
+                return Err(Error::PortTaken { port, detail });
+            }
+            home::make(&dir).map_err(failed("start", "making its directory"))?;
+            Ok(Record { version: record::VERSION, ports, launch: launch::decide(&process.config, &dir, plan)? })
         })
         .await
     }
@@ -398,15 +409,18 @@ impl Process {
     /// Writes the record and starts a supervisor on it. The lock proves that there is none.
     async fn start(
         &self,
-        home: Home,
-        order: &Order,
+        mut home: Home,
+        request: &LaunchRequest,
         record: Record,
-        before: BTreeMap<String, u16>,
-        mut held: Held,
+        before: Option<Record>,
         lock: File,
     ) -> Result<Shim> {
-        let (process, specs): (_, Vec<PortSpec>) = (self.clone(), order.plan.ports().to_vec());
+        let (process, specs, hold) = (self.clone(), request.plan.ports.clone(), request.placement.hold.clone());
         blocking(move || {
+            let mut held = match hold.downcast_ref::<Mutex<Held>>() {
+                Some(held) => std::mem::take(&mut *held.lock().unwrap_or_else(PoisonError::into_inner)),
+                None => Held::default(),
+            };
             process.ports.hold(&specs, &record.ports, &mut held)?;
             let last = record::read::<State>(&home.dir, STATE).unwrap_or(None);
             let prepare = || -> io::Result<()> {
@@ -416,7 +430,10 @@ impl Process {
             };
             prepare().map_err(failed("start", "recording what to run"))?;
             drop(lock);
-            process.ports.release(&home.key, &before, &record.ports)?;
+            for ports in before.iter().map(|before| &before.ports).chain([home.ports()]) {
+                process.ports.release(&home.key, ports, &record.ports)?;
+            }
+            home.record_ports(record.ports.clone()).map_err(failed("start", "recording its ports"))?;
             let mut command = Command::new(&process.shim);
             command
                 .arg(shim::SUPERVISE)
@@ -441,12 +458,29 @@ impl Provisioner for Process {
         "process"
     }
 
-    async fn up(&self, order: &Order) -> Result<Outputs> {
-        self.bring(order, Running::Keep).await
+    async fn reserve(
+        &self,
+        challenge: &ChallengeId,
+        identity: &Identity,
+        generation: u64,
+        ports: &[PortSpec],
+    ) -> Result<Placement> {
+        let home = self.enter(challenge, identity, generation, Wanted::There).await?;
+        let (alive, stopped, before) = self.before(&home).await?;
+        // What a killed supervisor left may still hold the ports.
+        if !alive && stopped.is_none() {
+            self.stop(&home).await?;
+        }
+        let allocate = self.allocate(home.clone(), ports, before, alive);
+        step(step_span!("provision.allocate", home), allocate).await
     }
 
-    async fn update(&self, order: &Order) -> Result<Outputs> {
-        self.bring(order, Running::Replace).await
+    async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
+        self.bring(request, Running::Keep).await
+    }
+
+    async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
+        self.bring(request, Running::Replace).await
     }
 
     async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
@@ -456,8 +490,9 @@ impl Provisioner for Process {
         let remove = step_span!("provision.remove", home);
         let work = blocking(move || {
             let record = record::read::<Record>(&home.dir, RECORD).unwrap_or(None);
-            let had = record.map(|record| record.ports).unwrap_or_default();
-            ports.release(&home.key, &had, &BTreeMap::new())?;
+            for had in record.iter().map(|record| &record.ports).chain([home.ports()]) {
+                ports.release(&home.key, had, &BTreeMap::new())?;
+            }
             home.clear().map_err(failed("remove", "removing its directory"))?;
             home.mark_gone().map_err(failed("remove", "recording that it is gone"))?;
             drop(lock);
@@ -466,7 +501,7 @@ impl Provisioner for Process {
         step(remove, work).await
     }
 
-    async fn list(&self) -> Result<Vec<Found>> {
+    async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
         let (instances, restart) = (self.instances.clone(), self.config.restart.clone());
         blocking(move || home::list(&instances, &restart).map_err(failed("list", "reading the instances"))).await
     }

@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 
 use gauntlet_domain::{Identity, Provisioner as _};
 
-use crate::support::{Rig, challenge, order};
+use crate::support::{LaunchExt as _, Rig, challenge, launch};
 
 /// How many other processes, beside those that run anyway.
 const OTHERS: u64 = 400;
@@ -23,14 +23,14 @@ fn reads() -> u64 {
 }
 
 async fn reads_of_a_life(rig: &Rig, generation: u64) -> u64 {
-    let (manager, plan) = (rig.manager(), rig.greeter().arc());
+    let (manager, plan) = (rig.manager(), rig.greeter());
     let before = reads();
-    manager.up(&order(1, generation, &plan)).await.unwrap();
-    manager.up(&order(1, generation, &plan)).await.unwrap();
-    manager.update(&order(1, generation, &rig.greeter().greeting("other").arc())).await.unwrap();
+    manager.launch(&launch(1, generation, &plan)).await.unwrap();
+    manager.launch(&launch(1, generation, &plan)).await.unwrap();
+    manager.relaunch(&launch(1, generation, &rig.greeter().greeting("other"))).await.unwrap();
     assert_eq!(manager.list().await.unwrap().len(), 1);
     manager.halt().await.unwrap();
-    manager.up(&order(1, generation, &plan)).await.unwrap();
+    manager.launch(&launch(1, generation, &plan)).await.unwrap();
     manager.down(&challenge("a challenge"), &Identity::from_bits(1), generation).await.unwrap();
     reads() - before
 }

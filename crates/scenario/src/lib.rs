@@ -8,6 +8,7 @@ mod archive;
 mod author;
 mod cache;
 mod document;
+mod documents;
 mod files;
 mod flag;
 mod library;

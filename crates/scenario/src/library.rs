@@ -12,16 +12,18 @@ use futures::{
     FutureExt as _,
     future::{BoxFuture, WeakShared},
 };
-use gauntlet_domain::{Additional, Error, Identity, Pinned, Result, Scenarios};
+use gauntlet_domain::{
+    Additional, Error, Identity, LaunchPlan, Pinned, Placement, PreparedScenario, Result, Scenarios,
+};
 use tracing::{Instrument as _, field::Empty};
 
 use crate::{
     cache::{Cache, Evicted},
     document::Document,
+    documents::Documents,
     files::{FileError, FileLimits},
     flag::FlagKey,
-    local,
-    plan::Plan,
+    local, plan,
     registry::{Access, Registry},
     yaml::{self, Problem},
 };
@@ -66,6 +68,7 @@ pub struct Library {
 
 struct Inner {
     cache: Cache,
+    documents: Documents,
     config: Config,
     registry: Registry,
     /// Fetches under way, by digest.
@@ -82,7 +85,15 @@ impl Library {
     pub fn new(config: Config) -> Result<Self> {
         let cache = Cache::open(&config.cache).map_err(unusable)?;
         let registry = Registry::new(&config.access).map_err(Error::Internal)?;
-        Ok(Self { inner: Arc::new(Inner { cache, config, registry, fetches: Mutex::default() }) })
+        Ok(Self {
+            inner: Arc::new(Inner {
+                cache,
+                documents: Documents::default(),
+                config,
+                registry,
+                fetches: Mutex::default(),
+            }),
+        })
     }
 
     /// How many bytes of scenarios are kept.
@@ -178,7 +189,16 @@ impl Library {
         noted(self.fetch(&pinned.reference, target, &pinned.digest), pull_span(&pinned.reference)).await
     }
 
-    async fn document(&self, reference: &str, digest: &str, dir: &Path) -> Result<Document> {
+    /// The document of a cached scenario, from memory if it is there.
+    async fn document(&self, scenario: &Pinned, dir: &Path) -> Result<Arc<Document>> {
+        match self.inner.documents.get(&scenario.digest) {
+            Some(document) => Ok(document),
+            None => self.read(&scenario.reference, &scenario.digest, dir).await,
+        }
+    }
+
+    /// Reads and checks the document of a cached scenario, and keeps it in memory.
+    async fn read(&self, reference: &str, digest: &str, dir: &Path) -> Result<Arc<Document>> {
         let span = tracing::info_span!(
             "scenario.validate",
             otel.kind = "internal",
@@ -193,7 +213,9 @@ impl Library {
                 Unread::Io(error) => Error::Internal(format!("scenario in {}: {error}", dir.display())),
             })
         });
-        noted(read, span).await
+        let document = Arc::new(noted(read, span).await?);
+        self.inner.documents.insert(digest, document.clone());
+        Ok(document)
     }
 }
 
@@ -205,20 +227,26 @@ impl Scenarios for Library {
         } else {
             self.resolve_registry(reference).await?
         };
-        self.document(reference, &digest, &dir).await?;
+        self.read(reference, &digest, &dir).await?;
         Ok(Pinned { reference: reference.to_owned(), digest })
     }
 
-    async fn plan(
+    async fn prepare(
         &self,
         scenario: &Pinned,
         identity: &Identity,
         additional: &Additional,
-    ) -> Result<Arc<dyn gauntlet_domain::Plan>> {
-        let dir = self.directory(scenario).await?;
-        let document = self.document(&scenario.reference, &scenario.digest, &dir).await?;
-        let key = &self.inner.config.flag_key;
-        Ok(Arc::new(Plan::new(&scenario.reference, dir, document, key, identity, additional)?))
+    ) -> Result<PreparedScenario> {
+        let files = self.directory(scenario).await?;
+        let document = self.document(scenario, &files).await?;
+        let flags = plan::flags(&scenario.reference, &document, &self.inner.config.flag_key, identity, additional)?;
+        let ports = document.ports.clone();
+        Ok(PreparedScenario { files, ports, flags, ..PreparedScenario::new(scenario, identity, additional) })
+    }
+
+    async fn render(&self, prepared: &PreparedScenario, placement: &Placement) -> Result<LaunchPlan> {
+        let document = self.document(&prepared.scenario, &prepared.files).await?;
+        plan::render(&document, prepared, placement)
     }
 }
 

@@ -1,8 +1,6 @@
-//! A scenario prepared for one instance.
+//! From a checked document to the launch plan of one instance: first the flags, then, once the placement is known, everything else.
 
-use std::{collections::BTreeMap, path::PathBuf};
-
-use gauntlet_domain::{Additional, Error, Identity, Place, PortSpec, Result, Workload};
+use gauntlet_domain::{Additional, Error, Identity, LaunchPlan, Placement, PreparedScenario, Result};
 
 use crate::{
     document::Document,
@@ -10,82 +8,54 @@ use crate::{
     template::{Template, Values},
 };
 
-/// The most that `additional` may hold, keys and values together.
+/// The largest total size of `additional`, keys and values together.
 const MAX_ADDITIONAL_BYTES: usize = 256 * 1024;
 
-/// What an instance runs, once host and ports are known. Its `Debug` shows no flags.
-pub(crate) struct Plan {
-    reference: String,
-    files: PathBuf,
-    document: Document,
-    values: Values,
-    flags: Vec<(String, String)>,
+/// Renders the flags: by name, in the order of the document.
+pub(crate) fn flags(
+    reference: &str,
+    document: &Document,
+    key: &FlagKey,
+    identity: &Identity,
+    additional: &Additional,
+) -> Result<Vec<(String, String)>> {
+    let size: usize = additional.iter().map(|(key, value)| key.len() + value.len()).sum();
+    if size > MAX_ADDITIONAL_BYTES {
+        let problem = format!("additional holds {size} bytes; at most {MAX_ADDITIONAL_BYTES}");
+        return Err(failed(reference, problem));
+    }
+    let values = Values::of(identity, additional);
+    let flag = |(name, template): &(String, Template)| {
+        let flag = template.render(&values.clone().varying(key, name)).map_err(|problem| failed(reference, problem))?;
+        Ok((name.clone(), flag))
+    };
+    document.flags.iter().map(flag).collect()
 }
 
-impl Plan {
-    /// Renders the flags; what `additional` lacks for them is told now.
-    pub(crate) fn new(
-        reference: &str,
-        files: PathBuf,
-        document: Document,
-        key: &FlagKey,
-        identity: &Identity,
-        additional: &Additional,
-    ) -> Result<Self> {
-        let size: usize = additional.iter().map(|(key, value)| key.len() + value.len()).sum();
-        if size > MAX_ADDITIONAL_BYTES {
-            return Err(unprepared(
-                reference,
-                format!("additional holds {size} bytes; at most {MAX_ADDITIONAL_BYTES}"),
-            ));
-        }
-        let values = Values::of(identity, additional);
-        let mut flags = Vec::with_capacity(document.flags.len());
-        for (name, template) in &document.flags {
-            let flag = template.render(&values.clone().varying(key, name)).map_err(|p| unprepared(reference, p))?;
-            flags.push((name.clone(), flag));
-        }
-        Ok(Self { reference: reference.to_owned(), files, document, values, flags })
-    }
+/// Renders the plan.
+pub(crate) fn render(document: &Document, prepared: &PreparedScenario, placement: &Placement) -> Result<LaunchPlan> {
+    let PreparedScenario { scenario, identity, additional, files, flags, .. } = prepared;
+    let values = Values::of(identity, additional).placed(flags.iter().cloned(), placement);
+    let text = |template: &Template| {
+        let text = template.render(&values)?;
+        if text.contains('\0') { Err(format!("{}: holds a NUL byte", template.field())) } else { Ok(text) }
+    };
+    let variable = |(name, template): &(String, Template)| Ok((name.clone(), text(template)?));
+    let rendered = || -> Result<LaunchPlan, String> {
+        Ok(LaunchPlan {
+            ports: document.ports.clone(),
+            files: files.clone(),
+            command: document.command.iter().map(text).collect::<Result<_, _>>()?,
+            env: document.env.iter().map(variable).collect::<Result<_, String>>()?,
+            readiness: document.readiness.clone(),
+            limits: document.limits.clone(),
+            connection_info: text(&document.connection_info)?,
+            flags: flags.iter().map(|(_, flag)| flag.clone()).collect(),
+        })
+    };
+    rendered().map_err(|problem| failed(&scenario.reference, problem))
 }
 
-impl gauntlet_domain::Plan for Plan {
-    fn ports(&self) -> &[PortSpec] {
-        &self.document.ports
-    }
-
-    fn render(&self, place: &Place) -> Result<Workload> {
-        let values = self.values.clone().placed(self.flags.iter().cloned(), place);
-        let text = |template: &Template| {
-            let text = template.render(&values)?;
-            if text.contains('\0') { Err(format!("{}: holds a NUL byte", template.field())) } else { Ok(text) }
-        };
-        let rendered = || -> Result<Workload, String> {
-            Ok(Workload {
-                files: self.files.clone(),
-                command: self.document.command.iter().map(text).collect::<Result<_, _>>()?,
-                env: self
-                    .document
-                    .env
-                    .iter()
-                    .map(|(name, template)| Ok((name.clone(), text(template)?)))
-                    .collect::<Result<BTreeMap<_, _>, String>>()?,
-                readiness: self.document.readiness.clone(),
-                limits: self.document.limits.clone(),
-                connection_info: text(&self.document.connection_info)?,
-                flags: self.flags.iter().map(|(_, flag)| flag.clone()).collect(),
-            })
-        };
-        rendered().map_err(|problem| unprepared(&self.reference, problem))
-    }
-}
-
-fn unprepared(reference: &str, problem: String) -> Error {
+fn failed(reference: &str, problem: String) -> Error {
     Error::ScenarioPreprocessing { reference: reference.to_owned(), problem }
-}
-
-impl std::fmt::Debug for Plan {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Plan").field("reference", &self.reference).field("files", &self.files).finish_non_exhaustive()
-    }
 }

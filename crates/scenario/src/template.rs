@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, io, sync::LazyLock};
 
-use gauntlet_domain::{Additional, Identity, Place};
+use gauntlet_domain::{Additional, Identity, Placement, PortHold};
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, filters, tests};
 
 use crate::{
@@ -121,13 +121,14 @@ impl Template {
                 Values::of(&Identity::from_bits(0), &Additional::new()).varying(&FlagKey::new([0; 32]), "sample")
             }
             Scope::Place { flags, ports } => {
-                let place = Place {
+                let placement = Placement {
                     host: "localhost".into(),
                     ports: ports.iter().map(|name| (name.clone(), 1)).collect(),
                     dir: std::path::PathBuf::new(),
+                    hold: PortHold::default(),
                 };
                 let flags = flags.iter().map(|name| (name.clone(), "FLAG{sample}".to_owned()));
-                Values::of(&Identity::from_bits(0), &Additional::new()).placed(flags, &place)
+                Values::of(&Identity::from_bits(0), &Additional::new()).placed(flags, &placement)
             }
         };
         match self.render_error(&sample) {
@@ -219,10 +220,10 @@ impl Values {
     }
 
     /// With flags, host and ports.
-    pub(crate) fn placed(mut self, flags: impl Iterator<Item = (String, String)>, place: &Place) -> Self {
+    pub(crate) fn placed(mut self, flags: impl Iterator<Item = (String, String)>, placement: &Placement) -> Self {
         self.0.insert("flags".to_owned(), Value::from(flags.collect::<BTreeMap<_, _>>()));
-        self.0.insert("host".to_owned(), Value::from(place.host.as_str()));
-        self.0.insert("ports".to_owned(), Value::from(place.ports.clone()));
+        self.0.insert("host".to_owned(), Value::from(placement.host.as_str()));
+        self.0.insert("ports".to_owned(), Value::from(placement.ports.clone()));
         self
     }
 }
@@ -301,9 +302,10 @@ mod checks {
     fn values() -> Values {
         let additional = [("add-flag", "FLAG{x}"), ("a b", "1"), ("n", "3")];
         let additional = additional.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
-        let place = Place { host: "h".into(), ports: BTreeMap::from([("http".into(), 80)]), dir: "/d".into() };
+        let ports = BTreeMap::from([("http".into(), 80)]);
+        let placement = Placement { host: "h".into(), ports, dir: "/d".into(), hold: PortHold::default() };
         let flags = [("main".to_owned(), "F".to_owned())].into_iter();
-        Values::of(&Identity::from_bits(1), &additional).placed(flags, &place)
+        Values::of(&Identity::from_bits(1), &additional).placed(flags, &placement)
     }
 
     #[test]

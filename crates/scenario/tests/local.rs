@@ -5,10 +5,11 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
-use gauntlet_domain::{Additional, Error, Identity, Pinned, Place, Plan, Scenarios as _};
+use gauntlet_domain::{
+    Additional, Error, Identity, LaunchPlan, Pinned, Placement, PortHold, PreparedScenario, Scenarios as _,
+};
 use gauntlet_scenario::{Config, FlagKey, Library, validate};
 
 const WEB: &str = r#"
@@ -53,41 +54,42 @@ async fn what_is_kept_is_found_from_anywhere() {
     config.local_root = Some(desk.dir.path().join("root"));
     let library = Library::new(config).unwrap();
     let pinned = library.resolve("file://web").await.unwrap();
-    let workload = plan(&library, &pinned, 1, &[]).await.render(&place()).unwrap();
-    assert!(workload.files.is_absolute(), "{}", workload.files.display());
+    let plan = render(&library, &prepare(&library, &pinned, 1, &[]).await).await;
+    assert!(plan.files.is_absolute(), "{}", plan.files.display());
 }
 
-async fn plan(library: &Library, pinned: &Pinned, identity: u64, additional: &[(&str, &str)]) -> Arc<dyn Plan> {
+async fn prepare(library: &Library, pinned: &Pinned, identity: u64, additional: &[(&str, &str)]) -> PreparedScenario {
     let additional: Additional = additional.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-    library.plan(pinned, &Identity::from_bits(identity), &additional).await.unwrap()
+    library.prepare(pinned, &Identity::from_bits(identity), &additional).await.unwrap()
 }
 
-fn place() -> Place {
+async fn render(library: &Library, prepared: &PreparedScenario) -> LaunchPlan {
     let ports = BTreeMap::from([("http".to_owned(), 4000), ("side".to_owned(), 4001)]);
-    Place { host: "play.test".into(), ports, dir: "/instance".into() }
+    let placement = Placement { host: "play.test".into(), ports, dir: "/instance".into(), hold: PortHold::default() };
+    library.render(prepared, &placement).await.unwrap()
 }
 
 #[tokio::test]
-async fn a_directory_becomes_a_workload() {
+async fn a_directory_becomes_a_launch_plan() {
     let desk = desk();
     let pinned = desk.library.resolve("file://web").await.unwrap();
     assert_eq!(pinned.reference, "file://web");
     let absolute = format!("file://{}", desk.dir.path().join("root/web").display());
     assert_eq!(desk.library.resolve(&absolute).await.unwrap().digest, pinned.digest);
 
-    let plan_one = plan(&desk.library, &pinned, 1, &[("mo td", "moin"), ("add-flag", "FLAG{given}")]).await;
-    assert_eq!(plan_one.ports().len(), 2);
-    let workload = plan_one.render(&place()).unwrap();
-    assert_eq!(workload, plan_one.render(&place()).unwrap(), "rendering is pure");
-    assert_eq!(workload.command, ["./run.sh", "--listen", "0.0.0.0:4000"]);
-    assert_eq!(workload.env["MOTD"], "moin");
-    assert_eq!(workload.connection_info, "http://play.test:4000/0000000000000001");
-    assert_eq!(workload.flags, [workload.env["FLAG"].clone(), "FLAG{given}".into()]);
-    assert!(workload.files.join("run.sh").is_file());
-    assert!(!format!("{plan_one:?}").contains("FLAG{"), "no flag in logs");
+    let prepared = prepare(&desk.library, &pinned, 1, &[("mo td", "moin"), ("add-flag", "FLAG{given}")]).await;
+    assert_eq!(prepared.ports.len(), 2);
+    let plan = render(&desk.library, &prepared).await;
+    assert_eq!(plan, render(&desk.library, &prepared).await, "rendering is pure");
+    assert_eq!(plan.command, ["./run.sh", "--listen", "0.0.0.0:4000"]);
+    assert_eq!(plan.env["MOTD"], "moin");
+    assert_eq!(plan.connection_info, "http://play.test:4000/0000000000000001");
+    assert_eq!(plan.flags, [plan.env["FLAG"].clone(), "FLAG{given}".into()]);
+    assert!(plan.files.join("run.sh").is_file());
+    assert!(!format!("{prepared:?} {plan:?}").contains("FLAG{"), "no flag in logs");
 
-    let other = plan(&desk.library, &pinned, 2, &[]).await.render(&place()).unwrap();
-    assert_ne!(other.flags[0], workload.flags[0]);
+    let other = render(&desk.library, &prepare(&desk.library, &pinned, 2, &[]).await).await;
+    assert_ne!(other.flags[0], plan.flags[0]);
     assert_eq!((other.env["MOTD"].as_str(), other.flags[1].as_str()), ("hello", "FLAG{none}"));
 }
 
@@ -99,12 +101,12 @@ async fn what_is_pinned_does_not_change_under_an_instance() {
     fs::write(web.join("run.sh"), "#!/bin/sh\necho changed\n").unwrap();
     let moved = desk.library.resolve("file://web").await.unwrap();
     assert_ne!(moved.digest, pinned.digest);
-    let workload = plan(&desk.library, &pinned, 1, &[]).await.render(&place()).unwrap();
-    assert_eq!(fs::read_to_string(workload.files.join("run.sh")).unwrap(), "#!/bin/sh\nsleep 1\n");
+    let plan = render(&desk.library, &prepare(&desk.library, &pinned, 1, &[]).await).await;
+    assert_eq!(fs::read_to_string(plan.files.join("run.sh")).unwrap(), "#!/bin/sh\nsleep 1\n");
 
     fs::remove_dir_all(desk.dir.path().join("cache/sha256")).unwrap();
-    plan(&desk.library, &moved, 1, &[]).await;
-    let error = desk.library.plan(&pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
+    prepare(&desk.library, &moved, 1, &[]).await;
+    let error = desk.library.prepare(&pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
     assert!(matches!(&error, Error::ScenarioNotFound { problem, .. } if problem.contains("no longer kept")), "{error}");
 }
 
@@ -163,7 +165,7 @@ async fn what_additional_lacks_is_told_before_anything_runs() {
     fs::create_dir_all(&dir).unwrap();
     fs::write(dir.join("scenario.yaml"), WEB.replace(" | default('FLAG{none}')", "")).unwrap();
     let pinned = desk.library.resolve("file://needs").await.unwrap();
-    let error = desk.library.plan(&pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
+    let error = desk.library.prepare(&pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
     assert_eq!(error.code(), "SCENARIO_PREPROCESSING");
     insta::assert_snapshot!(error);
 }

@@ -177,9 +177,7 @@ fn packed(entries: &[(tar::EntryType, &str, &str)]) -> Vec<u8> {
 }
 
 async fn files_of(library: &Library, pinned: &Pinned) -> PathBuf {
-    let place = gauntlet_domain::Place { host: "h".into(), ports: [("a".to_owned(), 1)].into(), dir: "/d".into() };
-    let plan = library.plan(pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap();
-    plan.render(&place).unwrap().files
+    library.prepare(pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap().files
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -246,7 +244,7 @@ async fn a_moved_tag_is_seen_and_a_pinned_digest_needs_no_registry() {
     assert_eq!(error.code(), "OCI_INTERACTION", "{error}");
 
     fs::remove_dir_all(desk.dir.path().join("cache/sha256")).unwrap();
-    let error = library.plan(&old, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
+    let error = library.prepare(&old, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
     assert_eq!(error.code(), "OCI_INTERACTION", "{error}");
     desk.registry.process.start().unwrap();
     files_of(&library, &old).await;

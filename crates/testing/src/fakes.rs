@@ -6,4 +6,4 @@ mod scenarios;
 
 pub use facts::{IgnoredFacts, RecordedFacts};
 pub use provisioner::{FakeInstance, FakeProvisioner, LaunchCounts, ProvisionerCall};
-pub use scenarios::{FakeScenarios, UnrenderedPlan};
+pub use scenarios::FakeScenarios;

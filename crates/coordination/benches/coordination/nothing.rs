@@ -10,8 +10,9 @@ use std::{
 
 use async_trait::async_trait;
 use gauntlet_domain::{
-    Additional, Call, ChallengeId, Clock, Entropy, Fact, Facts, Found, Gauntlet, Identity, Order, Outputs, Pinned,
-    Place, Plan, PortSpec, Provisioner, Result, Scenarios, Settings, Store, Workload,
+    Additional, Call, ChallengeId, Clock, Entropy, Fact, Facts, Gauntlet, Identity, LaunchPlan, LaunchRequest, Outputs,
+    Pinned, Placement, PortSpec, PreparedScenario, ProvisionedInstance, Provisioner, Result, Scenarios, Settings,
+    Store,
 };
 use jiff::Timestamp;
 
@@ -55,24 +56,23 @@ impl Facts for Nothing {
     fn record(&self, _: Fact) {}
 }
 
-impl Plan for Nothing {
-    fn ports(&self) -> &[PortSpec] {
-        &[]
-    }
-
-    fn render(&self, _: &Place) -> Result<Workload> {
-        unreachable!("nothing is brought up")
-    }
-}
-
 #[async_trait]
 impl Scenarios for Nothing {
     async fn resolve(&self, reference: &str) -> Result<Pinned> {
         Ok(Pinned { reference: reference.to_owned(), digest: format!("sha256:{}", "ab".repeat(32)) })
     }
 
-    async fn plan(&self, _: &Pinned, _: &Identity, _: &Additional) -> Result<Arc<dyn Plan>> {
-        Ok(Arc::new(Self))
+    async fn prepare(
+        &self,
+        scenario: &Pinned,
+        identity: &Identity,
+        additional: &Additional,
+    ) -> Result<PreparedScenario> {
+        Ok(PreparedScenario::new(scenario, identity, additional))
+    }
+
+    async fn render(&self, _: &PreparedScenario, _: &Placement) -> Result<LaunchPlan> {
+        Ok(LaunchPlan::default())
     }
 }
 
@@ -82,19 +82,23 @@ impl Provisioner for Nothing {
         "nothing"
     }
 
-    async fn up(&self, _: &Order) -> Result<Outputs> {
+    async fn reserve(&self, _: &ChallengeId, _: &Identity, _: u64, _: &[PortSpec]) -> Result<Placement> {
+        Ok(Placement::default())
+    }
+
+    async fn up(&self, _: &LaunchRequest) -> Result<Outputs> {
         Ok(Outputs { connection_info: "http://ctf.test:31337".to_owned(), flags: vec!["CTF{flag}".to_owned()] })
     }
 
-    async fn update(&self, order: &Order) -> Result<Outputs> {
-        self.up(order).await
+    async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
+        self.up(request).await
     }
 
     async fn down(&self, _: &ChallengeId, _: &Identity, _: u64) -> Result<()> {
         Ok(())
     }
 
-    async fn list(&self) -> Result<Vec<Found>> {
+    async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
         Ok(Vec::new())
     }
 }

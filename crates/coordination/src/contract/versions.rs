@@ -3,7 +3,10 @@
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use gauntlet_domain::{ChallengeUpdate, Found, Gauntlet, Order, Outputs, Provisioner, Result, Settings};
+use gauntlet_domain::{
+    ChallengeUpdate, Gauntlet, LaunchRequest, Outputs, Placement, PortSpec, ProvisionedInstance, Provisioner, Result,
+    Settings,
+};
 
 use super::{
     nothing::{Nothing, call},
@@ -14,7 +17,7 @@ const NEWER: &str = r#"{"v":2,"shape":"of another kind"}"#;
 
 /// A machine on which this runs, and what was taken down.
 struct Machine {
-    found: Vec<Found>,
+    found: Vec<ProvisionedInstance>,
     downs: Mutex<Vec<Identity>>,
 }
 
@@ -24,12 +27,16 @@ impl Provisioner for Machine {
         "machine"
     }
 
-    async fn up(&self, order: &Order) -> Result<Outputs> {
-        Nothing.up(order).await
+    async fn reserve(&self, _: &ChallengeId, _: &Identity, _: u64, _: &[PortSpec]) -> Result<Placement> {
+        Ok(Placement::default())
     }
 
-    async fn update(&self, order: &Order) -> Result<Outputs> {
-        Nothing.update(order).await
+    async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
+        Nothing.up(request).await
+    }
+
+    async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
+        Nothing.update(request).await
     }
 
     async fn down(&self, _: &ChallengeId, identity: &Identity, _: u64) -> Result<()> {
@@ -37,14 +44,14 @@ impl Provisioner for Machine {
         Ok(())
     }
 
-    async fn list(&self) -> Result<Vec<Found>> {
+    async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
         Ok(self.found.clone())
     }
 }
 
 impl Machine {
     fn running(found: &[(&str, u64)]) -> Arc<Self> {
-        let found = found.iter().map(|(challenge, bits)| Found {
+        let found = found.iter().map(|(challenge, bits)| ProvisionedInstance {
             challenge: id(challenge),
             identity: Identity::from_bits(*bits),
             generation: 1,

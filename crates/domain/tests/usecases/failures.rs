@@ -34,6 +34,33 @@ async fn what_cannot_be_taken_down_is_kept_and_tried_again() {
 }
 
 #[tokio::test]
+async fn port_that_another_program_takes_is_replaced_at_most_twice() {
+    let world = World::with_a_challenge(0).await;
+    world.machine.take_ports(2);
+    world.create(ALICE).await;
+    assert_eq!(world.machine.reservations(), 3);
+    world.delete(ALICE).await.unwrap();
+    world.machine.take_ports(3);
+    let error = world.try_create(ALICE).await.unwrap_err();
+    assert!(matches!(error, Error::PortTaken { .. }) && error.is_fault(), "{error:?}");
+    assert_eq!((error.code(), world.machine.reservations()), ("PROVISION_FAILED", 3));
+    assert_eq!((world.stored(ALICE).await, world.machine.running()), (None, Vec::new()));
+}
+
+#[tokio::test]
+async fn update_that_cannot_reserve_leaves_the_instance_as_it_was() {
+    let world = World::with_an_instance().await;
+    let before = world.stored(ALICE).await.unwrap();
+    world.machine.refuse(["reserve"]);
+    let next = update(2, Strategy::UpdateInPlace);
+    let updated = world.gauntlet.update_challenge(&world.call, &world.web, next).await.unwrap();
+    assert_eq!(updated.failures.len(), 1);
+    let after = world.stored(ALICE).await.unwrap();
+    assert_eq!((&after.phase, &after.identity), (&Phase::Ready, &before.identity));
+    assert_eq!(world.machine.running(), [(before.identity, digest(1))]);
+}
+
+#[tokio::test]
 async fn every_delete_is_counted() {
     let world = World::with_an_instance().await;
     let deleted =

@@ -1,6 +1,8 @@
 //! What was read, or asked for, some time ago: meanwhile somebody else was first.
 
-use gauntlet_domain::{Additional, ChallengeUpdate, Error, Found, Identity, LockKind, Phase, SourceId, Store as _};
+use gauntlet_domain::{
+    Additional, ChallengeUpdate, Error, Identity, LockKind, Phase, ProvisionedInstance, SourceId, Store as _,
+};
 use tokio::task::JoinHandle;
 
 use crate::world::{ALICE, BOB, TIMEOUT, World, digest, reference, within};
@@ -50,7 +52,7 @@ async fn one_that_is_told_to_have_ended_is_brought_back_and_no_other() {
     let (alice, bob) = (world.stored(ALICE).await.unwrap(), world.create(BOB).await);
     world.machine.end(&alice.identity);
     world.machine.end(&bob.identity);
-    let told = |identity: &Identity| Found {
+    let told = |identity: &Identity| ProvisionedInstance {
         challenge: world.web.clone(),
         identity: identity.clone(),
         generation: 1,

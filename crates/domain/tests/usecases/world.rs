@@ -16,9 +16,9 @@ use gauntlet_coordination::{
     kv::{Condition, Get, KeyRange, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResponse, Watch},
 };
 use gauntlet_domain::{
-    Additional, Assignment, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Found, Gauntlet, Identity, Instance,
-    InstanceKey, LockGuard, LockKind, LockOptions, NewChallenge, Order, Outputs, Pinned, Place, Plan, PortSpec,
-    Provisioner, Result, Scenarios, Settings, SourceId, Store as _, Workload,
+    Additional, Assignment, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Gauntlet, Identity, Instance,
+    InstanceKey, LaunchPlan, LaunchRequest, LockGuard, LockKind, LockOptions, NewChallenge, Outputs, Pinned, Placement,
+    PortSpec, PreparedScenario, ProvisionedInstance, Provisioner, Result, Scenarios, Settings, SourceId, Store as _,
 };
 use jiff::Timestamp;
 use tempfile::TempDir;
@@ -92,6 +92,10 @@ pub struct Machine {
     /// What is there: the digest of its scenario, and whether it runs.
     there: Mutex<BTreeMap<Identity, (ChallengeId, String, bool)>>,
     refused: Mutex<BTreeSet<&'static str>>,
+    /// How many of the next launches find their port taken.
+    ports_to_take: AtomicU64,
+    /// How many reservations there were.
+    reservations: AtomicU64,
     gates: Gates,
 }
 
@@ -104,6 +108,25 @@ impl Machine {
     /// The next of these operations waits.
     pub fn hold(&self, operation: &'static str) -> Hold {
         self.gates.close(operation)
+    }
+
+    /// Other programs take the ports of the next launches.
+    pub fn take_ports(&self, launches: u64) {
+        self.ports_to_take.store(launches, Ordering::Relaxed);
+    }
+
+    /// How many reservations there were since this was last asked.
+    pub fn reservations(&self) -> u64 {
+        self.reservations.swap(0, Ordering::Relaxed)
+    }
+
+    fn listen(&self) -> Result<()> {
+        let left = self.ports_to_take.load(Ordering::Relaxed);
+        self.ports_to_take.store(left.saturating_sub(1), Ordering::Relaxed);
+        match left {
+            0 => Ok(()),
+            _ => Err(Error::PortTaken { port: 20_000, detail: "address in use".to_owned() }),
+        }
     }
 
     async fn ask(&self, operation: &'static str) -> Result<()> {
@@ -125,10 +148,10 @@ impl Machine {
         there.iter().filter(|(_, (.., runs))| *runs).map(|(i, (_, digest, _))| (i.clone(), digest.clone())).collect()
     }
 
-    fn start(&self, order: &Order) -> Outputs {
-        let running = (order.challenge.clone(), order.digest.clone(), true);
-        self.there.lock().unwrap().insert(order.identity.clone(), running);
-        Outputs { connection_info: format!("http://{}.test", order.identity), flags: vec!["flag".to_owned()] }
+    fn start(&self, request: &LaunchRequest) -> Outputs {
+        let running = (request.challenge.clone(), request.digest.clone(), true);
+        self.there.lock().unwrap().insert(request.identity.clone(), running);
+        Outputs { connection_info: format!("http://{}.test", request.identity), flags: vec!["flag".to_owned()] }
     }
 }
 
@@ -138,15 +161,26 @@ impl Provisioner for Machine {
         "machine"
     }
 
-    async fn up(&self, order: &Order) -> Result<Outputs> {
-        self.ask("up").await?;
-        let kept = self.there.lock().unwrap().get(&order.identity).filter(|(.., runs)| *runs).cloned();
-        Ok(self.start(&Order { digest: kept.map_or(order.digest.clone(), |(_, digest, _)| digest), ..order.clone() }))
+    async fn reserve(&self, _: &ChallengeId, _: &Identity, _: u64, _: &[PortSpec]) -> Result<Placement> {
+        self.ask("reserve").await?;
+        self.reservations.fetch_add(1, Ordering::Relaxed);
+        Ok(Placement::default())
     }
 
-    async fn update(&self, order: &Order) -> Result<Outputs> {
+    async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
+        self.ask("up").await?;
+        self.listen()?;
+        let kept = self.there.lock().unwrap().get(&request.identity).filter(|(.., runs)| *runs).cloned();
+        Ok(self.start(&LaunchRequest {
+            digest: kept.map_or(request.digest.clone(), |(_, digest, _)| digest),
+            ..request.clone()
+        }))
+    }
+
+    async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
         self.ask("update").await?;
-        Ok(self.start(order))
+        self.listen()?;
+        Ok(self.start(request))
     }
 
     async fn down(&self, _: &ChallengeId, identity: &Identity, _: u64) -> Result<()> {
@@ -155,14 +189,15 @@ impl Provisioner for Machine {
         Ok(())
     }
 
-    async fn list(&self) -> Result<Vec<Found>> {
+    async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
         let there = self.there.lock().unwrap();
-        let found = |(identity, (challenge, _, alive)): (&Identity, &(ChallengeId, String, bool))| Found {
-            challenge: challenge.clone(),
-            identity: identity.clone(),
-            generation: 1,
-            alive: *alive,
-        };
+        let found =
+            |(identity, (challenge, _, alive)): (&Identity, &(ChallengeId, String, bool))| ProvisionedInstance {
+                challenge: challenge.clone(),
+                identity: identity.clone(),
+                generation: 1,
+                alive: *alive,
+            };
         Ok(there.iter().map(found).collect())
     }
 }
@@ -186,18 +221,17 @@ impl Scenarios for Library {
         Ok(Pinned { reference: reference.to_owned(), digest: digest(version) })
     }
 
-    async fn plan(&self, _: &Pinned, _: &Identity, _: &Additional) -> Result<Arc<dyn Plan>> {
-        Ok(Arc::new(Self))
+    async fn prepare(
+        &self,
+        scenario: &Pinned,
+        identity: &Identity,
+        additional: &Additional,
+    ) -> Result<PreparedScenario> {
+        Ok(PreparedScenario::new(scenario, identity, additional))
     }
-}
 
-impl Plan for Library {
-    fn ports(&self) -> &[PortSpec] {
-        &[]
-    }
-
-    fn render(&self, _: &Place) -> Result<Workload> {
-        unreachable!("the machine looks at the digest alone")
+    async fn render(&self, _: &PreparedScenario, _: &Placement) -> Result<LaunchPlan> {
+        Ok(LaunchPlan::default())
     }
 }
 

@@ -16,8 +16,9 @@ use gauntlet_coordination::{
     kv::{Get, KeyRange, Kv, KvError, KvResult, LeaseId, Page, Txn, TxnResponse, Watch},
 };
 use gauntlet_domain::{
-    Additional, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Found, Gauntlet, Identity, NewChallenge, Order,
-    Outputs, Pinned, Place, Plan, PortSpec, Provisioner, Result, Scenarios, Settings, Store, Workload,
+    Additional, Call, ChallengeId, Clock, Entropy, Error, Fact, Facts, Gauntlet, Identity, LaunchPlan, LaunchRequest,
+    NewChallenge, Outputs, Pinned, Placement, PortSpec, PreparedScenario, ProvisionedInstance, Provisioner, Result,
+    Scenarios, Settings, Store,
 };
 use jiff::Timestamp;
 use tokio::task::JoinHandle;
@@ -171,18 +172,22 @@ impl Provisioner for Names {
         "names"
     }
 
-    async fn up(&self, order: &Order) -> Result<Outputs> {
+    async fn reserve(&self, _: &ChallengeId, _: &Identity, _: u64, _: &[PortSpec]) -> Result<Placement> {
+        Ok(Placement::default())
+    }
+
+    async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
         self.takes_a_moment().await;
-        self.set(&order.challenge, &order.identity, order.generation, true)?;
+        self.set(&request.challenge, &request.identity, request.generation, true)?;
         self.takes_a_moment().await;
         if self.faults.strike(10) {
             return Err(Error::Provision { step: "up", detail: "injected".to_owned() });
         }
-        Ok(Outputs { connection_info: order.identity.to_string(), flags: Vec::new() })
+        Ok(Outputs { connection_info: request.identity.to_string(), flags: Vec::new() })
     }
 
-    async fn update(&self, order: &Order) -> Result<Outputs> {
-        self.up(order).await
+    async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
+        self.up(request).await
     }
 
     async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
@@ -190,10 +195,10 @@ impl Provisioner for Names {
         self.set(challenge, identity, generation, false)
     }
 
-    async fn list(&self) -> Result<Vec<Found>> {
+    async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
         let there = self.there.lock().unwrap();
         let up = there.iter().filter(|(_, (_, up))| *up);
-        let found = up.map(|((challenge, identity), (generation, _))| Found {
+        let found = up.map(|((challenge, identity), (generation, _))| ProvisionedInstance {
             challenge: challenge.clone(),
             identity: identity.clone(),
             generation: *generation,
@@ -206,24 +211,23 @@ impl Provisioner for Names {
 #[derive(Debug)]
 struct Nothing;
 
-impl Plan for Nothing {
-    fn ports(&self) -> &[PortSpec] {
-        &[]
-    }
-
-    fn render(&self, _: &Place) -> Result<Workload> {
-        Err(Error::Internal("nothing is run here".to_owned()))
-    }
-}
-
 #[async_trait]
 impl Scenarios for Nothing {
     async fn resolve(&self, reference: &str) -> Result<Pinned> {
         Ok(Pinned { reference: reference.to_owned(), digest: format!("sha256:{:064}", 0) })
     }
 
-    async fn plan(&self, _: &Pinned, _: &Identity, _: &Additional) -> Result<Arc<dyn Plan>> {
-        Ok(Arc::new(Nothing))
+    async fn prepare(
+        &self,
+        scenario: &Pinned,
+        identity: &Identity,
+        additional: &Additional,
+    ) -> Result<PreparedScenario> {
+        Ok(PreparedScenario::new(scenario, identity, additional))
+    }
+
+    async fn render(&self, _: &PreparedScenario, _: &Placement) -> Result<LaunchPlan> {
+        Ok(LaunchPlan::default())
     }
 }
 

@@ -3,7 +3,9 @@
 use std::{sync::Arc, time::Instant};
 
 use async_trait::async_trait;
-use gauntlet_domain::{ChallengeId, Found, Identity, Order, Outputs, Provisioner, Result};
+use gauntlet_domain::{
+    ChallengeId, Identity, LaunchRequest, Outputs, Placement, PortSpec, ProvisionedInstance, Provisioner, Result,
+};
 use gauntlet_telemetry::{context, instruments::Instruments};
 use tracing::{Instrument as _, Span, field::Empty, info_span};
 
@@ -13,16 +15,16 @@ pub(crate) struct ObservedProvisioner {
     instruments: Instruments,
 }
 
-/// The span of a call that carries an order.
-macro_rules! order_span {
-    ($name:literal, $provisioner:expr, $order:expr) => {
+/// The span of a launch.
+macro_rules! launch_span {
+    ($name:literal, $provisioner:expr, $request:expr) => {
         info_span!(
             $name,
             provisioner = $provisioner,
-            challenge.id = %$order.challenge,
-            instance.identity = %$order.identity,
-            scenario.digest = $order.digest,
-            lock.token = $order.generation,
+            challenge.id = %$request.challenge,
+            instance.identity = %$request.identity,
+            scenario.digest = $request.digest,
+            lock.token = $request.generation,
             outcome = Empty,
             error.type = Empty,
         )
@@ -39,7 +41,7 @@ impl ObservedProvisioner {
     }
 }
 
-/// Does a step of provisioning in its span; how it ends and how long it takes is recorded.
+/// Runs a provisioning step in its span; records its outcome and duration.
 pub(super) async fn step<T>(
     instruments: &Instruments,
     provisioner: &'static str,
@@ -47,18 +49,32 @@ pub(super) async fn step<T>(
     span: Span,
     work: impl Future<Output = Result<T>>,
 ) -> Result<T> {
-    let active = instruments.provision.start_step(provisioner, name);
-    let started = Instant::now();
-    let result = work.instrument(span.clone()).await;
-    drop(active);
-    let outcome = result.as_ref().err().map_or("ok", |error| error.code());
-    instruments.provision.record_step(provisioner, name, outcome, started.elapsed());
-    span.record("outcome", outcome);
+    let result = measure(instruments, provisioner, name, work.instrument(span.clone())).await;
+    span.record("outcome", outcome(&result));
     if let Err(error) = &result {
-        span.record("error.type", outcome);
+        span.record("error.type", error.code());
         span.in_scope(|| context::fail_span(error.to_string()));
     }
     result
+}
+
+/// Records the outcome and duration of a provisioning step.
+async fn measure<T>(
+    instruments: &Instruments,
+    provisioner: &'static str,
+    name: &'static str,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let active = instruments.provision.start_step(provisioner, name);
+    let started = Instant::now();
+    let result = work.await;
+    drop(active);
+    instruments.provision.record_step(provisioner, name, outcome(&result), started.elapsed());
+    result
+}
+
+fn outcome<T>(result: &Result<T>) -> &'static str {
+    result.as_ref().err().map_or("ok", |error| error.code())
 }
 
 #[async_trait]
@@ -67,14 +83,26 @@ impl Provisioner for ObservedProvisioner {
         self.inner.name()
     }
 
-    async fn up(&self, order: &Order) -> Result<Outputs> {
-        let span = order_span!("provision.up", self.inner.name(), order);
-        self.step("up", span, self.inner.up(order)).await
+    async fn reserve(
+        &self,
+        challenge: &ChallengeId,
+        identity: &Identity,
+        generation: u64,
+        ports: &[PortSpec],
+    ) -> Result<Placement> {
+        // The backend makes the span, `provision.allocate`.
+        let work = self.inner.reserve(challenge, identity, generation, ports);
+        measure(&self.instruments, self.inner.name(), "allocate", work).await
     }
 
-    async fn update(&self, order: &Order) -> Result<Outputs> {
-        let span = order_span!("provision.update", self.inner.name(), order);
-        self.step("update", span, self.inner.update(order)).await
+    async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
+        let span = launch_span!("provision.up", self.inner.name(), request);
+        self.step("up", span, self.inner.up(request)).await
+    }
+
+    async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
+        let span = launch_span!("provision.update", self.inner.name(), request);
+        self.step("update", span, self.inner.update(request)).await
     }
 
     async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
@@ -90,7 +118,7 @@ impl Provisioner for ObservedProvisioner {
         self.step("down", span, self.inner.down(challenge, identity, generation)).await
     }
 
-    async fn list(&self) -> Result<Vec<Found>> {
+    async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
         self.inner.list().await
     }
 }

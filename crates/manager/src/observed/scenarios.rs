@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use gauntlet_domain::{Additional, Identity, Pinned, Plan, Result, Scenarios};
+use gauntlet_domain::{Additional, Identity, LaunchPlan, Pinned, Placement, PreparedScenario, Result, Scenarios};
 use gauntlet_telemetry::instruments::Instruments;
 use tracing::{field::Empty, info_span};
 
@@ -28,7 +28,12 @@ impl Scenarios for ObservedScenarios {
         self.inner.resolve(reference).await
     }
 
-    async fn plan(&self, scenario: &Pinned, identity: &Identity, additional: &Additional) -> Result<Arc<dyn Plan>> {
+    async fn prepare(
+        &self,
+        scenario: &Pinned,
+        identity: &Identity,
+        additional: &Additional,
+    ) -> Result<PreparedScenario> {
         let span = info_span!(
             "provision.prepare",
             instance.identity = %identity,
@@ -36,7 +41,11 @@ impl Scenarios for ObservedScenarios {
             outcome = Empty,
             error.type = Empty,
         );
-        let work = self.inner.plan(scenario, identity, additional);
+        let work = self.inner.prepare(scenario, identity, additional);
         step(&self.instruments, self.provisioner, "prepare", span, work).await
+    }
+
+    async fn render(&self, prepared: &PreparedScenario, placement: &Placement) -> Result<LaunchPlan> {
+        self.inner.render(prepared, placement).await
     }
 }

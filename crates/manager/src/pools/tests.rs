@@ -12,8 +12,9 @@ use gauntlet_coordination::{
     kv::{Get, KeyRange, Kv, KvResult, LeaseId, Page, Txn, TxnResponse, Watch},
 };
 use gauntlet_domain::{
-    Additional, Call, Challenge, Fact, Facts, Found, Identity, NewChallenge, Order, Outputs, Pinned, Place as At, Plan,
-    PoolBounds, PortSpec, Provisioner, Result, Scenarios, Settings, SourceId, Store as _, Workload,
+    Additional, Call, Challenge, Fact, Facts, Identity, LaunchPlan, LaunchRequest, NewChallenge, Outputs, Pinned,
+    Placement, PoolBounds, PortSpec, PreparedScenario, ProvisionedInstance, Provisioner, Result, Scenarios, Settings,
+    SourceId, Store as _,
 };
 use tempfile::TempDir;
 use tokio::{
@@ -108,8 +109,12 @@ impl Provisioner for Machine {
         "machine"
     }
 
-    async fn up(&self, order: &Order) -> Result<Outputs> {
-        let of = &order.challenge;
+    async fn reserve(&self, _: &ChallengeId, _: &Identity, _: u64, _: &[PortSpec]) -> Result<Placement> {
+        Ok(Placement::default())
+    }
+
+    async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
+        let of = &request.challenge;
         {
             let mut ups = self.ups.lock().unwrap();
             let (now, most, all) = ups.entry(of.clone()).or_default();
@@ -124,15 +129,15 @@ impl Provisioner for Machine {
         }
     }
 
-    async fn update(&self, order: &Order) -> Result<Outputs> {
-        self.up(order).await
+    async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
+        self.up(request).await
     }
 
     async fn down(&self, _: &ChallengeId, _: &Identity, _: u64) -> Result<()> {
         Ok(())
     }
 
-    async fn list(&self) -> Result<Vec<Found>> {
+    async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
         Ok(Vec::new())
     }
 }
@@ -146,18 +151,17 @@ impl Scenarios for Library {
         Ok(Pinned { reference: reference.to_owned(), digest: format!("sha256:{}", "ab".repeat(32)) })
     }
 
-    async fn plan(&self, _: &Pinned, _: &Identity, _: &Additional) -> Result<Arc<dyn Plan>> {
-        Ok(Arc::new(Self))
+    async fn prepare(
+        &self,
+        scenario: &Pinned,
+        identity: &Identity,
+        additional: &Additional,
+    ) -> Result<PreparedScenario> {
+        Ok(PreparedScenario::new(scenario, identity, additional))
     }
-}
 
-impl Plan for Library {
-    fn ports(&self) -> &[PortSpec] {
-        &[]
-    }
-
-    fn render(&self, _: &At) -> Result<Workload> {
-        unreachable!("the machine looks at the challenge alone")
+    async fn render(&self, _: &PreparedScenario, _: &Placement) -> Result<LaunchPlan> {
+        Ok(LaunchPlan::default())
     }
 }
 

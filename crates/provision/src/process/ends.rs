@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap, ffi::OsStr, mem::MaybeUninit, os::fd::OwnedFd, os::unix::ffi::OsStrExt as _, path::PathBuf,
 };
 
-use gauntlet_domain::{Found, Result};
+use gauntlet_domain::{ProvisionedInstance, Result};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use tokio::{io::unix::AsyncFd, time::Instant};
 
@@ -43,7 +43,7 @@ impl Ends {
     ///
     /// # Cancel safety
     /// Nothing is lost.
-    pub async fn next(&mut self) -> Result<Found> {
+    pub async fn next(&mut self) -> Result<ProvisionedInstance> {
         loop {
             let next = self.due.iter().min_by_key(|(_, at)| **at).map(|(key, at)| (key.clone(), *at));
             match next {

@@ -1,6 +1,7 @@
 //! An instance's directory, locked: whoever has it is the only one who changes the instance, among all managers of this machine.
 
 use std::{
+    collections::BTreeMap,
     fmt::Display,
     fs::{DirBuilder, File, Permissions},
     io,
@@ -13,7 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use gauntlet_domain::{ChallengeId, Error, Found, Identity, Result};
+use gauntlet_domain::{ChallengeId, Error, Identity, ProvisionedInstance, Result};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     time::Instant,
@@ -39,8 +40,6 @@ pub(super) struct Home {
     pub(super) key: String,
     pub(super) dir: PathBuf,
     label: Label,
-    /// The label was written and may not survive a power cut yet.
-    unsynced: bool,
     _lock: Arc<File>,
 }
 
@@ -71,6 +70,7 @@ impl Home {
             identity: identity.as_str().to_owned(),
             generation,
             gone: wanted != Wanted::There,
+            ports: BTreeMap::new(),
         };
         loop {
             let (dir, label) = (instances.join(record::key(challenge, identity)), label.clone());
@@ -107,12 +107,12 @@ impl Home {
             if wanted != Wanted::There {
                 label.gone = there.gone;
             }
+            label.ports = there.ports.clone();
         }
-        let unsynced = there.as_ref() != Some(&label);
-        if unsynced {
+        if there.as_ref() != Some(&label) {
             record::write(&dir, LABEL, &label).map_err(failed("lock", "recording the order"))?;
         }
-        Ok(Some(Self { key, dir, label, unsynced, _lock: Arc::new(lock) }))
+        Ok(Some(Self { key, dir, label, _lock: Arc::new(lock) }))
     }
 
     /// The instance's identity, for spans and logs.
@@ -120,24 +120,34 @@ impl Home {
         &self.label.identity
     }
 
-    /// Records that it is gone. A power cut may undo that, or leave a label that cannot be read: the one is taken down again then, the other
-    /// is forgotten after a while. Blocks.
-    pub(super) fn mark_gone(&mut self) -> io::Result<()> {
-        if !self.label.gone {
-            self.label.gone = true;
+    /// The ports that are recorded as reserved for it.
+    pub(super) fn ports(&self) -> &BTreeMap<String, u16> {
+        &self.label.ports
+    }
+
+    /// Records its reserved ports. Blocks.
+    pub(super) fn record_ports(&mut self, ports: BTreeMap<String, u16>) -> io::Result<()> {
+        if self.label.ports != ports {
+            self.label.ports = ports;
             record::write(&self.dir, LABEL, &self.label)?;
         }
         Ok(())
     }
 
-    /// Makes what is recorded survive a power cut: what it is and by which order, if that changed, and `written` beside it. Blocks.
-    pub(super) fn make_lasting(&self, written: &[&str]) -> io::Result<()> {
-        let label = self.unsynced.then_some(LABEL);
-        let mut paths: Vec<PathBuf> =
-            label.into_iter().chain(written.iter().copied()).map(|name| self.dir.join(name)).collect();
-        if paths.is_empty() {
-            return Ok(());
+    /// Records that it is gone. A power cut may undo that, or leave a label that cannot be read: the one is taken down again then, the other
+    /// is forgotten after a while. Blocks.
+    pub(super) fn mark_gone(&mut self) -> io::Result<()> {
+        if !self.label.gone {
+            self.label.gone = true;
+            self.label.ports.clear();
+            record::write(&self.dir, LABEL, &self.label)?;
         }
+        Ok(())
+    }
+
+    /// Makes these files, and that they are there, survive a power cut. Blocks.
+    pub(super) fn make_lasting(&self, names: &[&str]) -> io::Result<()> {
+        let mut paths: Vec<PathBuf> = names.iter().map(|name| self.dir.join(name)).collect();
         paths.push(self.dir.clone());
         // The directory itself may be new.
         paths.extend(self.dir.parent().map(Path::to_owned));
@@ -154,7 +164,7 @@ impl Home {
 }
 
 /// What is there, by its labels; labels that have outlived their use are removed. Blocks.
-pub(super) fn list(instances: &Path, restart: &Restart) -> io::Result<Vec<Found>> {
+pub(super) fn list(instances: &Path, restart: &Restart) -> io::Result<Vec<ProvisionedInstance>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(instances)? {
         let dir = entry?.path();
@@ -188,7 +198,7 @@ pub(super) fn list(instances: &Path, restart: &Restart) -> io::Result<Vec<Found>
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Fate {
     /// It ended by itself and is due to be brought up again.
-    Ended(Found),
+    Ended(ProvisionedInstance),
     /// To be looked at again after that time: it rests, or somebody works on it.
     Later(Duration),
     /// It runs again, or was taken down.
@@ -225,9 +235,9 @@ fn rest(dir: &Path, restart: &Restart) -> Duration {
     since.map_or(Duration::ZERO, |since| restart.rest(&state).saturating_sub(since))
 }
 
-fn known(label: Label, alive: bool) -> Option<Found> {
+fn known(label: Label, alive: bool) -> Option<ProvisionedInstance> {
     let (challenge, identity) = (ChallengeId::new(label.challenge).ok()?, Identity::parse(&label.identity).ok()?);
-    Some(Found { challenge, identity, generation: label.generation, alive })
+    Some(ProvisionedInstance { challenge, identity, generation: label.generation, alive })
 }
 
 /// Removes what is left of an instance that was taken down long ago. What fails is tried again with the next list.
@@ -363,7 +373,7 @@ mod tests {
         assert!(enter(dir.path(), 6).await.is_ok());
     }
 
-    fn listed(dir: &Path) -> Vec<Found> {
+    fn listed(dir: &Path) -> Vec<ProvisionedInstance> {
         list(dir, &Restart::default()).unwrap()
     }
 
@@ -401,19 +411,9 @@ mod tests {
         let home = enter(&dir, 5).await.unwrap();
         std::fs::write(home.dir.join(RECORD), "").unwrap();
         record::tests::synced_below(top.path());
-        home.make_lasting(&[RECORD]).unwrap();
+        home.make_lasting(&[LABEL, RECORD]).unwrap();
         let expected = BTreeSet::from([home.dir.join(LABEL), home.dir.join(RECORD), home.dir.clone(), dir.clone()]);
         assert_eq!(record::tests::synced_below(top.path()), expected);
-        let again = enter(&top.path().join("instances"), 5).await;
-        assert!(again.is_err(), "locked");
-        drop(again);
-        let written = home.dir.clone();
-        drop(home);
-        let home = enter(&dir, 5).await.unwrap();
-        record::tests::synced_below(top.path());
-        home.make_lasting(&[]).unwrap();
-        assert_eq!(record::tests::synced_below(top.path()), BTreeSet::new(), "nothing was written");
-        assert_eq!(home.dir, written);
     }
 
     #[test]

@@ -1,11 +1,11 @@
-//! From a workload to what is run: the program found, limits and environment settled.
+//! From a launch plan to what is run: the program found, limits and environment settled.
 
 use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
-use gauntlet_domain::{Error, Limits, Place, Result, Workload};
+use gauntlet_domain::{Error, LaunchPlan, Limits, Result};
 
 use super::{Config, record::Launch};
 
@@ -13,8 +13,8 @@ use super::{Config, record::Launch};
 const FILES: &str = "SCENARIO_DIR";
 
 /// Settles everything that the supervisor needs to know.
-pub(super) fn decide(config: &Config, place: &Place, workload: Workload) -> Result<Launch> {
-    let Workload { files, command, env, readiness, limits, connection_info, flags } = workload;
+pub(super) fn decide(config: &Config, work: &Path, plan: LaunchPlan) -> Result<Launch> {
+    let LaunchPlan { files, command, env, readiness, limits, connection_info, flags, .. } = plan;
     let mut command = command.into_iter();
     let program = command.next().ok_or_else(|| refused("the scenario's command is empty".to_owned()))?;
     let limits = settle(&limits, &config.defaults, &config.maximums)?;
@@ -25,8 +25,8 @@ pub(super) fn decide(config: &Config, place: &Place, workload: Workload) -> Resu
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let mut whole = std::collections::BTreeMap::from([
         ("PATH".to_owned(), path),
-        ("HOME".to_owned(), text(&place.dir)),
-        ("TMPDIR".to_owned(), text(&place.dir)),
+        ("HOME".to_owned(), text(work)),
+        ("TMPDIR".to_owned(), text(work)),
         (FILES.to_owned(), text(&files)),
     ]);
     whole.extend(env);

@@ -90,6 +90,11 @@ impl Ports {
         ports.into_iter().find(|(port, protocol)| in_use((self.bind, *port).into(), *protocol)).map(|(port, _)| port)
     }
 
+    /// One of the ports that is not reserved for that owner, if there is one. Blocks.
+    pub(super) fn not_reserved(&self, key: &str, ports: &BTreeMap<String, u16>) -> Option<u16> {
+        ports.values().copied().find(|port| owner(&self.link(*port)).as_deref() != Some(key))
+    }
+
     /// Gives back those of that owner's ports that are not kept. Blocks.
     pub(super) fn release(
         &self,

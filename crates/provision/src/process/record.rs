@@ -58,6 +58,9 @@ pub(super) struct Label {
     pub(super) generation: u64,
     /// It was taken down; the label stays for a while so that orders older than that are still refused.
     pub(super) gone: bool,
+    /// The ports reserved for it, whether or not it was launched on them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) ports: BTreeMap<String, u16>,
 }
 
 /// What the supervisor is to run. Holds secrets: its file is readable by its owner only.
@@ -68,7 +71,7 @@ pub(super) struct Record {
     pub(super) launch: Launch,
 }
 
-/// A workload with nothing left to decide. Two equal launches need no restart between them.
+/// A launch plan with nothing left to decide. Two equal launches need no restart between them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Launch {
     pub(super) program: PathBuf,

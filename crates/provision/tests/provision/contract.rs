@@ -2,17 +2,17 @@
 
 use std::sync::Arc;
 
-use crate::support::{Rig, challenge, order, said};
-use gauntlet_domain::{Error, Identity, Plan, Provisioner};
+use crate::support::{LaunchExt as _, Rig, Script, challenge, launch, said};
+use gauntlet_domain::{Error, Identity, Provisioner};
 
 /// What the suite needs of a backend.
 trait Backend {
     /// A manager; each call another one on the same resources.
     fn manager(&self) -> Arc<dyn Provisioner>;
-    /// A plan whose instance says the greeting to whoever connects, and has the flag `FLAG{greeting}`.
-    fn plan(&self, greeting: &str) -> Arc<dyn Plan>;
-    /// A plan whose instance never becomes ready.
-    fn broken(&self) -> Arc<dyn Plan>;
+    /// A script whose instance says the greeting to whoever connects, and has the flag `FLAG{greeting}`.
+    fn plan(&self, greeting: &str) -> Script;
+    /// A script whose instance never becomes ready.
+    fn broken(&self) -> Script;
 }
 
 impl Backend for Rig {
@@ -20,18 +20,18 @@ impl Backend for Rig {
         Arc::new(Rig::manager(self))
     }
 
-    fn plan(&self, greeting: &str) -> Arc<dyn Plan> {
-        self.greeter().greeting(greeting).arc()
+    fn plan(&self, greeting: &str) -> Script {
+        self.greeter().greeting(greeting)
     }
 
-    fn broken(&self) -> Arc<dyn Plan> {
-        self.script("echo no such luck; exit 3").arc()
+    fn broken(&self) -> Script {
+        self.script("echo no such luck; exit 3")
     }
 }
 
 async fn up_answers_what_runs(backend: impl Backend) {
     let manager = backend.manager();
-    let outputs = manager.up(&order(1, 1, &backend.plan("one"))).await.unwrap();
+    let outputs = manager.launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
     assert_eq!(said(&outputs.connection_info).as_deref(), Some("one"));
     assert_eq!(outputs.flags, ["FLAG{one}"]);
     let found = manager.list().await.unwrap();
@@ -42,25 +42,25 @@ async fn up_answers_what_runs(backend: impl Backend) {
 }
 
 async fn up_twice_is_one(backend: impl Backend) {
-    let first = backend.manager().up(&order(1, 1, &backend.plan("one"))).await.unwrap();
+    let first = backend.manager().launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
     // By another manager, later, and with another plan: what is up is kept.
-    let again = backend.manager().up(&order(1, 2, &backend.plan("two"))).await.unwrap();
+    let again = backend.manager().launch(&launch(1, 2, &backend.plan("two"))).await.unwrap();
     assert_eq!(first, again);
     assert_eq!(backend.manager().list().await.unwrap().len(), 1);
 }
 
 async fn up_at_once_is_one(backend: impl Backend) {
     let (one, two, plan) = (backend.manager(), backend.manager(), backend.plan("one"));
-    let order = order(1, 1, &plan);
-    let (a, b) = futures::join!(one.up(&order), two.up(&order));
+    let launch = launch(1, 1, &plan);
+    let (a, b) = futures::join!(one.launch(&launch), two.launch(&launch));
     assert_eq!(a.unwrap(), b.unwrap());
     assert_eq!(one.list().await.unwrap().len(), 1);
 }
 
 async fn instances_are_apart(backend: impl Backend) {
     let manager = backend.manager();
-    let one = manager.up(&order(1, 1, &backend.plan("one"))).await.unwrap();
-    let two = manager.up(&order(2, 1, &backend.plan("two"))).await.unwrap();
+    let one = manager.launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
+    let two = manager.launch(&launch(2, 1, &backend.plan("two"))).await.unwrap();
     assert_ne!(one.connection_info, two.connection_info);
     manager.down(&challenge("a challenge"), &Identity::from_bits(1), 1).await.unwrap();
     assert_eq!(said(&one.connection_info), None);
@@ -69,7 +69,7 @@ async fn instances_are_apart(backend: impl Backend) {
 
 async fn down_ends_it_and_may_be_repeated(backend: impl Backend) {
     let manager = backend.manager();
-    let outputs = manager.up(&order(1, 1, &backend.plan("one"))).await.unwrap();
+    let outputs = manager.launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
     for _ in 0..2 {
         manager.down(&challenge("a challenge"), &Identity::from_bits(1), 1).await.unwrap();
         assert_eq!(said(&outputs.connection_info), None);
@@ -81,8 +81,8 @@ async fn down_ends_it_and_may_be_repeated(backend: impl Backend) {
 
 async fn update_keeps_where_and_changes_what(backend: impl Backend) {
     let manager = backend.manager();
-    let before = manager.up(&order(1, 1, &backend.plan("one"))).await.unwrap();
-    let after = manager.update(&order(1, 2, &backend.plan("two"))).await.unwrap();
+    let before = manager.launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
+    let after = manager.relaunch(&launch(1, 2, &backend.plan("two"))).await.unwrap();
     assert_eq!(before.connection_info, after.connection_info);
     assert_eq!(said(&after.connection_info).as_deref(), Some("two"));
     assert_eq!(after.flags, ["FLAG{two}"]);
@@ -90,43 +90,83 @@ async fn update_keeps_where_and_changes_what(backend: impl Backend) {
 }
 
 async fn update_brings_up_what_is_not_there(backend: impl Backend) {
-    let outputs = backend.manager().update(&order(1, 1, &backend.plan("one"))).await.unwrap();
+    let outputs = backend.manager().relaunch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
     assert_eq!(said(&outputs.connection_info).as_deref(), Some("one"));
 }
 
-async fn older_orders_change_nothing(backend: impl Backend) {
+async fn older_requests_change_nothing(backend: impl Backend) {
     let manager = backend.manager();
     let (id, identity) = (challenge("a challenge"), Identity::from_bits(1));
-    let outputs = manager.up(&order(1, 5, &backend.plan("one"))).await.unwrap();
+    let outputs = manager.launch(&launch(1, 5, &backend.plan("one"))).await.unwrap();
+    let placement = launch(1, 5, &backend.plan("one")).reserve(&*manager).await.unwrap();
     let fenced = |error: Error| matches!(error, Error::Fenced(_));
+    let older = launch(1, 4, &backend.plan("two"));
+    assert!(fenced(older.reserve(&*manager).await.unwrap_err()));
     assert!(fenced(manager.down(&id, &identity, 4).await.unwrap_err()));
-    assert!(fenced(manager.update(&order(1, 4, &backend.plan("two"))).await.unwrap_err()));
-    assert!(fenced(manager.up(&order(1, 4, &backend.plan("two"))).await.unwrap_err()));
+    assert!(fenced(manager.update(&older.request(placement.clone())).await.unwrap_err()));
+    assert!(fenced(manager.up(&older.request(placement.clone())).await.unwrap_err()));
     assert_eq!(said(&outputs.connection_info).as_deref(), Some("one"));
     // Nor do they bring back what a later one took down, even if it never was.
     manager.down(&id, &identity, 6).await.unwrap();
     manager.down(&id, &Identity::from_bits(2), 6).await.unwrap();
-    assert!(fenced(manager.up(&order(1, 5, &backend.plan("one"))).await.unwrap_err()));
-    assert!(fenced(manager.up(&order(2, 5, &backend.plan("one"))).await.unwrap_err()));
+    for identity in [1, 2] {
+        let older = launch(identity, 5, &backend.plan("one"));
+        assert!(fenced(older.reserve(&*manager).await.unwrap_err()));
+        assert!(fenced(manager.up(&older.request(placement.clone())).await.unwrap_err()));
+    }
     assert_eq!(manager.list().await.unwrap(), []);
-    manager.up(&order(1, 6, &backend.plan("one"))).await.unwrap();
+    manager.launch(&launch(1, 6, &backend.plan("one"))).await.unwrap();
+}
+
+async fn identity_keeps_its_ports(backend: impl Backend) {
+    let (one, other) = (launch(1, 1, &backend.plan("one")), launch(2, 1, &backend.plan("two")));
+    let ports = one.reserve(&*backend.manager()).await.unwrap().ports;
+    assert_eq!(ports.len(), 1);
+    // By another manager, and by a later request.
+    assert_eq!(one.reserve(&*backend.manager()).await.unwrap().ports, ports);
+    let later = launch(1, 2, &backend.plan("one"));
+    let placement = later.reserve(&*backend.manager()).await.unwrap();
+    assert_eq!(placement.ports, ports);
+    assert_ne!(other.reserve(&*backend.manager()).await.unwrap().ports, ports);
+    let outputs = backend.manager().up(&later.request(placement)).await.unwrap();
+    assert_eq!(later.reserve(&*backend.manager()).await.unwrap().ports, ports);
+    assert_eq!(said(&outputs.connection_info).as_deref(), Some("one"), "a reservation disturbs nothing");
+}
+
+async fn crash_after_reserve_can_be_finished_or_undone(backend: impl Backend) {
+    let one = launch(1, 1, &backend.plan("one"));
+    let ports = one.reserve(&*backend.manager()).await.unwrap().ports;
+    let manager = backend.manager();
+    let found = manager.list().await.unwrap();
+    assert_eq!(found.len(), 1, "it is found");
+    assert!(!found[0].alive);
+    let placement = one.reserve(&*manager).await.unwrap();
+    assert_eq!(placement.ports, ports);
+    let outputs = manager.up(&one.request(placement)).await.unwrap();
+    assert_eq!(said(&outputs.connection_info).as_deref(), Some("one"));
+
+    let undone = launch(2, 1, &backend.plan("two"));
+    undone.reserve(&*backend.manager()).await.unwrap();
+    backend.manager().down(&undone.challenge, &undone.identity, 1).await.unwrap();
+    let found = manager.list().await.unwrap();
+    assert_eq!(found.iter().map(|found| &found.identity).collect::<Vec<_>>(), [&one.identity]);
 }
 
 async fn what_does_not_come_up_says_so_and_can_be_taken_down(backend: impl Backend) {
     let manager = backend.manager();
-    let error = manager.up(&order(1, 1, &backend.broken())).await.unwrap_err();
+    let error = manager.launch(&launch(1, 1, &backend.broken())).await.unwrap_err();
     assert!(matches!(error, Error::Provision { .. }), "{error}");
     manager.down(&challenge("a challenge"), &Identity::from_bits(1), 1).await.unwrap();
     assert_eq!(manager.list().await.unwrap(), []);
-    manager.up(&order(1, 1, &backend.plan("one"))).await.unwrap();
+    manager.launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
 }
 
 async fn a_call_that_is_dropped_can_be_repeated_or_undone(backend: impl Backend) {
     let plan = backend.plan("one");
     for polls in 0..40 {
-        let (manager, order) = (backend.manager(), order(polls, 1, &plan));
+        let (manager, launch) = (backend.manager(), launch(polls, 1, &plan));
         {
-            let mut up = manager.up(&order);
+            let mut up = manager.launch(&launch);
             for _ in 0..polls {
                 // Dropped after each number of steps.
                 if futures::poll!(&mut up).is_ready() {
@@ -137,10 +177,10 @@ async fn a_call_that_is_dropped_can_be_repeated_or_undone(backend: impl Backend)
         }
         let manager = backend.manager();
         if polls % 2 == 0 {
-            let outputs = manager.up(&order).await.unwrap();
+            let outputs = manager.launch(&launch).await.unwrap();
             assert_eq!(said(&outputs.connection_info).as_deref(), Some("one"));
         }
-        manager.down(&order.challenge, &order.identity, 1).await.unwrap();
+        manager.down(&launch.challenge, &launch.identity, 1).await.unwrap();
         assert_eq!(manager.list().await.unwrap(), []);
     }
 }
@@ -149,11 +189,11 @@ async fn any_challenge_id_will_do(backend: impl Backend) {
     let manager = backend.manager();
     for (at, id) in ["../../../../tmp/x", "/etc/passwd", ".", "a/../b", "\u{202e}💥 ' \" $(id)"].into_iter().enumerate()
     {
-        let mut order = order(at as u64, 1, &backend.plan("one"));
-        order.challenge = challenge(id);
-        manager.up(&order).await.unwrap();
-        assert_eq!(manager.list().await.unwrap()[0].challenge, order.challenge);
-        manager.down(&order.challenge, &order.identity, 1).await.unwrap();
+        let mut launch = launch(at as u64, 1, &backend.plan("one"));
+        launch.challenge = challenge(id);
+        manager.launch(&launch).await.unwrap();
+        assert_eq!(manager.list().await.unwrap()[0].challenge, launch.challenge);
+        manager.down(&launch.challenge, &launch.identity, 1).await.unwrap();
     }
 }
 
@@ -177,7 +217,9 @@ macro_rules! contract {
             down_ends_it_and_may_be_repeated,
             update_keeps_where_and_changes_what,
             update_brings_up_what_is_not_there,
-            older_orders_change_nothing,
+            older_requests_change_nothing,
+            identity_keeps_its_ports,
+            crash_after_reserve_can_be_finished_or_undone,
             what_does_not_come_up_says_so_and_can_be_taken_down,
             a_call_that_is_dropped_can_be_repeated_or_undone,
             any_challenge_id_will_do,

@@ -1,4 +1,4 @@
-//! What the tests share: plans, and a directory whose instances end with the test.
+//! What the tests share: scripts to launch, and a directory whose instances end with the test.
 
 use std::{
     collections::BTreeMap,
@@ -6,18 +6,19 @@ use std::{
     net::{IpAddr, Ipv4Addr, TcpStream},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
+use async_trait::async_trait;
 use gauntlet_domain::{
-    ChallengeId, Identity, Limits, Order, Place, Plan, PortSpec, Probe, Protocol, Readiness, Result, Workload,
+    ChallengeId, Error, Identity, LaunchPlan, LaunchRequest, Limits, Outputs, Placement, PortSpec, Probe, Protocol,
+    Provisioner, Readiness, Result,
 };
 use gauntlet_provision::process::{Config, Process};
 use gauntlet_stack::ports::Row;
 use rustix::process::{Pid, Signal};
 
-/// A plan written down in a test. `LISTEN`, `PORT` and `GREETING` are in its environment.
+/// A scenario written down in a test. `LISTEN`, `PORT` and `GREETING` are in its environment.
 #[derive(Debug, Clone)]
 pub(crate) struct Script {
     pub(crate) files: PathBuf,
@@ -55,23 +56,14 @@ impl Script {
         self
     }
 
-    pub(crate) fn arc(self) -> Arc<dyn Plan> {
-        Arc::new(self)
-    }
-}
-
-impl Plan for Script {
-    fn ports(&self) -> &[PortSpec] {
-        &self.ports
-    }
-
-    fn render(&self, place: &Place) -> Result<Workload> {
+    fn render(&self, placement: &Placement) -> LaunchPlan {
         let mut env = self.env.clone();
-        let port = place.ports.get("main").copied().unwrap_or(0);
+        let port = placement.ports.get("main").copied().unwrap_or(0);
         env.insert("LISTEN".to_owned(), format!("127.0.0.1:{port}"));
         env.insert("PORT".to_owned(), port.to_string());
         env.insert("GREETING".to_owned(), self.greeting.clone());
-        Ok(Workload {
+        LaunchPlan {
+            ports: self.ports.clone(),
             files: self.files.clone(),
             command: self.command.clone(),
             env,
@@ -81,11 +73,57 @@ impl Plan for Script {
                 timeout: self.timeout,
             },
             limits: self.limits.clone(),
-            connection_info: format!("{}:{port}", place.host),
+            connection_info: format!("{}:{port}", placement.host),
             flags: vec![format!("FLAG{{{}}}", self.greeting)],
-        })
+        }
     }
 }
+
+/// A script to launch for an instance.
+#[derive(Debug, Clone)]
+pub(crate) struct Launch {
+    pub(crate) challenge: ChallengeId,
+    pub(crate) identity: Identity,
+    pub(crate) generation: u64,
+    pub(crate) script: Script,
+}
+
+impl Launch {
+    pub(crate) async fn reserve(&self, provisioner: &(impl Provisioner + ?Sized)) -> Result<Placement> {
+        provisioner.reserve(&self.challenge, &self.identity, self.generation, &self.script.ports).await
+    }
+
+    pub(crate) fn request(&self, placement: Placement) -> LaunchRequest {
+        LaunchRequest {
+            challenge: self.challenge.clone(),
+            identity: self.identity.clone(),
+            generation: self.generation,
+            digest: format!("sha256:{:064x}", 1),
+            plan: self.script.render(&placement),
+            placement,
+        }
+    }
+}
+
+/// Whole launches, as the use cases do them.
+#[async_trait]
+pub(crate) trait LaunchExt: Provisioner {
+    async fn launch(&self, launch: &Launch) -> Result<Outputs> {
+        for _ in 0..2 {
+            match self.up(&launch.request(launch.reserve(self).await?)).await {
+                Err(Error::PortTaken { .. }) => {}
+                launched => return launched,
+            }
+        }
+        self.up(&launch.request(launch.reserve(self).await?)).await
+    }
+
+    async fn relaunch(&self, launch: &Launch) -> Result<Outputs> {
+        self.update(&launch.request(launch.reserve(self).await?)).await
+    }
+}
+
+impl<P: Provisioner + ?Sized> LaunchExt for P {}
 
 pub(crate) fn greeter() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_gauntlet-shim")).parent().unwrap().join("examples/greeter")
@@ -95,13 +133,12 @@ pub(crate) fn challenge(text: &str) -> ChallengeId {
     ChallengeId::new(text).unwrap()
 }
 
-pub(crate) fn order(identity: u64, generation: u64, plan: &Arc<dyn Plan>) -> Order {
-    Order {
+pub(crate) fn launch(identity: u64, generation: u64, script: &Script) -> Launch {
+    Launch {
         challenge: challenge("a challenge"),
         identity: Identity::from_bits(identity),
         generation,
-        digest: format!("sha256:{:064x}", 1),
-        plan: plan.clone(),
+        script: script.clone(),
     }
 }
 

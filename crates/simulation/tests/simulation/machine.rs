@@ -1,12 +1,12 @@
 //! The machine that instances run on, shared by all managers, with the fencing of the process backend: each instance's directory is
 //! locked by one manager at a time and remembers the latest order, also once the instance is gone.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use gauntlet_domain::{
-    Additional, ChallengeId, Error, Found, Identity, Limits, Order, Outputs, Pinned, Place, Plan, PortSpec, Probe,
-    Provisioner, Readiness, Result, Scenarios, Workload,
+    Additional, ChallengeId, Error, Identity, LaunchPlan, LaunchRequest, Outputs, Pinned, Placement, PortSpec,
+    PreparedScenario, ProvisionedInstance, Provisioner, Result, Scenarios,
 };
 use tokio::time::sleep;
 
@@ -176,19 +176,16 @@ impl Machine {
         step.await.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
     }
 
-    async fn bring(&self, order: &Order, replace: bool) -> Result<Outputs> {
-        let lock = self.enter(&order.challenge, &order.identity, order.generation).await?;
-        let workload =
-            order.plan.render(&Place { host: String::new(), ports: BTreeMap::new(), dir: PathBuf::new() })?;
-        let content = (workload.command.concat(), workload.env);
+    async fn bring(&self, request: &LaunchRequest, replace: bool) -> Result<Outputs> {
+        let lock = self.enter(&request.challenge, &request.identity, request.generation).await?;
+        let content = (request.plan.command.concat(), request.plan.env.clone());
         let runs = {
             let mut state = self.0.world.lock();
             state.homes.homes.entry(lock.key.clone()).or_default().running.is_some()
         };
         if replace || !runs {
-            self.step(&lock, Step::Allocate, |home| home.there = true).await?;
             self.step(&lock, Step::Stop, |home| home.running = None).await?;
-            self.step(&lock, Step::Start, move |home| home.running = Some(content)).await?;
+            self.step(&lock, Step::Start, move |home| (home.there, home.running) = (true, Some(content))).await?;
         }
         let ready = self.0.world.between(20, 1500);
         sleep(Duration::from_millis(ready)).await;
@@ -202,7 +199,7 @@ impl Machine {
             self.step(&lock, Step::Stop, |home| home.running = None).await?;
             return Err(Error::Provision { step: "ready", detail: "injected: never ready".to_owned() });
         }
-        Ok(Outputs { connection_info: order.identity.to_string(), flags: vec![order.identity.to_string()] })
+        Ok(Outputs { connection_info: request.identity.to_string(), flags: vec![request.identity.to_string()] })
     }
 }
 
@@ -212,12 +209,24 @@ impl Provisioner for Machine {
         "simulated"
     }
 
-    async fn up(&self, order: &Order) -> Result<Outputs> {
-        self.bring(order, false).await
+    async fn reserve(
+        &self,
+        challenge: &ChallengeId,
+        identity: &Identity,
+        generation: u64,
+        _: &[PortSpec],
+    ) -> Result<Placement> {
+        let lock = self.enter(challenge, identity, generation).await?;
+        self.step(&lock, Step::Allocate, |home| home.there = true).await?;
+        Ok(Placement::default())
     }
 
-    async fn update(&self, order: &Order) -> Result<Outputs> {
-        self.bring(order, true).await
+    async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
+        self.bring(request, false).await
+    }
+
+    async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
+        self.bring(request, true).await
     }
 
     async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
@@ -226,12 +235,12 @@ impl Provisioner for Machine {
         self.step(&lock, Step::TakeDown, |home| home.there = false).await
     }
 
-    async fn list(&self) -> Result<Vec<Found>> {
+    async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
         self.0.gate().await;
         let state = self.0.world.lock();
         let there = state.homes.homes.iter().filter(|(_, home)| home.there);
         Ok(there
-            .map(|((challenge, identity), home)| Found {
+            .map(|((challenge, identity), home)| ProvisionedInstance {
                 challenge: challenge.clone(),
                 identity: identity.clone(),
                 generation: home.generation,
@@ -250,40 +259,17 @@ impl Scenarios for Catalogue {
         Ok(Pinned { reference: reference.to_owned(), digest: reference.to_owned() })
     }
 
-    async fn plan(&self, scenario: &Pinned, _: &Identity, additional: &Additional) -> Result<Arc<dyn Plan>> {
-        Ok(Arc::new(Rendered { digest: scenario.digest.clone(), values: additional.clone() }))
-    }
-}
-
-struct Rendered {
-    digest: String,
-    values: Additional,
-}
-
-impl fmt::Debug for Rendered {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.digest)
-    }
-}
-
-impl Plan for Rendered {
-    fn ports(&self) -> &[PortSpec] {
-        &[]
+    async fn prepare(
+        &self,
+        scenario: &Pinned,
+        identity: &Identity,
+        additional: &Additional,
+    ) -> Result<PreparedScenario> {
+        Ok(PreparedScenario::new(scenario, identity, additional))
     }
 
-    fn render(&self, _: &Place) -> Result<Workload> {
-        Ok(Workload {
-            files: PathBuf::new(),
-            command: vec![self.digest.clone()],
-            env: self.values.clone(),
-            readiness: Readiness {
-                probe: Probe::Output { contains: String::new() },
-                interval: Duration::ZERO,
-                timeout: Duration::ZERO,
-            },
-            limits: Limits::default(),
-            connection_info: String::new(),
-            flags: Vec::new(),
-        })
+    async fn render(&self, prepared: &PreparedScenario, _: &Placement) -> Result<LaunchPlan> {
+        let command = vec![prepared.scenario.digest.clone()];
+        Ok(LaunchPlan { command, env: prepared.additional.clone(), ..LaunchPlan::default() })
     }
 }

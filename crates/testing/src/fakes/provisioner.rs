@@ -6,14 +6,16 @@ use std::{
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
-use gauntlet_domain::{ChallengeId, Error, Found, Identity, Order, Outputs, Provisioner, Result};
+use gauntlet_domain::{
+    ChallengeId, Error, Identity, LaunchRequest, Outputs, Placement, PortSpec, ProvisionedInstance, Provisioner, Result,
+};
 
 use crate::gate::{Gate, Gates};
 
 /// A call of the provisioner, as hooks see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProvisionerCall {
-    /// `up`, `update`, `down` or `list`.
+    /// `reserve`, `up`, `update`, `down` or `list`.
     pub operation: &'static str,
     /// The instance, except for `list`.
     pub instance: Option<(ChallengeId, Identity)>,
@@ -90,7 +92,7 @@ impl FakeProvisioner {
         Self { after: Some(Box::new(hook)), ..self }
     }
 
-    /// Refuses these operations (`up`, `update`, `down`, `list`) from now on, and no others: they fail with [`Error::Unavailable`].
+    /// Refuses these operations (`reserve`, `up`, `update`, `down`, `list`) from now on, and no others: they fail with [`Error::Unavailable`].
     pub fn refuse(&self, operations: impl IntoIterator<Item = &'static str>) {
         self.state.lock().unwrap().refused = operations.into_iter().collect();
     }
@@ -149,17 +151,17 @@ impl FakeProvisioner {
         }
     }
 
-    async fn launch(&self, operation: &'static str, order: &Order, keeps_running: bool) -> Result<Outputs> {
-        let key = (order.challenge.clone(), order.identity.clone());
+    async fn launch(&self, operation: &'static str, request: &LaunchRequest, keeps_running: bool) -> Result<Outputs> {
+        let key = (request.challenge.clone(), request.identity.clone());
         let launch = |state: &mut State| {
-            state.admit(&key, order.generation)?;
+            state.admit(&key, request.generation)?;
             let running = state.instances.get(&key).filter(|instance| instance.alive && keeps_running);
-            let digest = running.map_or_else(|| order.digest.clone(), |instance| instance.digest.clone());
-            state.instances.insert(key.clone(), FakeInstance { generation: order.generation, digest, alive: true });
+            let digest = running.map_or_else(|| request.digest.clone(), |instance| instance.digest.clone());
+            state.instances.insert(key.clone(), FakeInstance { generation: request.generation, digest, alive: true });
             Ok(())
         };
         self.call(operation, Some(key.clone()), launch).await?;
-        Ok(Outputs { connection_info: format!("http://{}.test", order.identity), flags: vec!["flag".to_owned()] })
+        Ok(Outputs { connection_info: format!("http://{}.test", request.identity), flags: vec!["flag".to_owned()] })
     }
 }
 
@@ -211,13 +213,25 @@ impl Provisioner for FakeProvisioner {
         "fake"
     }
 
-    async fn up(&self, order: &Order) -> Result<Outputs> {
-        let _launching = Launching::begin(self, &order.challenge);
-        self.launch("up", order, true).await
+    async fn reserve(
+        &self,
+        challenge: &ChallengeId,
+        identity: &Identity,
+        generation: u64,
+        _: &[PortSpec],
+    ) -> Result<Placement> {
+        let key = (challenge.clone(), identity.clone());
+        self.call("reserve", Some(key.clone()), |state| state.admit(&key, generation)).await?;
+        Ok(Placement::default())
     }
 
-    async fn update(&self, order: &Order) -> Result<Outputs> {
-        self.launch("update", order, false).await
+    async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
+        let _launching = Launching::begin(self, &request.challenge);
+        self.launch("up", request, true).await
+    }
+
+    async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
+        self.launch("update", request, false).await
     }
 
     async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
@@ -230,49 +244,50 @@ impl Provisioner for FakeProvisioner {
         self.call("down", Some(key.clone()), remove).await
     }
 
-    async fn list(&self) -> Result<Vec<Found>> {
+    async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
         self.call("list", None, |_| Ok(())).await?;
-        let found = |((challenge, identity), instance): (&(ChallengeId, Identity), &FakeInstance)| Found {
-            challenge: challenge.clone(),
-            identity: identity.clone(),
-            generation: instance.generation,
-            alive: instance.alive,
-        };
+        let found =
+            |((challenge, identity), instance): (&(ChallengeId, Identity), &FakeInstance)| ProvisionedInstance {
+                challenge: challenge.clone(),
+                identity: identity.clone(),
+                generation: instance.generation,
+                alive: instance.alive,
+            };
         Ok(self.state.lock().unwrap().instances.iter().map(found).collect())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use futures::FutureExt as _;
+    use gauntlet_domain::LaunchPlan;
 
     use super::*;
-    use crate::{fakes::UnrenderedPlan, fixtures::challenge_id};
+    use crate::fixtures::challenge_id;
 
-    fn order(generation: u64, digest: &str) -> Order {
-        Order {
+    fn request(generation: u64, digest: &str) -> LaunchRequest {
+        LaunchRequest {
             challenge: challenge_id("web"),
             identity: Identity::from_bits(1),
             generation,
             digest: digest.to_owned(),
-            plan: Arc::new(UnrenderedPlan),
+            placement: Placement::default(),
+            plan: LaunchPlan::default(),
         }
     }
 
     #[tokio::test]
     async fn up_keeps_what_runs_and_update_replaces_it() {
         let fake = FakeProvisioner::default();
-        fake.up(&order(1, "a")).await.unwrap();
-        fake.up(&order(2, "b")).await.unwrap();
+        fake.up(&request(1, "a")).await.unwrap();
+        fake.up(&request(2, "b")).await.unwrap();
         let identity = Identity::from_bits(1);
         assert_eq!(fake.running(), [(identity.clone(), "a".to_owned())]);
-        fake.update(&order(3, "b")).await.unwrap();
+        fake.update(&request(3, "b")).await.unwrap();
         assert_eq!(fake.running(), [(identity.clone(), "b".to_owned())]);
         fake.exit(&identity);
         assert_eq!(fake.running(), []);
-        fake.up(&order(4, "c")).await.unwrap();
+        fake.up(&request(4, "c")).await.unwrap();
         assert_eq!(fake.running(), [(identity.clone(), "c".to_owned())]);
         fake.down(&challenge_id("web"), &identity, 5).await.unwrap();
         assert_eq!(fake.list().await.unwrap(), []);
@@ -283,10 +298,11 @@ mod tests {
     async fn older_generations_change_nothing() {
         let fake = FakeProvisioner::default();
         let (web, identity) = (challenge_id("web"), Identity::from_bits(1));
-        fake.up(&order(2, "a")).await.unwrap();
+        fake.up(&request(2, "a")).await.unwrap();
         assert!(matches!(fake.down(&web, &identity, 1).await, Err(Error::Fenced(_))));
         fake.down(&web, &identity, 3).await.unwrap();
-        assert!(matches!(fake.up(&order(2, "a")).await, Err(Error::Fenced(_))));
+        assert!(matches!(fake.up(&request(2, "a")).await, Err(Error::Fenced(_))));
+        assert!(matches!(fake.reserve(&web, &identity, 2, &[]).await, Err(Error::Fenced(_))));
         assert!(fake.instances().is_empty());
     }
 
@@ -295,12 +311,12 @@ mod tests {
         let fail = |call: ProvisionerCall| async move { Err(Error::Internal(call.operation.to_owned())) }.boxed();
         let refused = FakeProvisioner::default();
         refused.refuse(["up"]);
-        assert!(matches!(refused.up(&order(1, "a")).await, Err(Error::Unavailable { .. })));
+        assert!(matches!(refused.up(&request(1, "a")).await, Err(Error::Unavailable { .. })));
         let before = FakeProvisioner::default().before(fail);
-        assert_eq!(before.up(&order(1, "a")).await, Err(Error::Internal("up".to_owned())));
+        assert_eq!(before.up(&request(1, "a")).await, Err(Error::Internal("up".to_owned())));
         assert!(before.instances().is_empty());
         let after = FakeProvisioner::default().after(fail);
-        assert_eq!(after.up(&order(1, "a")).await, Err(Error::Internal("up".to_owned())));
+        assert_eq!(after.up(&request(1, "a")).await, Err(Error::Internal("up".to_owned())));
         assert_eq!(after.instances().len(), 1);
     }
 }

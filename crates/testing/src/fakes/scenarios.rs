@@ -1,13 +1,13 @@
-use std::{fmt, sync::Arc};
+use std::fmt;
 
 use async_trait::async_trait;
-use gauntlet_domain::{Additional, Error, Identity, Pinned, Place, Plan, PortSpec, Result, Scenarios, Workload};
+use gauntlet_domain::{Additional, Identity, LaunchPlan, Pinned, Placement, PreparedScenario, Result, Scenarios};
 
 use crate::fixtures::pinned;
 
 type Resolve = Box<dyn Fn(&str) -> Result<Pinned> + Send + Sync>;
 
-/// Resolves every reference, by default to a digest of its text, and plans an [`UnrenderedPlan`].
+/// Resolves every reference, by default to a digest of its text, and renders empty plans.
 pub struct FakeScenarios(Resolve);
 
 impl FakeScenarios {
@@ -35,21 +35,16 @@ impl Scenarios for FakeScenarios {
         (self.0)(reference)
     }
 
-    async fn plan(&self, _: &Pinned, _: &Identity, _: &Additional) -> Result<Arc<dyn Plan>> {
-        Ok(Arc::new(UnrenderedPlan))
-    }
-}
-
-/// A plan without ports that cannot be rendered: for provisioners that only look at the rest of the request.
-#[derive(Debug, Default, Clone, Copy)]
-pub struct UnrenderedPlan;
-
-impl Plan for UnrenderedPlan {
-    fn ports(&self) -> &[PortSpec] {
-        &[]
+    async fn prepare(
+        &self,
+        scenario: &Pinned,
+        identity: &Identity,
+        additional: &Additional,
+    ) -> Result<PreparedScenario> {
+        Ok(PreparedScenario::new(scenario, identity, additional))
     }
 
-    fn render(&self, _: &Place) -> Result<Workload> {
-        Err(Error::Internal("the plan of a fake scenario cannot be rendered".to_owned()))
+    async fn render(&self, _: &PreparedScenario, _: &Placement) -> Result<LaunchPlan> {
+        Ok(LaunchPlan::default())
     }
 }

@@ -1,0 +1,54 @@
+//! Parsed documents in memory, by digest. Creating an instance parses nothing while its scenario's document is cached.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use crate::document::Document;
+
+/// How many documents are cached.
+const CAPACITY: usize = 64;
+
+/// The documents used last, the most recent first.
+#[derive(Debug, Default)]
+pub(crate) struct Documents(Mutex<VecDeque<(String, Arc<Document>)>>);
+
+impl Documents {
+    pub(crate) fn get(&self, digest: &str) -> Option<Arc<Document>> {
+        let mut cached = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = cached.iter().position(|(of, _)| of == digest)?;
+        let entry = cached.remove(at)?;
+        let document = entry.1.clone();
+        cached.push_front(entry);
+        Some(document)
+    }
+
+    pub(crate) fn insert(&self, digest: &str, document: Arc<Document>) {
+        let mut cached = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        cached.retain(|(of, _)| of != digest);
+        cached.truncate(CAPACITY - 1);
+        cached.push_front((digest.to_owned(), document));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    #[test]
+    fn the_least_recently_used_document_is_dropped_first() {
+        let text = "version: 1\nprovisioner: process\nprocess: { command: [a] }\nready: { output: { contains: up } }\nconnection_info: x\n";
+        let document = Arc::new(Document::parse(text).unwrap());
+        let documents = Documents::default();
+        for digest in 0..CAPACITY {
+            documents.insert(&digest.to_string(), document.clone());
+        }
+        assert!(documents.get("0").is_some());
+        documents.insert("new", document.clone());
+        documents.insert("new", document);
+        assert!(documents.get("0").is_some() && documents.get("new").is_some() && documents.get("2").is_some());
+        assert!(documents.get("1").is_none());
+    }
+}
