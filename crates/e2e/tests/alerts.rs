@@ -1,65 +1,22 @@
 //! A killed manager wakes somebody, and its return is told too.
 
-use std::{
-    io::{Read as _, Write as _},
-    net::TcpListener,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
-
+use gauntlet_testing::webhook::{Notification, WebhookSink};
 use serde_json::Value;
 
-use crate::harness::{Backend, World, eventually};
+use crate::harness::{Backend, SOON, World, eventually};
 
-/// A webhook that keeps what it was sent.
-struct Pager {
-    url: String,
-    received: Arc<Mutex<Vec<Value>>>,
-}
-
-impl Pager {
-    fn listen() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let received = Arc::new(Mutex::new(Vec::new()));
-        let keep = received.clone();
-        // Ends with the test's process.
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-                let mut stream = stream;
-                let (mut text, mut buffer) = (Vec::new(), [0; 4096]);
-                let body = loop {
-                    let Ok(read @ 1..) = stream.read(&mut buffer) else { break None };
-                    text.extend_from_slice(&buffer[..read]);
-                    let seen = String::from_utf8_lossy(&text);
-                    let Some((head, body)) = seen.split_once("\r\n\r\n") else { continue };
-                    let length = head
-                        .lines()
-                        .find_map(|line| line.to_lowercase().strip_prefix("content-length:")?.trim().parse().ok());
-                    if body.len() >= length.unwrap_or(0) {
-                        break serde_json::from_str(body).ok();
-                    }
-                };
-                keep.lock().unwrap().extend(body);
-                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
-            }
-        });
-        Self { url, received }
-    }
-
-    fn heard(&self, alert: &str, status: &str) -> Result<Value, String> {
-        let received = self.received.lock().unwrap();
-        let alerts = received.iter().flat_map(|message| message["alerts"].as_array().cloned().unwrap_or_default());
-        let mut matching = alerts.filter(|one| one["labels"]["alertname"] == alert && one["status"] == status);
-        matching.next().ok_or_else(|| format!("no {status} {alert} among {} messages", received.len()))
+/// Selects the alert of this name and status from a notification.
+fn alert<'a>(name: &'a str, status: &'a str) -> impl FnMut(&Notification) -> Option<Value> + 'a {
+    move |notification| {
+        let mut alerts = notification.body["alerts"].as_array()?.iter();
+        alerts.find(|alert| alert["labels"]["alertname"] == name && alert["status"] == status).cloned()
     }
 }
 
 #[test]
 fn a_killed_manager_pages_and_its_return_resolves() {
-    let pager = Pager::listen();
-    let mut world = World::alerting(Backend::Embedded, Some(pager.url.clone()));
+    let webhook = WebhookSink::start();
+    let mut world = World::alerting(Backend::Embedded, Some(webhook.url().to_owned()));
     let mut manager = world.manager("m1");
     eventually("the manager is seen", || {
         let up = world.stack().prometheus.query("process_uptime_seconds{service_name=\"gauntlet-manager\"}");
@@ -82,7 +39,7 @@ fn a_killed_manager_pages_and_its_return_resolves() {
             alerts.as_array().into_iter().flatten().any(|alert| alert["labels"]["alertname"] == "GauntletManagerDown");
         if down { Err(alerts.to_string()) } else { Ok(()) }
     });
-    pager.received.lock().unwrap().clear();
+    webhook.clear();
 
     manager.process.kill().unwrap();
     eventually("the alert fires in Prometheus", || {
@@ -92,10 +49,10 @@ fn a_killed_manager_pages_and_its_return_resolves() {
             _ => Ok(()),
         }
     });
-    let page = eventually("the page is delivered", || pager.heard("GauntletManagerDown", "firing"));
+    let page = webhook.wait_for(SOON, "a page", alert("GauntletManagerDown", "firing"));
     assert_eq!(page["labels"]["severity"], "page");
     assert!(page["annotations"]["runbook_url"].as_str().unwrap().contains("GauntletManagerDown"));
 
     manager.process.start().unwrap();
-    eventually("the all-clear is delivered", || pager.heard("GauntletManagerDown", "resolved"));
+    webhook.wait_for(SOON, "the all-clear", alert("GauntletManagerDown", "resolved"));
 }

@@ -12,7 +12,8 @@ use gauntlet_stack::{ports::Reserved, process::spawn_bound};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::harness::{Backend, SOON, World, address, binary, eventually, fetch, processes_below, rest};
+use crate::harness::{Backend, SOON, World, address, binary, eventually, fetch, rest};
+use gauntlet_testing::processes;
 
 struct Dev {
     child: Child,
@@ -133,9 +134,9 @@ fn shows_a_whole_life_and_leaves_nothing_but_data() {
     );
     assert!(state["exporters"].as_array().unwrap().is_empty(), "nobody listens, so nothing is sent: {state}");
 
-    assert!(!processes_below(&data).is_empty(), "its instances run");
+    assert!(!processes::below(&data).is_empty(), "its instances run");
     assert_eq!(first.end().code(), Some(0), "{}", first.said());
-    assert_eq!(processes_below(&data), Vec::<i32>::new(), "{}", first.said());
+    assert_eq!(processes::below(&data), Vec::<i32>::new(), "{}", first.said());
     assert!(fetch(&page).is_err());
 
     let mut second = dev(&data, world.path("second.log"), &ports);
@@ -156,7 +157,7 @@ fn shows_a_whole_life_and_leaves_nothing_but_data() {
     });
     assert!(matches!(second.end().code(), Some(0 | 130)), "{}", second.said());
     // Their supervisors end them, with nobody waiting.
-    eventually("nothing is left", || match processes_below(&data) {
+    eventually("nothing is left", || match processes::below(&data) {
         left if left.is_empty() => Ok(()),
         left => Err(format!("{left:?}\n{}", second.said())),
     });

@@ -1,8 +1,6 @@
 //! One world per test: a directory, a stack, a backend, managers and a janitor; and how to talk to them.
 
 use std::{
-    ffi::OsStr,
-    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     process::{Command, Output},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -14,12 +12,14 @@ use gauntlet_stack::{
     Etcd, Options, Process, Ready, Registry, RegistryOptions, Spec, Stack,
     ports::{Reserved, Row},
 };
-use rustix::process::{Pid, Signal};
+use gauntlet_testing::{Poll, processes};
 use serde_json::{Value, json};
 use tonic::transport::Channel;
 
 /// How long anything that must come true may take.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
+/// Most attempts are requests to real processes.
+pub(crate) const POLL: Poll = Poll::within(SOON).every(Duration::from_millis(100));
 
 /// What keeps telemetry in its process, where there is no collector.
 const UNEXPORTED: [&str; 3] = ["OTEL_TRACES_EXPORTER", "OTEL_METRICS_EXPORTER", "OTEL_LOGS_EXPORTER"];
@@ -302,20 +302,10 @@ pub(crate) fn binary(name: &str) -> PathBuf {
     path
 }
 
-/// Asks until the answer is there; panics with the last answer when it is not there soon.
-pub(crate) fn eventually<T>(what: &str, ask: impl FnMut() -> Result<T, String>) -> T {
-    soon(ask).unwrap_or_else(|why| panic!("{what}: not within {SOON:?}: {why}"))
-}
-
-/// Asks until the answer is there; gives the last answer when it is not there soon.
-pub(crate) fn soon<T, E>(mut ask: impl FnMut() -> Result<T, E>) -> Result<T, E> {
-    let deadline = Instant::now() + SOON;
-    loop {
-        match ask() {
-            Err(_) if Instant::now() <= deadline => std::thread::sleep(Duration::from_millis(100)),
-            answer => return answer,
-        }
-    }
+/// Polls until the attempt succeeds; panics with the last error when it does not within [`SOON`].
+#[track_caller]
+pub(crate) fn eventually<T>(what: &str, attempt: impl FnMut() -> Result<T, String>) -> T {
+    POLL.until_blocking(what, attempt)
 }
 
 /// What a player sees at an address, or why not.
@@ -337,15 +327,13 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         // What a test left on purpose, or when it failed: instances outlive their manager.
-        for process in processes_below(self.dir.path()) {
-            if let Some(process) = Pid::from_raw(process) {
-                let _ = rustix::process::kill_process(process, Signal::KILL);
-            }
+        for pid in processes::below(self.dir.path()) {
+            processes::kill(pid);
         }
         // Their supervisors would have removed their control groups; an empty one can be once what was in it has ended.
         let homes = std::fs::read_dir(self.path("data/process/instances")).into_iter().flatten().flatten();
         for group in homes.filter_map(|home| control_group(&home.path())) {
-            let _ = soon(|| match std::fs::remove_dir(&group) {
+            let _ = POLL.try_until_blocking(|| match std::fs::remove_dir(&group) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
                 _ => Ok(()),
             });
@@ -357,17 +345,4 @@ impl Drop for World {
 fn control_group(home: &Path) -> Option<PathBuf> {
     let state: Value = serde_json::from_slice(&std::fs::read(home.join("state.json")).ok()?).ok()?;
     Some(state["cgroup"].as_str()?.into())
-}
-
-/// The processes that run in a directory, or with it or what is below it as an argument: instances and their supervisors.
-pub(crate) fn processes_below(dir: &Path) -> Vec<i32> {
-    let below = |process: &Path| {
-        let stands = std::fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd.starts_with(dir));
-        let arguments = std::fs::read(process.join("cmdline")).unwrap_or_default();
-        let mut arguments = arguments.split(|byte| *byte == 0).map(|argument| Path::new(OsStr::from_bytes(argument)));
-        stands || arguments.any(|argument| argument.starts_with(dir))
-    };
-    let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| Some(entry.ok()?.path()));
-    let ids = processes.filter_map(|path| Some((path.file_name()?.to_str()?.parse().ok()?, path)));
-    ids.filter(|(_, path)| below(path)).map(|(id, _)| id).collect()
 }

@@ -40,7 +40,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "gauntlet-telemetry",
             ],
         ),
-        ("gauntlet-testing", &["gauntlet-domain"]),
+        ("gauntlet-testing", &["gauntlet-api", "gauntlet-domain"]),
         ("gauntlet-e2e", &[]),
         ("gauntlet-simulation", &[]),
         ("xtask", &["gauntlet-stack"]),

@@ -7,7 +7,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use tonic::Code;
 
-use crate::harness::{Backend, Manager, World, address, eventually, fetch, local, processes_below};
+use crate::harness::{Backend, Manager, World, address, eventually, fetch, local};
+use gauntlet_testing::processes;
 
 async fn create(manager: &Manager, challenge: &str, source: &str) -> Result<Instance, tonic::Status> {
     let request =
@@ -133,7 +134,7 @@ fn once_a_restarted_manager_is_healthy_what_it_hands_out_runs() {
     eventually("the pool is filled", || if world.instances() == 3 { Ok(()) } else { Err(String::new()) });
     manager.process.kill().unwrap();
     eventually("nothing runs", || {
-        let left = processes_below(&world.path("data/process"));
+        let left = processes::below(&world.path("data/process"));
         for process in left.iter().filter_map(|process| Pid::from_raw(*process)) {
             let _ = kill_process(process, Signal::KILL);
         }

@@ -2,15 +2,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
-mod fake;
-
 use std::{
     process::{ExitStatus, Output, Stdio},
     sync::{Arc, Mutex},
     time::Duration,
 };
 
-use fake::{Deletion, Fake, at, challenge};
+use gauntlet_testing::api::{Deletion, FakeApi, challenge, from_now};
 use opentelemetry_proto::tonic::collector::trace::v1::{
     ExportTraceServiceRequest, ExportTraceServiceResponse,
     trace_service_server::{TraceService, TraceServiceServer},
@@ -43,8 +41,8 @@ async fn ended(command: &mut Command) -> (Option<i32>, String) {
     (output.status.code(), text)
 }
 
-fn one_expired() -> Fake {
-    Fake::new(vec![challenge("a", None, &[("1", at(-60))])])
+fn one_expired() -> FakeApi {
+    FakeApi::new(vec![challenge("a", None, &[("1", from_now(-60))])])
 }
 
 #[tokio::test]
@@ -193,9 +191,9 @@ async fn a_service_stays_through_failures_and_stops_at_sigterm() {
     fake.with(|state| state.breaks_after = Some(0));
     let server = fake.serve().await;
     let child = janitor(&["--url", &server.url, "--every", "50ms"], &[]).spawn().unwrap();
-    fake.until(|state| state.queries >= 2).await;
+    fake.wait_until("two failed queries", |state| state.queries >= 2).await;
     fake.with(|state| state.breaks_after = None);
-    fake.until(|state| state.deleted == ["1"]).await;
+    fake.wait_until("instance 1 is deleted", |state| state.deleted == ["1"]).await;
     assert_eq!(terminated(child).await.code(), Some(0));
 }
 
@@ -204,7 +202,7 @@ async fn sigterm_lets_a_deletion_under_way_end() {
     let fake = one_expired().deletion("1", Deletion::Waits);
     let server = fake.serve().await;
     let child = janitor(&["--url", &server.url], &[]).spawn().unwrap();
-    fake.until(|state| state.under_way == 1).await;
+    fake.wait_until("a deletion is in flight", |state| state.in_flight == 1).await;
     let ending = tokio::spawn(terminated(child));
     fake.release.notify_one();
     assert_eq!(ending.await.unwrap().code(), Some(0));
@@ -216,7 +214,7 @@ async fn second_signal_ends_at_once() {
     let fake = one_expired().deletion("1", Deletion::Hangs);
     let server = fake.serve().await;
     let mut child = janitor(&["--url", &server.url], &[]).spawn().unwrap();
-    fake.until(|state| state.under_way == 1).await;
+    fake.wait_until("a deletion is in flight", |state| state.in_flight == 1).await;
     let id = rustix::process::Pid::from_raw(child.id().unwrap().try_into().unwrap()).unwrap();
     let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
     // Signals that are sent too soon after another are one.

@@ -2,17 +2,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
-mod fake;
-
 use std::{num::NonZeroUsize, time::Duration};
 
-use fake::{Deletion, Fake, Running, at, challenge};
 use gauntlet_janitor::{Config, Error, Summary, run};
 use gauntlet_telemetry::Instruments;
+use gauntlet_testing::api::{Deletion, FakeApi, Serving, challenge, from_now};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
-fn config(server: &Running) -> Config {
+fn config(server: &Serving) -> Config {
     Config { timeout: Duration::from_secs(10), ..Config::new(server.url.parse().unwrap()) }
 }
 
@@ -21,14 +19,14 @@ async fn sweep(config: &Config) -> Result<Summary, Error> {
 }
 
 fn past(sources: &[&'static str]) -> Vec<(&'static str, Option<prost_types::Timestamp>)> {
-    sources.iter().map(|source| (*source, at(-60))).collect()
+    sources.iter().map(|source| (*source, from_now(-60))).collect()
 }
 
 #[tokio::test]
 async fn deletes_what_has_expired_and_nothing_else() {
-    let fake = Fake::new(vec![
-        challenge("a", None, &[("1", at(-60)), ("2", at(3600)), ("3", None)]),
-        challenge("b", at(-60), &[("4", None), ("5", at(3600))]),
+    let fake = FakeApi::new(vec![
+        challenge("a", None, &[("1", from_now(-60)), ("2", from_now(3600)), ("3", None)]),
+        challenge("b", from_now(-60), &[("4", None), ("5", from_now(3600))]),
         challenge("c", None, &[]),
     ]);
     let server = fake.serve().await;
@@ -40,9 +38,9 @@ async fn deletes_what_has_expired_and_nothing_else() {
 
 #[tokio::test]
 async fn what_the_server_lists_is_all_that_is_read() {
-    let fake = Fake::new(vec![
-        challenge("a", None, &[("1", at(-60)), ("2", at(3600)), ("3", None)]),
-        challenge("b", at(-60), &[("4", at(-60))]),
+    let fake = FakeApi::new(vec![
+        challenge("a", None, &[("1", from_now(-60)), ("2", from_now(3600)), ("3", None)]),
+        challenge("b", from_now(-60), &[("4", from_now(-60))]),
     ])
     .extended();
     let server = fake.serve().await;
@@ -58,12 +56,12 @@ async fn what_the_server_lists_is_all_that_is_read() {
 
 #[tokio::test]
 async fn a_list_that_breaks_or_hangs_is_no_reason_to_read_everything() {
-    let fake = Fake::new(vec![challenge("a", None, &past(&["1", "2"]))]).extended();
+    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1", "2"]))]).extended();
     fake.with(|state| state.breaks_after = Some(1));
     let server = fake.serve().await;
     let config = Config { timeout: Duration::from_millis(500), ..config(&server) };
     assert_eq!(sweep(&config).await.unwrap(), Summary { seen: 1, expired: 1, deleted: 1, ..Summary::default() });
-    fake.with(|state| (state.breaks_after, state.query_hangs) = (None, true));
+    fake.with(|state| (state.breaks_after, state.streams_hang) = (None, true));
     assert_eq!(sweep(&config).await.unwrap().deleted, 1);
     let error = sweep(&config).await.unwrap_err().to_string();
     assert!(error.ends_with("no answer within 500ms (DEADLINE_EXCEEDED)"), "{error}");
@@ -72,7 +70,7 @@ async fn a_list_that_breaks_or_hangs_is_no_reason_to_read_everything() {
 
 #[tokio::test]
 async fn goes_on_past_failures() {
-    let fake = Fake::new(vec![challenge("a", None, &past(&["fails", "gone", "hangs", "ok", "refused"]))])
+    let fake = FakeApi::new(vec![challenge("a", None, &past(&["fails", "gone", "hangs", "ok", "refused"]))])
         .deletion("fails", Deletion::Fails(Code::Internal))
         .deletion("refused", Deletion::Fails(Code::Unavailable))
         .deletion("hangs", Deletion::Hangs)
@@ -87,24 +85,24 @@ async fn goes_on_past_failures() {
 
 #[tokio::test]
 async fn every_deletion_failing_is_an_error() {
-    let fake = Fake::new(vec![challenge("a", None, &past(&["1", "2"]))])
+    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1", "2"]))])
         .deletion("1", Deletion::Fails(Code::Internal))
         .deletion("2", Deletion::Fails(Code::Internal));
     let server = fake.serve().await;
     let error = sweep(&config(&server)).await.unwrap_err();
-    insta::assert_snapshot!(error, @"none of 2 expired instances could be deleted; the first: as told (INTERNAL)");
+    insta::assert_snapshot!(error, @"none of 2 expired instances could be deleted; the first: injected (INTERNAL)");
 }
 
 #[tokio::test]
 async fn only_gone_ones_are_success() {
-    let fake = Fake::new(vec![challenge("a", None, &past(&["1"]))]).deletion("1", Deletion::NotFound);
+    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1"]))]).deletion("1", Deletion::NotFound);
     let server = fake.serve().await;
     assert_eq!(sweep(&config(&server)).await.unwrap().gone, 1);
 }
 
 #[tokio::test]
 async fn what_was_read_before_the_stream_broke_is_swept() {
-    let fake = Fake::new(vec![challenge("a", None, &past(&["1"])), challenge("b", None, &past(&["2"]))]);
+    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1"])), challenge("b", None, &past(&["2"]))]);
     fake.with(|state| state.breaks_after = Some(1));
     let server = fake.serve().await;
     let summary = sweep(&config(&server)).await.unwrap();
@@ -118,8 +116,8 @@ async fn what_was_read_before_the_stream_broke_is_swept() {
 
 #[tokio::test]
 async fn a_stream_that_hangs_is_given_up_and_what_it_gave_is_swept() {
-    let fake = Fake::new(vec![challenge("a", None, &past(&["1"]))]);
-    fake.with(|state| state.query_hangs = true);
+    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1"]))]);
+    fake.with(|state| state.streams_hang = true);
     let server = fake.serve().await;
     let config = Config { timeout: Duration::from_millis(500), ..config(&server) };
     assert_eq!(sweep(&config).await.unwrap().deleted, 1);
@@ -129,7 +127,7 @@ async fn a_stream_that_hangs_is_given_up_and_what_it_gave_is_swept() {
 
 #[tokio::test]
 async fn a_server_that_is_away_is_an_error_that_says_why() {
-    let server = Fake::default().serve().await;
+    let server = FakeApi::default().serve().await;
     let config = config(&server);
     drop(server);
     // The port is free again once the server has ended.
@@ -144,25 +142,25 @@ async fn a_server_that_is_away_is_an_error_that_says_why() {
 #[tokio::test]
 async fn so_many_at_once_and_no_more() {
     let sources: Vec<String> = (0..20).map(|source| source.to_string()).collect();
-    let sources: Vec<_> = sources.iter().map(|source| (source.as_str(), at(-60))).collect();
-    let fake = sources.iter().fold(Fake::new(vec![challenge("a", None, &sources)]), |fake, (source, _)| {
+    let sources: Vec<_> = sources.iter().map(|source| (source.as_str(), from_now(-60))).collect();
+    let fake = sources.iter().fold(FakeApi::new(vec![challenge("a", None, &sources)]), |fake, (source, _)| {
         fake.deletion(source, Deletion::Waits)
     });
     let server = fake.serve().await;
     let config = Config { concurrency: NonZeroUsize::new(3).unwrap(), ..config(&server) };
     let sweeping = tokio::spawn(async move { sweep(&config).await });
-    fake.until(|state| state.under_way == 3).await;
+    fake.wait_until("three deletions are in flight", |state| state.in_flight == 3).await;
     while !sweeping.is_finished() {
         fake.release.notify_waiters();
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     assert_eq!(sweeping.await.unwrap().unwrap().deleted, 20);
-    assert_eq!(fake.with(|state| state.most_under_way), 3);
+    assert_eq!(fake.with(|state| state.peak_in_flight), 3);
 }
 
 #[tokio::test]
 async fn a_stop_lets_deletions_under_way_end_and_begins_none() {
-    let fake = Fake::new(vec![challenge("a", None, &past(&["1", "2", "3"]))])
+    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1", "2", "3"]))])
         .deletion("1", Deletion::Waits)
         .deletion("2", Deletion::Waits)
         .deletion("3", Deletion::Waits);
@@ -173,7 +171,7 @@ async fn a_stop_lets_deletions_under_way_end_and_begins_none() {
         let stop = stop.clone();
         async move { run(&config, &Instruments::noop(), stop).await }
     });
-    fake.until(|state| state.under_way == 1).await;
+    fake.wait_until("a deletion is in flight", |state| state.in_flight == 1).await;
     stop.cancel();
     fake.release.notify_one();
     let summary = running.await.unwrap().unwrap();
@@ -182,7 +180,7 @@ async fn a_stop_lets_deletions_under_way_end_and_begins_none() {
 
 #[tokio::test]
 async fn a_service_outlives_failures_and_sweeps_on_its_beat() {
-    let fake = Fake::new(vec![challenge("a", None, &past(&["1"]))]);
+    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1"]))]);
     fake.with(|state| state.breaks_after = Some(0));
     let server = fake.serve().await;
     let config = Config { every: Some(Duration::from_millis(20)), ..config(&server) };
@@ -191,14 +189,17 @@ async fn a_service_outlives_failures_and_sweeps_on_its_beat() {
         let stop = stop.clone();
         async move { run(&config, &Instruments::noop(), stop).await }
     });
-    fake.until(|state| state.queries >= 3).await;
+    fake.wait_until("three failed queries", |state| state.queries >= 3).await;
     fake.with(|state| state.breaks_after = None);
-    fake.until(|state| state.deleted == ["1"]).await;
+    fake.wait_until("instance 1 is deleted", |state| state.deleted == ["1"]).await;
     let before = fake.with(|state| {
         state.challenges.push(challenge("b", None, &past(&["2"])));
         state.queries
     });
-    fake.until(|state| state.deleted == ["1", "2"] && state.queries > before).await;
+    fake.wait_until("instance 2 is deleted by a later sweep", |state| {
+        state.deleted == ["1", "2"] && state.queries > before
+    })
+    .await;
     stop.cancel();
     assert_eq!(running.await.unwrap().unwrap().deleted, 2);
 }

@@ -2,13 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
-mod fake;
-
 use std::collections::BTreeMap;
 
-use fake::{Deletion, Fake, at, challenge};
 use gauntlet_janitor::{Config, Summary, run};
 use gauntlet_telemetry::{Instruments, layers::GrpcServerLayer};
+use gauntlet_testing::api::{Deletion, FakeApi, challenge, from_now};
 use opentelemetry::trace::{SpanId, SpanKind, Status, TracerProvider as _};
 use opentelemetry_sdk::{
     metrics::{
@@ -19,7 +17,7 @@ use opentelemetry_sdk::{
     trace::{InMemorySpanExporter, SdkTracerProvider, SpanData},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::Code;
+use tonic::{Code, transport::Server};
 use tracing_subscriber::layer::SubscriberExt as _;
 
 const DELETE: &str = "gauntlet.v1.Sweeper/DeleteExpired";
@@ -66,17 +64,23 @@ async fn a_sweep_is_one_trace_that_reaches_the_server() {
     let metrics = SdkMeterProvider::builder().with_periodic_exporter(measured.clone()).build();
     let instruments = Instruments::new(&metrics);
 
-    let fake =
-        Fake::new(vec![challenge("web-1", None, &[("7", at(-90)), ("8", at(-60)), ("9", at(-30)), ("10", None)])])
-            .deletion("8", Deletion::Fails(Code::Internal))
-            .deletion("9", Deletion::NotFound)
-            .extended();
-    let server = fake.serve_observed(GrpcServerLayer::new(&instruments, [LIST, DELETE])).await;
+    let fake = FakeApi::new(vec![challenge(
+        "web-1",
+        None,
+        &[("7", from_now(-90)), ("8", from_now(-60)), ("9", from_now(-30)), ("10", None)],
+    )])
+    .deletion("8", Deletion::Fails(Code::Internal))
+    .deletion("9", Deletion::NotFound)
+    .extended();
+    let (layer, routes) = (GrpcServerLayer::new(&instruments, [LIST, DELETE]), fake.routes());
+    let server =
+        FakeApi::serve_with(|incoming| Server::builder().layer(layer).add_routes(routes).serve_with_incoming(incoming))
+            .await;
     let config = Config::new(server.url.parse().unwrap());
     let summary = run(&config, &instruments, CancellationToken::new()).await.unwrap();
     assert_eq!(summary, Summary { seen: 3, expired: 3, deleted: 1, gone: 1, failed: 1, ..Summary::default() });
 
-    fake.until(|_| exporter.get_finished_spans().unwrap().len() == 12).await;
+    fake.wait_until("all spans have ended", |_| exporter.get_finished_spans().unwrap().len() == 12).await;
     let spans = exporter.get_finished_spans().unwrap();
     let roots: Vec<_> = spans.iter().filter(|span| span.parent_span_id == SpanId::INVALID).collect();
     assert_eq!(roots.len(), 1, "one root: {roots:#?}");

@@ -1,13 +1,13 @@
 //! The deployed files at work: OTLP goes in, Prometheus, Jaeger and Alertmanager show what they promise.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpListener;
-use std::sync::mpsc;
-use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use gauntlet_stack::{Options, Stack, http};
+use gauntlet_testing::{
+    Poll,
+    webhook::{Notification, WebhookSink},
+};
 use serde_json::{Value, json};
 
 /// The whole path in one test: the stack takes seconds to start and most of a small machine's memory bandwidth.
@@ -15,15 +15,15 @@ use serde_json::{Value, json};
 fn what_is_pushed_is_shown() {
     let mut say = |line: &str| eprintln!("{line}");
     let dir = tempfile::tempdir().unwrap();
-    let (webhook, notifications) = webhook();
+    let webhook = WebhookSink::start();
     let mut options = Options::for_tests(dir.path()).unwrap();
-    options.webhook = Some(webhook);
+    options.webhook = Some(webhook.url().to_owned());
     let mut stack = Stack::start(options, &mut say).unwrap();
 
     // Without a manager, its alert fires and is delivered.
-    let fired = notification(&notifications, "GauntletManagerDown", "firing");
-    assert_eq!(fired["path"], "/page");
-    assert_eq!(fired["body"]["commonAnnotations"]["runbook_url"], "docs/runbooks/GauntletManagerDown.md");
+    let fired = notification(&webhook, "GauntletManagerDown", "firing");
+    assert_eq!(fired.path, "/page");
+    assert_eq!(fired.body["commonAnnotations"]["runbook_url"], "docs/runbooks/GauntletManagerDown.md");
 
     // Two managers of different versions read the same store: one series. What is their own: one each.
     let push = |stack: &Stack, challenges: i64| {
@@ -59,8 +59,8 @@ fn what_is_pushed_is_shown() {
         let found = stack.prometheus.query(query).unwrap();
         assert_eq!(found.len(), series, "{query}: {found:?}");
     }
-    let resolved = notification(&notifications, "GauntletManagerDown", "resolved");
-    assert_eq!(resolved["body"]["status"], "resolved");
+    let resolved = notification(&webhook, "GauntletManagerDown", "resolved");
+    assert_eq!(resolved.body["status"], "resolved");
 
     // Spans are counted per operation, errors apart, and kept as a trace.
     for number in 0..10 {
@@ -125,16 +125,14 @@ fn what_is_pushed_is_shown() {
     eventually("nothing remains of them", || {
         stack.prometheus.query("challenges or process_uptime_seconds").unwrap().is_empty()
     });
-    notification(&notifications, "GauntletManagerDown", "firing");
+    notification(&webhook, "GauntletManagerDown", "firing");
     assert!(!stack.alertmanager.alerts().unwrap().as_array().unwrap().is_empty());
 }
 
-fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    let (started, deadline) = (Instant::now(), Instant::now() + Duration::from_secs(90));
-    while !is_so() {
-        assert!(Instant::now() < deadline, "not within 90 s: {what}");
-        thread::sleep(Duration::from_millis(300));
-    }
+/// Polls for at most 90 seconds, and prints how long it took.
+fn eventually(what: &str, condition: impl FnMut() -> bool) {
+    let started = Instant::now();
+    Poll::within(Duration::from_secs(90)).every(Duration::from_millis(300)).until_blocking(what, condition);
     eprintln!("{what}: after {:.1} s", started.elapsed().as_secs_f64());
 }
 
@@ -195,48 +193,10 @@ fn span(number: u32, failed: bool) -> Value {
     }]}]}]})
 }
 
-/// An HTTP server that hands on what is posted to it.
-fn webhook() -> (String, mpsc::Receiver<Value>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let (send, receive) = mpsc::channel();
-    thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let mut reader = BufReader::new(stream.try_clone().unwrap());
-            let mut line = String::new();
-            reader.read_line(&mut line).unwrap();
-            let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
-            let mut length = 0;
-            loop {
-                let mut header = String::new();
-                reader.read_line(&mut header).unwrap();
-                if let Some(value) = header.to_ascii_lowercase().strip_prefix("content-length:") {
-                    length = value.trim().parse().unwrap();
-                }
-                if header.trim().is_empty() {
-                    break;
-                }
-            }
-            let mut body = vec![0; length];
-            reader.read_exact(&mut body).unwrap();
-            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").unwrap();
-            if send.send(json!({"path": path, "body": serde_json::from_slice::<Value>(&body).unwrap()})).is_err() {
-                return;
-            }
-        }
-    });
-    (url, receive)
-}
-
-fn notification(from: &mpsc::Receiver<Value>, alert: &str, status: &str) -> Value {
-    let deadline = Instant::now() + Duration::from_secs(90);
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let got =
-            from.recv_timeout(left).unwrap_or_else(|_| panic!("no notification that {alert} is {status} within 90 s"));
-        if got["body"]["groupLabels"]["alertname"] == alert && got["body"]["status"] == status {
-            return got;
-        }
-    }
+/// Waits for the notification that this alert has this status.
+fn notification(webhook: &WebhookSink, alert: &str, status: &str) -> Notification {
+    webhook.wait_for(Duration::from_secs(90), &format!("{alert} is {status}"), |notification| {
+        let body = &notification.body;
+        (body["groupLabels"]["alertname"] == alert && body["status"] == status).then(|| notification.clone())
+    })
 }

@@ -4,6 +4,7 @@
 //! - [`fixtures`]: a challenge, an instance, ids and times.
 //! - [`call`]: a [`Call`](gauntlet_domain::Call) with fixed time, predictable randomness and a clock that the test moves.
 //! - [`fakes`]: the domain's ports in memory: provisioner, scenarios, facts.
+//! - [`api`]: a server of the v1 API for tests of clients.
 //! - [`gate`]: stopping a task at a named point until the test lets it go on.
 //! - [`processes`]: which processes of a directory or an instance still run, and killing them.
 //! - [`webhook`]: an HTTP server that keeps what is posted to it.
@@ -17,6 +18,7 @@
     reason = "for tests, which fail by panicking"
 )]
 
+pub mod api;
 pub mod call;
 pub mod fakes;
 pub mod fixtures;

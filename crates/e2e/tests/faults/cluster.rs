@@ -8,6 +8,7 @@ use gauntlet_coordination::{
 };
 use gauntlet_stack::{Process, Ready, Spec, Tool, Tools, http, ports::Reserved};
 use gauntlet_telemetry::{Instruments, db::Database};
+use gauntlet_testing::processes::KillInstances;
 use serde_json::{Value, json};
 
 use super::{
@@ -16,7 +17,7 @@ use super::{
     network::{Network, Side},
     scenario::write_scenarios,
 };
-use crate::harness::{Backend, Manager, World, eventually, soon};
+use crate::harness::{Backend, Manager, POLL, World, eventually};
 
 /// How long a replica that went silent keeps what it owns.
 pub(super) const LEASE_TTL: Duration = Duration::from_secs(3);
@@ -39,7 +40,7 @@ pub(super) struct Member {
 /// Dropped in this order: managers, then the instances that would outlive them, then what they stood on.
 pub(super) struct Cluster {
     pub(super) managers: Vec<Manager>,
-    _instances: census::Instances,
+    _instances: KillInstances,
     pub(super) members: Vec<Member>,
     /// What members can be cut off by; on loopback nothing, or why there is nothing.
     pub(super) network: Result<Network, String>,
@@ -65,7 +66,7 @@ impl Cluster {
         let urls = members.iter().map(|member| member.url.clone());
         let config = EtcdConfig { deadline: Duration::from_secs(4), ..EtcdConfig::new(urls) };
         let store = Etcd::new(&config, Database::etcd(&Instruments::noop())).unwrap();
-        let instances = census::Instances(world.path("data/process/instances"));
+        let instances = KillInstances(world.path("data/process/instances"));
         Cluster { managers: Vec::new(), _instances: instances, members, network, store, world }
     }
 
@@ -164,7 +165,7 @@ impl Cluster {
             census::take(&dir, &self.stored("instances").map_err(odd)?)
         };
         let mut before = 0;
-        soon(|| match look() {
+        POLL.try_until_blocking(|| match look() {
             Ok(census) if before + 1 == IN_A_ROW => Ok(census),
             Ok(_) => {
                 before += 1;

@@ -2,6 +2,7 @@
 
 use std::{sync::atomic::AtomicBool, time::Duration};
 
+use gauntlet_testing::processes::KillInstances;
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use serde_json::{Value, json};
 
@@ -10,7 +11,7 @@ use super::{
     load::{Client, Driver, Ledger},
     scenario::{quick, write_scenarios},
 };
-use crate::harness::{Backend, World, soon};
+use crate::harness::{Backend, POLL, World};
 
 const CYCLES: usize = 20;
 
@@ -20,7 +21,7 @@ fn kill_9_at_any_moment_loses_nothing_acknowledged() {
     write_scenarios(&world);
     let dir = world.path("data/process/instances");
     let mut manager = world.manager("m1");
-    let _instances = census::Instances(dir.clone());
+    let _instances = KillInstances(dir.clone());
     manager.create_challenge("plain", &quick(), &json!({ "timeout": "600s" }));
     manager.create_challenge("pooled", &quick(), &json!({ "timeout": "600s", "min": "2", "max": "20" }));
     let seed: u32 = rand::random();
@@ -47,7 +48,7 @@ fn kill_9_at_any_moment_loses_nothing_acknowledged() {
         let (status, body) = client.insist("DELETE", &format!("/api/v1/challenge/{id}"), &Value::Null).unwrap();
         assert!(matches!(status, 200 | 404), "{status} {body}");
     }
-    soon(|| census::take(&dir, &[])).unwrap();
+    POLL.try_until_blocking(|| census::take(&dir, &[])).unwrap();
     println!("{CYCLES} kills, {ledger}");
     ledger.assert_kept();
 }

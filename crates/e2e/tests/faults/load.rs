@@ -13,7 +13,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use serde_json::{Value, json};
 
 use super::scenario::quick;
-use crate::harness::soon;
+use crate::harness::POLL;
 
 /// Longer than a manager is paused, and than it waits for others.
 const DEADLINE: Duration = Duration::from_secs(40);
@@ -182,7 +182,7 @@ impl Client {
     /// when a member that was cut off is back.
     pub(super) fn insist(&mut self, method: &str, path: &str, body: &Value) -> Result<(u16, Value), String> {
         self.next += 1;
-        soon(|| match self.ask_again(method, path, body) {
+        POLL.try_until_blocking(|| match self.ask_again(method, path, body) {
             Reply::Said(503, body) => Err(body.to_string()),
             Reply::Said(status, body) => Ok((status, body)),
             Reply::Nothing(why) => Err(why),

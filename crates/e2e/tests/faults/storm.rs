@@ -24,7 +24,7 @@ use super::{
     network::Side,
     scenario::{Gate, gated, quick},
 };
-use crate::harness::{Backend, Manager, SOON, World, soon};
+use crate::harness::{Backend, Manager, POLL, SOON, World};
 
 /// How long the storm lasts, in minutes, unless it is interrupted (SIGINT); without it, one round of each kind of fault.
 const MINUTES: &str = "GAUNTLET_FAULTS_MINUTES";
@@ -346,7 +346,7 @@ fn pause(cluster: &Cluster, victim: usize, round: usize) -> Result<(), String> {
         let closed = gate.close();
         let mut tries = 0;
         // A call that is refused before it has begun, by an etcd that is about to elect, proves nothing: then another is made.
-        let (source, caller) = soon(|| {
+        let (source, caller) = POLL.try_until_blocking(|| {
             tries += 1;
             let source = format!("paused-{round}-{tries}");
             let caller = scope.spawn({
@@ -364,13 +364,15 @@ fn pause(cluster: &Cluster, victim: usize, round: usize) -> Result<(), String> {
         let length = length_of_log(manager);
         manager.process.signal(Signal::STOP);
         let paused = Paused(manager);
-        soon(|| match cluster.owner("gated", &source)? {
+        POLL.try_until_blocking(|| match cluster.owner("gated", &source)? {
             Some(owner) if owner != name => Ok(()),
             owner => Err(format!("its work was not taken over, but owned by {owner:?}")),
         })?;
         // What it was waiting for is there when it comes back.
         drop((closed, paused));
-        soon(|| if said_since(manager, length).contains("FENCED") { Ok(()) } else { Err("no fence in its log") })?;
+        POLL.try_until_blocking(|| {
+            if said_since(manager, length).contains("FENCED") { Ok(()) } else { Err("no fence in its log") }
+        })?;
         Ok::<_, String>((source, caller.join().unwrap()))
     })?;
     match answer {
@@ -379,7 +381,7 @@ fn pause(cluster: &Cluster, victim: usize, round: usize) -> Result<(), String> {
         Reply::Nothing(why) => return Err(format!("its caller was told nothing: {why}")),
     }
     let mut other = new(&cluster.managers[(victim + 1) % MANAGERS]);
-    soon(|| match other.ask("GET", &format!("/api/v1/instance/gated/{source}"), &Value::Null) {
+    POLL.try_until_blocking(|| match other.ask("GET", &format!("/api/v1/instance/gated/{source}"), &Value::Null) {
         Reply::Said(200, _) => Ok(()),
         Reply::Said(status, body) => Err(format!("nobody finished it: {status} {body}")),
         Reply::Nothing(why) => Err(format!("nobody finished it: {why}")),

@@ -3,11 +3,8 @@
 use gauntlet_telemetry::Instruments;
 use proptest::prelude::*;
 
-use self::fake::{BEGAN, Fake, at, challenge};
 use super::*;
-
-#[path = "../../tests/fake/mod.rs"]
-mod fake;
+use gauntlet_testing::api::{CREATED, FakeApi, challenge, from_now};
 
 fn sources(challenge: Challenge, now: Timestamp) -> Vec<String> {
     expired(challenge, now).map(|expired| expired.source).collect()
@@ -16,8 +13,8 @@ fn sources(challenge: Challenge, now: Timestamp) -> Vec<String> {
 #[test]
 fn what_has_expired() {
     let now = Timestamp::now();
-    let live = at(3600);
-    let past = at(-3600);
+    let live = from_now(3600);
+    let past = from_now(-3600);
     assert_eq!(sources(challenge("c", None, &[("1", past), ("2", live), ("3", None)]), now), ["1"]);
     assert_eq!(sources(challenge("c", past, &[("1", live), ("2", None)]), now), ["1", "2"]);
     assert_eq!(sources(challenge("c", live, &[("1", past), ("2", None)]), now), ["1"]);
@@ -46,7 +43,7 @@ fn stale(challenge: &str, source: &str, challenge_until: Option<Timestamp>) -> E
     Expired {
         challenge: challenge.into(),
         source: source.into(),
-        since: BEGAN,
+        since: CREATED,
         until: Timestamp::UNIX_EPOCH,
         challenge_until,
         listed: false,
@@ -55,7 +52,11 @@ fn stale(challenge: &str, source: &str, challenge_until: Option<Timestamp>) -> E
 
 #[tokio::test]
 async fn v1_instance_is_read_again_before_it_is_deleted() {
-    let fake = Fake::new(vec![challenge("c", None, &[("renewed", at(60)), ("endless", None), ("still", at(-60))])]);
+    let fake = FakeApi::new(vec![challenge(
+        "c",
+        None,
+        &[("renewed", from_now(60)), ("endless", None), ("still", from_now(-60))],
+    )]);
     let server = fake.serve().await;
     let sweeper = sweeper(&server.url);
     let end = async |source, challenge_until| sweeper.end(&stale("c", source, challenge_until)).await.unwrap();
@@ -70,7 +71,7 @@ async fn v1_instance_is_read_again_before_it_is_deleted() {
 #[tokio::test]
 async fn an_instance_created_since_is_left_alone() {
     for (extended, only_lists) in [(false, false), (true, true), (true, false)] {
-        let fake = Fake::new(vec![challenge("c", None, &[("1", at(-60)), ("2", at(-60))])]);
+        let fake = FakeApi::new(vec![challenge("c", None, &[("1", from_now(-60)), ("2", from_now(-60))])]);
         fake.with(|state| (state.extended, state.only_lists) = (extended, only_lists));
         let server = fake.serve().await;
         let sweeper = sweeper(&server.url);
@@ -87,7 +88,7 @@ async fn an_instance_created_since_is_left_alone() {
 
 #[tokio::test]
 async fn a_server_without_the_list_is_asked_again_later() {
-    let fake = Fake::new(vec![challenge("a", None, &[("1", at(3600))])]);
+    let fake = FakeApi::new(vec![challenge("a", None, &[("1", from_now(3600))])]);
     let server = fake.serve().await;
     let mut sweeper = sweeper(&server.url);
     let stop = CancellationToken::new();
@@ -112,7 +113,7 @@ async fn a_server_without_the_list_is_asked_again_later() {
 
 #[tokio::test]
 async fn a_server_that_was_away_may_be_another() {
-    let fake = Fake::default();
+    let fake = FakeApi::default();
     let server = fake.serve().await;
     let mut sweeper = sweeper(&server.url);
     let stop = CancellationToken::new();
@@ -128,14 +129,14 @@ async fn a_server_that_was_away_may_be_another() {
 
 #[tokio::test]
 async fn the_clock_that_listed_it_may_be_ahead() {
-    let fake = Fake::new(vec![challenge("c", None, &[("ahead", at(60)), ("renewed", at(90))])]);
+    let fake = FakeApi::new(vec![challenge("c", None, &[("ahead", from_now(60)), ("renewed", from_now(90))])]);
     let server = fake.serve().await;
     let sweeper = sweeper(&server.url);
     let listed = |source| ExpiredInstance {
         challenge_id: "c".into(),
         source_id: String::from(source),
-        until: at(60),
-        since: BEGAN,
+        until: from_now(60),
+        since: CREATED,
     };
     let end = async |source| {
         let mut expired = Expired::listed(listed(source)).unwrap();

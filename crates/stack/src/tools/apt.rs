@@ -51,8 +51,8 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::{PermissionsExt as _, symlink};
     use std::path::PathBuf;
-    use std::thread;
-    use std::time::{Duration, Instant};
+
+    use gauntlet_testing::eventually_blocking;
 
     use super::*;
 
@@ -107,11 +107,7 @@ echo >"$ROOT/ended"
         }
 
         fn wait_until(&self, file: &str, there: bool) {
-            let deadline = Instant::now() + Duration::from_secs(30);
-            while self.has(file) != there {
-                assert!(Instant::now() < deadline, "{file} there: {}", !there);
-                thread::sleep(Duration::from_millis(20));
-            }
+            eventually_blocking(&format!("{file} exists: {there}"), || self.has(file) == there);
         }
 
         fn list(&self, dir: &str) -> Vec<String> {
