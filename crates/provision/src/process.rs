@@ -32,6 +32,7 @@
 
 mod cgroup;
 mod ends;
+mod handover;
 mod home;
 mod launch;
 mod mark;
@@ -43,6 +44,7 @@ mod ready;
 mod record;
 mod restart;
 pub mod shim;
+mod standby;
 mod stop;
 mod timer;
 
@@ -54,7 +56,6 @@ use std::{
     ops::RangeInclusive,
     os::unix::ffi::OsStrExt as _,
     path::PathBuf,
-    process::{Command, Stdio},
     sync::{Mutex, PoisonError},
     time::Duration,
 };
@@ -73,6 +74,7 @@ use self::{
     ports::{Held, Ports},
     ready::Shim,
     record::{LABEL, READY, RECORD, Record, STATE, State, WORK, Who},
+    standby::Standby,
 };
 pub use self::{ends::Ends, restart::Restart};
 
@@ -145,6 +147,7 @@ pub struct Process {
     config: Config,
     dir: PathBuf,
     shim: PathBuf,
+    standby: Standby,
     instances: PathBuf,
     ports: Ports,
     probed: IpAddr,
@@ -236,7 +239,8 @@ impl Process {
                 tracing::info!(why, "instances have no control groups: they are found by their supervisors alone");
             })
             .ok();
-        Ok(Self { config, dir, shim, instances, ports, probed, groups })
+        let standby = Standby::new(shim.clone());
+        Ok(Self { config, dir, shim, standby, instances, ports, probed, groups })
     }
 
     /// Takes the directory for the store of that name, for good. To be called before any order of that store: an order's generation means
@@ -294,6 +298,7 @@ impl Process {
             };
             step(step_span!("provision.stop", home), self.stop(&home)).await.map(|_| usize::from(runs))
         });
+        self.standby.clear();
         // One that does not end must not keep the others from it.
         let halted: Vec<_> = futures::stream::iter(halts).buffer_unordered(HALTED_AT_ONCE).collect().await;
         halted.into_iter().sum()
@@ -434,19 +439,14 @@ impl Process {
                 process.ports.release(&home.key, ports, &record.ports)?;
             }
             home.record_ports(record.ports.clone()).map_err(failed("start", "recording its ports"))?;
-            let mut command = Command::new(&process.shim);
-            command
-                .arg(shim::SUPERVISE)
-                .arg(&home.dir)
-                .arg(last.map_or(0, |last| process.config.restart.count(&last)).to_string())
-                .args(process.groups.as_ref().map(|groups| groups.path(&home.key)))
-                .env_clear()
-                .stdin(held.hand_over().map_or_else(Stdio::null, Stdio::from))
-                .stdout(Stdio::null())
-                .stderr(Stdio::null());
-            let child = ports::spawn(&mut command)
-                .map_err(failed("start", format!("the supervisor {}", process.shim.display())))?;
-            Ok(Shim(child))
+            let restarts = last.map_or(0, |last| process.config.restart.count(&last)).to_string();
+            let group = process.groups.as_ref().map(|groups| groups.path(&home.key));
+            let mut arguments = vec![home.dir.as_os_str(), restarts.as_ref()];
+            arguments.extend(group.as_ref().map(|group| group.as_os_str()));
+            let supervisor = process.standby.take();
+            supervisor
+                .and_then(|supervisor| supervisor.assign(&arguments, held.hand_over()))
+                .map_err(failed("start", format!("the supervisor {}", process.shim.display())))
         })
         .await
     }

@@ -51,22 +51,23 @@ pub struct InstanceProcess {
 }
 
 /// The processes of all instances below the process provisioner's `instances` directory. An instance's process has its directory in its
-/// environment; a supervisor, in its arguments.
+/// environment; a supervisor works in it.
 pub fn of_instances(dir: &Path) -> Vec<InstanceProcess> {
     // The provisioner uses the path without symbolic links, too.
     let Ok(dir) = dir.canonicalize() else { return Vec::new() };
     let variable = [b"GAUNTLET_INSTANCE=", dir.as_os_str().as_bytes(), b"/"].concat();
-    let argument = [dir.as_os_str().as_bytes(), b"/"].concat();
-    let find = |words: &[u8], prefix: &[u8]| {
-        let word = words.split(|byte| *byte == 0).find(|word| word.starts_with(prefix))?;
-        identity(std::str::from_utf8(&word[prefix.len()..]).ok()?)
+    let environment = |environ: &[u8]| {
+        let word = environ.split(|byte| *byte == 0).find(|word| word.starts_with(&variable))?;
+        identity(std::str::from_utf8(&word[variable.len()..]).ok()?)
     };
+    let directory =
+        |process: &Path| identity(fs::read_link(process.join("cwd")).ok()?.strip_prefix(&dir).ok()?.to_str()?);
     let mut found = Vec::new();
     for (pid, path) in all() {
         let read = |name: &str| fs::read(path.join(name)).unwrap_or_default();
         let arguments = read("cmdline");
         let supervisor = arguments.split(|byte| *byte == 0).any(|word| word == SUPERVISOR);
-        let identity = if supervisor { find(&arguments, &argument) } else { find(&read("environ"), &variable) };
+        let identity = if supervisor { directory(&path) } else { environment(&read("environ")) };
         let stat = read("stat");
         let group = String::from_utf8_lossy(&stat)
             .rsplit_once(") ")
@@ -108,17 +109,18 @@ mod tests {
     use crate::eventually_blocking;
 
     #[test]
-    fn processes_are_found_by_directory_argument_and_variable() {
+    fn processes_are_found_by_directory_and_variable() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().canonicalize().unwrap();
         let sleep =
             |command: &mut Command| command.args(["-c", "sleep 100; exit", "sh"]).stdin(Stdio::null()).spawn().unwrap();
         let mut works_there = sleep(Command::new("sh").current_dir(&dir));
         let instance = dir.join("web-77");
+        fs::create_dir(&instance).unwrap();
         let mut has_variable = sleep(Command::new("sh").env("GAUNTLET_INSTANCE", &instance));
         let mut supervisor = Command::new("sh")
             .args(["-c", "sleep 100; exit", "__instance-shim"])
-            .arg(&instance)
+            .current_dir(&instance)
             .stdin(Stdio::null())
             .spawn()
             .unwrap();

@@ -15,7 +15,8 @@ const HELP: &str = "\
 Measures create, claim, renew, delete, a restart of the manager, a reconcile pass and a full list: on an empty store first, then beside
 running instances. One manager, one real etcd, real processes.
 
-  --instances N,N,...  How many instances run at each level after the first, which has none [default: 1000,4000]
+  --instances N,N,...  How many instances run at each level after the first, which has none; `none` measures that one only
+                       [default: 1000,4000]
   --operations N       How often each operation is done by one client; four times as often by 64 [default: 200]
   --json FILE          Where the figures go [default: target/bench/scale.json]
 ";
@@ -42,6 +43,7 @@ impl Arguments {
                 parsed.ok_or_else(|| format!("{name} {value}: {text:?} is not a number above 0\n\n{HELP}"))
             };
             match name.as_str() {
+                "--instances" if value == "none" => read.levels.clear(),
                 "--instances" => read.levels = value.split(',').map(number).collect::<Result<_, _>>()?,
                 "--operations" => read.operations = number(&value)?,
                 "--json" => read.json = value.into(),

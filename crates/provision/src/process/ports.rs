@@ -230,21 +230,20 @@ impl Held {
         Ok(())
     }
 
-    /// What the process that becomes the program is to have as its standard input. The ports are held until it, and all that have it, end
-    /// or take them over; `None` if there are none.
+    /// What the process that becomes the program is to be given. The ports are held until all that have it end, or take them over and
+    /// close them; `None` if there are none.
     pub(super) fn hand_over(self) -> Option<OwnedFd> {
         self.way.map(|(_, theirs)| theirs.into())
     }
 
-    /// Takes over what was sent ahead to this process's standard input; nothing if that is something else. The sockets are closed when
-    /// this process becomes another program.
-    pub(super) fn take_over() -> Vec<OwnedFd> {
+    /// Takes over what [`Self::hand_over`] gave away. The sockets are closed when this process becomes another program.
+    pub(super) fn take_over(handed: &OwnedFd) -> Vec<OwnedFd> {
         let mut held = Vec::new();
         loop {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut rights = RecvAncillaryBuffer::new(&mut space);
             let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-            match rustix::net::recvmsg(io::stdin(), &mut [IoSliceMut::new(&mut [0])], &mut rights, flags) {
+            match rustix::net::recvmsg(handed, &mut [IoSliceMut::new(&mut [0])], &mut rights, flags) {
                 Ok(received) if received.bytes > 0 => {}
                 _ => return held,
             }

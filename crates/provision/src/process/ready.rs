@@ -69,6 +69,9 @@ impl Process {
             }
             return Err(error);
         }
+        // Beside what follows: for the next launch.
+        let standby = self.standby.clone();
+        drop(tokio::task::spawn_blocking(move || standby.refill()));
         let Record { launch, .. } = record;
         Ok(Outputs { connection_info: launch.connection_info.clone(), flags: launch.flags.clone() })
     }

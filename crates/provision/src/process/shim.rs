@@ -11,10 +11,13 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{File, OpenOptions},
     io::{self, PipeReader, Read as _, Write as _},
-    os::unix::{
-        fs::OpenOptionsExt as _,
-        net::UnixStream,
-        process::{CommandExt as _, ExitStatusExt as _},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::OpenOptionsExt as _,
+            net::UnixStream,
+            process::{CommandExt as _, ExitStatusExt as _},
+        },
     },
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
@@ -32,16 +35,18 @@ use rustix::{
 
 use super::{
     cgroup::Group,
+    handover::{self, Sender},
     output::Output,
     ports::Held,
     procfs,
-    record::{self, End, LOG, MARKER, RECORD, Record, STATE, State, WORK, Who},
+    record::{self, End, LOG, MARKER, ProcessId, RECORD, Record, STATE, State, WORK, Who},
 };
 
-/// The mode of the supervisor; the instance's directory follows, the number of starts in a row, and the control group if it is to have one.
+/// The mode of the supervisor. It waits for its arguments: the instance's directory, the number of starts in a row, and the control group if
+/// it is to have one; with them come the ports that are held for the instance.
 pub(super) const SUPERVISE: &str = "__instance-shim";
-/// The mode between the supervisor and the program: limits itself, then becomes the program. The instance's directory follows, and the
-/// supervisor's process id.
+/// The mode between the supervisor and the program: limits itself, then becomes the program. The supervisor's process id follows. It waits
+/// for the instance's directory.
 const BECOME: &str = "__instance-exec";
 
 /// For how long a supervisor tries to get the lock that a manager may be looking at.
@@ -62,14 +67,8 @@ const LOG_BYTES: u64 = 16 << 10;
 pub fn run_if_requested() {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     let result = match args.as_slice() {
-        [mode, dir, restarts, cgroup @ ..] if mode == SUPERVISE => {
-            let dir = Path::new(dir);
-            let restarts = restarts.to_str().and_then(|text| text.parse().ok()).unwrap_or(0);
-            let group = cgroup.first().map(PathBuf::from);
-            // Its standard error leads nowhere.
-            supervise(dir, restarts, group).inspect_err(|error| note(dir, &format!("failed: {error}")))
-        }
-        [mode, dir, supervisor] if mode == BECOME => Err(become_program(Path::new(dir), supervisor)),
+        [mode] if mode == SUPERVISE => wait_for_instance(),
+        [mode, supervisor] if mode == BECOME => become_program(supervisor),
         _ => return,
     };
     match result {
@@ -96,24 +95,69 @@ fn note(dir: &Path, text: &str) {
     let _ = write();
 }
 
-fn supervise(dir: &Path, restarts: u32, cgroup: Option<PathBuf>) -> io::Result<()> {
+/// A supervisor that has no instance yet, and what becomes the instance's program.
+struct Prepared {
+    me: i32,
+    shim: ProcessId,
+    boot: String,
+    signals: UnixStream,
+    stop: Arc<AtomicBool>,
+    program: io::Result<Unassigned>,
+}
+
+fn wait_for_instance() -> io::Result<()> {
+    let prepared = prepare();
+    let Some((arguments, ports)) = handover::receive(io::stdin())? else {
+        // Started ahead, and not needed.
+        if let Ok(Prepared { program: Ok(program), .. }) = prepared {
+            program.dismiss();
+        }
+        return Ok(());
+    };
+    let [dir, restarts, cgroup @ ..] = arguments.as_slice() else { return Err(io::ErrorKind::InvalidInput.into()) };
+    let dir = Path::new(dir);
+    let restarts = restarts.to_str().and_then(|text| text.parse().ok()).unwrap_or(0);
+    let cgroup = cgroup.first().map(PathBuf::from);
+    let supervised = prepared.and_then(|prepared| supervise(prepared, dir, restarts, cgroup, ports));
+    // Its standard error leads nowhere.
+    supervised.inspect_err(|error| note(dir, &format!("failed: {error}")))
+}
+
+/// Everything that can be done before the instance is known.
+fn prepare() -> io::Result<Prepared> {
     close_inherited()?;
     // Fails only if it leads a group already, which then is as good.
     let _ = rustix::process::setsid();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     std::env::set_current_dir("/")?;
-    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
-    // Not to be had: somebody else supervises it, or it was taken down before this began.
-    let Some(_lock) = wait_for_lock(dir)? else { return Ok(()) };
-    let Some(record) = record::read::<Record>(dir, RECORD)? else { return Ok(()) };
-    let me = rustix::process::getpid().as_raw_nonzero().get();
-    // From here on a SIGTERM is an order to end it, not the end of the supervisor.
-    let (mut signals, stop) = listen()?;
-    let began = Instant::now();
-    let started = start(dir, &record, me);
-    // The program is on its way meanwhile.
+    let me = rustix::process::getpid();
+    rustix::process::set_child_subreaper(Some(me))?;
+    let me = me.as_raw_nonzero().get();
+    // From here on a SIGTERM is an order to end the instance, not the end of the supervisor.
+    let (signals, stop) = listen()?;
     let shim = procfs::identify(me).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
-    let mut state = State { boot: procfs::boot(), shim, child: None, cgroup, gathered: false, restarts, end: None };
+    Ok(Prepared { me, shim, boot: procfs::boot(), signals, stop, program: Unassigned::start(me) })
+}
+
+fn supervise(
+    prepared: Prepared,
+    dir: &Path,
+    restarts: u32,
+    cgroup: Option<PathBuf>,
+    ports: Option<OwnedFd>,
+) -> io::Result<()> {
+    let Prepared { me, shim, boot, mut signals, stop, program } = prepared;
+    // Not to be had: somebody else supervises it, or it was taken down before this began.
+    let (Some(_lock), Some(record)) = (wait_for_lock(dir)?, record::read::<Record>(dir, RECORD)?) else {
+        program.map(Unassigned::dismiss).ok();
+        return Ok(());
+    };
+    // By it an operator finds the instance of a supervisor.
+    std::env::set_current_dir(dir)?;
+    let began = Instant::now();
+    let started = program.and_then(|program| program.assign(dir, &record, ports));
+    // The program is on its way meanwhile.
+    let mut state = State { boot, shim, child: None, cgroup, gathered: false, restarts, end: None };
     let (how, whole) = match started {
         Err(error) => (format!("could not be started: {error}"), true),
         Ok((child, pipe)) => {
@@ -212,26 +256,46 @@ fn listen() -> io::Result<(UnixStream, Arc<AtomicBool>)> {
     Ok((read, stop))
 }
 
-fn start(dir: &Path, record: &Record, me: i32) -> io::Result<(Pid, PipeReader)> {
-    if record.version != record::VERSION {
-        return Err(io::Error::other("the manager and its supervisor are not of the same release"));
+/// The process that becomes the program, once it is given the instance's directory.
+struct Unassigned {
+    child: Pid,
+    output: PipeReader,
+    sender: Sender,
+}
+
+impl Unassigned {
+    fn start(supervisor: i32) -> io::Result<Self> {
+        let sender = Sender::new()?;
+        let (output, writer) = io::pipe()?;
+        rustix::io::ioctl_fionbio(&output, true)?;
+        let child = Command::new("/proc/self/exe")
+            .arg(BECOME)
+            .arg(supervisor.to_string())
+            .env_clear()
+            .stdin(sender.stdin()?)
+            .stdout(writer.try_clone()?)
+            .stderr(writer)
+            .process_group(0)
+            .spawn()?;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        Ok(Self { child: pid.ok_or_else(|| io::Error::other("no process id"))?, output, sender })
     }
-    let (reader, writer) = io::pipe()?;
-    rustix::io::ioctl_fionbio(&reader, true)?;
-    let child = Command::new("/proc/self/exe")
-        .arg(BECOME)
-        .arg(dir)
-        .arg(me.to_string())
-        .env_clear()
-        .env(MARKER, dir)
-        // By it come the ports that are held for the program.
-        .stdin(Stdio::inherit())
-        .stdout(writer.try_clone()?)
-        .stderr(writer)
-        .process_group(0)
-        .spawn()?;
-    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-    Ok((pid.ok_or_else(|| io::Error::other("no process id"))?, reader))
+
+    /// Lets it become the program.
+    fn assign(self, dir: &Path, record: &Record, ports: Option<OwnedFd>) -> io::Result<(Pid, PipeReader)> {
+        if record.version != record::VERSION {
+            self.dismiss();
+            return Err(io::Error::other("the manager and its supervisor are not of the same release"));
+        }
+        self.sender.send(&[dir.as_os_str()], ports)?;
+        Ok((self.child, self.output))
+    }
+
+    /// Ends it.
+    fn dismiss(self) {
+        drop(self.sender);
+        let _ = rustix::process::waitpid(Some(self.child), WaitOptions::empty());
+    }
 }
 
 struct Watch<'a> {
@@ -363,30 +427,25 @@ fn describe(status: ExitStatus) -> String {
     }
 }
 
-/// Limits this process and becomes the program; returns only if that fails.
-fn become_program(dir: &Path, supervisor: &OsStr) -> io::Error {
-    let prepared = || -> io::Result<Record> {
-        // If the supervisor is killed, nobody is left to end the instance whole: it goes too.
-        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-        let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().to_string());
-        if parent.as_deref().map(OsStr::new) != Some(supervisor) {
-            return Err(io::Error::other("its supervisor has ended"));
-        }
-        rustix::thread::set_no_new_privs(true)?;
-        let record = record::read::<Record>(dir, RECORD)?.ok_or_else(|| io::Error::other("its record is gone"))?;
-        let limits = &record.launch.limits;
-        limit(Resource::Core, Some(0), 0)?;
-        limit(Resource::Nofile, limits.open_files, 0)?;
-        limit(Resource::Cpu, limits.cpu_seconds, CPU_GRACE)?;
-        limit(Resource::As, limits.memory, 0)?;
-        Ok(record)
-    };
+/// Waits for the instance, limits this process and becomes the program; returns only if that fails, or there is no instance.
+fn become_program(supervisor: &OsStr) -> io::Result<()> {
+    // If the supervisor is killed, nobody is left to end the instance whole: it goes too.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().to_string());
+    if parent.as_deref().map(OsStr::new) != Some(supervisor) {
+        return Err(io::Error::other("its supervisor has ended"));
+    }
+    rustix::thread::set_no_new_privs(true)?;
+    let Some((arguments, ports)) = handover::receive(io::stdin())? else { return Ok(()) };
     // Held until the program begins.
-    let _ports = Held::take_over();
-    let Record { launch, .. } = match prepared() {
-        Ok(record) => record,
-        Err(error) => return error,
-    };
+    let _held = ports.as_ref().map(Held::take_over);
+    let dir = arguments.first().map(Path::new).ok_or(io::ErrorKind::InvalidInput)?;
+    let Record { launch, .. } =
+        record::read::<Record>(dir, RECORD)?.ok_or_else(|| io::Error::other("its record is gone"))?;
+    limit(Resource::Core, Some(0), 0)?;
+    limit(Resource::Nofile, launch.limits.open_files, 0)?;
+    limit(Resource::Cpu, launch.limits.cpu_seconds, CPU_GRACE)?;
+    limit(Resource::As, launch.limits.memory, 0)?;
     let error = Command::new(&launch.program)
         .args(&launch.args)
         .env_clear()
@@ -395,7 +454,7 @@ fn become_program(dir: &Path, supervisor: &OsStr) -> io::Error {
         .current_dir(dir.join(WORK))
         .stdin(Stdio::null())
         .exec();
-    io::Error::new(error.kind(), format!("{}: {error}", launch.program.display()))
+    Err(io::Error::new(error.kind(), format!("{}: {error}", launch.program.display())))
 }
 
 /// The hard limit is above what is wanted by the `grace`.

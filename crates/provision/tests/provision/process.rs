@@ -138,6 +138,45 @@ async fn ends_what_a_killed_supervisor_left(rig: Rig) {
     until("it has ended, and its supervisor", || again.iter().all(|pid| !runs(*pid)));
 }
 
+/// The processes that run that program.
+fn running(program: &Path) -> Vec<i32> {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_supervisor_waits_for_the_next_instance_and_ends_with_its_manager() {
+    let mut rig = Rig::new();
+    let own = rig.dir.path().canonicalize().unwrap().join("supervisor");
+    std::fs::copy(rig.config.shim.as_ref().unwrap(), &own).unwrap();
+    rig.config.shim = Some(own.clone());
+    let manager = rig.manager();
+    assert!(running(&own).is_empty(), "none before the first instance");
+    manager.launch(&launch(1, 1, &rig.greeter())).await.unwrap();
+    let (first, _) = rig.pids(&rig.home()).unwrap();
+    // A supervisor, and what becomes the program.
+    let waiting = || running(&own).into_iter().filter(|pid| *pid != first).collect::<Vec<_>>();
+    until("a pair waits", || waiting().len() == 2);
+    let pair = waiting();
+    manager.launch(&launch(2, 1, &rig.greeter())).await.unwrap();
+    let (second, program) = rig.pids(&rig.homes()[1]).unwrap();
+    assert!(pair.contains(&second) && pair.contains(&program), "{pair:?} became {second} and {program}");
+    until("another pair waits", || waiting().len() == 3);
+    // One that was killed is not waited for.
+    for pid in waiting().into_iter().filter(|pid| *pid != second) {
+        kill(pid, Signal::KILL);
+    }
+    manager.launch(&launch(3, 1, &rig.greeter())).await.unwrap();
+    drop(manager);
+    until("the waiting pair has ended", || running(&own).len() == 3);
+    let manager = rig.manager();
+    for identity in 1..=3 {
+        down(&manager, identity).await;
+    }
+    until("none is left", || running(&own).is_empty());
+}
+
 #[tokio::test]
 async fn a_supervisor_that_hangs_is_killed() {
     let rig = Rig::new();
