@@ -47,19 +47,11 @@ pub enum Tool {
 /// What [`crate::Stack`] runs.
 pub const OBSERVABILITY: &[Tool] = &[Tool::Prometheus, Tool::Alertmanager, Tool::Collector, Tool::Jaeger];
 
-/// What the tests run.
-pub const TESTS: &[Tool] = &[
-    Tool::Etcd,
-    Tool::Etcdctl,
-    Tool::Registry,
-    Tool::Prometheus,
-    Tool::Promtool,
-    Tool::Alertmanager,
-    Tool::Amtool,
-    Tool::Collector,
-    Tool::Jaeger,
-    Tool::Ip,
-];
+/// The tools that the tests use: all but mmdebstrap.
+pub const TESTS: &[Tool] = match &Tool::ALL {
+    [tests @ .., Tool::Mmdebstrap] => tests,
+    _ => panic!("mmdebstrap must be the last tool"),
+};
 
 /// Where a tool comes from when it is not there.
 enum Source {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::command::{run_to_end, succeeds};
+use super::command::{LongCommand, OnCancel, succeeds};
 use super::{Tool, Tools};
 use crate::{Error, Progress, Result};
 
@@ -20,7 +20,12 @@ pub(super) fn install(tools: &Tools, wanted: &[(Tool, &'static str)], progress: 
     }
     let shell = if rustix::process::geteuid().is_root() { &["sh"][..] } else { &["sudo", "-n", "sh"] };
     let what = format!("installing {}", packages.join(" "));
-    run_to_end(script(shell, "", &packages), &what, "under a minute", &tools.cache.join("apt.log"), progress)
+    run(script(shell, "", &packages), &what, "under a minute", &tools.cache.join("apt.log"), progress)
+}
+
+/// Runs an install to its end, even if the caller cancels it: an interrupted dpkg leaves packages half configured.
+fn run(command: Command, what: &str, usual: &str, log: &Path, progress: &mut dyn Progress) -> Result<()> {
+    LongCommand { what, usual, log, on_cancel: OnCancel::Wait }.run(command, progress)
 }
 
 /// Why packages can't be installed here and the command that changes it; `None` when they can.
@@ -95,7 +100,7 @@ echo >"$ROOT/ended"
             let mut command = script(&["sh"], self.0.to_str().unwrap(), &["prometheus"]);
             command.env("ROOT", &self.0);
             command.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", self.0.join("bin").display()));
-            run_to_end(command, "installing prometheus", "a moment", &self.0.join("log"), progress)
+            run(command, "installing prometheus", "a moment", &self.0.join("log"), progress)
         }
 
         fn has(&self, file: &str) -> bool {

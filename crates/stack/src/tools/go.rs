@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use sha2::{Digest as _, Sha256};
 
-use super::command::{run_logged, succeeds};
+use super::command::{LongCommand, OnCancel, succeeds};
 use super::{Tool, Tools};
 use crate::{Doing as _, Error, Progress, Result, create_dir, read};
 
@@ -14,77 +14,92 @@ use crate::{Doing as _, Error, Progress, Result, create_dir, read};
 pub(super) const OLDEST: &str = "1.26";
 
 const BUILDER: &str = "go.opentelemetry.io/collector/cmd/builder@v0.159.0";
-const ETCD_PACKAGE: &str = "go.etcd.io/etcd/server/v3";
-const ETCDCTL_PACKAGE: &str = "go.etcd.io/etcd/etcdctl/v3";
+const COLLECTOR_MANIFEST: &str = "deploy/collector/manifest.yaml";
+const JAEGER_INPUTS: &[&str] = &["jaeger/build/go.mod", "jaeger/build/go.sum"];
+const ETCD_INPUTS: &[&str] = &["etcd/build/go.mod", "etcd/build/go.sum"];
 const STRIPPED: &str = "-s -w";
-const JAEGER_PACKAGE: &str = "github.com/jaegertracing/jaeger/cmd/jaeger";
 /// Module v1.76.0 is the release that Jaeger calls 2.13.0.
 const JAEGER_LDFLAGS: &str = "-s -w -X github.com/jaegertracing/jaeger/internal/version.latestVersion=v2.13.0";
 
-/// A build of ours.
+/// How to build a binary from pinned Go modules.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Recipe {
     pub(super) name: &'static str,
     binary: &'static str,
-    /// The files, relative to the checkout, whose content decides whether a kept build is still the right one.
+    /// The files, relative to the checkout, whose content decides whether a cached build is still current.
     inputs: &'static [&'static str],
-    /// What of the steps decides it too.
+    /// What decides it besides the inputs: the linker flags, or the version of the builder.
     settings: &'static str,
+    /// How long the build usually takes, for a person.
     pub(super) usual: &'static str,
-    steps: fn(&Tools, &Path) -> Vec<(&'static str, Command)>,
-    /// Where the steps leave the binary, relative to their directory.
+    source: Source,
+    /// Where the build leaves the binary, relative to its directory.
     product: &'static str,
+}
+
+/// Where the code comes from.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    /// A package of one of the project's modules, which pins its dependencies.
+    Module { dir: &'static str, package: &'static str },
+    /// The manifest of the OpenTelemetry Collector Builder.
+    CollectorManifest(&'static str),
 }
 
 pub(super) const COLLECTOR: Recipe = Recipe {
     name: "collector",
     binary: "gauntlet-collector",
-    inputs: &["deploy/collector/manifest.yaml"],
+    inputs: &[COLLECTOR_MANIFEST],
     settings: BUILDER,
     usual: "about 6 min the first time",
-    steps: |tools, work| {
-        let mut install = go(work);
-        install.args(["install", BUILDER]).env("GOBIN", work);
-        let mut build = polite(&work.join("builder"));
-        build.arg("--config").arg(tools.source.join("deploy/collector/manifest.yaml")).current_dir(work);
-        vec![("collector builder", install), ("collector", build)]
-    },
+    source: Source::CollectorManifest(COLLECTOR_MANIFEST),
     product: "_build/gauntlet-collector",
 };
 
 pub(super) const JAEGER: Recipe = Recipe {
-    name: "jaeger",
-    binary: "jaeger",
-    inputs: &["jaeger/build/go.mod", "jaeger/build/go.sum"],
     settings: JAEGER_LDFLAGS,
     usual: "about 6 min the first time",
-    steps: |tools, work| {
-        vec![("jaeger", module_build(tools, "jaeger/build", JAEGER_LDFLAGS, &work.join("jaeger"), JAEGER_PACKAGE))]
-    },
-    product: "jaeger",
+    ..Recipe::module("jaeger", "jaeger/build", JAEGER_INPUTS, "github.com/jaegertracing/jaeger/cmd/jaeger")
 };
 
-pub(super) const ETCD: Recipe = Recipe {
-    name: "etcd",
-    binary: "etcd",
-    inputs: &["etcd/build/go.mod", "etcd/build/go.sum"],
-    settings: STRIPPED,
-    usual: "about a minute the first time",
-    steps: |tools, work| vec![("etcd", module_build(tools, "etcd/build", STRIPPED, &work.join("etcd"), ETCD_PACKAGE))],
-    product: "etcd",
-};
+pub(super) const ETCD: Recipe = Recipe::module("etcd", "etcd/build", ETCD_INPUTS, "go.etcd.io/etcd/server/v3");
 
-pub(super) const ETCDCTL: Recipe = Recipe {
-    name: "etcdctl",
-    binary: "etcdctl",
-    steps: |tools, work| {
-        vec![("etcdctl", module_build(tools, "etcd/build", STRIPPED, &work.join("etcdctl"), ETCDCTL_PACKAGE))]
-    },
-    product: "etcdctl",
-    ..ETCD
-};
+pub(super) const ETCDCTL: Recipe = Recipe::module("etcdctl", "etcd/build", ETCD_INPUTS, "go.etcd.io/etcd/etcdctl/v3");
 
 impl Recipe {
+    /// A stripped binary, built from a package of the module in `dir`.
+    const fn module(
+        name: &'static str,
+        dir: &'static str,
+        inputs: &'static [&'static str],
+        package: &'static str,
+    ) -> Recipe {
+        let source = Source::Module { dir, package };
+        let usual = "about a minute the first time";
+        Recipe { name, binary: name, inputs, settings: STRIPPED, usual, source, product: name }
+    }
+
+    /// The commands that build it in `work`, each with a name.
+    fn steps(&self, tools: &Tools, work: &Path) -> Vec<(&'static str, Command)> {
+        match self.source {
+            Source::Module { dir, package } => {
+                let mut build = go(&tools.source.join(dir));
+                build
+                    .args(["build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", self.settings, "-o"])
+                    .arg(work.join(self.product))
+                    .arg(package);
+                vec![(self.name, build)]
+            }
+            Source::CollectorManifest(manifest) => {
+                let mut install = go(work);
+                install.args(["install", self.settings]).env("GOBIN", work);
+                let mut build = polite(&work.join("builder"));
+                build.arg("--config").arg(tools.source.join(manifest)).current_dir(work);
+                vec![("collector builder", install), (self.name, build)]
+            }
+        }
+    }
+
     /// Where the build of the present inputs is kept, whether it is there or not.
     pub(super) fn kept(&self, tools: &Tools) -> Result<PathBuf> {
         let mut hash = Sha256::new();
@@ -113,8 +128,10 @@ impl Recipe {
         }
         create_dir(&work)?;
         let log = tools.cache.join(format!("{}.log", self.name));
-        for (what, command) in (self.steps)(tools, &work) {
-            run_logged(command, &format!("building {what}"), self.usual, &log, progress)?;
+        for (what, command) in self.steps(tools, &work) {
+            let what = format!("building {what}");
+            LongCommand { what: &what, usual: self.usual, log: &log, on_cancel: OnCancel::Kill }
+                .run(command, progress)?;
         }
         if let Some(dir) = kept.parent() {
             create_dir(dir)?;
@@ -138,16 +155,6 @@ pub(super) fn missing() -> Option<String> {
         "{OLDEST} or newer on PATH: mkdir -p ~/.local && curl -fsSL https://go.dev/dl/go{OLDEST}.0.linux-{architecture}.tar.gz \
          | tar -C ~/.local -xz && export PATH=~/.local/go/bin:$PATH"
     ))
-}
-
-/// A build of a package of one of our modules, of exactly the versions that it pins.
-fn module_build(tools: &Tools, module: &str, ldflags: &str, product: &Path, package: &str) -> Command {
-    let mut build = go(&tools.source.join(module));
-    build
-        .args(["build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", ldflags, "-o"])
-        .arg(product)
-        .arg(package);
-    build
 }
 
 /// `go`, at low priority.
