@@ -8,7 +8,7 @@ use opentelemetry::trace::Status;
 use opentelemetry::{KeyValue, Value};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-/// A call in progress. What is known only at its end goes to the span and to the measurement alike.
+/// A call in progress. Attributes that are known only at its end are set on the span and on the measurement.
 #[derive(Debug)]
 pub(crate) struct Call {
     span: tracing::Span,

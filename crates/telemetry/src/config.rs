@@ -1,4 +1,4 @@
-//! What the standard environment asks for, parsed whole before anything starts.
+//! The configuration from OpenTelemetry's standard environment variables. All of it is validated before anything starts.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ mod otlp;
 
 pub(crate) use otlp::{Otlp, Protocol};
 
-/// A kind of telemetry.
+/// A signal of OpenTelemetry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Signal {
     Traces,
@@ -60,15 +60,19 @@ pub(crate) enum Sampler {
 /// The bounds of a batch processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Batch {
+    /// The length of the queue.
     pub(crate) queue: usize,
+    /// The most items in one export.
     pub(crate) batch: usize,
+    /// The time between two exports.
     pub(crate) delay: Duration,
+    /// The deadline of one export.
     pub(crate) timeout: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LogFormat {
-    /// Human on a terminal, JSON otherwise.
+    /// Human-readable on a terminal, JSON otherwise.
     Auto,
     Human,
     Json,
@@ -82,8 +86,10 @@ pub(crate) struct Config {
     pub(crate) logs: Vec<Exporter>,
     pub(crate) propagators: Vec<Propagator>,
     pub(crate) sampler: Sampler,
+    /// Whether a span with a parent follows the decision of its parent.
     pub(crate) parent_based: bool,
     pub(crate) spans: Batch,
+    /// Log records.
     pub(crate) records: Batch,
     pub(crate) metric_interval: Duration,
     pub(crate) metric_timeout: Duration,
@@ -93,7 +99,7 @@ pub(crate) struct Config {
     pub(crate) span_links: Option<u32>,
     pub(crate) service_name: Option<String>,
     pub(crate) resource: Vec<(String, String)>,
-    /// The filter of log lines and the variable it is from.
+    /// The variable that sets the log filter, and its value.
     pub(crate) log_filter: Option<(String, String)>,
     pub(crate) log_format: LogFormat,
 }
@@ -159,11 +165,11 @@ fn exporters(env: &Env, signal: Signal) -> Result<Vec<Exporter>, EnvError> {
     Ok(exporters)
 }
 
-/// `key=value` pairs, separated by commas, percent-encoded.
+/// Parses percent-encoded `key=value` pairs, separated by commas.
 fn pairs(env: &Env, name: &str) -> Result<Vec<(String, String)>, EnvError> {
     let Some(text) = env.get(name) else { return Ok(Vec::new()) };
-    let wrong = || {
-        // What cannot be read may be a secret.
+    let invalid = || {
+        // Headers usually contain secrets.
         let shown = if name.ends_with("HEADERS") { "(hidden)" } else { text };
         EnvError::new(
             name,
@@ -173,11 +179,11 @@ fn pairs(env: &Env, name: &str) -> Result<Vec<(String, String)>, EnvError> {
     };
     let mut pairs = Vec::new();
     for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
-        let (key, value) = pair.split_once('=').ok_or_else(wrong)?;
-        let value = percent_decode_str(value.trim()).decode_utf8().map_err(|_| wrong())?;
+        let (key, value) = pair.split_once('=').ok_or_else(invalid)?;
+        let value = percent_decode_str(value.trim()).decode_utf8().map_err(|_| invalid())?;
         let key = key.trim();
         if key.is_empty() {
-            return Err(wrong());
+            return Err(invalid());
         }
         pairs.push((key.to_owned(), value.into_owned()));
     }
@@ -207,6 +213,7 @@ fn propagators(env: &Env) -> Result<Vec<Propagator>, EnvError> {
     Ok(propagators)
 }
 
+/// Returns whether the sampler is parent-based, and its root sampler.
 fn sampler(env: &Env) -> Result<(bool, Sampler), EnvError> {
     let value = env.get("OTEL_TRACES_SAMPLER").unwrap_or("parentbased_always_on");
     let (parent_based, kind) = match value.strip_prefix("parentbased_") {
@@ -234,21 +241,21 @@ fn sampler(env: &Env) -> Result<(bool, Sampler), EnvError> {
     Ok((parent_based, sampler))
 }
 
-fn batch(env: &Env, prefix: &str, delay: Duration) -> Result<Batch, EnvError> {
-    let name = |what: &str| format!("{prefix}_{what}");
+fn batch(env: &Env, prefix: &str, default_delay: Duration) -> Result<Batch, EnvError> {
+    let name = |suffix: &str| format!("{prefix}_{suffix}");
     let queue = env.number(&name("MAX_QUEUE_SIZE"), 1)?.unwrap_or(2048);
     let size = env.number(&name("MAX_EXPORT_BATCH_SIZE"), 1)?;
     if let Some(size) = size.filter(|size| *size > queue) {
         return Err(EnvError::new(
             &name("MAX_EXPORT_BATCH_SIZE"),
             &size.to_string(),
-            format!("set it to at most {}, which is {queue}", name("MAX_QUEUE_SIZE")),
+            format!("set it to at most {queue}, the value of {}", name("MAX_QUEUE_SIZE")),
         ));
     }
     Ok(Batch {
         queue,
         batch: size.unwrap_or(512).min(queue),
-        delay: env.millis(&[&name("SCHEDULE_DELAY")])?.unwrap_or(delay),
+        delay: env.millis(&[&name("SCHEDULE_DELAY")])?.unwrap_or(default_delay),
         timeout: env.millis(&[&name("EXPORT_TIMEOUT")])?.unwrap_or(Duration::from_secs(30)),
     })
 }
@@ -276,20 +283,20 @@ mod tests {
         Config::parse(&variables.iter().copied().collect())
     }
 
-    fn sends(config: &[Exporter]) -> &Otlp {
-        match config {
+    fn only_otlp(exporters: &[Exporter]) -> &Otlp {
+        match exporters {
             [Exporter::Otlp(otlp)] => otlp,
             other => panic!("{other:?}"),
         }
     }
 
     #[test]
-    fn defaults_are_the_standard_ones() {
+    fn defaults_are_those_of_the_specification() {
         let config = parse(&[]).unwrap();
         for (exporters, signal) in [(&config.traces, "traces"), (&config.metrics, "metrics"), (&config.logs, "logs")] {
-            assert_eq!(sends(exporters).endpoint, "http://localhost:4317", "{signal}");
-            assert_eq!(sends(exporters).protocol, Protocol::Grpc);
-            assert_eq!(sends(exporters).timeout, Duration::from_secs(10));
+            assert_eq!(only_otlp(exporters).endpoint, "http://localhost:4317", "{signal}");
+            assert_eq!(only_otlp(exporters).protocol, Protocol::Grpc);
+            assert_eq!(only_otlp(exporters).timeout, Duration::from_secs(10));
         }
         assert_eq!(config.propagators, [Propagator::TraceContext, Propagator::Baggage]);
         assert_eq!((config.parent_based, config.sampler), (true, Sampler::AlwaysOn));
@@ -299,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn each_signal_may_go_its_own_way() {
+    fn variables_of_a_signal_override_general_ones() {
         let config = parse(&[
             ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318/base/"),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
@@ -314,18 +321,18 @@ mod tests {
             ("OTEL_METRICS_EXPORTER", "otlp"),
         ])
         .unwrap();
-        assert_eq!(sends(&config.metrics).endpoint, "http://collector:4318/base/v1/metrics");
-        assert_eq!(sends(&config.metrics).timeout, Duration::from_millis(250));
-        assert_eq!(sends(&config.traces).endpoint, "https://traces/own");
-        assert_eq!(sends(&config.traces).headers.get("a").unwrap(), "2");
-        assert_eq!(sends(&config.traces).headers.get("b").unwrap(), "x y");
-        assert_eq!(sends(&config.logs).endpoint, "http://logs:4317");
-        assert_eq!(sends(&config.logs).protocol, Protocol::Grpc);
-        assert_eq!(sends(&config.logs).compression, Some(Compression::Gzip));
+        assert_eq!(only_otlp(&config.metrics).endpoint, "http://collector:4318/base/v1/metrics");
+        assert_eq!(only_otlp(&config.metrics).timeout, Duration::from_millis(250));
+        assert_eq!(only_otlp(&config.traces).endpoint, "https://traces/own");
+        assert_eq!(only_otlp(&config.traces).headers.get("a").unwrap(), "2");
+        assert_eq!(only_otlp(&config.traces).headers.get("b").unwrap(), "x y");
+        assert_eq!(only_otlp(&config.logs).endpoint, "http://logs:4317");
+        assert_eq!(only_otlp(&config.logs).protocol, Protocol::Grpc);
+        assert_eq!(only_otlp(&config.logs).compression, Some(Compression::Gzip));
     }
 
     #[test]
-    fn what_is_asked_for_is_understood() {
+    fn variables_are_parsed() {
         let config = parse(&[
             ("OTEL_SDK_DISABLED", "TRUE"),
             ("OTEL_TRACES_EXPORTER", "console"),
@@ -354,8 +361,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named_with_its_fix() {
-        let wrong = [
+    fn error_names_the_variable_and_the_fix() {
+        let invalid = [
             ("OTEL_SDK_DISABLED", "yes"),
             ("OTEL_TRACES_EXPORTER", "jaeger"),
             ("OTEL_TRACES_EXPORTER", "prometheus"),
@@ -375,7 +382,7 @@ mod tests {
             ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "newest"),
             ("LOG_FORMAT", "xml"),
         ];
-        let texts: Vec<_> = wrong
+        let texts: Vec<_> = invalid
             .iter()
             .map(|(name, value)| {
                 let error = parse(&[(name, value)]).unwrap_err();
@@ -389,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_not_repeated() {
+    fn errors_do_not_contain_secrets() {
         for headers in ["authorization", "bad name=secret-token", "k=secret-token\u{7}"] {
             let error = parse(&[("OTEL_EXPORTER_OTLP_HEADERS", headers)]).unwrap_err();
             assert!(!error.to_string().contains("secret"), "{error}");
@@ -401,7 +408,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_value_makes_it_panic(value in "\\PC{0,40}") {
+        fn no_value_causes_a_panic(value in "\\PC{0,40}") {
             for name in [
                 "OTEL_TRACES_EXPORTER", "OTEL_PROPAGATORS", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_HEADERS",
                 "OTEL_RESOURCE_ATTRIBUTES", "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_TRACES_SAMPLER",

@@ -1,62 +1,62 @@
-//! The environment, read once by whoever starts the process, and the errors about it.
+//! The environment of a process, and errors about its variables.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// The environment of a process: names and values. A value that is empty counts as unset, as OpenTelemetry
-/// has it.
+/// The environment of a process. As OpenTelemetry requires, empty variables count as unset.
 #[derive(Clone, Debug, Default)]
 pub struct Env(BTreeMap<String, String>);
 
 impl Env {
-    /// The environment of this process. Variables that are no Unicode are left out.
+    /// The environment of this process, without variables that are not Unicode.
     pub fn process() -> Self {
         std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect()
     }
 
-    /// The same without the variable `name`: for one that a flag may have overridden.
+    /// Removes the variable `name`, because a flag may have overridden it.
     #[must_use]
     pub fn without(mut self, name: &str) -> Self {
         self.0.remove(name);
         self
     }
 
-    /// The value of `name`, if it is set and not empty.
+    /// The value of `name` without surrounding whitespace, if it is set and not empty.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(|value| value.trim()).filter(|value| !value.is_empty())
     }
 
-    /// The value and the name of the first of `names` that is set.
+    /// The name and the value of the first of `names` that is set.
     pub(crate) fn first<'n>(&self, names: &[&'n str]) -> Option<(&'n str, &str)> {
         names.iter().find_map(|name| Some((*name, self.get(name)?)))
     }
 
-    /// A boolean: only `true`, in any case, is true.
+    /// A boolean: `true` or `false`, in any case. Unset is false.
     pub(crate) fn flag(&self, name: &str) -> Result<bool, EnvError> {
         match self.get(name).map(str::to_ascii_lowercase).as_deref() {
             None | Some("false") => Ok(false),
             Some("true") => Ok(true),
-            Some(value) => Err(EnvError::new(name, value, "set it to true or false, or leave it out")),
+            Some(value) => Err(EnvError::new(name, value, "set it to true or false, or unset it")),
         }
     }
 
+    /// A whole number of at least `minimum`.
     pub(crate) fn number<T: FromStr + PartialOrd + Display>(
         &self,
         name: &str,
-        least: T,
+        minimum: T,
     ) -> Result<Option<T>, EnvError> {
         let Some(value) = self.get(name) else { return Ok(None) };
         match value.parse::<T>() {
-            Ok(number) if number >= least => Ok(Some(number)),
-            _ => Err(EnvError::new(name, value, format!("set it to a whole number, {least} or more"))),
+            Ok(number) if number >= minimum => Ok(Some(number)),
+            _ => Err(EnvError::new(name, value, format!("set it to a whole number, {minimum} or more"))),
         }
     }
 
-    /// A time in milliseconds, as all durations of OpenTelemetry's environment are.
+    /// The first of `names` that is set, in milliseconds, the unit of all durations in OpenTelemetry's environment.
     pub(crate) fn millis(&self, names: &[&str]) -> Result<Option<Duration>, EnvError> {
         let Some((name, _)) = self.first(names) else { return Ok(None) };
         match self.number::<u64>(name, 1) {
@@ -72,13 +72,13 @@ impl<N: Into<String>, V: Into<String>> FromIterator<(N, V)> for Env {
     }
 }
 
-/// A variable with a value that cannot be used.
+/// A variable has a value that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("environment variable {variable}: {value:?} cannot be used: {fix}")]
 pub struct EnvError {
     /// The variable.
     pub variable: String,
-    /// Its value; for variables that hold secrets, what stands for it.
+    /// Its value, or `(hidden)` if it may contain a secret.
     pub value: String,
     /// What to set instead.
     pub fix: String,

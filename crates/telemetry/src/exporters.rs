@@ -116,9 +116,10 @@ fn http<B: WithExportConfig + WithHttpConfig>(builder: B, otlp: &Otlp) -> Result
     Ok(builder)
 }
 
-fn read(what: &str, path: &Path) -> Result<Vec<u8>, Error> {
+/// Reads the file set in `OTEL_EXPORTER_OTLP_{suffix}`.
+fn read(suffix: &str, path: &Path) -> Result<Vec<u8>, Error> {
     std::fs::read(path).map_err(|error| Error::File {
-        variable: format!("OTEL_EXPORTER_OTLP_{what}"),
+        variable: format!("OTEL_EXPORTER_OTLP_{suffix}"),
         path: path.to_owned(),
         error,
     })

@@ -1,6 +1,6 @@
-//! Gauges whose values are read at collection, from the store or wherever the truth is.
+//! Gauges whose values are read at collection, usually from the store.
 //!
-//! The SDK collects synchronously, on a thread of its own; reading the truth is asynchronous. A source is such a read: a collection runs it on
+//! The SDK collects synchronously, on a thread of its own, but reads are asynchronous. A source is such a read: a collection runs it on
 //! telemetry's runtime and waits for it, at most [`READ_TIMEOUT`]. When the read fails, the gauge has no value; it never has an old one. Gauges of
 //! the same source share one read per collection.
 

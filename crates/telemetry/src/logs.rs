@@ -1,4 +1,4 @@
-//! Log lines on standard error: human on a terminal, JSON elsewhere; each with the ids of its trace and span.
+//! The format of log lines: human-readable or JSON, with the ids of trace and span.
 
 use std::fmt::{self, Write as _};
 
@@ -12,9 +12,9 @@ use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// How a line looks.
+/// The format of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Line {
+pub(crate) enum LineFormat {
     Human,
     Json,
 }
@@ -26,7 +26,7 @@ struct Fields {
 }
 
 impl Fields {
-    fn put(&mut self, field: &Field, value: Value) {
+    fn insert(&mut self, field: &Field, value: Value) {
         if field.name() == "message" {
             self.message = match value {
                 Value::String(text) => text,
@@ -40,35 +40,35 @@ impl Fields {
 
 impl Visit for Fields {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.put(field, Value::String(format!("{value:?}")));
+        self.insert(field, Value::String(format!("{value:?}")));
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.put(field, Value::from(value));
+        self.insert(field, Value::from(value));
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
-        self.put(field, Value::from(value));
+        self.insert(field, Value::from(value));
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
-        self.put(field, Value::from(value));
+        self.insert(field, Value::from(value));
     }
 
     fn record_f64(&mut self, field: &Field, value: f64) {
-        self.put(field, Value::from(value));
+        self.insert(field, Value::from(value));
     }
 
     fn record_bool(&mut self, field: &Field, value: bool) {
-        self.put(field, Value::from(value));
+        self.insert(field, Value::from(value));
     }
 
     fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
-        self.put(field, Value::String(value.to_string()));
+        self.insert(field, Value::String(value.to_string()));
     }
 }
 
-impl<S, N> FormatEvent<S, N> for Line
+impl<S, N> FormatEvent<S, N> for LineFormat
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
@@ -93,7 +93,7 @@ where
                     line.insert("span_id".into(), span.into());
                 }
                 for (name, value) in fields.rest {
-                    // A field never hides one of the line's own.
+                    // A field never replaces one of the members above.
                     line.entry(name).or_insert(value);
                 }
                 writeln!(writer, "{}", Value::Object(line))
@@ -113,10 +113,10 @@ where
                     metadata.level(),
                     metadata.target()
                 )?;
-                line.push_str(&one_line(&fields.message));
+                line.push_str(&escape_controls(&fields.message));
                 for (name, value) in &fields.rest {
                     match value {
-                        Value::String(text) => write!(line, " {dim}{name}={reset}{}", one_line(text))?,
+                        Value::String(text) => write!(line, " {dim}{name}={reset}{}", escape_controls(text))?,
                         other => write!(line, " {dim}{name}={reset}{other}")?,
                     }
                 }
@@ -129,8 +129,8 @@ where
     }
 }
 
-/// Text that came from outside cannot begin a line of its own, nor steer a terminal.
-fn one_line(text: &str) -> String {
+/// Escapes control characters, so that text from outside can neither start a new line nor control the terminal.
+fn escape_controls(text: &str) -> String {
     if !text.contains(char::is_control) {
         return text.to_owned();
     }
@@ -170,11 +170,11 @@ mod tests {
         }
     }
 
-    fn written(line: Line, ansi: bool, log: impl FnOnce()) -> String {
+    fn log_output(format: LineFormat, ansi: bool, log: impl FnOnce()) -> String {
         let buffer = Buffer::default();
         let writer = buffer.clone();
         let lines =
-            tracing_subscriber::fmt::layer().with_ansi(ansi).event_format(line).with_writer(move || writer.clone());
+            tracing_subscriber::fmt::layer().with_ansi(ansi).event_format(format).with_writer(move || writer.clone());
         let subscriber = tracing_subscriber::registry().with(lines);
         tracing::subscriber::with_default(subscriber, log);
         String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap()
@@ -187,8 +187,8 @@ mod tests {
     }
 
     #[test]
-    fn a_json_line_has_the_ids_and_keeps_its_own_fields() {
-        let text = written(Line::Json, false, || {
+    fn json_line_has_trace_ids_and_fields_do_not_replace_its_members() {
+        let text = log_output(LineFormat::Json, false, || {
             let _trace = in_trace();
             tracing::warn!(answer = 42, level = "mine", "two\nlines");
         });
@@ -204,21 +204,21 @@ mod tests {
     }
 
     #[test]
-    fn a_human_line_is_one_line_without_what_steers_a_terminal() {
+    fn human_line_escapes_control_characters() {
         let log = || {
             let _trace = in_trace();
             let name = "a\x1b[2J\nERROR forged";
-            tracing::info!(name, "said {}", "x\ny");
+            tracing::info!(name, "a message {}", "x\ny");
         };
-        let text = written(Line::Human, false, log);
+        let text = log_output(LineFormat::Human, false, log);
         assert_eq!(text.lines().count(), 1, "{text}");
         assert!(!text.contains('\x1b'), "{text}");
         assert!(text.contains(" INFO ") && text.contains("trace_id=00000000000000000000000000000abc"), "{text}");
-        assert!(written(Line::Human, true, log).contains("\x1b[32m"));
+        assert!(log_output(LineFormat::Human, true, log).contains("\x1b[32m"));
     }
 
     #[test]
-    fn outside_a_trace_there_are_no_ids() {
-        assert!(!written(Line::Json, false, || tracing::info!("said")).contains("trace_id"));
+    fn line_outside_a_trace_has_no_ids() {
+        assert!(!log_output(LineFormat::Json, false, || tracing::info!("a message")).contains("trace_id"));
     }
 }

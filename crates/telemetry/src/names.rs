@@ -121,7 +121,7 @@ pub struct Span {
     pub name: &'static str,
     /// The kind of span.
     pub kind: SpanKind,
-    /// What one span stands for.
+    /// What one span represents.
     pub description: &'static str,
     /// The notable attributes.
     pub attributes: &'static [&'static str],
@@ -155,7 +155,7 @@ spans! {
         "A gRPC call made by the janitor, the sidecar or the CLI.";
     LOCK_ACQUIRE = "lock.acquire", Internal,
         &["lock.kind", "lock.backend", "lock.contended", "lock.queue_depth", "lock.token", "challenge.id", "outcome", "error.type"],
-        "An attempt to acquire a lock, until it is acquired or the attempt ends without it.";
+        "An attempt to acquire a lock, whether it succeeds or not.";
     LOCK_HOLD = "lock.hold", Internal, &["lock.kind", "lock.backend", "lock.token", "error.type"],
         "A lock held, from acquisition to release.";
     ETCD_TXN = "etcd.txn", Client, ETCD, "An etcd transaction.";

@@ -1,4 +1,4 @@
-//! Where spans and log records go: lines on standard error, spans to the tracer, records to the logger.
+//! The `tracing` subscriber: log lines to standard error, spans to the tracer, log records to the logger.
 
 use std::io::IsTerminal;
 
@@ -12,14 +12,14 @@ use tracing_subscriber::{EnvFilter, Layer};
 use crate::config::{Config, LogFormat};
 use crate::env::EnvError;
 use crate::instruments::SCOPE;
-use crate::logs::Line;
+use crate::logs::LineFormat;
 use crate::pipeline::Providers;
 use crate::settings::Settings;
 
-/// Libraries below the exporters. Their spans would make telemetry trace its own sending, and drown ours.
-const PLUMBING: [&str; 7] = ["hyper", "h2", "tonic", "tower", "reqwest", "rustls", "opentelemetry"];
+/// The libraries that exporters use. With their spans, telemetry would trace its own export.
+const TRANSPORT_LIBRARIES: [&str; 7] = ["hyper", "h2", "tonic", "tower", "reqwest", "rustls", "opentelemetry"];
 
-/// The filter of log lines and records. Made anew for each layer that needs one.
+/// The filter of log lines and log records. A filter cannot be cloned, so each layer needs its own.
 pub(crate) fn log_filter(settings: &Settings, config: &Config) -> Result<EnvFilter, EnvError> {
     let (variable, text) = match &config.log_filter {
         Some((variable, text)) => (variable.as_str(), text.as_str()),
@@ -27,38 +27,33 @@ pub(crate) fn log_filter(settings: &Settings, config: &Config) -> Result<EnvFilt
     };
     let fix = "set it to error, warn, info, debug, trace or off";
     if variable == "LOG_LEVEL" && text.parse::<LevelFilter>().is_err() {
-        // The filter would take it for the name of a module and silence all others.
+        // EnvFilter would take an unknown level for the name of a module, and silence all others.
         return Err(EnvError::new(variable, text, fix));
     }
-    // The SDK's own lines come per batch; what they say is counted and said once a minute by `export`.
+    // The SDK logs every failed batch. `export::Health` counts them and warns once a minute.
     let filter = if text.contains("opentelemetry") { text.to_owned() } else { format!("opentelemetry=off,{text}") };
     EnvFilter::try_new(filter)
         .map_err(|_| EnvError::new(variable, text, format!("{fix}, or to a list such as info,gauntlet_manager=debug")))
 }
 
 pub(crate) fn subscriber(
-    (for_lines, for_records): (EnvFilter, EnvFilter),
+    (line_filter, record_filter): (EnvFilter, EnvFilter),
     config: &Config,
     providers: &Providers,
 ) -> tracing::Dispatch {
-    let terminal = std::io::stderr().is_terminal();
-    let line = match config.log_format {
-        LogFormat::Human => Line::Human,
-        LogFormat::Json => Line::Json,
-        LogFormat::Auto => {
-            if terminal {
-                Line::Human
-            } else {
-                Line::Json
-            }
-        }
+    let is_terminal = std::io::stderr().is_terminal();
+    let format = match config.log_format {
+        LogFormat::Human => LineFormat::Human,
+        LogFormat::Json => LineFormat::Json,
+        LogFormat::Auto if is_terminal => LineFormat::Human,
+        LogFormat::Auto => LineFormat::Json,
     };
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
-        .with_ansi(terminal && line == Line::Human)
-        .event_format(line)
-        .with_filter(for_lines);
-    let plumbing = |target: &str| PLUMBING.iter().any(|library| target.starts_with(library));
+        .with_ansi(is_terminal && format == LineFormat::Human)
+        .event_format(format)
+        .with_filter(line_filter);
+    let is_transport = |target: &str| TRANSPORT_LIBRARIES.iter().any(|library| target.starts_with(library));
     let spans = (!config.disabled).then(|| {
         tracing_opentelemetry::layer()
             .with_tracer(providers.traces.tracer(SCOPE))
@@ -66,19 +61,15 @@ pub(crate) fn subscriber(
             .with_threads(false)
             .with_tracked_inactivity(false)
             .with_target(false)
-            // Events are logs, exported as such with the ids of their span, so they are not repeated in the span.
+            // Events are exported as log records with the ids of their span, so they are not added to the span.
             .with_filter(filter_fn(move |meta| {
-                meta.is_span() && *meta.level() <= LevelFilter::INFO && !plumbing(meta.target())
+                meta.is_span() && *meta.level() <= LevelFilter::INFO && !is_transport(meta.target())
             }))
     });
-    let export_logs = !config.disabled && !config.logs.is_empty();
-    let records = match export_logs {
-        true => Some(
-            OpenTelemetryTracingBridge::new(&providers.logs)
-                .with_filter(for_records)
-                .with_filter(filter_fn(move |meta| !plumbing(meta.target()))),
-        ),
-        false => None,
-    };
+    let records = (!config.disabled && !config.logs.is_empty()).then(|| {
+        OpenTelemetryTracingBridge::new(&providers.logs)
+            .with_filter(record_filter)
+            .with_filter(filter_fn(move |meta| !is_transport(meta.target())))
+    });
     tracing_subscriber::registry().with(spans).with(lines).with(records).into()
 }

@@ -1,4 +1,4 @@
-//! `OTEL_EXPORTER_OTLP_*`: where and how a signal is sent.
+//! The OTLP exporter of a signal, from the variables `OTEL_EXPORTER_OTLP_*`.
 
 use std::{collections::HashMap, path::PathBuf, time::Duration};
 
@@ -14,13 +14,14 @@ pub(crate) enum Protocol {
     HttpProtobuf,
 }
 
-/// Where and how a signal is sent.
+/// How a signal is exported over OTLP.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Otlp {
     pub(crate) endpoint: String,
     pub(crate) protocol: Protocol,
-    /// Secrets: never printed.
+    /// Never printed, because they contain secrets.
     pub(crate) headers: HashMap<String, String>,
+    /// The deadline of one request.
     pub(crate) timeout: Duration,
     pub(crate) compression: Option<Compression>,
     pub(crate) certificate: Option<PathBuf>,
@@ -30,10 +31,10 @@ pub(crate) struct Otlp {
 
 impl Otlp {
     pub(super) fn parse(env: &Env, signal: Signal) -> Result<Self, EnvError> {
-        let own = |what: &str| format!("OTEL_EXPORTER_OTLP_{}_{what}", signal.upper());
-        let general = |what: &str| format!("OTEL_EXPORTER_OTLP_{what}");
-        let read = |what: &str| {
-            let (own, general) = (own(what), general(what));
+        let own = |suffix: &str| format!("OTEL_EXPORTER_OTLP_{}_{suffix}", signal.upper());
+        let general = |suffix: &str| format!("OTEL_EXPORTER_OTLP_{suffix}");
+        let read = |suffix: &str| {
+            let (own, general) = (own(suffix), general(suffix));
             env.get(&own).map(|value| (own.clone(), value)).or_else(|| env.get(&general).map(|value| (general, value)))
         };
 
@@ -65,7 +66,7 @@ impl Otlp {
                 headers.insert(key.to_ascii_lowercase(), value);
             }
         }
-        let file = |what: &str| read(what).map(|(_, path)| PathBuf::from(path));
+        let file = |suffix: &str| read(suffix).map(|(_, path)| PathBuf::from(path));
         Ok(Self {
             endpoint: endpoint(env, signal, protocol, insecure)?,
             protocol,
@@ -79,8 +80,8 @@ impl Otlp {
     }
 }
 
-/// The address of a signal. For HTTP the general endpoint is a base to which the signal's path is added, and the
-/// signal's own endpoint is used as it stands; for gRPC both are the server.
+/// The endpoint of a signal. Over HTTP, the path of the signal is appended to the general endpoint, but not to the signal's own. Over gRPC both
+/// are the address of the server.
 fn endpoint(env: &Env, signal: Signal, protocol: Protocol, insecure: bool) -> Result<String, EnvError> {
     let own = format!("OTEL_EXPORTER_OTLP_{}_ENDPOINT", signal.upper());
     let general = "OTEL_EXPORTER_OTLP_ENDPOINT";
@@ -89,11 +90,11 @@ fn endpoint(env: &Env, signal: Signal, protocol: Protocol, insecure: bool) -> Re
         Protocol::HttpProtobuf => "http://localhost:4318",
     };
     let (name, value) = env.first(&[&own, general]).unwrap_or((general, default));
-    let fix = "set it to an address with scheme and host, such as http://localhost:4317";
+    let fix = "set it to a URL with scheme and host, such as http://localhost:4317";
     let address = if value.contains("://") {
         value.to_owned()
     } else if protocol == Protocol::Grpc {
-        // A gRPC endpoint may come without a scheme; then OTEL_EXPORTER_OTLP_INSECURE decides.
+        // The scheme of a gRPC endpoint is optional. OTEL_EXPORTER_OTLP_INSECURE is its default.
         format!("{}://{value}", if insecure { "http" } else { "https" })
     } else {
         return Err(EnvError::new(name, value, fix));
@@ -103,7 +104,7 @@ fn endpoint(env: &Env, signal: Signal, protocol: Protocol, insecure: bool) -> Re
         return Err(EnvError::new(name, value, fix));
     }
     if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
-        let fix = "set it to an address without a user and password, and put those in OTEL_EXPORTER_OTLP_HEADERS";
+        let fix = "set it to a URL without user and password, and put those in OTEL_EXPORTER_OTLP_HEADERS";
         return Err(EnvError::new(name, "(hidden)", fix));
     }
     if protocol == Protocol::HttpProtobuf && name == general {

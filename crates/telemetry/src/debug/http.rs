@@ -1,3 +1,5 @@
+//! The HTTP routes of the debug page.
+
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
@@ -7,14 +9,14 @@ use prometheus::{Encoder, TextEncoder};
 
 use super::DebugPage;
 
-/// The page loads nothing and runs only what is in it.
+/// Nothing is loaded from outside, and only inline scripts run.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'";
 
 impl DebugPage {
-    /// The pages: `/` for people, `/debug/state.json` for programs, `/healthz`, and `/metrics` where
-    /// `OTEL_METRICS_EXPORTER` names prometheus.
+    /// The routes: `/` (the page), `/debug/state.json` (the same data), `/healthz`, and `/metrics` if `OTEL_METRICS_EXPORTER` includes
+    /// prometheus.
     ///
-    /// They show names of challenges and identities, and there is no authentication: serve them on a local address.
+    /// There is no authentication, and the page shows challenge ids and identities. Serve it on a local address only.
     pub fn router(&self) -> Router {
         Router::new()
             .route("/", get(page))
@@ -35,10 +37,10 @@ async fn state(State(debug): State<DebugPage>) -> impl IntoResponse {
 
 async fn metrics(State(debug): State<DebugPage>) -> Response {
     let Some(registry) = debug.shared.sources.get().and_then(|sources| sources.registry.clone()) else {
-        let how = "metrics are not served here; set OTEL_METRICS_EXPORTER=prometheus, or otlp,prometheus for both\n";
-        return (StatusCode::NOT_FOUND, how).into_response();
+        let message = "this process does not serve metrics; set OTEL_METRICS_EXPORTER=prometheus, or otlp,prometheus to also export them\n";
+        return (StatusCode::NOT_FOUND, message).into_response();
     };
-    // Gathering waits for the gauges, so it must not hold up this runtime.
+    // Gathering blocks until the gauges are read.
     let text = tokio::task::spawn_blocking(move || {
         let mut text = Vec::new();
         TextEncoder::new().encode(&registry.gather(), &mut text).map(|()| text)
@@ -46,7 +48,7 @@ async fn metrics(State(debug): State<DebugPage>) -> Response {
     match text.await {
         Ok(Ok(text)) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
         Ok(Err(error)) => {
-            tracing::error!(%error, "metrics could not be encoded");
+            tracing::error!(%error, "cannot encode the metrics for Prometheus");
             StatusCode::INTERNAL_SERVER_ERROR.into_response()
         }
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),

@@ -1,5 +1,6 @@
-//! The live view of this process: what it serves, how fast, what waits, what was slow and what failed, without any
-//! backend. It is fed by the spans that end here and by the gauges, and it is bounded in every direction.
+//! The debug page: operations, latencies, slow and failed traces, gauges and exporters of this process, live and without a backend.
+//!
+//! Its data are the finished spans of this process and the gauges. Memory is bounded.
 
 mod http;
 mod render;
@@ -17,12 +18,12 @@ use crate::export::{ExportState, Health};
 use crate::gauges::{Gauges, Sample};
 use view::View;
 
-/// How old the gauges of a snapshot may be, so that many viewers do not mean many reads.
-const GAUGES_FOR: Duration = Duration::from_millis(900);
+/// The largest age of the gauges in a snapshot, so that many viewers do not cause many reads.
+const MAX_GAUGE_AGE: Duration = Duration::from_millis(900);
 
 type Panel = dyn Fn() -> serde_json::Value + Send + Sync;
 
-/// The live view. Clones share it.
+/// The debug page. Clones share its data.
 #[derive(Clone)]
 pub struct DebugPage {
     shared: Arc<Shared>,
@@ -49,14 +50,14 @@ impl std::fmt::Debug for DebugPage {
     }
 }
 
-/// The process at one moment.
+/// The state of the process at one moment.
 #[derive(Clone, Debug, Serialize)]
 pub struct Snapshot {
-    /// Seconds since the epoch.
+    /// The time, in seconds since the Unix epoch.
     pub at: u64,
     /// Seconds since telemetry started.
     pub uptime: u64,
-    /// Whether the SDK is disabled, so that no spans are seen.
+    /// Whether the SDK is disabled. Then there are no operations and no traces.
     pub disabled: bool,
     /// The values of the gauges.
     pub gauges: Vec<GaugeValue>,
@@ -64,18 +65,18 @@ pub struct Snapshot {
     pub operations: Vec<Operation>,
     /// The slowest traces of the last ten minutes, slowest first.
     pub slow: Vec<Trace>,
-    /// The last traces with a failed span, newest first.
+    /// The most recent traces with a failed span, newest first.
     pub failed: Vec<Trace>,
-    /// The exporters and what they lost.
+    /// The health of the exporters.
     pub exporters: Vec<ExportState>,
-    /// What was registered with [`DebugPage::add_panel`].
+    /// The panels added with [`DebugPage::add_panel`].
     pub panels: BTreeMap<String, serde_json::Value>,
 }
 
-/// One value of one gauge.
+/// One value of a gauge.
 #[derive(Clone, Debug, Serialize)]
 pub struct GaugeValue {
-    /// The metric's name.
+    /// The name of the metric.
     pub name: &'static str,
     /// The value.
     pub value: u64,
@@ -83,33 +84,33 @@ pub struct GaugeValue {
     pub attributes: BTreeMap<&'static str, String>,
 }
 
-/// Spans of one name.
+/// The spans of one name.
 #[derive(Clone, Debug, Serialize)]
 pub struct Operation {
-    /// What kind of work it is.
+    /// The group in which the page lists it.
     pub group: Group,
     /// The span's name.
     pub name: String,
-    /// How many ended since the start.
+    /// Spans finished since the start.
     pub count: u64,
-    /// How many of them failed: their span's status is Error.
+    /// Spans that failed: their status is Error.
     pub errors: u64,
-    /// How many of them were refused: they have an `error.type`, but the fault is the caller's.
+    /// Spans of rejected calls: they have an `error.type`, but the caller is at fault.
     pub refused: u64,
-    /// How many ended in each second, over the last minute.
+    /// Spans finished per second, over the last minute.
     pub rate: f64,
-    /// Durations over the last minute in milliseconds; none when nothing ended in it.
+    /// Durations over the last minute; `None` if no span finished in it.
     pub latency: Option<Latency>,
 }
 
-/// Percentiles in milliseconds, within one percent.
+/// Percentiles in milliseconds, accurate to one percent.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Latency {
     /// The median.
     pub p50: f64,
-    /// 95 of 100 are as fast.
+    /// The 95th percentile.
     pub p95: f64,
-    /// 99 of 100 are as fast.
+    /// The 99th percentile.
     pub p99: f64,
 }
 
@@ -119,47 +120,47 @@ pub struct Latency {
 pub enum Group {
     /// Calls served.
     Served,
-    /// Locks waited for and held.
+    /// Waiting for and holding locks.
     Locks,
-    /// Work inside the process.
+    /// Other work inside the process.
     Work,
     /// Calls made.
     Called,
 }
 
-/// The part of a trace that is of this process.
+/// The part of a trace that this process recorded.
 #[derive(Clone, Debug, Serialize)]
 pub struct Trace {
     /// The id of the whole trace.
     pub trace_id: String,
-    /// The name of the span that began it here.
+    /// The name of its first span in this process.
     pub name: String,
-    /// When it began, in milliseconds since the epoch.
+    /// The start, in milliseconds since the Unix epoch.
     pub started: u64,
-    /// How long it took, in milliseconds.
+    /// The duration, in milliseconds.
     pub duration: f64,
-    /// Whether spans were left out because there were too many.
+    /// Whether spans are missing because there were too many.
     pub cut: bool,
-    /// Its spans, parents before children, each level by start.
+    /// The spans: parents before children, siblings by start.
     pub spans: Vec<TraceSpan>,
 }
 
 /// One span of a [`Trace`].
 #[derive(Clone, Debug, Serialize)]
 pub struct TraceSpan {
-    /// Its id.
+    /// The id of the span.
     pub span_id: String,
-    /// How many spans are above it.
+    /// The number of its ancestors in this process.
     pub depth: usize,
-    /// Its name.
+    /// The name of the span.
     pub name: String,
-    /// When it began after the trace began, in milliseconds.
+    /// The time from the start of the trace to the start of the span, in milliseconds.
     pub offset: f64,
-    /// How long it took, in milliseconds.
+    /// The duration, in milliseconds.
     pub duration: f64,
-    /// What went wrong, if anything did.
+    /// The error, if it failed.
     pub error: Option<String>,
-    /// Some of its attributes.
+    /// Its first attributes.
     pub attributes: BTreeMap<String, String>,
 }
 
@@ -185,13 +186,12 @@ impl DebugPage {
         SpanFeed(self.clone())
     }
 
-    /// Adds a panel: `read` is called for every snapshot, so it must be quick and must not block. A panel of the same name is
-    /// replaced.
+    /// Adds a panel, or replaces the panel of the same name. `read` is called for every snapshot and must not block.
     pub fn add_panel(&self, name: impl Into<String>, read: impl Fn() -> serde_json::Value + Send + Sync + 'static) {
         self.shared.panels.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), Arc::new(read));
     }
 
-    /// The process now. Reads the gauges unless that was done within the last second.
+    /// The current state. Reads the gauges, unless the last snapshot did so within the last second.
     pub async fn snapshot(&self) -> Snapshot {
         let shared = &self.shared;
         let gauges = self.gauges().await;
@@ -217,10 +217,10 @@ impl DebugPage {
 
     async fn gauges(&self) -> Vec<GaugeValue> {
         let Some(sources) = self.shared.sources.get() else { return Vec::new() };
-        // Held over the read on purpose: whoever asks meanwhile shares its answer. The read has a deadline.
+        // The lock is held during the read, which has a deadline, so that concurrent snapshots share one read.
         let mut read = self.shared.gauges_read.lock().await;
         let samples = match read.take() {
-            Some((at, samples)) if at.elapsed() < GAUGES_FOR => read.insert((at, samples)),
+            Some((at, samples)) if at.elapsed() < MAX_GAUGE_AGE => read.insert((at, samples)),
             _ => read.insert((Instant::now(), sources.gauges.read().await)),
         };
         let value = |sample: &Sample| GaugeValue {
@@ -232,7 +232,7 @@ impl DebugPage {
     }
 }
 
-/// Feeds the view with the spans that end.
+/// Passes finished spans to the view.
 struct SpanFeed(DebugPage);
 
 impl std::fmt::Debug for SpanFeed {

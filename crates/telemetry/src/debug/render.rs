@@ -1,22 +1,24 @@
+//! The snapshot as text, for a terminal.
+
 use std::fmt::Write as _;
 
 use super::{Group, Latency, Snapshot, Trace};
 
 impl Snapshot {
-    /// The snapshot as plain text, no line longer than `width` characters (but at least 60), for a terminal.
+    /// The snapshot as plain text with lines of at most `width` characters. A `width` below 60 counts as 60.
     pub fn render(&self, width: usize) -> String {
         let width = width.max(60);
         let mut text = String::new();
         self.gauges_line(&mut text);
         if self.disabled {
-            text.push_str("the SDK is disabled (OTEL_SDK_DISABLED=true): no operations and no traces are seen\n");
+            text.push_str("telemetry is disabled (OTEL_SDK_DISABLED=true): operations and traces are not shown\n");
         }
-        // What is wrong comes before what is slow, and both before the details: a low window cuts from the end.
+        // Errors come before slow traces, and both before details, because a short window cuts off the end.
         for exporter in &self.exporters {
             if let Some(error) = &exporter.error {
                 let _ = writeln!(
                     text,
-                    "export {} to {}: {} lost, {} dropped: {error}",
+                    "export of {} to {} fails: {error} ({} lost, {} dropped)",
                     exporter.signal, exporter.target, exporter.failed, exporter.dropped
                 );
             }
@@ -53,11 +55,11 @@ impl Snapshot {
     }
 }
 
-/// How many traces of each kind.
+/// The number of traces of each kind.
 const TRACES: usize = 3;
-/// The columns of numbers: heading and width.
+/// The headings and widths of the columns.
 const COLUMNS: [(&str, usize); 7] =
-    [("count", 8), ("errors", 8), ("refused", 8), ("per s", 7), ("p50", 7), ("p95", 7), ("p99", 7)];
+    [("count", 8), ("errors", 8), ("rejected", 9), ("per s", 7), ("p50", 7), ("p95", 7), ("p99", 7)];
 
 impl Snapshot {
     fn table(&self, text: &mut String, group: Group, title: &str, width: usize) {
@@ -75,7 +77,8 @@ impl Snapshot {
         };
         line(text, title, COLUMNS.map(|(heading, _)| heading.to_owned()));
         for row in rows {
-            let latency = |read: fn(&Latency) -> f64| row.latency.as_ref().map_or("-".into(), |l| duration(read(l)));
+            let latency =
+                |read: fn(&Latency) -> f64| row.latency.as_ref().map_or("-".into(), |l| format_millis(read(l)));
             let cells = [
                 row.count.to_string(),
                 row.errors.to_string(),
@@ -85,13 +88,13 @@ impl Snapshot {
                 latency(|latency| latency.p95),
                 latency(|latency| latency.p99),
             ];
-            line(text, fit(&row.name, room - 1), cells);
+            line(text, shorten(&row.name, room - 1), cells);
         }
     }
 }
 
-/// The most telling part of an operation's name that has room: without its package, without its service, cut.
-fn fit(name: &str, room: usize) -> &str {
+/// Shortens an operation's name to `room` characters: without its package, then without its service, then truncated.
+fn shorten(name: &str, room: usize) -> &str {
     let rpc = (!name.contains(' ')).then(|| name.rsplit_once('/')).flatten();
     let without_package =
         rpc.and_then(|(service, _)| Some(service.rfind('.')? + 1)).and_then(|start| name.get(start..));
@@ -100,26 +103,26 @@ fn fit(name: &str, room: usize) -> &str {
     fitting.unwrap_or_else(|| name.char_indices().nth(room).and_then(|(end, _)| name.get(..end)).unwrap_or(name))
 }
 
-/// Each in one line: how long ago, how long it took, what, of which challenge, and why it failed, or else the trace's id.
+/// One line for each trace: its age, duration, name and challenge, and its error, or its id if it did not fail.
 fn traces(text: &mut String, title: &str, traces: &[Trace], now: u64) {
     for trace in traces.iter().take(TRACES) {
         let challenge = trace.spans.iter().find_map(|span| span.attributes.get("challenge.id"));
         let of = challenge.map(|challenge| format!(" of {challenge}")).unwrap_or_default();
-        let why = trace.spans.iter().find_map(|span| span.error.as_deref()).unwrap_or_default();
-        // What a program said last may have many lines.
-        let why = why.split_whitespace().collect::<Vec<_>>().join(" ");
+        let error = trace.spans.iter().find_map(|span| span.error.as_deref()).unwrap_or_default();
+        // An error may contain the last lines of a program's output.
+        let error = error.split_whitespace().collect::<Vec<_>>().join(" ");
         let _ = writeln!(
             text,
             "{title:<7}{:>7} ago {:>7}  {}{of}  {}",
-            since(now.saturating_sub(trace.started / 1000)),
-            duration(trace.duration),
-            fit(&trace.name, 32),
-            if why.is_empty() { &trace.trace_id } else { &why },
+            format_age(now.saturating_sub(trace.started / 1000)),
+            format_millis(trace.duration),
+            shorten(&trace.name, 32),
+            if error.is_empty() { &trace.trace_id } else { &error },
         );
     }
 }
 
-fn since(seconds: u64) -> String {
+fn format_age(seconds: u64) -> String {
     match seconds {
         s if s < 120 => format!("{s}s"),
         s if s < 7200 => format!("{}min", s / 60),
@@ -127,7 +130,7 @@ fn since(seconds: u64) -> String {
     }
 }
 
-fn duration(millis: f64) -> String {
+fn format_millis(millis: f64) -> String {
     match millis {
         m if m < 10.0 => format!("{m:.1}ms"),
         m if m < 1000.0 => format!("{m:.0}ms"),
@@ -137,16 +140,16 @@ fn duration(millis: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::fit;
+    use super::shorten;
 
     #[test]
-    fn names_lose_what_tells_least_first() {
+    fn names_lose_their_package_first_and_then_their_service() {
         let name = "api.v1.instance.InstanceManager/CreateInstance";
-        assert_eq!(fit(name, 46), name);
-        assert_eq!(fit(name, 45), "InstanceManager/CreateInstance");
-        assert_eq!(fit(name, 20), "CreateInstance");
-        assert_eq!(fit(name, 4), "api.");
-        assert_eq!(fit("GET /api/v1/instance/{challenge_id}/{source_id}", 20), "GET /api/v1/instance");
-        assert_eq!(fit("été", 2), "ét");
+        assert_eq!(shorten(name, 46), name);
+        assert_eq!(shorten(name, 45), "InstanceManager/CreateInstance");
+        assert_eq!(shorten(name, 20), "CreateInstance");
+        assert_eq!(shorten(name, 4), "api.");
+        assert_eq!(shorten("GET /api/v1/instance/{challenge_id}/{source_id}", 20), "GET /api/v1/instance");
+        assert_eq!(shorten("été", 2), "ét");
     }
 }

@@ -1,4 +1,4 @@
-//! What the spans that ended here add up to.
+//! Aggregates finished spans into operations, and keeps the slow and the failed traces.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -11,41 +11,48 @@ use opentelemetry_sdk::trace::SpanData;
 use super::{Group, Latency, Operation, Trace, TraceSpan};
 use crate::names;
 
-/// The window of rates and percentiles: six slots of ten seconds.
+/// Rates and percentiles cover the last [`SLOTS`] slots of this length.
 const SLOT: Duration = Duration::from_secs(10);
 const SLOTS: usize = 6;
-/// Longer durations count as this one.
-const LONGEST: Duration = Duration::from_secs(3600);
-/// Names beyond these are counted together.
-const OPERATIONS: usize = 128;
-/// Traces that have not ended, and spans of each.
-const PENDING: usize = 512;
-const SPANS: usize = 200;
-/// Traces kept of each kind, and for how long a slow one is.
-const KEPT: usize = 12;
+/// The longest duration that is distinguished.
+const MAX_DURATION: Duration = Duration::from_secs(3600);
+/// The most operations. Further names are counted together.
+const MAX_OPERATIONS: usize = 128;
+/// The most unfinished traces.
+const MAX_PENDING: usize = 512;
+/// The most spans of a trace.
+const MAX_SPANS: usize = 200;
+/// The most slow and the most failed traces.
+const MAX_TRACES: usize = 12;
+/// How long a slow trace is kept.
 const SLOW_FOR: Duration = Duration::from_secs(600);
-/// Attributes of a span, and characters of a text.
-const ATTRIBUTES: usize = 16;
-const TEXT: usize = 200;
+/// The most attributes of a span.
+const MAX_ATTRIBUTES: usize = 16;
+/// The most characters of a name, an attribute or an error.
+const MAX_TEXT: usize = 200;
 
 #[derive(Debug)]
 pub(super) struct View {
     started: Instant,
     operations: BTreeMap<(Group, String), Stats>,
+    /// Traces whose first span in this process has not finished.
     pending: HashMap<TraceId, Pending>,
+    /// The pending traces, oldest first.
     arrivals: VecDeque<TraceId>,
+    /// Slowest first, each with the time at which it ended.
     slow: Vec<(Instant, Trace)>,
+    /// Newest first.
     failed: VecDeque<Trace>,
 }
 
 #[derive(Debug, Default)]
 struct Pending {
-    spans: Vec<Ended>,
+    spans: Vec<FinishedSpan>,
     cut: bool,
 }
 
 #[derive(Debug)]
-struct Ended {
+struct FinishedSpan {
     id: SpanId,
     parent: SpanId,
     name: String,
@@ -60,6 +67,7 @@ struct Stats {
     count: u64,
     errors: u64,
     refused: u64,
+    /// The durations of each recent slot, oldest first.
     slots: VecDeque<(u64, Histogram<u32>)>,
 }
 
@@ -75,7 +83,7 @@ impl View {
         }
     }
 
-    /// Takes in a span that ended at `now`.
+    /// Adds a span that finished at `now`.
     pub(super) fn add(&mut self, now: Instant, span: SpanData) {
         let duration = span.end_time.duration_since(span.start_time).unwrap_or_default();
         let failed = matches!(span.status, Status::Error { .. });
@@ -85,7 +93,7 @@ impl View {
         let trace = span.span_context.trace_id();
         let is_root = span.parent_span_id == SpanId::INVALID || span.parent_span_is_remote;
         let id = span.span_context.span_id();
-        self.keep(trace, ended(span, duration));
+        self.keep(trace, finished(span, duration));
         if is_root {
             self.complete(now, trace, id);
         }
@@ -93,20 +101,21 @@ impl View {
 
     fn count(&mut self, now: Instant, group: Group, name: &str, duration: Duration, failed: bool, refused: bool) {
         let slot = self.slot(now);
-        let known = self.operations.len() < OPERATIONS || self.operations.contains_key(&(group, name.to_owned()));
-        let name = if known { name } else { "(others)" };
+        let is_known =
+            self.operations.len() < MAX_OPERATIONS || self.operations.contains_key(&(group, name.to_owned()));
+        let name = if is_known { name } else { "(others)" };
         let stats = self.operations.entry((group, name.to_owned())).or_default();
         stats.count += 1;
         stats.errors += u64::from(failed);
         stats.refused += u64::from(refused);
-        stats.forget_before(slot);
+        stats.drop_old_slots(slot);
         if stats.slots.back().is_none_or(|(last, _)| *last != slot) {
             let Ok(histogram) = Histogram::new(2) else { return };
             stats.slots.push_back((slot, histogram));
         }
         if let Some((_, histogram)) = stats.slots.back_mut() {
-            // It grows to what it is given, so the longest is bounded; within that it cannot fail.
-            let micros = duration.min(LONGEST).as_micros().max(1);
+            // The histogram resizes itself to the longest duration, hence the bound. Recording cannot fail.
+            let micros = duration.min(MAX_DURATION).as_micros().max(1);
             let _ = histogram.record(u64::try_from(micros).unwrap_or(u64::MAX));
         }
     }
@@ -115,75 +124,76 @@ impl View {
         now.saturating_duration_since(self.started).as_secs() / SLOT.as_secs()
     }
 
-    fn keep(&mut self, trace: TraceId, span: Ended) {
+    fn keep(&mut self, trace: TraceId, span: FinishedSpan) {
         if !self.pending.contains_key(&trace) {
-            while self.pending.len() >= PENDING {
+            while self.pending.len() >= MAX_PENDING {
                 let Some(oldest) = self.arrivals.pop_front() else { break };
                 self.pending.remove(&oldest);
             }
             self.arrivals.push_back(trace);
         }
         let pending = self.pending.entry(trace).or_default();
-        // The root ends last and is always kept.
-        if pending.spans.len() >= SPANS {
+        // The root finishes last, so it is always kept.
+        if pending.spans.len() >= MAX_SPANS {
             pending.spans.pop();
             pending.cut = true;
         }
         pending.spans.push(span);
     }
 
-    /// The span `root` ended, and with it what is below it.
+    /// Takes the tree below the finished span `root` out of the pending spans, and keeps it if it failed or is slow.
     fn complete(&mut self, now: Instant, trace: TraceId, root: SpanId) {
         let Some(pending) = self.pending.get_mut(&trace) else { return };
-        let mut below = HashSet::from([root]);
-        // Children end before their parents as a rule, so a pass from the back finds nearly all; repeat for the rest.
+        let mut tree_ids = HashSet::from([root]);
+        // Children usually finish before their parents, so one pass from the back finds nearly all of them.
         loop {
-            let before = below.len();
+            let before = tree_ids.len();
             for span in pending.spans.iter().rev() {
-                if below.contains(&span.parent) {
-                    below.insert(span.id);
+                if tree_ids.contains(&span.parent) {
+                    tree_ids.insert(span.id);
                 }
             }
-            if below.len() == before {
+            if tree_ids.len() == before {
                 break;
             }
         }
         let cut = pending.cut;
-        let (mine, rest): (Vec<_>, Vec<_>) = pending.spans.drain(..).partition(|span| below.contains(&span.id));
+        let (spans, rest): (Vec<_>, Vec<_>) = pending.spans.drain(..).partition(|span| tree_ids.contains(&span.id));
         if rest.is_empty() {
             self.pending.remove(&trace);
-            // Nearly always the newest.
+            // It is usually one of the newest.
             if let Some(index) = self.arrivals.iter().rposition(|arrival| *arrival == trace) {
                 self.arrivals.remove(index);
             }
         } else {
             pending.spans = rest;
         }
-        let failed = mine.iter().any(|span| span.error.is_some());
-        let duration = mine.iter().find(|span| span.id == root).map_or(Duration::ZERO, |span| span.duration);
+        let is_failed = spans.iter().any(|span| span.error.is_some());
+        let duration = spans.iter().find(|span| span.id == root).map_or(Duration::ZERO, |span| span.duration);
         self.slow.retain(|(ended, _)| now.saturating_duration_since(*ended) < SLOW_FOR);
-        let slow = self.slow.len() < KEPT || self.slow.last().is_some_and(|(_, last)| last.duration < millis(duration));
-        if !failed && !slow {
+        let is_slow =
+            self.slow.len() < MAX_TRACES || self.slow.last().is_some_and(|(_, last)| last.duration < millis(duration));
+        if !is_failed && !is_slow {
             return;
         }
-        let tree = tree(trace, root, mine, cut);
-        if failed {
+        let tree = tree(trace, root, spans, cut);
+        if is_failed {
             self.failed.push_front(tree.clone());
-            self.failed.truncate(KEPT);
+            self.failed.truncate(MAX_TRACES);
         }
-        if slow {
+        if is_slow {
             self.slow.push((now, tree));
             self.slow.sort_by(|(_, a), (_, b)| b.duration.total_cmp(&a.duration));
-            self.slow.truncate(KEPT);
+            self.slow.truncate(MAX_TRACES);
         }
     }
 
-    /// The operations, the slow and the failed traces.
+    /// Returns the operations, the slow traces and the failed traces.
     pub(super) fn read(&mut self, now: Instant) -> (Vec<Operation>, Vec<Trace>, Vec<Trace>) {
         let slot = self.slot(now);
         let window = now.saturating_duration_since(self.started).as_secs_f64().clamp(1.0, 60.0);
         let operations = self.operations.iter_mut().map(|((group, name), stats)| {
-            stats.forget_before(slot);
+            stats.drop_old_slots(slot);
             let recent = stats.recent();
             Operation {
                 group: *group,
@@ -206,8 +216,8 @@ impl View {
 }
 
 impl Stats {
-    fn forget_before(&mut self, slot: u64) {
-        while self.slots.front().is_some_and(|(first, _)| first + SLOTS as u64 <= slot) {
+    fn drop_old_slots(&mut self, current: u64) {
+        while self.slots.front().is_some_and(|(first, _)| first + SLOTS as u64 <= current) {
             self.slots.pop_front();
         }
     }
@@ -216,7 +226,7 @@ impl Stats {
         let mut slots = self.slots.iter();
         let mut all = slots.next()?.1.clone();
         for (_, slot) in slots {
-            // Both grow as they need to.
+            // Cannot fail: the histogram resizes itself.
             let _ = all.add(slot);
         }
         Some(all)
@@ -234,34 +244,34 @@ fn group(span: &SpanData) -> Group {
     }
 }
 
-fn ended(span: SpanData, duration: Duration) -> Ended {
+fn finished(span: SpanData, duration: Duration) -> FinishedSpan {
     let error = match span.status {
         Status::Error { description } if description.is_empty() => Some("failed".to_owned()),
-        Status::Error { description } => Some(short(&description)),
+        Status::Error { description } => Some(truncate(&description)),
         Status::Unset | Status::Ok => None,
     };
-    Ended {
+    FinishedSpan {
         id: span.span_context.span_id(),
         parent: span.parent_span_id,
-        name: short(&span.name),
+        name: truncate(&span.name),
         start: span.start_time,
         duration,
         error,
         attributes: span
             .attributes
             .iter()
-            .take(ATTRIBUTES)
-            .map(|attribute| (attribute.key.to_string(), short(&attribute.value.as_str())))
+            .take(MAX_ATTRIBUTES)
+            .map(|attribute| (attribute.key.to_string(), truncate(&attribute.value.as_str())))
             .collect(),
     }
 }
 
-fn short(text: &str) -> String {
-    text.chars().take(TEXT).collect()
+fn truncate(text: &str) -> String {
+    text.chars().take(MAX_TEXT).collect()
 }
 
-fn tree(trace: TraceId, root: SpanId, spans: Vec<Ended>, cut: bool) -> Trace {
-    let mut children: HashMap<SpanId, Vec<Ended>> = HashMap::new();
+fn tree(trace: TraceId, root: SpanId, spans: Vec<FinishedSpan>, cut: bool) -> Trace {
+    let mut children: HashMap<SpanId, Vec<FinishedSpan>> = HashMap::new();
     let mut top = None;
     for span in spans {
         if span.id == root {
@@ -271,13 +281,13 @@ fn tree(trace: TraceId, root: SpanId, spans: Vec<Ended>, cut: bool) -> Trace {
         }
     }
     for siblings in children.values_mut() {
-        // Taken from the back.
+        // The stack below is taken from the back.
         siblings.sort_by_key(|span| Reverse(span.start));
     }
     let start = top.as_ref().map_or(SystemTime::UNIX_EPOCH, |top| top.start);
     let name = top.as_ref().map(|top| top.name.clone()).unwrap_or_default();
     let duration = top.as_ref().map_or(0.0, |top| millis(top.duration));
-    let mut stack: Vec<(usize, Ended)> = top.into_iter().map(|top| (0, top)).collect();
+    let mut stack: Vec<(usize, FinishedSpan)> = top.into_iter().map(|top| (0, top)).collect();
     let mut rows = Vec::new();
     while let Some((depth, span)) = stack.pop() {
         let below = children.remove(&span.id).unwrap_or_default();
@@ -341,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn rates_and_percentiles_are_of_the_last_minute() {
+    fn rates_and_percentiles_cover_the_last_minute() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut view = View::new(start);
@@ -353,7 +363,7 @@ mod tests {
         assert!((operations[0].rate - 60.0 / 59.0).abs() < 0.01);
         let latency = operations[0].latency.unwrap();
         assert!((29.0..=31.0).contains(&latency.p50) && (59.0..=61.0).contains(&latency.p99), "{latency:?}");
-        // Half of it is out of the window.
+        // Half of the spans are outside the window now.
         let (operations, ..) = view.read(at(90));
         assert!((operations[0].rate - 0.5).abs() < 0.2, "{}", operations[0].rate);
         let (operations, ..) = view.read(at(200));
@@ -361,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn a_served_call_inside_a_longer_trace_is_a_tree_of_its_own() {
+    fn call_served_within_a_longer_trace_is_a_tree_of_its_own() {
         let now = Instant::now();
         let mut view = View::new(now);
         let mut served = span(1, 2, 1, "served", 9);
@@ -377,42 +387,42 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_bounded() {
+    fn memory_is_bounded() {
         let now = Instant::now();
         let mut view = View::new(now);
         for n in 0..3000 {
-            // None of these ever has its root.
+            // The roots of these traces never finish.
             view.add(now, span(u128::from(n) + 1, 2, 1, &format!("name {n}"), 1));
             view.add(now, span(7_000_000, n + 2, 1, "child", 1));
         }
-        assert!(view.pending.len() <= PENDING && view.arrivals.len() <= PENDING);
+        assert!(view.pending.len() <= MAX_PENDING && view.arrivals.len() <= MAX_PENDING);
         let mut root = span(7_000_000, 1, 0, "root", 1);
         root.status = Status::error("x".repeat(5000));
         view.add(now, root);
         let (operations, slow, broken) = view.read(now);
-        // A group may have its own row for the rest.
-        assert!(operations.len() <= OPERATIONS + 4);
-        assert!(slow.len() <= KEPT && broken.len() <= KEPT);
-        assert!(broken[0].spans.len() <= SPANS);
-        assert!(broken[0].spans.iter().all(|span| span.error.as_ref().is_none_or(|error| error.len() <= TEXT)));
+        // Each group may have a row for the other names.
+        assert!(operations.len() <= MAX_OPERATIONS + 4);
+        assert!(slow.len() <= MAX_TRACES && broken.len() <= MAX_TRACES);
+        assert!(broken[0].spans.len() <= MAX_SPANS);
+        assert!(broken[0].spans.iter().all(|span| span.error.as_ref().is_none_or(|error| error.len() <= MAX_TEXT)));
         for n in 0..100_u64 {
             view.add(now, failed(span(8_000_000 + u128::from(n), 1, 0, "root", n), "again"));
         }
         let (_, slow, broken) = view.read(now);
-        assert_eq!((slow.len(), broken.len()), (KEPT, KEPT));
+        assert_eq!((slow.len(), broken.len()), (MAX_TRACES, MAX_TRACES));
         assert_eq!(slow[0].duration, 99.0);
         assert!(view.read(now + SLOW_FOR).1.is_empty());
     }
 
     #[test]
-    fn what_ends_after_its_root_is_forgotten_in_time() {
+    fn spans_that_finish_after_their_root_are_dropped_eventually() {
         let now = Instant::now();
         let mut view = View::new(now);
         for n in 1..=2000 {
             view.add(now, span(n, 1, 0, "root", 1));
             view.add(now, span(n, 2, 1, "late", 1));
         }
-        assert!(view.pending.len() <= PENDING);
+        assert!(view.pending.len() <= MAX_PENDING);
         assert_eq!(view.read(now).0.iter().map(|operation| operation.count).sum::<u64>(), 4000);
     }
 }
