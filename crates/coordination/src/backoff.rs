@@ -1,4 +1,4 @@
-//! Pauses between tries: longer and longer up to a bound, and not the same for every replica.
+//! Exponential backoff with a jitter that differs between replicas.
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -9,13 +9,13 @@ use std::{
     time::Duration,
 };
 
-/// The longest pause before the first try again.
-const FIRST: Duration = Duration::from_millis(50);
-/// The longest pause of all.
-const LONGEST: Duration = Duration::from_secs(2);
+/// The bound of the first pause.
+const INITIAL: Duration = Duration::from_millis(50);
+/// The bound of every pause.
+const MAX: Duration = Duration::from_secs(2);
 
-/// Chance that follows from a replica's name: replicas differ in it, and one is the same each time, so that a simulation can be replayed. It
-/// keeps replicas out of step and is no secret.
+/// A sequence of pseudo-random numbers, seeded with the replica's name: it differs between replicas, and is the same in every run, so that a
+/// simulation can be replayed. It is not secret.
 #[derive(Debug)]
 pub(crate) struct Jitter(AtomicU64);
 
@@ -36,29 +36,29 @@ impl Jitter {
     }
 }
 
-/// The pauses of one who tries again and again.
+/// The pauses between the attempts of one retry loop.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     jitter: Arc<Jitter>,
-    longest: Duration,
+    bound: Duration,
 }
 
 impl Backoff {
     pub(crate) fn new(jitter: &Arc<Jitter>) -> Self {
-        Self { jitter: jitter.clone(), longest: FIRST }
+        Self { jitter: jitter.clone(), bound: INITIAL }
     }
 
-    /// How long to wait before the next try: between half of a bound that doubles, and all of it.
+    /// Returns the pause before the next attempt: between half of the bound and all of it. Doubles the bound.
     pub(crate) fn pause(&mut self) -> Duration {
-        let half = self.longest / 2;
+        let half = self.bound / 2;
         let share = u32::try_from(self.jitter.next() >> 32).unwrap_or(u32::MAX);
-        self.longest = (self.longest * 2).min(LONGEST);
+        self.bound = (self.bound * 2).min(MAX);
         half + half.mul_f64(f64::from(share) / f64::from(u32::MAX))
     }
 
-    /// Starts again from the shortest: a try has succeeded.
+    /// Starts again from the first pause, after a success.
     pub(crate) fn reset(&mut self) {
-        self.longest = FIRST;
+        self.bound = INITIAL;
     }
 }
 
@@ -67,29 +67,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_grow_up_to_a_bound_and_replicas_are_out_of_step() {
+    fn pauses_grow_to_the_maximum_and_differ_between_replicas() {
         let pauses = |replica: &str| {
             let mut backoff = Backoff::new(&Arc::new(Jitter::new(replica)));
             (0..10).map(|_| backoff.pause()).collect::<Vec<_>>()
         };
-        let mut bound = FIRST;
+        let mut bound = INITIAL;
         for pause in pauses("a") {
             assert!(pause >= bound / 2 && pause <= bound, "{pause:?} of {bound:?}");
-            bound = (bound * 2).min(LONGEST);
+            bound = (bound * 2).min(MAX);
         }
         assert_eq!(pauses("a"), pauses("a"));
         let all: Vec<_> = ["a", "b", "c"].map(pauses).into_iter().flatten().collect();
         let different: std::collections::BTreeSet<_> = all.iter().collect();
-        assert_eq!(different.len(), all.len(), "no two of three replicas");
+        assert_eq!(different.len(), all.len(), "no two of three replicas pause alike");
     }
 
     #[test]
-    fn a_success_starts_again_from_the_shortest() {
+    fn reset_starts_again_from_the_first_pause() {
         let mut backoff = Backoff::new(&Arc::new(Jitter::new("a")));
         for _ in 0..10 {
             backoff.pause();
         }
         backoff.reset();
-        assert!(backoff.pause() <= FIRST);
+        assert!(backoff.pause() <= INITIAL);
     }
 }

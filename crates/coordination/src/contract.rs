@@ -139,7 +139,7 @@ contract! {
         an_unknown_acquisition_is_given_up,
         an_acquisition_that_comes_to_be_late_is_given_up,
         a_late_deletion_leaves_what_was_created_since,
-        a_commit_of_another_store_is_refused,
+        a_guard_commits_only_what_it_locks,
         shutdown_gives_up_what_is_owned,
         a_dropped_store_gives_up_what_it_owned,
         a_lease_that_is_not_kept_alive_runs_out,
@@ -281,7 +281,7 @@ impl<T: Tested> Coordination<T> {
         let held =
             self.begin_create(challenge, &instance(key.clone(), Phase::Provisioning), None, &patient()).await.unwrap();
         let ready = instance(key.clone(), Phase::Ready);
-        self.commit(held, &key, Outcome::Put(Box::new(ready))).await.unwrap();
+        held.commit(Outcome::Put(Box::new(ready))).await.unwrap();
         self.at(&key).await
     }
 

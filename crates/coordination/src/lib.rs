@@ -1,31 +1,34 @@
 //! Records, owner keys, locks and indexes on etcd or one embedded store.
 //!
-//! [`Coordination`] implements the domain's [`Store`](gauntlet_domain::Store) once, over the narrow port [`kv::Kv`]: every promise of the
-//! store is a transaction there, so that backends differ in how they keep keys and in nothing else.
+//! [`Coordination`] implements the domain's [`Store`](gauntlet_domain::Store) once, over the key-value port [`kv::Kv`]. A backend only keeps
+//! keys; every guarantee of the store is a transaction on the port.
 
-// As the model of etcd names it, which is shared with the simulation.
+// The tests share a model of etcd with the simulation, which names this crate.
 #[cfg(test)]
 extern crate self as gauntlet_coordination;
 
 mod backoff;
+mod begin;
+mod commit;
 #[cfg(test)]
 mod contract;
 mod core;
+mod decode;
 mod embedded;
-mod ending;
 mod etcd;
+mod key_slots;
 mod keys;
 pub mod kv;
 mod locks;
-mod memory;
-mod mirror;
-mod names;
-mod reads;
+mod owned_key;
+mod reaper;
 mod records;
+mod replica_cache;
+mod scan;
 mod session;
 mod store;
-mod ticket;
 mod waits;
+mod watch_cache;
 
 use std::{
     collections::HashMap,
@@ -44,10 +47,10 @@ use crate::{
     core::Core,
     keys::Layout,
     kv::{Compare, KeyRange, Kv, Op, Txn},
-    memory::Memory,
-    mirror::Mirror,
+    reaper::Reaper,
+    replica_cache::ReplicaCache,
     session::Session,
-    ticket::Reaper,
+    watch_cache::WatchCache,
 };
 pub use crate::{
     embedded::Embedded,
@@ -55,68 +58,69 @@ pub use crate::{
     waits::{Holder, Wait},
 };
 
-/// What every key begins with, unless told otherwise.
+/// The default prefix of all keys.
 pub const PREFIX: &str = "gauntlet/";
 
-/// How long a lease of the embedded store lives without being kept alive. Only a process that stood still that long loses one.
+/// The time to live of the embedded store's lease. Only a process that is paused for that long loses it.
 const EMBEDDED_TTL: Duration = Duration::from_secs(60);
 
-/// How long [`Coordination::shutdown`] takes at most, and how much of that it waits for writes.
-const SHUTDOWN: Duration = Duration::from_secs(5);
-const SHUTDOWN_WRITES: Duration = Duration::from_millis(1500);
+/// The maximum duration of [`Coordination::shutdown`].
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+/// How much of it running writes may take.
+const SHUTDOWN_WRITES_TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// One replica's view of the coordinated store: records, ownership and locks. [`Coordination::shutdown`] gives up all it owns; dropping it
-/// without that gives it up in the background, or when its lease runs out.
+/// One replica's connection to the coordinated store of records and locks. [`Coordination::shutdown`] releases all its locks; without that
+/// they are released in the background after it is dropped, or when its lease expires.
 #[derive(Debug)]
 pub struct Coordination<K: Kv> {
     core: Arc<Core<K>>,
-    /// What runs in the background until `stop`.
+    /// The background tasks, which run until `stop`.
     tasks: TaskTracker,
     stop: CancellationToken,
 }
 
 impl Coordination<Embedded> {
-    /// Opens the store in one file, for one machine and one process; made if it is not there. `replica` is written beside each ownership.
-    /// To be called within a Tokio runtime.
+    /// Opens the embedded store, one file that serves one process, and creates it if it does not exist. `replica` is stored with each lock. Call
+    /// within a Tokio runtime.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if another process has the file open or it cannot be opened, [`Error::Internal`] if it is damaged.
+    /// [`Error::Unavailable`] if the file cannot be opened or is open in another process, [`Error::Internal`] if it is damaged.
     pub async fn embedded(path: &Path, replica: String) -> Result<Self> {
         let path = path.to_owned();
         let opened = tokio::task::spawn_blocking(move || Embedded::open(&path)).await;
         let kv = opened.map_err(|error| Error::Internal(error.to_string()))??;
-        Ok(Self::over(kv, PREFIX, EMBEDDED_TTL, replica))
+        Ok(Self::new(kv, PREFIX, EMBEDDED_TTL, replica))
     }
 }
 
 impl Coordination<Etcd> {
-    /// On an etcd cluster, shared by replicas, each of a name of its own. Does not connect yet: while etcd is not reached, calls fail with
-    /// [`Error::Unavailable`], and work as soon as it is. Every call to etcd is observed by `database`. To be called within a Tokio runtime.
+    /// Uses an etcd cluster that replicas share, each under its own name. Does not connect yet: while etcd is not reachable, calls fail with
+    /// [`Error::Unavailable`]. `database` observes every call to etcd. Call within a Tokio runtime.
     ///
     /// # Errors
-    /// [`Error::Invalid`], naming what is wrong with the configuration.
+    /// [`Error::Invalid`] if the configuration is wrong.
     pub async fn etcd(config: EtcdConfig, replica: String, database: Database) -> Result<Self> {
         let prefix = config.prefix.clone();
         let ttl = config.lease_ttl;
-        // Reads files.
-        let made = tokio::task::spawn_blocking(move || Etcd::new(&config, database)).await;
-        let kv = made.map_err(|error| Error::Internal(error.to_string()))??;
+        // Blocking, because it reads certificates.
+        let etcd = tokio::task::spawn_blocking(move || Etcd::new(&config, database)).await;
+        let kv = etcd.map_err(|error| Error::Internal(error.to_string()))??;
         kv.start_at(Jitter::new(&replica).next());
-        Ok(Self::over(kv, &prefix, ttl, replica))
+        Ok(Self::new(kv, &prefix, ttl, replica))
     }
 }
 
 impl<K: Kv> Coordination<K> {
-    /// On any key-value store, all keys beginning with `prefix`. What it owns is lost to others `ttl` after it was last heard of. To be
-    /// called within a Tokio runtime.
-    pub fn over(kv: K, prefix: &str, ttl: Duration, replica: String) -> Self {
+    /// Uses any key-value store, with keys under `prefix`. Locks are lost `ttl` after the store last heard from this replica. Call within a
+    /// Tokio runtime.
+    pub fn new(kv: K, prefix: &str, ttl: Duration, replica: String) -> Self {
         let (this, background) = Self::with_background(kv, prefix, ttl, replica);
         tokio::spawn(background);
         this
     }
 
-    /// The same, and what it does in the background, for the caller to run: it keeps the lease, removes what was given up, and watches. It
-    /// ends after [`Coordination::shutdown`], which waits for it, or once the first is dropped.
+    /// Like [`Coordination::new`], but leaves it to the caller to run the background work: renewing the lease, deleting the keys of dropped
+    /// locks, and watching. It ends after [`Coordination::shutdown`], which waits for it, or when the store is dropped.
     pub fn with_background(
         kv: K,
         prefix: &str,
@@ -126,36 +130,35 @@ impl<K: Kv> Coordination<K> {
         let (kv, layout) = (Arc::new(kv), Layout::new(prefix));
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let jitter = Arc::new(Jitter::new(&replica));
-        let (session, keep) = Session::start(kv.clone(), ttl, jitter.clone(), stop.clone());
+        let (session, maintain_lease) = Session::start(kv.clone(), ttl, jitter.clone(), stop.clone());
         let (reaper, reap) = Reaper::start(kv.clone(), jitter.clone(), stop.clone());
-        let mirror = Arc::new(Mirror::default());
-        let follow = mirror.clone().follow(kv.clone(), layout.live(), jitter, stop.clone());
+        let watch_cache = Arc::new(WatchCache::default());
+        let watch = watch_cache.clone().run(kv.clone(), layout.live(), jitter, stop.clone());
         let background = tasks.track_future(async move {
-            tokio::join!(keep, reap, follow);
+            tokio::join!(maintain_lease, reap, watch);
         });
         let core = Core {
             kv,
             layout,
             session,
-            mirror,
-            memory: Memory::default(),
-            names: Arc::default(),
+            watch_cache,
+            cache: ReplicaCache::default(),
+            key_slots: Arc::default(),
             waits: Arc::default(),
             reaper,
             replica,
-            seen: AtomicU64::new(0),
+            last_revision: AtomicU64::new(0),
             writes: TaskTracker::new(),
-            next: AtomicU64::new(0),
-            reported: Mutex::new(HashMap::new()),
+            next_acquisition: AtomicU64::new(0),
+            logged: Mutex::new(HashMap::new()),
         };
         (Self { core: Arc::new(core), tasks, stop }, background)
     }
 
-    /// Which store this is: a text that every replica reads and that stays for as long as the store does. `fresh` becomes it where there is
-    /// none yet. One transaction.
+    /// Returns the store's permanent id, which is the same for every replica. Stores `fresh` as the id of a new store. One transaction.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] while the store does not answer; asking again is safe.
+    /// [`Error::Unavailable`] while the store does not respond. A retry is safe.
     pub async fn store_id(&self, fresh: &str) -> Result<String> {
         let key = self.core.layout.store();
         let txn = Txn {
@@ -163,43 +166,43 @@ impl<K: Kv> Coordination<K> {
             success: vec![Op::put(&key, fresh)],
             failure: vec![Op::get(KeyRange::key(&key))],
         };
-        let mut result = self.core.write(txn).await?;
-        match result.next_read().into_iter().next() {
+        let mut response = self.core.write(txn).await?;
+        match response.next_read().into_iter().next() {
             None => Ok(fresh.to_owned()),
             Some(kv) => String::from_utf8(kv.value).map_err(|error| Error::Internal(format!("{key:?}: {error}"))),
         }
     }
 
-    /// Who holds a challenge's lock and who waits for it, in order of asking, of every replica. Reads the store.
+    /// Reads the holder of a challenge's lock and its waiters from the store, in queue order, across replicas.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] while the store does not answer.
+    /// [`Error::Unavailable`] while the store does not respond.
     pub async fn queue(&self, kind: LockKind, id: &ChallengeId) -> Result<Vec<Holder>> {
-        let mut read = self.core.read(vec![Op::get(self.core.layout.queue(kind, id))]).await?;
-        Ok(locks::owners(&self.core, read.next_read()).iter().map(|seen| (&seen.owner).into()).collect())
+        let mut response = self.core.read(vec![Op::get(self.core.layout.queue(kind, id))]).await?;
+        Ok(locks::owners(&self.core, response.next_read()).iter().map(|queued| (&queued.owner).into()).collect())
     }
 
-    /// How many calls of this replica wait for a lock or an instance, and where those stand that have waited longest, at most `most`. Asks
-    /// nobody and does not block: what it tells is as new as the watch.
-    pub fn waits(&self, most: usize) -> (usize, Vec<Wait>) {
-        self.core.waits.list(&self.core.mirror, most)
+    /// Returns the number of calls of this replica that wait for a lock or an instance, and the `limit` oldest of these waits. Makes no request
+    /// and does not block; the result is as recent as the watch.
+    pub fn waits(&self, limit: usize) -> (usize, Vec<Wait>) {
+        self.core.waits.list(&self.core.watch_cache, limit)
     }
 
-    /// Waits for writes under way, then gives up everything owned, and closes the store; at most five seconds, of which the writes have one
-    /// and a half. Nothing can be owned after it.
+    /// Waits for running writes, releases all locks and closes the store. Takes five seconds at most, of which writes get one and a half. No
+    /// lock can be acquired afterwards.
     pub async fn shutdown(&self) {
         self.core.writes.close();
         self.tasks.close();
-        let ended = async {
-            if timeout(SHUTDOWN_WRITES, self.core.writes.wait()).await.is_err() {
-                tracing::warn!("writes did not end in time; their outcome is unknown");
+        let shutdown = async {
+            if timeout(SHUTDOWN_WRITES_TIMEOUT, self.core.writes.wait()).await.is_err() {
+                tracing::warn!("shutdown: writes did not finish in time, their outcome is unknown");
             }
             self.stop.cancel();
             self.tasks.wait().await;
             self.core.kv.close().await;
         };
-        if timeout(SHUTDOWN, ended).await.is_err() {
-            tracing::warn!("the store did not shut down in time; what is owned goes with its lease");
+        if timeout(SHUTDOWN_TIMEOUT, shutdown).await.is_err() {
+            tracing::warn!("the store did not shut down in time, its locks are released when the lease expires");
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Locks, first come first served, and waiting for whoever is ahead.
+//! Challenge locks, first come, first served, and waiting for whatever blocks a call.
 //!
-//! Whoever wants a lock puts a key of its own beside the others; the key's revision of creation is its place in the queue. It waits for
-//! all keys created before its own. Taking a free lock is one transaction. Between two calls of one replica that come one after the other
-//! it is handed over at once, while the key of the first is being removed.
+//! To acquire a lock, a call puts a key of its own into the lock's queue. The key's create revision is its place: the call holds the lock once
+//! no key with a lower create revision is left. A free lock is taken in one transaction. Between consecutive calls of one replica the lock is
+//! handed over in memory, while the key of the first is still being deleted.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,83 +12,85 @@ use jiff::Timestamp;
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
+    commit::guard,
     core::Core,
     kv::{Compare, Get, KeyRange, KeyValue, Kv, Op, Txn},
+    owned_key::{OwnedKey, Subject},
     records::Owner,
     session::Lease,
-    ticket::{Of, Ticket},
-    waits::{Behind, Entered, Holder, Seen, Waiting},
+    waits::{Holder, KeyOwner, WaitEntry, WaitHandle},
+    watch_cache::Predecessors,
 };
 
-/// Of those ahead in a queue, how many are read: so that what a waiter costs does not grow with their number.
-const SEEN: usize = 16;
+/// The number of keys that are read from a queue, so that the cost of a waiter doesn't grow with the queue.
+const QUEUE_READ_LIMIT: usize = 16;
 
 impl<K: Kv> Core<K> {
-    /// Takes a lock. With no patience it never queues.
-    pub(crate) async fn acquire(
+    /// Acquires a lock. Without a timeout it never enters the queue.
+    pub(crate) async fn lock(
         self: &Arc<Self>,
         kind: LockKind,
         id: &ChallengeId,
-        by: &LockOptions,
+        options: &LockOptions,
     ) -> Result<LockGuard> {
-        let mut patience = Patience::new(by, kind, id, || format!("the {} lock of {id:?}", kind.name()));
+        let mut wait = LockWait::new(options, kind, id, || format!("the {} lock of {id:?}", kind.name()));
         let lease = self.lease().await?;
         let queue = self.layout.queue(kind, id);
-        let name = self.names.take(&queue.start, lease.id);
-        let key = self.layout.lock(kind, id, &name.word());
-        let live = self.live_key(lease, by, key, Some(name));
-        let queues = !by.timeout.is_zero();
-        let seen = Op::Get(Get { range: queue.clone(), limit: SEEN, keys_only: false });
+        let slot = self.key_slots.acquire(&queue.start, lease.id);
+        let key = self.layout.lock(kind, id, &slot.name());
+        let live = self.live_key(lease, options, key, Some(slot));
+        let enqueue = !options.timeout.is_zero();
+        let read_queue = Op::Get(Get { range: queue.clone(), limit: QUEUE_READ_LIMIT, keys_only: false });
         let txn = Txn {
             compare: vec![Compare::absent(queue.clone())],
             success: vec![live.put()],
-            failure: queues.then(|| live.put()).into_iter().chain([seen]).collect(),
+            failure: enqueue.then(|| live.put()).into_iter().chain([read_queue]).collect(),
         };
-        let own = live.key.clone();
-        let (ticket, mut result) = self.take(live, Of::Lock(kind, id.clone()), txn, queues).await?;
-        let mut ahead = result.next_read();
-        let cut = ahead.len() == SEEN;
-        ahead.retain(|kv| kv.key != own);
-        let Some(ticket) = ticket else {
-            let behind = Behind { queue: Some((queue, u64::MAX)), owner: None };
-            let depth = ahead.len().max(if cut { self.mirror.ahead(&behind) } else { 0 });
-            let holder = owners(self, ahead).first().map(|seen| (&seen.owner).into());
-            return Err(patience.over(depth, holder.as_ref()));
+        let own_key = live.key.clone();
+        let (owned, mut response) = self.put_live(live, Subject::Lock(kind, id.clone()), txn, enqueue).await?;
+        let mut ahead = response.next_read();
+        let truncated = ahead.len() == QUEUE_READ_LIMIT;
+        ahead.retain(|kv| kv.key != own_key);
+        let Some(owned) = owned else {
+            let all = Predecessors { queue: Some((queue, u64::MAX)), owner: None };
+            let depth = ahead.len().max(if truncated { self.watch_cache.count(&all) } else { 0 });
+            let holder = owners(self, ahead).first().map(|first| (&first.owner).into());
+            return Err(wait.busy(depth, holder.as_ref()));
         };
-        if result.succeeded {
-            return self.holding(kind, ticket, patience);
+        if response.succeeded {
+            return self.lock_guard(kind, owned, wait);
         }
-        let behind = Behind { queue: Some((queue.clone(), ticket.token)), owner: None };
-        let depth = ahead.len().max(if cut { self.mirror.ahead(&behind) } else { 0 });
-        let entered = patience.enter(self, depth, ahead, behind.clone());
-        let turn = self.mirror.turn(queue, ticket.token);
-        let Some(result) = patience.until(self, &ticket.live.lease, turn).await else {
-            // Where the watch has not come that far: as many as at first.
-            let seen = self.mirror.holds(&ticket.live.key, ticket.token);
-            let ahead = if seen { self.mirror.ahead(&behind).max(1) } else { depth };
-            let over = patience.over(ahead, entered.holder(&self.mirror).as_ref());
-            // Before the answer, so that a queue left behind is never seen.
+        let predecessors = Predecessors { queue: Some((queue.clone(), owned.token)), owner: None };
+        let depth = ahead.len().max(if truncated { self.watch_cache.count(&predecessors) } else { 0 });
+        let handle = wait.register(self, depth, ahead, predecessors.clone());
+        let turn = self.watch_cache.wait_turn(queue, owned.token);
+        let Some(result) = wait.wait_until(self, &owned.live.lease, turn).await else {
+            // If the watch has not reached this key yet, report the depth at the start.
+            let watched = self.watch_cache.contains(&owned.live.key, owned.token);
+            let ahead = if watched { self.watch_cache.count(&predecessors).max(1) } else { depth };
+            let busy = wait.busy(ahead, handle.holder(&self.watch_cache).as_ref());
+            // Deleted before this returns, so that no caller sees a place that was given up.
             let core = self.clone();
             self.detached(async move {
-                if core.kv.txn(ticket.removal()).await.is_ok() {
-                    core.gone(&ticket);
+                if core.kv.txn(owned.deletion()).await.is_ok() {
+                    core.mark_deleted(&owned);
                 }
                 Ok(())
             })
             .await?;
-            return Err(over);
+            return Err(busy);
         };
         result?;
-        drop(entered);
-        self.holding(kind, ticket, patience)
+        drop(handle);
+        self.lock_guard(kind, owned, wait)
     }
 
-    /// A lock that was had; not if its lease may have run out by now, as it has where the process stood still meanwhile.
-    fn holding(&self, kind: LockKind, ticket: Ticket, patience: Patience) -> Result<LockGuard> {
-        if ticket.live.lease.is_lost() {
+    /// A guard of an acquired lock; fails if its lease may have expired meanwhile, for example while the process was paused.
+    fn lock_guard(self: &Arc<Self>, kind: LockKind, owned: OwnedKey, wait: LockWait) -> Result<LockGuard> {
+        if owned.live.lease.is_lost() {
             return Err(lease_lost(self.kv.name()));
         }
-        Ok(held(kind, ticket, patience))
+        Ok(guard(self, kind, owned, wait.stats()))
     }
 }
 
@@ -96,83 +98,83 @@ fn lease_lost(what: &'static str) -> Error {
     Error::Unavailable { what, detail: "the lease was lost while waiting".to_owned() }
 }
 
-/// An ownership for the domain.
-pub(crate) fn held(kind: LockKind, ticket: Ticket, patience: Patience) -> LockGuard {
-    LockGuard::new(kind, ticket.token, patience.waited, Box::new(ticket))
-}
-
-/// Whose these keys are, in order of creation; what cannot be read is reported and left out.
-pub(crate) fn owners<K: Kv>(core: &Core<K>, mut keys: Vec<KeyValue>) -> Vec<Seen> {
+/// The owners of live keys, in order of creation. Logs and leaves out those that cannot be read.
+pub(crate) fn owners<K: Kv>(core: &Core<K>, mut keys: Vec<KeyValue>) -> Vec<KeyOwner> {
     keys.sort_by_key(|kv| kv.create_revision);
     let read = |kv: KeyValue| match Owner::read(&kv.value) {
-        Ok(owner) => Some(Seen { key: kv.key, created: kv.create_revision, owner }),
+        Ok(owner) => Some(KeyOwner { key: kv.key, create_revision: kv.create_revision, owner }),
         Err(problem) => {
-            core.report(&kv.key, kv.mod_revision, &problem);
+            core.log_unreadable(&kv.key, kv.mod_revision, &problem);
             None
         }
     };
     keys.into_iter().filter_map(read).collect()
 }
 
-/// Who must be done before a call can go on.
+/// The live keys that block a call, as a refused transaction read them.
 #[derive(Debug, Default)]
-pub(crate) struct Ahead {
-    /// Who owns the instance; one at most.
+pub(crate) struct Blockers {
+    /// The instance's owner key, if any.
     owner: Vec<KeyValue>,
-    /// The first of a queue, in order.
+    /// The first keys of the queue.
     first: Vec<KeyValue>,
-    /// How many are in the queue.
+    /// The number of keys in the queue.
     count: usize,
-    /// The queue, as it was before that revision.
+    /// The queue, and the revision before which its keys were created.
     queue: Option<(KeyRange, u64)>,
 }
 
-impl Ahead {
-    /// Whoever owns an instance.
+impl Blockers {
+    /// The owner of an instance.
     pub(crate) fn owner(owner: Vec<KeyValue>) -> Self {
         Self { owner, ..Self::default() }
     }
 
-    /// And a queue that was read by [`in_queue`] at that revision.
+    /// Adds a queue that was read by [`oldest_in_queue`] at `revision`.
     pub(crate) fn and_queue(self, queue: KeyRange, (first, count): (Vec<KeyValue>, usize), revision: u64) -> Self {
         Self { first, count, queue: Some((queue, revision + 1)), ..self }
     }
 }
 
-/// Reads who is in a queue: the first of them, however many there are.
-pub(crate) fn in_queue(queue: &KeyRange) -> Op {
-    Op::Oldest { range: queue.clone(), limit: SEEN }
+/// Reads the first keys of a queue and counts all of them.
+pub(crate) fn oldest_in_queue(queue: &KeyRange) -> Op {
+    Op::Oldest { range: queue.clone(), limit: QUEUE_READ_LIMIT }
 }
 
-/// How long to wait for others, and what came of it.
-pub(crate) struct Patience {
+/// One call's waiting for locks: its deadline, and what it has waited for.
+pub(crate) struct LockWait {
     started: Instant,
-    ends: Instant,
+    deadline: Instant,
     kind: LockKind,
     challenge: ChallengeId,
+    /// What is waited for, for [`Error::Busy`].
     what: String,
-    waited: WaitStats,
+    stats: WaitStats,
 }
 
-impl Patience {
+impl LockWait {
     pub(crate) fn new(
-        by: &LockOptions,
+        options: &LockOptions,
         kind: LockKind,
         challenge: &ChallengeId,
         what: impl FnOnce() -> String,
     ) -> Self {
         let started = Instant::now();
-        // A patience past the end of the clock is a day.
-        let ends = started.checked_add(by.timeout).unwrap_or(started + Duration::from_secs(86_400));
-        Self { started, ends, kind, challenge: challenge.clone(), what: what(), waited: WaitStats::default() }
+        // A timeout beyond the range of the clock counts as a day.
+        let deadline = started.checked_add(options.timeout).unwrap_or(started + Duration::from_secs(86_400));
+        Self { started, deadline, kind, challenge: challenge.clone(), what: what(), stats: WaitStats::default() }
     }
 
-    /// Waits until whoever is ahead, of those that were read, is gone. [`Error::Busy`] when patience ends first.
-    pub(crate) async fn wait<K: Kv>(&mut self, core: &Core<K>, ahead: Ahead) -> Result<()> {
-        let Ahead { owner, first, count, queue } = ahead;
+    pub(crate) fn stats(self) -> WaitStats {
+        self.stats
+    }
+
+    /// Waits until every one of the blocking keys is deleted. [`Error::Busy`] at the deadline.
+    pub(crate) async fn wait_for<K: Kv>(&mut self, core: &Core<K>, blockers: Blockers) -> Result<()> {
+        let Blockers { owner, first, count, queue } = blockers;
         let depth = count + owner.len();
         let mut keys = owner;
-        let behind = Behind {
+        let predecessors = Predecessors {
             owner: keys.first().map(|kv| (kv.key.clone(), kv.create_revision)),
             queue: queue.filter(|_| !first.is_empty()),
         };
@@ -182,35 +184,49 @@ impl Patience {
         }
         let mut lease = core.lease().await?;
         keys.sort_by_key(|kv| kv.create_revision);
-        let waits: Vec<_> = keys.iter().map(|kv| (kv.key.clone(), kv.create_revision)).collect();
-        let entered = self.enter(core, depth, keys, behind);
-        for (gone, (key, created)) in waits.iter().enumerate() {
+        let blocking: Vec<_> = keys.iter().map(|kv| (kv.key.clone(), kv.create_revision)).collect();
+        let handle = self.register(core, depth, keys, predecessors);
+        for (deleted, (key, create_revision)) in blocking.iter().enumerate() {
             loop {
-                match self.until(core, &lease, core.mirror.gone(key, *created)).await {
+                match self.wait_until(core, &lease, core.watch_cache.wait_deleted(key, *create_revision)).await {
                     Some(Ok(())) => break,
-                    // Nothing is owned under it yet: the wait goes on under the next, if one is granted.
+                    // This call owns nothing under the lease yet, so it waits on under the next one.
                     Some(Err(_)) => lease = core.lease().await?,
-                    None => return Err(self.over(depth.saturating_sub(gone), entered.holder(&core.mirror).as_ref())),
+                    None => {
+                        let ahead = depth.saturating_sub(deleted);
+                        return Err(self.busy(ahead, handle.holder(&core.watch_cache).as_ref()));
+                    }
                 }
             }
         }
         Ok(())
     }
 
-    /// Takes note of who is ahead, and shows the wait to whoever asks for as long as the answer lives.
-    fn enter<K: Kv>(&mut self, core: &Core<K>, depth: usize, ahead: Vec<KeyValue>, behind: Behind) -> Entered {
-        let seen = owners(core, ahead);
-        if !self.waited.contended {
-            self.waited.contended = true;
-            self.waited.queue_depth = depth as u64;
+    /// Records what is waited for, and lists the wait until the handle is dropped.
+    fn register<K: Kv>(
+        &mut self,
+        core: &Core<K>,
+        depth: usize,
+        ahead: Vec<KeyValue>,
+        predecessors: Predecessors,
+    ) -> WaitHandle {
+        let first = owners(core, ahead);
+        if !self.stats.contended {
+            self.stats.contended = true;
+            self.stats.queue_depth = depth as u64;
         }
-        self.waited.holder = seen.last().and_then(|seen| seen.owner.origin.clone());
+        self.stats.holder = first.last().and_then(|last| last.owner.origin.clone());
         let (kind, challenge) = (self.kind, self.challenge.clone());
-        core.waits.enter(Waiting { kind, challenge, since: Timestamp::now(), behind, seen })
+        core.waits.register(WaitEntry { kind, challenge, since: Timestamp::now(), predecessors, first })
     }
 
-    /// `None` when patience ends first.
-    async fn until<K: Kv>(&self, core: &Core<K>, lease: &Lease, turn: impl Future<Output = ()>) -> Option<Result<()>> {
+    /// Waits for `turn`, and fails if the lease is lost first. `None` at the deadline.
+    async fn wait_until<K: Kv>(
+        &self,
+        core: &Core<K>,
+        lease: &Lease,
+        turn: impl Future<Output = ()>,
+    ) -> Option<Result<()>> {
         let turn = async {
             tokio::select! {
                 biased;
@@ -218,13 +234,13 @@ impl Patience {
                 () = lease.lost() => Err(lease_lost(core.kv.name())),
             }
         };
-        timeout_at(self.ends, turn).await.ok()
+        timeout_at(self.deadline, turn).await.ok()
     }
 
-    fn over(&self, ahead: usize, holder: Option<&Holder>) -> Error {
+    fn busy(&self, ahead: usize, holder: Option<&Holder>) -> Error {
         let waited_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let held =
+        let held_by =
             holder.map_or(String::new(), |Holder { replica, since, .. }| format!(" (held by {replica} since {since})"));
-        Error::Busy { what: format!("{}{held}", self.what), waited_ms, ahead: ahead as u64 }
+        Error::Busy { what: format!("{}{held_by}", self.what), waited_ms, ahead: ahead as u64 }
     }
 }

@@ -1,4 +1,4 @@
-//! The replica's lease: kept alive, and given up for lost as soon as it may have run out.
+//! The replica's lease: kept alive in the background, treated as lost as soon as it may have expired, and replaced by the next one.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -17,61 +17,61 @@ use crate::{
     kv::{Kv, KvError, KvResult, LeaseId},
 };
 
-/// How much of its time to live a lease is given less than the store gives it: clocks of two machines do not run at one speed.
+/// A lease counts as expired this fraction (one tenth) of its time to live early, because the clocks of two machines differ in speed.
 const MARGIN: u32 = 10;
 
-/// A lease that lived when it was asked for.
+/// A lease that was granted to this replica.
 #[derive(Debug, Clone)]
 pub(crate) struct Lease {
     pub(crate) id: LeaseId,
     lost: CancellationToken,
-    good_until: Arc<Mutex<Instant>>,
+    valid_until: Arc<Mutex<Instant>>,
 }
 
 impl Lease {
-    fn new(id: LeaseId, good_until: Instant) -> Self {
-        Self { id, lost: CancellationToken::new(), good_until: Arc::new(Mutex::new(good_until)) }
+    fn new(id: LeaseId, valid_until: Instant) -> Self {
+        Self { id, lost: CancellationToken::new(), valid_until: Arc::new(Mutex::new(valid_until)) }
     }
 
-    /// Resolves when it may have run out.
+    /// Resolves once the lease may have expired.
     pub(crate) fn lost(&self) -> impl Future<Output = ()> + Send + use<> {
         self.lost.clone().cancelled_owned()
     }
 
-    /// Whether it may have run out. By the clock too: a paused process has not been told yet.
+    /// Whether the lease may have expired. Reads the clock too: a process that was paused has not been notified yet.
     pub(crate) fn is_lost(&self) -> bool {
-        self.lost.is_cancelled() || Instant::now() >= self.good_until()
+        self.lost.is_cancelled() || Instant::now() >= self.valid_until()
     }
 
-    /// Gives it up: whatever is under it counts as lost from now on, and is removed.
-    pub(crate) fn lose(&self) {
+    /// Gives the lease up: every key under it counts as lost from now on, and is deleted.
+    pub(crate) fn give_up(&self) {
         self.lost.cancel();
     }
 
-    fn good_until(&self) -> Instant {
-        *self.good_until.lock().unwrap_or_else(PoisonError::into_inner)
+    fn valid_until(&self) -> Instant {
+        *self.valid_until.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn extend(&self, until: Instant) {
-        *self.good_until.lock().unwrap_or_else(PoisonError::into_inner) = until;
+        *self.valid_until.lock().unwrap_or_else(PoisonError::into_inner) = until;
     }
 }
 
-/// Where the current lease is found.
+/// A handle to the current lease.
 #[derive(Debug, Clone)]
 pub(crate) struct Session {
-    published: Arc<Published>,
+    shared: Arc<Shared>,
 }
 
-/// Wakes in the order of waiting, which a watch channel does not.
+/// Wakes waiters in the order in which they began to wait, unlike a watch channel.
 #[derive(Debug)]
-struct Published {
+struct Shared {
     state: Mutex<State>,
     changed: Notify,
 }
 
-impl Published {
-    fn replace(&self, state: State) {
+impl Shared {
+    fn set(&self, state: State) {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
         self.changed.notify_waiters();
     }
@@ -79,34 +79,34 @@ impl Published {
 
 #[derive(Debug, Clone)]
 enum State {
-    /// Being granted.
-    Asked,
+    /// A lease was requested.
+    Requested,
     Granted(Lease),
-    /// Refused or unanswered; asked for again after a while.
+    /// The request failed and is repeated after a pause.
     Failed(KvError),
     Stopped,
 }
 
 impl Session {
-    /// The session, and the task that keeps it until `stop`.
+    /// Returns the session, and the task that maintains its lease until `stop`.
     pub(crate) fn start<K: Kv>(
         kv: Arc<K>,
         ttl: Duration,
         jitter: Arc<Jitter>,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send) {
-        let published = Arc::new(Published { state: Mutex::new(State::Asked), changed: Notify::new() });
-        (Self { published: published.clone() }, keep(kv, ttl, published, jitter, stop))
+        let shared = Arc::new(Shared { state: Mutex::new(State::Requested), changed: Notify::new() });
+        (Self { shared: shared.clone() }, maintain(kv, ttl, shared, jitter, stop))
     }
 
-    /// The current lease. Waits while one is being granted, and fails as soon as that has failed.
+    /// Returns the current lease. Waits while one is requested, and fails as soon as the request does.
     pub(crate) async fn lease(&self) -> KvResult<Lease> {
         loop {
-            // Before the look, so that no change is missed after it.
-            let changed = self.published.changed.notified();
-            match &*self.published.state.lock().unwrap_or_else(PoisonError::into_inner) {
+            // Created before the state is read, so that no later change is missed.
+            let changed = self.shared.changed.notified();
+            match &*self.shared.state.lock().unwrap_or_else(PoisonError::into_inner) {
                 State::Granted(lease) if !lease.is_lost() => return Ok(lease.clone()),
-                State::Asked | State::Granted(_) => {}
+                State::Requested | State::Granted(_) => {}
                 State::Failed(error) => return Err(error.clone()),
                 State::Stopped => return Err(KvError::Unavailable("the store is shut down".to_owned())),
             }
@@ -115,120 +115,120 @@ impl Session {
     }
 }
 
-async fn keep<K: Kv>(kv: Arc<K>, ttl: Duration, publish: Arc<Published>, jitter: Arc<Jitter>, stop: CancellationToken) {
+async fn maintain<K: Kv>(kv: Arc<K>, ttl: Duration, shared: Arc<Shared>, jitter: Arc<Jitter>, stop: CancellationToken) {
     let mut backoff = Backoff::new(&jitter);
-    // The leases before this one: nobody waits for them to be revoked.
-    let mut revoking = FuturesUnordered::new();
+    // Revocations of earlier leases, which nothing waits for until shutdown.
+    let mut revocations = FuturesUnordered::new();
     while !stop.is_cancelled() {
-        // From the time of sending: the store may have counted from then.
+        // The store may have started the time to live when the request was sent.
         let sent = Instant::now();
         let granted = tokio::select! {
             biased;
             () = stop.cancelled() => break,
-            granted = beside(&mut revoking, kv.grant(ttl)) => granted,
+            granted = alongside(&mut revocations, kv.grant(ttl)) => granted,
         };
         match granted {
             Ok((id, ttl)) => {
                 backoff.reset();
-                let good = ttl - ttl / MARGIN;
-                let lease = Lease::new(id, sent + good);
-                publish.replace(State::Granted(lease.clone()));
-                beside(&mut revoking, keep_one(kv.as_ref(), &lease, good, &jitter, &stop)).await;
-                lease.lose();
-                publish.replace(State::Asked);
-                // So that others need not wait for it to run out.
-                revoking.push(revoke(kv.clone(), id, ttl, Backoff::new(&jitter)).boxed());
+                let valid_for = ttl - ttl / MARGIN;
+                let lease = Lease::new(id, sent + valid_for);
+                shared.set(State::Granted(lease.clone()));
+                alongside(&mut revocations, keep_alive(kv.as_ref(), &lease, valid_for, &jitter, &stop)).await;
+                lease.give_up();
+                shared.set(State::Requested);
+                // So that other replicas need not wait until it expires.
+                revocations.push(revoke(kv.clone(), id, ttl, Backoff::new(&jitter)).boxed());
             }
             Err(error) => {
-                tracing::warn!(%error, "no lease was granted, trying again");
-                // Whether or not one was granted, nobody knows it: nothing can be under it.
-                publish.replace(State::Failed(match error {
+                tracing::warn!(%error, "cannot get a lease, retrying");
+                // If one was granted after all, its id is unknown and no key can be under it.
+                shared.set(State::Failed(match error {
                     KvError::Ambiguous(detail) => KvError::Unavailable(detail),
                     error => error,
                 }));
                 tokio::select! {
                     biased;
                     () = stop.cancelled() => {}
-                    () = beside(&mut revoking, sleep(backoff.pause())) => {}
+                    () = alongside(&mut revocations, sleep(backoff.pause())) => {}
                 }
             }
         }
     }
-    publish.replace(State::Stopped);
-    while revoking.next().await.is_some() {}
+    shared.set(State::Stopped);
+    while revocations.next().await.is_some() {}
 }
 
-/// Runs one future to its end, and others with it meanwhile.
-async fn beside<T>(others: &mut FuturesUnordered<BoxFuture<'static, ()>>, one: impl Future<Output = T>) -> T {
-    let mut one = std::pin::pin!(one);
+/// Runs `future` to its end, and polls `others` meanwhile.
+async fn alongside<T>(others: &mut FuturesUnordered<BoxFuture<'static, ()>>, future: impl Future<Output = T>) -> T {
+    let mut future = std::pin::pin!(future);
     loop {
         tokio::select! {
             biased;
-            done = &mut one => return done,
+            output = &mut future => return output,
             Some(()) = others.next() => {}
         }
     }
 }
 
-/// Revokes a lease; gives up when it has run out by itself.
+/// Revokes a lease, retrying until it has expired.
 async fn revoke<K: Kv>(kv: Arc<K>, lease: LeaseId, ttl: Duration, mut backoff: Backoff) {
-    let ends = Instant::now() + ttl;
+    let expires = Instant::now() + ttl;
     while let Err(error) = kv.revoke(lease).await {
-        let again = Instant::now() + backoff.pause();
-        if again >= ends {
-            tracing::warn!(%error, lease, "the lease could not be revoked, it has run out by itself");
+        let retry_at = Instant::now() + backoff.pause();
+        if retry_at >= expires {
+            tracing::warn!(%error, lease, "cannot revoke a lease; it has expired by now");
             return;
         }
-        tracing::debug!(%error, lease, "the lease could not be revoked, trying again");
-        sleep_until(again).await;
+        tracing::debug!(%error, lease, "cannot revoke a lease, retrying");
+        sleep_until(retry_at).await;
     }
 }
 
-/// Returns when the lease is lost or is not wanted any more.
-async fn keep_one<K: Kv>(kv: &K, lease: &Lease, good: Duration, jitter: &Arc<Jitter>, stop: &CancellationToken) {
-    let mut next = good / 3;
+/// Renews the lease until it is lost or `stop` is set.
+async fn keep_alive<K: Kv>(kv: &K, lease: &Lease, valid_for: Duration, jitter: &Arc<Jitter>, stop: &CancellationToken) {
+    let mut pause = valid_for / 3;
     let mut backoff = Backoff::new(jitter);
-    let given_up = async {
+    let lost = async {
         tokio::select! {
             biased;
             () = stop.cancelled() => {}
             () = lease.lost() => {}
-            () = until_run_out(lease) => {
-                tracing::error!(lease = lease.id, "the lease may have run out: all work under it is given up");
+            () = wait_expired(lease) => {
+                tracing::error!(lease = lease.id, "the lease may have expired: all work under it is stopped");
             }
         }
     };
-    let kept_alive = async {
+    let renew = async {
         loop {
-            sleep(next).await;
+            sleep(pause).await;
             let sent = Instant::now();
             match kv.keep_alive(lease.id).await {
-                // An answer that comes too late finds the lease given up.
+                // A response that comes too late does not revive the lease.
                 Ok(()) if !lease.is_lost() => {
-                    lease.extend(sent + good);
-                    next = good / 3;
+                    lease.extend(sent + valid_for);
+                    pause = valid_for / 3;
                     backoff.reset();
                 }
                 Ok(()) => {}
                 Err(KvError::LeaseNotFound) => {
-                    tracing::error!(lease = lease.id, "the lease has run out: all work under it is given up");
+                    tracing::error!(lease = lease.id, "the lease has expired: all work under it is stopped");
                     return;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "the lease was not kept alive, trying again");
-                    next = backoff.pause();
+                    tracing::warn!(%error, "cannot renew the lease, retrying");
+                    pause = backoff.pause();
                 }
             }
         }
     };
-    // Whatever a call takes, it does not hold up that the lease is given up.
-    tokio::select! { biased; () = given_up => {}, () = kept_alive => {} }
+    // The loss is noticed in time, however long a renewal takes.
+    tokio::select! { biased; () = lost => {}, () = renew => {} }
 }
 
-/// Returns when a lease may have run out, which is put off whenever it is kept alive.
-async fn until_run_out(lease: &Lease) {
+/// Returns once a lease may have expired. Each renewal postpones that.
+async fn wait_expired(lease: &Lease) {
     loop {
-        let until = lease.good_until();
+        let until = lease.valid_until();
         if Instant::now() >= until {
             return;
         }

@@ -1,4 +1,4 @@
-//! Who of this replica waits, for whom, and since when: for whoever asks, without asking the store.
+//! The calls of this replica that wait, listed without a request to the store.
 
 use std::{
     collections::BTreeMap,
@@ -12,14 +12,17 @@ use gauntlet_domain::{ChallengeId, LockKind};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::{kv::KeyRange, mirror::Mirror, records::Owner};
+use crate::{
+    records::Owner,
+    watch_cache::{Predecessors, WatchCache},
+};
 
-/// Who holds something, or stands in its queue.
+/// A holder of a lock or an instance, or a waiter in a lock's queue.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Holder {
     /// The replica's name.
     pub replica: String,
-    /// Since when it has held it or waited for it, by its own clock.
+    /// When it began to hold or to wait, by its own clock.
     pub since: Timestamp,
     /// The trace of its call, in W3C traceparent form.
     pub origin: Option<String>,
@@ -34,102 +37,95 @@ impl From<&Owner> for Holder {
 /// A call of this replica that waits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Wait {
-    /// What is waited for: `challenge`, `rollout` or `instance`.
+    /// What it waits for: `challenge`, `rollout` or `instance`.
     pub kind: &'static str,
-    /// Of which challenge.
+    /// The challenge.
     pub challenge: String,
-    /// How many are ahead, the holder included.
+    /// The number of holders and waiters ahead.
     pub position: usize,
-    /// Since when it has waited.
+    /// When the wait began.
     pub since: Timestamp,
-    /// Who holds it, where that was among those seen when the wait began.
+    /// The current holder, if it was among the first in the queue when the wait began.
     pub holder: Option<Holder>,
 }
 
-/// Those who wait now.
+/// All current waits of this replica.
 #[derive(Debug, Default)]
 pub(crate) struct Waits {
     next: AtomicU64,
-    waiting: Mutex<BTreeMap<u64, Waiting>>,
+    entries: Mutex<BTreeMap<u64, WaitEntry>>,
 }
 
 #[derive(Debug)]
-pub(crate) struct Waiting {
+pub(crate) struct WaitEntry {
     pub(crate) kind: LockKind,
     pub(crate) challenge: ChallengeId,
     pub(crate) since: Timestamp,
-    pub(crate) behind: Behind,
-    /// Some who are ahead, in order.
-    pub(crate) seen: Vec<Seen>,
+    pub(crate) predecessors: Predecessors,
+    /// The first predecessors, in order of creation.
+    pub(crate) first: Vec<KeyOwner>,
 }
 
-/// A key that somebody owns.
+/// A live key and its owner.
 #[derive(Debug)]
-pub(crate) struct Seen {
+pub(crate) struct KeyOwner {
     pub(crate) key: String,
-    /// The revision at which it came to be.
-    pub(crate) created: u64,
+    pub(crate) create_revision: u64,
     pub(crate) owner: Owner,
 }
 
-/// What must go first.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Behind {
-    /// All in that range that came to be before this revision.
-    pub(crate) queue: Option<(KeyRange, u64)>,
-    /// A key, as it came to be at that revision.
-    pub(crate) owner: Option<(String, u64)>,
-}
-
 impl Waits {
-    /// Counts a wait for as long as the answer lives.
-    pub(crate) fn enter(self: &Arc<Self>, waiting: Waiting) -> Entered {
+    /// Lists a wait until the handle is dropped.
+    pub(crate) fn register(self: &Arc<Self>, entry: WaitEntry) -> WaitHandle {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        self.lock().insert(number, waiting);
-        Entered { waits: self.clone(), number }
+        self.lock().insert(number, entry);
+        WaitHandle { waits: self.clone(), number }
     }
 
-    /// How many wait, and the first of them, at most so many.
-    pub(crate) fn list(&self, mirror: &Mirror, most: usize) -> (usize, Vec<Wait>) {
-        let waiting = self.lock();
-        let listed = waiting.values().take(most).map(|waiting| Wait {
-            kind: waiting.kind.name(),
-            challenge: waiting.challenge.as_str().to_owned(),
-            position: mirror.ahead(&waiting.behind),
-            since: waiting.since,
-            holder: holder(mirror, &waiting.seen),
+    /// The number of waits, and the `limit` oldest of them.
+    pub(crate) fn list(&self, watch_cache: &WatchCache, limit: usize) -> (usize, Vec<Wait>) {
+        let entries = self.lock();
+        let listed = entries.values().take(limit).map(|entry| Wait {
+            kind: entry.kind.name(),
+            challenge: entry.challenge.as_str().to_owned(),
+            position: watch_cache.count(&entry.predecessors),
+            since: entry.since,
+            holder: current_holder(watch_cache, &entry.first),
         });
-        (waiting.len(), listed.collect())
+        (entries.len(), listed.collect())
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Waiting>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, WaitEntry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The first of those seen who is still there.
-fn holder(mirror: &Mirror, seen: &[Seen]) -> Option<Holder> {
-    seen.iter().find(|seen| mirror.holds(&seen.key, seen.created)).map(|seen| (&seen.owner).into())
+/// The first of the predecessors whose key still exists.
+fn current_holder(watch_cache: &WatchCache, first: &[KeyOwner]) -> Option<Holder> {
+    first
+        .iter()
+        .find(|ahead| watch_cache.contains(&ahead.key, ahead.create_revision))
+        .map(|ahead| (&ahead.owner).into())
 }
 
-/// A wait under way.
+/// Keeps a wait listed.
 #[derive(Debug)]
-pub(crate) struct Entered {
+pub(crate) struct WaitHandle {
     waits: Arc<Waits>,
     number: u64,
 }
 
-impl Entered {
-    /// Who holds what is waited for.
-    pub(crate) fn holder(&self, mirror: &Mirror) -> Option<Holder> {
-        let waiting = self.waits.lock();
-        let seen = &waiting.get(&self.number)?.seen;
-        // The watch may not have come that far.
-        holder(mirror, seen).or_else(|| seen.first().map(|seen| (&seen.owner).into()))
+impl WaitHandle {
+    /// The current holder of what is waited for.
+    pub(crate) fn holder(&self, watch_cache: &WatchCache) -> Option<Holder> {
+        let entries = self.waits.lock();
+        let first = &entries.get(&self.number)?.first;
+        // If the watch has not reached these keys yet, the first predecessor is the best guess.
+        current_holder(watch_cache, first).or_else(|| first.first().map(|ahead| (&ahead.owner).into()))
     }
 }
 
-impl Drop for Entered {
+impl Drop for WaitHandle {
     fn drop(&mut self) {
         self.waits.lock().remove(&self.number);
     }

@@ -48,7 +48,7 @@ async fn each_of<K: Kv>(store: &Coordination<K>, count: usize) -> usize {
     waiting(store, count + 1, &mut waiters).await;
     let taken = HeapStats::get().curr_bytes - before;
     drop((first, waiters));
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     taken / count
 }
 

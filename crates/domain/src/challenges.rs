@@ -114,7 +114,7 @@ impl Gauntlet {
         let challenge = match changed {
             Ok(challenge) => challenge,
             Err(error) => {
-                self.store.release(rollout).await?;
+                rollout.release().await?;
                 return Err(error);
             }
         };
@@ -139,7 +139,7 @@ impl Gauntlet {
         match self.store.challenge(id).await? {
             Some(stored) if stored.value.deleting => self.close(call, rollout, id).await,
             // Another deletion was first; what is there by now was created since.
-            _ => self.store.release(rollout).await,
+            _ => rollout.release().await,
         }
     }
 
@@ -161,11 +161,11 @@ impl Gauntlet {
         };
         match edited {
             Ok(challenge) => {
-                self.store.update_challenge(held, &challenge).await?;
+                held.update_challenge(&challenge).await?;
                 Ok(challenge)
             }
             Err(error) => {
-                self.store.release(held).await?;
+                held.release().await?;
                 Err(error)
             }
         }
@@ -199,7 +199,7 @@ impl Gauntlet {
                 Ok(())
             })
             .await?;
-        self.store.release(rollout).await?;
+        rollout.release().await?;
         Ok((challenge, failures))
     }
 
@@ -280,13 +280,13 @@ impl Gauntlet {
             let by = self.by(call, self.deadline(call));
             let held = self.store.lock(LockKind::Challenge, id, &by).await?;
             match self.store.challenge(id).await? {
-                Some(stored) if stored.value.deleting => self.store.remove_challenge(held, id).await,
+                Some(stored) if stored.value.deleting => held.remove_challenge().await,
                 // Gone, and perhaps created anew by now, while this was held up: that is not the one that was to go.
-                _ => self.store.release(held).await,
+                _ => held.release().await,
             }
         };
         let removed = removed.await;
-        self.store.release(rollout).await?;
+        rollout.release().await?;
         removed
     }
 

@@ -312,7 +312,7 @@ impl Gauntlet {
             Ok(())
         });
         match down.await {
-            Ok(()) => self.store.commit(held, &instance.key, Outcome::Remove).await,
+            Ok(()) => held.commit(Outcome::Remove).await,
             Err(error @ Error::Fenced(_)) => Err(error),
             Err(error) => {
                 let mut instance = instance;
@@ -472,7 +472,7 @@ impl Gauntlet {
     }
 
     async fn settle(&self, held: LockGuard, instance: Instance) -> Result<Instance> {
-        self.store.commit(held, &instance.key, Outcome::Put(Box::new(instance.clone()))).await?;
+        held.commit(Outcome::Put(Box::new(instance.clone()))).await?;
         Ok(instance)
     }
 

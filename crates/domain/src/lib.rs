@@ -37,7 +37,7 @@ pub use reconcile::ReconcileReport;
 pub use replenish::{PoolJob, PoolPlan};
 pub use scenarios::{Pinned, PreparedScenario, Scenarios};
 pub use store::{
-    Census, Grant, Intent, LockGuard, LockKind, LockOptions, Outcome, Pool, Snapshot, Store, Stored, Stream,
-    Unfinished, Version, WaitStats,
+    Acquired, Census, Change, Intent, Layered, LockGuard, LockKind, LockLayer, LockOptions, Outcome, Ownership, Pool,
+    Snapshot, Store, Stored, Stream, Unfinished, Version, WaitStats,
 };
 pub use usecases::{Call, Clock, Entropy, Gauntlet, Settings};

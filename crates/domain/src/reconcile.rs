@@ -119,7 +119,7 @@ impl Gauntlet {
             Some(challenge) if challenge.rollout.is_some() => {
                 return self.roll_out(call, rollout, challenge).await.map(|(_, failures)| failures);
             }
-            _ => self.store.release(rollout).await?,
+            _ => rollout.release().await?,
         }
         Ok(Vec::new())
     }

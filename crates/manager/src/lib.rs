@@ -32,7 +32,7 @@ use connections::Port;
 use gauntlet_domain::{Error, Gauntlet, Provisioner as _, Settings, Store};
 pub use gauntlet_provision::process::shim::run_if_requested as supervise_if_requested;
 use gauntlet_telemetry::Telemetry;
-use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, ObservedStore, SignallingFacts};
+use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, SignallingFacts, observed_store};
 use operations::Operations;
 use reconciler::Reconciler;
 use signals::Signals;
@@ -99,7 +99,7 @@ impl Manager {
         }
         let provisioner = ObservedProvisioner::new(instances.clone(), instruments.clone());
         let scenarios = ObservedScenarios::new(Arc::new(library.clone()), instances.name(), instruments.clone());
-        let store: Arc<dyn Store> = Arc::new(ObservedStore::new(backend.store(), instruments.clone()));
+        let store = observed_store(backend.store(), instruments.clone());
 
         let settings = Settings { lock_timeout: config.lock_timeout, pool_max: config.pool_max, ..Settings::default() };
         let signals = Signals::default();

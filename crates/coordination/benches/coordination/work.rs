@@ -75,7 +75,7 @@ fn lock<K: Kv>(store: &Arc<Coordination<K>>, of: Of) -> Work {
             };
             let by = LockOptions { traceparent: None, timeout: PATIENCE };
             let held = store.lock(LockKind::Challenge, &id, &by).await.expect("a lock");
-            store.release(held).await.expect("a release");
+            held.release().await.expect("a release");
         }
         .boxed()
     })

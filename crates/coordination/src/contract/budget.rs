@@ -29,7 +29,7 @@ pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
 
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     spent("a lock is taken", &[("txn", 1)]);
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     spent("a lock is released", &[("txn", 1)]);
 
     let key = instance_key("web", "alice");
@@ -38,7 +38,7 @@ pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
     let web = snapshot.challenge.unwrap();
     let intent = instance(key.clone(), Phase::Provisioning);
     let held = store.begin_create(&web, &intent, None, &patient()).await.unwrap();
-    store.commit(held, &key, Outcome::Put(Box::new(instance(key.clone(), Phase::Ready)))).await.unwrap();
+    held.commit(Outcome::Put(Box::new(instance(key.clone(), Phase::Ready)))).await.unwrap();
     spent("a create", &[("txn", 2)]);
 
     let stored = store.at(&key).await;
@@ -47,7 +47,7 @@ pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
     spent("a renewal", &[("txn", 1)]);
 
     let (held, _) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
-    store.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     spent("a delete", &[("txn", 2)]);
 
     store.put(&[instance(pooled_key("web", 1), Phase::Ready)]).await;
@@ -60,7 +60,7 @@ pub(super) async fn each_operation_keeps_its_budget(rig: &impl Rig) {
     spent("what a refill needs to know", &[("txn", 1)]);
 
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    store.update_challenge(held, &web.value).await.unwrap();
+    held.update_challenge(&web.value).await.unwrap();
     spent("a change of a challenge", &[("txn", 2)]);
 
     let all: Vec<Instance> =
@@ -148,7 +148,7 @@ pub(super) async fn a_commit_that_was_resolved_costs_nothing_later(rig: &impl Ri
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     let web = store.stored("web").await.value;
     store.core.kv.fail_next(Fault::LostAnswer);
-    store.update_challenge(held, &Challenge { revision: web.revision + 1, ..web }).await.unwrap();
+    held.update_challenge(&Challenge { revision: web.revision + 1, ..web }).await.unwrap();
     for who in ["alice", "bob"] {
         store.core.kv.reset();
         gauntlet.create_instance(&call(), &id("web"), &source(who), BTreeMap::new()).await.unwrap();
@@ -159,7 +159,7 @@ pub(super) async fn a_commit_that_was_resolved_costs_nothing_later(rig: &impl Ri
     let held = store.begin_create(&store.stored("web").await, &intent, None, &patient()).await.unwrap();
     store.core.kv.fail_next(Fault::LostAnswer);
     let ready = Instance { applied_revision: 2, until: None, ..instance(key.clone(), Phase::Ready) };
-    store.commit(held, &key, Outcome::Put(Box::new(ready))).await.unwrap();
+    held.commit(Outcome::Put(Box::new(ready))).await.unwrap();
     for which in ["a renewal", "another"] {
         store.core.kv.reset();
         gauntlet.renew_instance(&call(), &id("web"), &source("carol")).await.unwrap();
@@ -208,6 +208,6 @@ pub(super) async fn a_thousand_waiters_share_one_watch(rig: &impl Rig) {
     .await;
     assert_eq!(store.core.kv.calls().get("follow"), Some(&1));
     drop(waiting);
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     store.check().await;
 }

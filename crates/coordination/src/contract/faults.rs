@@ -21,17 +21,17 @@ pub(super) async fn a_lost_lease_cannot_commit(rig: &impl Rig) {
     let (held, begun) = store.begin(&key, Intent::Update(target(9)), &patient()).await.unwrap();
     let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.revoke().await;
-    let committed = store.commit(held, &key, Outcome::Put(Box::new(ready.value.clone()))).await;
+    let committed = held.commit(Outcome::Put(Box::new(ready.value.clone()))).await;
     assert!(matches!(committed, Err(Error::Fenced(_))), "{committed:?}");
-    let updated = store.update_challenge(lock, &Challenge { revision: 5, ..web.value.clone() }).await;
+    let updated = lock.update_challenge(&Challenge { revision: 5, ..web.value.clone() }).await;
     assert!(matches!(updated, Err(Error::Fenced(_))), "{updated:?}");
     assert_eq!(other.stored("web").await, web);
     assert_eq!(other.at(&key).await.value, begun, "nothing was written");
     // Somebody else carries on, and the loser does not disturb it.
     let (held, _) = other.begin(&key, Intent::Recover, &patient()).await.unwrap();
     let lock = other.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
-    other.remove_challenge(lock, &id("web")).await.unwrap_err();
-    other.commit(held, &key, Outcome::Put(Box::new(ready.value))).await.unwrap();
+    lock.remove_challenge().await.unwrap_err();
+    held.commit(Outcome::Put(Box::new(ready.value))).await.unwrap();
     other.check().await;
 }
 
@@ -42,10 +42,10 @@ pub(super) async fn a_lost_lease_is_noticed_and_replaced(rig: &impl Rig) {
     store.revoke().await;
     let guarded = tokio::time::timeout(Duration::from_secs(30), held.run(std::future::pending::<Result<(), Error>>()));
     assert!(matches!(guarded.await, Ok(Err(Error::Fenced(_)))));
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     assert!(held.token > token);
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     store.check().await;
 }
 
@@ -54,7 +54,7 @@ pub(super) async fn the_first_to_meet_a_lost_lease_goes_on_under_the_next(rig: &
     let web = store.with("web").await;
     store.revoke().await;
     let lock = store.lock(LockKind::Rollout, &id("web"), &at_once()).await.unwrap();
-    store.release(lock).await.unwrap();
+    lock.release().await.unwrap();
     store.revoke().await;
     let alice = store.ready(&web, instance_key("web", "alice")).await;
     // Somebody is ahead, too, and one waits already when another learns that the lease is gone.
@@ -63,22 +63,22 @@ pub(super) async fn the_first_to_meet_a_lost_lease_goes_on_under_the_next(rig: &
     let waits = async {
         eventually("the create waits", || async { store.waits(2).0 == 1 }).await;
         let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-        store.release(held).await
+        held.release().await
     };
     let create = async {
         let bob = instance(instance_key("web", "bob"), Phase::Provisioning);
         let held = store.begin_create(&web, &bob, None, &patient()).await.unwrap();
-        store.commit(held, &bob.key, Outcome::Remove).await
+        held.commit(Outcome::Remove).await
     };
     let hands_on = async {
         eventually("both wait", || async { store.waits(2).0 == 2 }).await;
-        other.release(theirs).await
+        theirs.release().await
     };
     let (waited, created, handed_on) = futures::join!(waits, create, hands_on);
     waited.and(created).and(handed_on).unwrap();
     store.revoke().await;
     let (held, _) = store.begin(&alice.value.key, Intent::Delete, &at_once()).await.unwrap();
-    store.commit(held, &alice.value.key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -98,10 +98,10 @@ pub(super) async fn a_crash_leaves_work_that_is_found(rig: &impl Rig) {
     assert_eq!(left, creating);
     assert_eq!(other.unfinished(at(0)).await.unwrap(), expected[1..]);
     assert_eq!(store.begin(&creating.key, Intent::Recover, &at_once()).await.unwrap_err(), Error::Conflict);
-    other.commit(held, &creating.key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     let (held, left) = other.begin(&deleting, Intent::Recover, &at_once()).await.unwrap();
     assert_eq!(left.phase, Phase::Deleting);
-    other.commit(held, &deleting, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     assert!(other.unfinished(at(0)).await.unwrap().is_empty());
     drop((one, two));
     other.check().await;
@@ -113,7 +113,7 @@ pub(super) async fn a_failure_is_found_when_it_is_due(rig: &impl Rig) {
     let key = store.ready(&web, instance_key("web", "alice")).await.value.key;
     let (held, begun) = store.begin(&key, Intent::Update(target(9)), &patient()).await.unwrap();
     let down = Instance { phase: failed(at(100)), ..begun };
-    store.commit(held, &key, Outcome::Put(Box::new(down.clone()))).await.unwrap();
+    held.commit(Outcome::Put(Box::new(down.clone()))).await.unwrap();
     assert_eq!(store.at(&key).await.value, down);
     assert!(store.unfinished(at(99)).await.unwrap().is_empty());
     assert_eq!(store.unfinished(at(100)).await.unwrap(), vec![Unfinished::Instance(key.clone())]);
@@ -121,13 +121,13 @@ pub(super) async fn a_failure_is_found_when_it_is_due(rig: &impl Rig) {
     assert_eq!(again, down, "its phase stays");
     assert!(store.unfinished(at(100)).await.unwrap().is_empty());
     let down = Instance { phase: failed(at(200)), ..down };
-    store.commit(held, &key, Outcome::Put(Box::new(down))).await.unwrap();
+    held.commit(Outcome::Put(Box::new(down))).await.unwrap();
     assert!(store.unfinished(at(199)).await.unwrap().is_empty());
     store.check().await;
     // A failed one can be deleted; its target is not forgotten.
     let (held, begun) = store.begin(&key, Intent::Delete, &at_once()).await.unwrap();
     assert_eq!(begun.target, Some(target(9)));
-    store.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -139,17 +139,17 @@ pub(super) async fn an_unfinished_rollout_is_found(rig: &impl Rig) {
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     let started =
         Challenge { rollout: Some(Rollout { strategy: Strategy::BlueGreen, traceparent: None }), ..web.clone() };
-    store.update_challenge(held, &started).await.unwrap();
+    held.update_challenge(&started).await.unwrap();
     assert_eq!(store.stored("web").await.value, started);
     assert!(store.unfinished(at(0)).await.unwrap().is_empty(), "somebody is at it");
     drop(rollout);
     let found = [Unfinished::Challenge(id("web"))];
     eventually("found", || async { store.unfinished(at(0)).await.unwrap() == found }).await;
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    store.update_challenge(held, &Challenge { deleting: true, ..web.clone() }).await.unwrap();
+    held.update_challenge(&Challenge { deleting: true, ..web.clone() }).await.unwrap();
     assert_eq!(store.unfinished(at(0)).await.unwrap(), found);
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    store.update_challenge(held, &web).await.unwrap();
+    held.update_challenge(&web).await.unwrap();
     assert!(store.unfinished(at(0)).await.unwrap().is_empty());
     store.check().await;
 }
@@ -163,24 +163,24 @@ pub(super) async fn an_unknown_commit_is_resolved(rig: &impl Rig) {
         let held = store.begin_create(&web, &intent, None, &patient()).await.unwrap();
         store.core.kv.fail_next(fault);
         let ready = instance(key.clone(), Phase::Ready);
-        store.commit(held, &key, Outcome::Put(Box::new(ready.clone()))).await.unwrap();
+        held.commit(Outcome::Put(Box::new(ready.clone()))).await.unwrap();
         assert_eq!(store.at(&key).await.value, ready);
         let (held, _) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
         store.core.kv.fail_next(fault);
-        store.commit(held, &key, Outcome::Remove).await.unwrap();
+        held.commit(Outcome::Remove).await.unwrap();
         assert_eq!(store.instance(&key).await.unwrap(), None);
         let lock = || async { store.lock(LockKind::Challenge, &id(name), &at_once()).await.unwrap() };
         let held = lock().await;
         store.core.kv.fail_next(fault);
         let changed = Challenge { revision: 2, ..web.value.clone() };
-        store.update_challenge(held, &changed).await.unwrap();
+        held.update_challenge(&changed).await.unwrap();
         assert_eq!(store.stored(name).await.value, changed);
         let held = lock().await;
         store.core.kv.fail_next(fault);
-        store.release(held).await.unwrap();
+        held.release().await.unwrap();
         let held = lock().await;
         store.core.kv.fail_next(fault);
-        store.remove_challenge(held, &id(name)).await.unwrap();
+        held.remove_challenge().await.unwrap();
         assert_eq!(store.challenge(&id(name)).await.unwrap(), None);
         store.check().await;
     }
@@ -194,12 +194,12 @@ pub(super) async fn a_commit_that_stays_unknown_is_left_to_recovery(rig: &impl R
     let held = store.begin_create(&web, &intent, None, &patient()).await.unwrap();
     store.core.kv.fail_next(Fault::LostRequest);
     store.core.kv.fail_next(Fault::LostRequest);
-    let result = store.commit(held, &key, Outcome::Remove).await;
+    let result = held.commit(Outcome::Remove).await;
     assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
     eventually("found", || async { store.unfinished(at(0)).await.unwrap() == [Unfinished::Instance(key.clone())] })
         .await;
     let (held, _) = store.begin(&key, Intent::Recover, &at_once()).await.unwrap();
-    store.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -225,34 +225,26 @@ pub(super) async fn an_unknown_acquisition_is_given_up(rig: &impl Rig) {
         eventually("given up", given_up).await;
         if store.instance(&key).await.unwrap().is_some() {
             let (held, _) = store.begin(&key, Intent::Recover, &at_once()).await.unwrap();
-            store.commit(held, &key, Outcome::Remove).await.unwrap();
+            held.commit(Outcome::Remove).await.unwrap();
         }
     }
     store.check().await;
 }
 
-pub(super) async fn a_commit_of_another_store_is_refused(rig: &impl Rig) {
-    struct Foreign;
-    impl gauntlet_domain::Grant for Foreign {
-        fn lost(&self) -> futures::future::BoxFuture<'static, ()> {
-            Box::pin(std::future::pending())
-        }
-        fn as_any(&self) -> &dyn std::any::Any {
-            self
-        }
-    }
+pub(super) async fn a_guard_commits_only_what_it_locks(rig: &impl Rig) {
     let store = rig.replica("a");
     let web = store.with("web").await;
-    let held = LockGuard::new(LockKind::Instance, 1, gauntlet_domain::WaitStats::default(), Box::new(Foreign));
-    let result = store.commit(held, &instance_key("web", "alice"), Outcome::Remove).await;
-    assert!(matches!(result, Err(Error::Internal(_))));
-    // Nor does an ownership commit to another seat.
     let bob = store.ready(&web, instance_key("web", "bob")).await;
+    let alice = instance(instance_key("web", "alice"), Phase::Ready);
     let (held, _) = store.begin(&bob.value.key, Intent::Delete, &patient()).await.unwrap();
-    assert!(matches!(
-        store.commit(held, &instance_key("web", "alice"), Outcome::Remove).await,
-        Err(Error::Internal(_))
-    ));
+    assert!(matches!(held.commit(Outcome::Put(Box::new(alice))).await, Err(Error::Internal(_))));
+    eventually("released", || async { store.live_keys().await.is_empty() }).await;
+    let (held, _) = store.begin(&bob.value.key, Intent::Recover, &patient()).await.unwrap();
+    assert!(matches!(held.remove_challenge().await, Err(Error::Internal(_))));
+    let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
+    assert!(matches!(lock.commit(Outcome::Remove).await, Err(Error::Internal(_))));
+    assert_eq!(store.stored("web").await, web, "nothing was written");
+    assert_eq!(store.at(&bob.value.key).await.value.phase, Phase::Deleting);
 }
 
 pub(super) async fn shutdown_gives_up_what_is_owned(rig: &impl Rig) {
@@ -260,14 +252,14 @@ pub(super) async fn shutdown_gives_up_what_is_owned(rig: &impl Rig) {
     let _held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.shutdown().await;
     assert!(other.live_keys().await.is_empty());
-    other.release(other.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap()).await.unwrap();
+    other.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap().release().await.unwrap();
 }
 
 pub(super) async fn a_dropped_store_gives_up_what_it_owned(rig: &impl Rig) {
     let (store, other) = (rig.replica("a"), rig.replica("b"));
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     drop(store);
-    other.release(other.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap()).await.unwrap();
+    other.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap().release().await.unwrap();
     drop(held);
     other.check().await;
 }
@@ -288,7 +280,7 @@ pub(super) async fn an_acquisition_that_comes_to_be_late_is_given_up(rig: &impl 
     assert_eq!(other.at(&key).await.value.phase, Phase::Deleting, "it has come to be");
     eventually("nobody owns it", || async { other.live_keys().await.is_empty() }).await;
     let (held, _) = other.begin(&key, Intent::Recover, &at_once()).await.unwrap();
-    other.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     other.check().await;
 }
 
@@ -331,7 +323,7 @@ pub(super) async fn what_a_lost_lease_holds_goes_though_no_revoke_succeeds(rig: 
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     store.core.kv.fail_revoke();
     store.core.kv.hang_keep_alive();
-    other.release(other.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap()).await.unwrap();
+    other.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap().release().await.unwrap();
     let lost = tokio::time::timeout(Duration::from_secs(30), held.run(std::future::pending::<Result<(), Error>>()));
     assert!(matches!(lost.await, Ok(Err(Error::Fenced(_)))), "and its holder is told");
 }
@@ -343,7 +335,7 @@ pub(super) async fn a_lost_lease_is_replaced_while_it_is_revoked(rig: &impl Rig)
     store.core.kv.hang_revoke();
     lease.lose();
     let held = store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
 }
 
 pub(super) async fn shutdown_does_not_wait_for_a_hung_keep_alive(rig: &impl Rig) {
@@ -361,7 +353,7 @@ pub(super) async fn shutdown_waits_for_writes_under_way(rig: &impl Rig) {
     let held = store.begin_create(&web, &instance(key.clone(), Phase::Provisioning), None, &patient()).await.unwrap();
     store.core.kv.fail_next(Fault::Held);
     let ready = instance(key.clone(), Phase::Ready);
-    let commit = store.commit(held, &key, Outcome::Put(Box::new(ready.clone())));
+    let commit = held.commit(Outcome::Put(Box::new(ready.clone())));
     let late = async {
         // Time enough to revoke a lease, if it were to be revoked.
         for _ in 0..20 {
@@ -388,14 +380,14 @@ pub(super) async fn a_late_deletion_leaves_what_was_created_since(rig: &impl Rig
         assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
         // Meanwhile it is deleted, and its source has another.
         let (held, _) = other.begin(&key, Intent::Delete, &patient()).await.unwrap();
-        other.commit(held, &key, Outcome::Remove).await.unwrap();
+        held.commit(Outcome::Remove).await.unwrap();
         let anew = other.ready(&web, key.clone()).await;
         store.core.kv.deliver().await;
         assert_eq!(other.at(&key).await, anew, "{doing:?}");
         eventually("nobody owns it", || async { other.live_keys().await.is_empty() }).await;
         // One that is asked for since is for that one.
         let (held, _) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
-        store.commit(held, &key, Outcome::Remove).await.unwrap();
+        held.commit(Outcome::Remove).await.unwrap();
     }
     store.check().await;
 }

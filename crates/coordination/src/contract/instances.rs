@@ -27,7 +27,7 @@ pub(super) async fn a_seat_is_taken_once(rig: &impl Rig) {
     let held = taken.remove(0);
     assert_eq!(held.kind, LockKind::Instance);
     assert_eq!(stores[1].at(&key).await.value.phase, Phase::Provisioning);
-    stores[0].commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     stores[0].check().await;
     stores[0].ready(&web, key).await;
     stores[0].check().await;
@@ -37,7 +37,7 @@ pub(super) async fn a_changed_challenge_conflicts(rig: &impl Rig) {
     let store = rig.replica("a");
     let old = store.with("web").await;
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    store.update_challenge(held, &Challenge { revision: 2, ..old.value.clone() }).await.unwrap();
+    held.update_challenge(&Challenge { revision: 2, ..old.value.clone() }).await.unwrap();
     let intent = instance(instance_key("web", "alice"), Phase::Provisioning);
     assert_eq!(store.begin_create(&old, &intent, None, &patient()).await.unwrap_err(), Error::Conflict);
     assert_eq!(store.instance(&intent.key).await.unwrap(), None);
@@ -61,16 +61,16 @@ pub(super) async fn a_create_waits_for_the_challenge_lock(rig: &impl Rig) {
         assert!(waiting.as_mut().now_or_never().is_none());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    other.release(lock).await.unwrap();
+    lock.release().await.unwrap();
     let held = waiting.await.unwrap();
     assert!(held.waited.contended);
     assert_eq!(held.waited.holder, patient().traceparent);
-    store.commit(held, &intent.key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     // The rollout lock is no matter to it.
     let rollout = other.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
     let held = store.begin_create(&web, &intent, None, &at_once()).await.unwrap();
-    store.commit(held, &intent.key, Outcome::Remove).await.unwrap();
-    other.release(rollout).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
+    rollout.release().await.unwrap();
     store.check().await;
 }
 
@@ -103,15 +103,15 @@ pub(super) async fn an_instance_begins_only_in_the_pool_that_was_counted(rig: &i
     let counted = other.pool(&id("web"), 3, 9).await.unwrap();
     assert_eq!((counted.claimed, counted.pooled.len()), (1, 1));
     let ready = Instance { phase: Phase::Ready, ..pooled(1) };
-    store.commit(first, &ready.key, Outcome::Put(Box::new(ready.clone()))).await.unwrap();
-    store.commit(taken, &alice, Outcome::Put(Box::new(instance(alice.clone(), Phase::Ready)))).await.unwrap();
+    first.commit(Outcome::Put(Box::new(ready.clone()))).await.unwrap();
+    taken.commit(Outcome::Put(Box::new(instance(alice.clone(), Phase::Ready)))).await.unwrap();
     let stored = store.at(&ready.key).await;
     store.claim(&web, &stored, &instance(instance_key("web", "bob"), Phase::Ready), &at_once()).await.unwrap();
     let second = other.begin_create(&web, &pooled(2), Some(counted.version), &at_once()).await.unwrap();
-    other.commit(second, &pooled(2).key, Outcome::Remove).await.unwrap();
+    second.commit(Outcome::Remove).await.unwrap();
     // A change of the challenge is told by the challenge.
     let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    store.update_challenge(lock, &Challenge { revision: 2, ..web.value.clone() }).await.unwrap();
+    lock.update_challenge(&Challenge { revision: 2, ..web.value.clone() }).await.unwrap();
     let version = other.pool(&id("web"), 3, 9).await.unwrap().version;
     let late = other.begin_create(&web, &pooled(3), Some(version), &at_once()).await;
     assert_eq!(late.unwrap_err(), Error::Conflict);
@@ -125,7 +125,7 @@ pub(super) async fn creates_beside_a_pool_without_an_upper_bound_do_not_hold_it_
     store.ready(&web, instance_key("web", "alice")).await;
     let pooled = Instance { until: None, ..instance(pooled_key("web", 1), Phase::Provisioning) };
     let held = store.begin_create(&web, &pooled, Some(counted.version), &at_once()).await.unwrap();
-    store.commit(held, &pooled.key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     // One that keeps no pool has no version to begin by.
     let none = store.with("none").await;
     store.ready(&none, instance_key("none", "alice")).await;
@@ -148,7 +148,7 @@ pub(super) async fn closing_and_creating_never_miss_each_other(rig: &impl Rig) {
         let close = async {
             let held = stores[1].lock(LockKind::Challenge, &id(&name), &patient()).await.unwrap();
             let closed = Challenge { deleting: true, ..read.value.clone() };
-            stores[1].update_challenge(held, &closed).await.unwrap();
+            held.update_challenge(&closed).await.unwrap();
             // Whatever was begun before is seen, and nothing is begun after.
             let all: Vec<_> = stores[1].instances_of(&id(&name)).try_collect().await.unwrap();
             all.len()
@@ -157,7 +157,7 @@ pub(super) async fn closing_and_creating_never_miss_each_other(rig: &impl Rig) {
         match created {
             Ok(held) => {
                 assert_eq!(seen, 1);
-                stores[0].commit(held, &instance_key(&name, "alice"), Outcome::Remove).await.unwrap();
+                held.commit(Outcome::Remove).await.unwrap();
             }
             Err(Error::Conflict) => assert_eq!(seen, 0),
             Err(error) => panic!("{error}"),
@@ -215,7 +215,7 @@ pub(super) async fn a_claim_with_values_is_owned(rig: &impl Rig) {
     assert_eq!(store.at(&key).await.value, claimed);
     assert_eq!(store.instance(&pooled.value.key).await.unwrap(), None);
     let ready = instance(key.clone(), Phase::Ready);
-    store.commit(held, &key, Outcome::Put(Box::new(ready))).await.unwrap();
+    held.commit(Outcome::Put(Box::new(ready))).await.unwrap();
     store.check().await;
 }
 
@@ -228,7 +228,7 @@ pub(super) async fn a_claim_of_what_changed_conflicts(rig: &impl Rig) {
     // Being taken down.
     let (held, _) = store.begin(&pooled.value.key, Intent::Delete, &patient()).await.unwrap();
     assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
-    store.commit(held, &pooled.value.key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
     // The seat is taken.
     store.put(&[Instance { until: None, ..instance(pooled_key("web", 1), Phase::Ready) }]).await;
@@ -239,7 +239,7 @@ pub(super) async fn a_claim_of_what_changed_conflicts(rig: &impl Rig) {
     let claimed = instance(instance_key("web", "bob"), Phase::Ready);
     let lock = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     assert!(matches!(store.claim(&web, &pooled, &claimed, &short()).await, Err(Error::Busy { .. })));
-    store.update_challenge(lock, &Challenge { revision: 2, ..web.value.clone() }).await.unwrap();
+    lock.update_challenge(&Challenge { revision: 2, ..web.value.clone() }).await.unwrap();
     assert_eq!(store.claim(&web, &pooled, &claimed, &patient()).await.unwrap_err(), Error::Conflict);
     assert_eq!(store.at(&pooled.value.key).await, pooled);
     store.check().await;
@@ -257,7 +257,7 @@ pub(super) async fn a_delete_takes_the_instance_as_it_is(rig: &impl Rig) {
     assert!(now.version.0 > ready.version.0);
     let listed: Vec<_> = store.instances_of(&id("web")).try_collect().await.unwrap();
     assert_eq!(listed, vec![now]);
-    store.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     assert_eq!(store.instance(&key).await.unwrap(), None);
     store.check().await;
     assert_eq!(store.all_keys().await.len(), 1, "the challenge is left");
@@ -272,7 +272,7 @@ pub(super) async fn an_update_sets_the_target(rig: &impl Rig) {
     assert_eq!(begun, Instance { phase: Phase::Updating, target: Some(target(9)), ..ready.clone() });
     assert_eq!(store.at(&key).await.value, begun);
     let done = Instance { until: Some(at(500)), identity: Identity::from_bits(9), ..ready };
-    store.commit(held, &key, Outcome::Put(Box::new(done.clone()))).await.unwrap();
+    held.commit(Outcome::Put(Box::new(done.clone()))).await.unwrap();
     assert_eq!(store.at(&key).await.value, done);
     store.check().await;
 }
@@ -291,12 +291,12 @@ pub(super) async fn an_owner_is_waited_for(rig: &impl Rig) {
         assert!(waiting.as_mut().now_or_never().is_none());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    store.commit(held, &key, Outcome::Put(Box::new(ready))).await.unwrap();
+    held.commit(Outcome::Put(Box::new(ready))).await.unwrap();
     let (held, begun) = waiting.await.unwrap();
     assert!(held.waited.contended);
     assert_eq!(held.waited.holder, patient().traceparent);
     assert_eq!(begun.phase, Phase::Deleting);
-    other.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -312,7 +312,7 @@ pub(super) async fn what_an_owner_left_is_kept_by_the_next(rig: &impl Rig) {
     eventually("given up", || async { store.live_keys().await.is_empty() }).await;
     let (held, recovered) = store.begin(&key, Intent::Recover, &patient()).await.unwrap();
     assert_eq!(recovered, begun);
-    store.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     store.check().await;
     assert_eq!(store.all_keys().await.len(), 1);
 }
@@ -330,7 +330,7 @@ pub(super) async fn what_was_being_deleted_is_not_updated(rig: &impl Rig) {
         assert_eq!(store.unfinished(at(0)).await.unwrap(), [Unfinished::Instance(key.clone())]);
     }
     let (held, _) = store.begin(&key, Intent::Recover, &patient()).await.unwrap();
-    store.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     store.check().await;
     assert_eq!(store.all_keys().await.len(), 1);
 }
@@ -354,7 +354,7 @@ pub(super) async fn a_rewrite_needs_the_version_it_read(rig: &impl Rig) {
     store.check().await;
     let (held, _) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
     let left = store.at(&key).await;
-    store.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     assert_eq!(store.rewrite(&left, &left.value, &patient()).await.unwrap_err(), Error::Conflict);
     store.check().await;
 }
@@ -368,7 +368,7 @@ pub(super) async fn a_rewrite_waits_for_the_owner(rig: &impl Rig) {
     assert!(matches!(store.rewrite(&read, &read.value, &short()).await, Err(Error::Busy { .. })));
     let by = patient();
     let waiting = store.rewrite(&read, &read.value, &by);
-    let commit = store.commit(held, &key, Outcome::Put(Box::new(read.value.clone())));
+    let commit = held.commit(Outcome::Put(Box::new(read.value.clone())));
     let (rewritten, committed) = tokio::join!(waiting, commit);
     committed.unwrap();
     assert_eq!(rewritten.unwrap_err(), Error::Conflict);
@@ -397,7 +397,7 @@ pub(super) async fn a_dropped_ownership_is_given_up(rig: &impl Rig) {
     let (held, left) = store.begin(&key, Intent::Recover, &at_once()).await.unwrap();
     assert_eq!(left.phase, Phase::Provisioning);
     assert!(store.unfinished(at(0)).await.unwrap().is_empty());
-    store.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -461,13 +461,13 @@ pub(super) async fn a_create_that_waits_reads_some_of_those_ahead(rig: &impl Rig
     })
     .await;
     let go_on = async {
-        holder.release(held).await.unwrap();
+        held.release().await.unwrap();
         // In whichever order they have come to be queued.
-        let each = waiting.into_iter().map(async |one| queued.release(one.await.unwrap()).await.unwrap());
+        let each = waiting.into_iter().map(async |one| one.await.unwrap().release().await.unwrap());
         futures::future::join_all(each).await;
     };
     let (created, ()) = tokio::join!(create, go_on);
     let created = created.unwrap();
     assert_eq!(created.waited.queue_depth, QUEUED as u64 + 1);
-    store.commit(created, &new.key, Outcome::Remove).await.unwrap();
+    created.commit(Outcome::Remove).await.unwrap();
 }

@@ -10,7 +10,7 @@ pub(super) async fn a_free_lock_is_taken_at_once(rig: &impl Rig) {
     assert_eq!(held.waited, gauntlet_domain::WaitStats::default());
     assert_eq!(held.kind, LockKind::Challenge);
     assert_eq!(store.live_keys().await.len(), 1);
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     assert!(store.live_keys().await.is_empty());
 }
 
@@ -28,7 +28,7 @@ pub(super) async fn a_lock_is_handed_on_in_order_of_asking(rig: &impl Rig) {
                 assert!(held.waited.contended);
                 assert_eq!(held.waited.queue_depth, n + 1);
                 order.lock().unwrap().push((n, held.token));
-                store.release(held).await.unwrap();
+                held.release().await.unwrap();
             }
         });
         // Queued before the next one asks.
@@ -39,7 +39,7 @@ pub(super) async fn a_lock_is_handed_on_in_order_of_asking(rig: &impl Rig) {
         .await;
         waiting.push(one);
     }
-    stores[0].release(first).await.unwrap();
+    first.release().await.unwrap();
     futures::future::join_all(waiting).await;
     let order = order.into_inner().unwrap();
     assert_eq!(order.iter().map(|(n, _)| *n).collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
@@ -72,14 +72,14 @@ pub(super) async fn who_waits_learns_who_held(rig: &impl Rig) {
     let waiting = two.lock(LockKind::Challenge, &web, &patient);
     let release = async {
         eventually("queued", || async { one.live_keys().await.len() == 2 }).await;
-        one.release(held).await.unwrap();
+        held.release().await.unwrap();
     };
     let (held, ()) = tokio::join!(waiting, release);
     let held = held.unwrap();
     assert_eq!(held.waited.holder.as_deref(), Some("00-aa-bb-01"));
     assert!(held.waited.contended);
     assert_eq!(held.waited.queue_depth, 1);
-    two.release(held).await.unwrap();
+    held.release().await.unwrap();
 }
 
 pub(super) async fn who_waits_can_be_asked(rig: &impl Rig) {
@@ -104,7 +104,7 @@ pub(super) async fn who_waits_can_be_asked(rig: &impl Rig) {
     assert_eq!(waits[0].holder.as_ref().unwrap().replica, "a");
     let queue = one.queue(LockKind::Challenge, &web).await.unwrap();
     assert_eq!(queue.iter().map(|place| place.replica.as_str()).collect::<String>(), format!("a{}", "b".repeat(20)));
-    one.release(held).await.unwrap();
+    held.release().await.unwrap();
     let first = waiting.remove(0).await.unwrap();
     assert_eq!((first.waited.queue_depth, first.waited.holder), (1, patient.traceparent.clone()));
     eventually("they move up", || async { two.waits(100).1.last().unwrap().position == 19 }).await;
@@ -121,7 +121,7 @@ pub(super) async fn patience_ends_with_busy_and_leaves_no_key(rig: &impl Rig) {
     assert!(what.starts_with(held_by) && ahead == 1, "{what} {ahead}");
     assert!(waited_ms >= 50);
     assert_eq!(store.live_keys().await.len(), 1, "at the time of the answer");
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     store.check().await;
 }
 
@@ -151,9 +151,9 @@ pub(super) async fn a_cancelled_acquire_leaves_nothing(rig: &impl Rig) {
         }
     }
     eventually("only the holder is left", || async { store.live_keys().await.len() == 1 }).await;
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     let free = store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
-    store.release(free).await.unwrap();
+    free.release().await.unwrap();
     store.check().await;
 }
 
@@ -161,7 +161,7 @@ pub(super) async fn a_dropped_lock_is_given_up(rig: &impl Rig) {
     let store = rig.replica("a");
     drop(store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap());
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     store.check().await;
 }
 
@@ -169,8 +169,8 @@ pub(super) async fn a_lock_is_shared_by_replicas(rig: &impl Rig) {
     let (one, two) = (rig.replica("a"), rig.replica("b"));
     let held = one.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     assert!(matches!(two.lock(LockKind::Challenge, &id("web"), &at_once()).await, Err(Error::Busy { .. })));
-    one.release(held).await.unwrap();
-    two.release(two.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap()).await.unwrap();
+    held.release().await.unwrap();
+    two.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap().release().await.unwrap();
 }
 
 pub(super) async fn fences_grow(rig: &impl Rig) {
@@ -181,7 +181,7 @@ pub(super) async fn fences_grow(rig: &impl Rig) {
         let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
         assert!(held.token > last);
         last = held.token;
-        store.release(held).await.unwrap();
+        held.release().await.unwrap();
     }
 }
 
@@ -197,7 +197,7 @@ pub(super) async fn who_holds_a_contended_lock_is_alone(rig: &impl Rig) {
                 assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
                 tokio::task::yield_now().await;
                 inside.fetch_sub(1, Ordering::SeqCst);
-                store.release(held).await.unwrap();
+                held.release().await.unwrap();
                 done.fetch_add(1, Ordering::SeqCst);
             }
         }
@@ -213,7 +213,7 @@ pub(super) async fn names_are_used_again(rig: &impl Rig) {
     for _ in 0..20 {
         let one = store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
         seen.extend(store.live_keys().await);
-        store.release(one).await.unwrap();
+        one.release().await.unwrap();
         // One that was given up by patience, and one that was dropped.
         let one = store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
         store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap_err();
@@ -242,12 +242,12 @@ pub(super) async fn a_lock_goes_on_here_while_its_key_is_removed(rig: &impl Rig)
     // The removal is lost, and lost again.
     store.core.kv.fail_next(Fault::LostRequest);
     store.core.kv.fail_next(Fault::LostRequest);
-    let mut release = Box::pin(store.release(held));
+    let mut release = Box::pin(held.release());
     assert!(release.as_mut().now_or_never().is_none_or(|released| released.is_err()));
     let held = here.await.unwrap();
     assert!(there.as_mut().now_or_never().is_none(), "it is held");
     drop(release);
-    store.release(held).await.unwrap();
-    other.release(there.await.unwrap()).await.unwrap();
+    held.release().await.unwrap();
+    there.await.unwrap().release().await.unwrap();
     store.check().await;
 }

@@ -30,22 +30,22 @@ pub(super) async fn a_challenge_changes_under_its_lock(rig: &impl Rig) {
     let read = store.with("web").await;
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
     let changed = Challenge { bounds: PoolBounds::new(3, 0).unwrap(), deleting: true, ..read.value.clone() };
-    store.update_challenge(held, &changed).await.unwrap();
+    held.update_challenge(&changed).await.unwrap();
     let now = store.stored("web").await;
     assert_eq!(now.value, changed);
     assert!(now.version.0 > read.version.0);
     assert!(store.live_keys().await.is_empty(), "the lock went with it");
     store.check().await;
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    store.update_challenge(held, &read.value).await.unwrap();
+    held.update_challenge(&read.value).await.unwrap();
     store.check().await;
     let held = store.lock(LockKind::Challenge, &id("gone"), &patient()).await.unwrap();
-    let result = store.update_challenge(held, &challenge("gone")).await;
+    let result = held.update_challenge(&challenge("gone")).await;
     assert_eq!(result, Err(Error::ChallengeNotFound(id("gone"))));
     let held = store.lock(LockKind::Challenge, &id("other"), &patient()).await.unwrap();
-    assert!(matches!(store.update_challenge(held, &read.value).await, Err(Error::Internal(_))), "another's lock");
+    assert!(matches!(held.update_challenge(&read.value).await, Err(Error::Internal(_))), "another's lock");
     let held = store.lock(LockKind::Rollout, &id("web"), &patient()).await.unwrap();
-    assert!(matches!(store.update_challenge(held, &read.value).await, Err(Error::Internal(_))), "another kind");
+    assert!(matches!(held.update_challenge(&read.value).await, Err(Error::Internal(_))), "another kind");
     store.check().await;
 }
 
@@ -54,15 +54,15 @@ pub(super) async fn a_challenge_with_instances_is_not_removed(rig: &impl Rig) {
     let web = store.with("web").await;
     let key = store.ready(&web, instance_key("web", "alice")).await.value.key;
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    assert_eq!(store.remove_challenge(held, &id("web")).await, Err(Error::Conflict));
+    assert_eq!(held.remove_challenge().await, Err(Error::Conflict));
     eventually("the lock is given up", || async { store.live_keys().await.is_empty() }).await;
     let (held, _) = store.begin(&key, Intent::Delete, &patient()).await.unwrap();
-    store.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     // Its neighbours do not count.
     let other = store.with("web 2").await;
     store.ready(&other, instance_key("web 2", "alice")).await;
     let held = store.lock(LockKind::Challenge, &id("web"), &patient()).await.unwrap();
-    store.remove_challenge(held, &id("web")).await.unwrap();
+    held.remove_challenge().await.unwrap();
     assert_eq!(store.challenge(&id("web")).await.unwrap(), None);
     store.check().await;
     store.with("web").await;
@@ -84,7 +84,7 @@ pub(super) async fn a_survey_answers_all_at_once(rig: &impl Rig) {
     assert_eq!(snapshot.instance, Some(mine));
     assert_eq!(snapshot.pooled.len(), 16);
     assert!(snapshot.pooled.iter().all(|stored| stored.value.phase == Phase::Ready && stored.value.key != pool[3].key));
-    store.commit(held, &pool[3].key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -119,7 +119,7 @@ pub(super) async fn all_is_listed_over_many_pages(rig: &impl Rig) {
     let everyone: Vec<_> = store.instances_by_source(None).try_collect().await.unwrap();
     assert_eq!(everyone.len(), 1300);
     for (held, key) in held {
-        store.commit(held, &key, Outcome::Remove).await.unwrap();
+        held.commit(Outcome::Remove).await.unwrap();
     }
     assert_eq!(store.census(at(0)).await.unwrap().instances.values().sum::<u64>(), 1296);
     store.check().await;
@@ -226,7 +226,7 @@ pub(super) async fn a_list_is_of_one_revision(rig: &impl Rig) {
     store.put(&[instance(instance_key("web", "zoe"), Phase::Ready)]).await;
     let last = instance_key("web", "team-00599");
     let (held, _) = store.begin(&last, Intent::Delete, &patient()).await.unwrap();
-    store.commit(held, &last, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     let rest: Vec<_> = listing.try_collect().await.unwrap();
     assert_eq!(rest.len(), 599);
     assert!(keys_of(&rest).contains(&last) && !keys_of(&rest).contains(&instance_key("web", "zoe")));
@@ -277,13 +277,13 @@ pub(super) async fn a_list_goes_on_where_its_revision_is_compacted(rig: &impl Ri
         let told: Vec<_> =
             all.try_filter(|stored| std::future::ready(stored.value.key == key)).try_collect().await.unwrap();
         assert!(told.iter().all(|told| told.value.phase != Phase::Deleting || told.value == begun), "{told:?}");
-        store.commit(held, &key, Outcome::Put(Box::new(instance(key.clone(), Phase::Ready)))).await.unwrap();
+        held.commit(Outcome::Put(Box::new(instance(key.clone(), Phase::Ready)))).await.unwrap();
     }
     store.core.kv.reset();
     assert_eq!(store.census(at(0)).await.unwrap().challenges, 3);
     assert_eq!(store.unfinished(at(0)).await.unwrap().len(), 1);
     let (held, _) = store.begin(&changed, Intent::Recover, &patient()).await.unwrap();
-    store.commit(held, &changed, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     store.check().await;
 }
 
@@ -306,7 +306,7 @@ pub(super) async fn a_census_counts(rig: &impl Rig) {
     ];
     assert_eq!(census.instances, expected.into_iter().collect());
     assert_eq!(store.census(at(69)).await.unwrap().overdue, 0);
-    store.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     store.check().await;
 }
 

@@ -291,7 +291,7 @@ impl Rig for EmbeddedRig {
     type K = Counted<Embedded>;
 
     fn replica_with(&self, name: &str, ttl: Duration) -> Coordination<Self::K> {
-        Coordination::over(Counted::over(&self.kv), crate::PREFIX, ttl, name.to_owned())
+        Coordination::new(Counted::over(&self.kv), crate::PREFIX, ttl, name.to_owned())
     }
 }
 
@@ -334,7 +334,7 @@ impl Rig for EtcdRig {
     type K = Counted<Etcd>;
 
     fn replica_with(&self, name: &str, ttl: Duration) -> Coordination<Self::K> {
-        Coordination::over(Counted::over(&self.kv), &self.prefix, ttl, name.to_owned())
+        Coordination::new(Counted::over(&self.kv), &self.prefix, ttl, name.to_owned())
     }
 }
 
@@ -431,6 +431,6 @@ impl Rig for SimulatedRig {
     type K = Counted<Simulated>;
 
     fn replica_with(&self, name: &str, ttl: Duration) -> Coordination<Self::K> {
-        Coordination::over(Counted::over(&self.0), crate::PREFIX, ttl, name.to_owned())
+        Coordination::new(Counted::over(&self.0), crate::PREFIX, ttl, name.to_owned())
     }
 }

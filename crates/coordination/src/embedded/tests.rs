@@ -169,7 +169,7 @@ async fn version_1_file_opens_and_stays_usable() {
         let web = store.challenge(&id("web")).await.unwrap().unwrap();
         let creating = instance(alice.clone(), gauntlet_domain::Phase::Provisioning);
         let held = store.begin_create(&web, &creating, None, &by).await.unwrap();
-        store.commit(held, &alice, Outcome::Put(Box::new(ready.clone()))).await.unwrap();
+        held.commit(Outcome::Put(Box::new(ready.clone()))).await.unwrap();
         let _interrupted = store.begin_create(&web, &begun, None, &by).await.unwrap();
         store.core.kv.close().await;
     }
@@ -185,7 +185,7 @@ async fn version_1_file_opens_and_stays_usable() {
         if store.unfinished(at(0)).await.unwrap() == [Unfinished::Instance(bob.clone())] {
             let (held, left) = store.begin(&bob, Intent::Recover, &by).await.unwrap();
             assert_eq!(left, begun);
-            store.commit(held, &bob, Outcome::Remove).await.unwrap();
+            held.commit(Outcome::Remove).await.unwrap();
         }
         assert_eq!(store.instance(&bob).await.unwrap(), None);
         store.shutdown().await;
@@ -323,7 +323,7 @@ async fn restart_keeps_records_and_finds_unfinished_work() {
     assert!(again.token > lock.token && again.token > owner.token);
     let (held, left) = store.begin(&key, Intent::Recover, &by).await.unwrap();
     assert_eq!(left, intent);
-    store.commit(held, &key, Outcome::Remove).await.unwrap();
+    held.commit(Outcome::Remove).await.unwrap();
     store.shutdown().await;
     assert!(store.ping().await.is_err());
     assert!(store.insert_challenge(&challenge("late")).await.is_err());
@@ -343,7 +343,7 @@ async fn broken_watch_is_listed_again_and_wakes_waiters() {
     let web = id("web");
     let first = store.lock(LockKind::Rollout, &web, &by).await.unwrap();
     // The lock was handed over, so the watch is running.
-    let (held, released) = tokio::join!(store.lock(LockKind::Rollout, &web, &by), store.release(first));
+    let (held, released) = tokio::join!(store.lock(LockKind::Rollout, &web, &by), first.release());
     released.unwrap();
     let held = held.unwrap();
     let mut waiting = Box::pin(store.lock(LockKind::Rollout, &web, &by));
@@ -354,11 +354,15 @@ async fn broken_watch_is_listed_again_and_wakes_waiters() {
         }
     };
     tokio::select! { biased; taken = &mut waiting => panic!("{taken:?}"), () = queued => {} }
-    let (removal, commits) = (crate::ending::ticket(&held).unwrap().live.removal(), kv.clone());
+    let holder =
+        kv.page(queue.clone(), None).await.unwrap().kvs.into_iter().find(|kv| kv.create_revision == held.token);
+    let compare = vec![Compare::create_revision(&holder.as_ref().unwrap().key, held.token)];
+    let success = vec![Op::delete(&holder.unwrap().key)];
+    let (deletion, commits) = (Txn { compare, success, failure: Vec::new() }, kv.clone());
     let other_thread = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            assert!(commits.txn(removal).await.unwrap().succeeded);
+            assert!(commits.txn(deletion).await.unwrap().succeeded);
             let (lease, _) = commits.grant(Duration::from_secs(60)).await.unwrap();
             for _ in 0..WATCH_BUFFER + 10 {
                 commits.txn(put("key", Some(lease))).await.unwrap();
@@ -368,5 +372,5 @@ async fn broken_watch_is_listed_again_and_wakes_waiters() {
     other_thread.join().unwrap();
     let next = waiting.await.unwrap();
     assert!(next.token > held.token);
-    store.release(next).await.unwrap();
+    next.release().await.unwrap();
 }

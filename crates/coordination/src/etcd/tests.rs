@@ -40,7 +40,7 @@ async fn stopped_etcd_is_reported_and_reconnected() {
     let store = replica(EtcdConfig { deadline, ..EtcdConfig::new([server.url()]) }).await;
     let (web, by) = (ChallengeId::new("web").unwrap(), by());
     let held = until_ok(|| store.lock(LockKind::Challenge, &web, &by)).await;
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     for _ in 0..2 {
         server.process.kill().unwrap();
         for _ in 0..3 {
@@ -55,7 +55,7 @@ async fn stopped_etcd_is_reported_and_reconnected() {
         // The watch works again, too.
         let waiting = store.lock(LockKind::Challenge, &web, &by);
         drop(held);
-        store.release(waiting.await.unwrap()).await.unwrap();
+        waiting.await.unwrap().release().await.unwrap();
     }
     store.shutdown().await;
 }
@@ -70,7 +70,7 @@ async fn unreachable_member_is_skipped() {
         for n in 0..20 {
             let id = ChallengeId::new(format!("web-{n}")).unwrap();
             let held = store.lock(LockKind::Challenge, &id, &by()).await.unwrap();
-            store.release(held).await.unwrap();
+            held.release().await.unwrap();
             store.ping().await.unwrap();
         }
         store.shutdown().await;
@@ -93,10 +93,10 @@ async fn frozen_etcd_does_not_hang_calls() {
     }
     assert!(matches!(store.challenge(&web).await, Err(Error::Unavailable { .. })));
     assert!(matches!(store.lock(LockKind::Rollout, &web, &by).await, Err(Error::Unavailable { .. })));
-    assert!(matches!(store.release(held).await, Err(Error::Unavailable { .. })));
+    assert!(matches!(held.release().await, Err(Error::Unavailable { .. })));
     server.process.signal(rustix::process::Signal::CONT);
     let held = until_ok(|| store.lock(LockKind::Challenge, &web, &by)).await;
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     store.shutdown().await;
 }
 
@@ -133,7 +133,7 @@ async fn etcd_serves_the_budgeted_number_of_calls() {
     let gauntlet = gauntlet(store.clone());
     let (web, alice) = (ChallengeId::new("web").unwrap(), SourceId::new("alice").unwrap());
     let held = store.lock(LockKind::Challenge, &web, &by()).await.unwrap();
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     let new = |id: &ChallengeId, min| NewChallenge {
         id: id.clone(),
         scenario: "registry.test/web:1".to_owned(),
@@ -154,7 +154,7 @@ async fn etcd_serves_the_budgeted_number_of_calls() {
     };
     let held = store.lock(LockKind::Challenge, &web, &by()).await.unwrap();
     spent("acquire", 1, 0).await;
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     spent("release", 1, 0).await;
     gauntlet.create_instance(&call(), &web, &alice, Default::default()).await.unwrap();
     spent("create", 2, 0).await;
@@ -191,7 +191,7 @@ async fn authenticates_and_reports_a_wrong_password() {
     let store = replica(config("hunter2")).await;
     store.ping().await.unwrap();
     let held = store.lock(LockKind::Challenge, &ChallengeId::new("web").unwrap(), &by()).await.unwrap();
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     store.shutdown().await;
     let store = replica(config("wrong-secret")).await;
     let text = store.ping().await.unwrap_err().to_string();
@@ -368,7 +368,7 @@ async fn connects_with_tls_and_reloads_replaced_certificates() {
     let store = replica(config.clone()).await;
     store.ping().await.unwrap();
     let held = store.lock(LockKind::Challenge, &ChallengeId::new("web").unwrap(), &by()).await.unwrap();
-    store.release(held).await.unwrap();
+    held.release().await.unwrap();
     store.shutdown().await;
     // Rejected: no client certificate, or another authority.
     let other = tempfile::tempdir().unwrap();

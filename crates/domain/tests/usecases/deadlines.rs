@@ -14,10 +14,10 @@ async fn a_deletion_that_has_waited_for_one_lock_does_not_wait_as_long_for_the_n
     let deleted = world.beside(|gauntlet, call, web| async move { gauntlet.delete_challenge(&call, &web).await });
     world.queued(LockKind::Challenge, 2).await;
     world.time.pass(PATIENCE);
-    world.store.release(first).await.unwrap();
+    first.release().await.unwrap();
     let answer = within("deleting", deleted).await.unwrap();
     assert!(matches!(answer, Err(Error::Busy { .. })), "{answer:?}");
-    world.store.release(second).await.unwrap();
+    second.release().await.unwrap();
     world.gauntlet.delete_challenge(&world.call, &world.web).await.unwrap();
 }
 
@@ -34,10 +34,10 @@ async fn an_update_that_has_waited_for_one_lock_does_not_wait_as_long_for_the_ne
     });
     world.queued(LockKind::Rollout, 2).await;
     world.time.pass(PATIENCE);
-    world.store.release(first).await.unwrap();
+    first.release().await.unwrap();
     let answer = within("updating", updated).await.unwrap();
     assert!(matches!(answer, Err(Error::Busy { .. })), "{answer:?}");
-    world.store.release(second).await.unwrap();
+    second.release().await.unwrap();
 }
 
 /// Each at least half of what it may be, which is twice the one before up to a bound; and all within the deadline.

@@ -97,11 +97,11 @@ async fn deletion_held_up(world: &World) -> (JoinHandle<gauntlet_domain::Result<
     world.queued(LockKind::Challenge, 3).await;
     let last = world.lock(LockKind::Challenge);
     world.queued(LockKind::Challenge, 4).await;
-    world.store.release(held).await.unwrap();
+    held.release().await.unwrap();
     let other = within("taking the lock", other).await.unwrap();
     world.queued(LockKind::Rollout, 1).await;
     world.queued(LockKind::Challenge, 3).await;
-    world.store.remove_challenge(other, &world.web).await.unwrap();
+    other.remove_challenge().await.unwrap();
     (deleted, within("taking the lock", last).await.unwrap())
 }
 
@@ -110,7 +110,7 @@ async fn a_deletion_that_was_held_up_removes_no_challenge_created_anew() {
     let world = World::with_a_challenge(0).await;
     let (deleted, last) = deletion_held_up(&world).await;
     world.create_challenge(0).await;
-    world.store.release(last).await.unwrap();
+    last.release().await.unwrap();
     assert_eq!(within("deleting", deleted).await.unwrap(), Ok(()));
     assert!(!world.store.challenge(&world.web).await.unwrap().unwrap().value.deleting);
 }
@@ -120,7 +120,7 @@ async fn a_deletion_that_finds_nothing_removes_nothing() {
     let world = World::with_a_challenge(0).await;
     let (mut deleted, last) = deletion_held_up(&world).await;
     let mut removal = world.hold_removal();
-    world.store.release(last).await.unwrap();
+    last.release().await.unwrap();
     // It has seen that there is nothing; if it removes that all the same, then what comes to be now.
     let answered = tokio::select! {
         answered = &mut deleted => Some(answered.unwrap()),
@@ -143,10 +143,10 @@ async fn a_deletion_behind_another_leaves_what_was_created_since() {
     let deleted = world.beside(|gauntlet, call, web| async move { gauntlet.delete_challenge(&call, &web).await });
     world.queued(LockKind::Rollout, 2).await;
     let held = world.lock(LockKind::Challenge).await.unwrap();
-    world.store.remove_challenge(held, &world.web).await.unwrap();
+    held.remove_challenge().await.unwrap();
     world.create_challenge(0).await;
     let anew = world.create(ALICE).await;
-    world.store.release(other).await.unwrap();
+    other.release().await.unwrap();
     assert_eq!(within("deleting", deleted).await.unwrap(), Ok(()));
     assert_eq!(world.stored(ALICE).await, Some(anew.clone()));
     assert_eq!(world.machine.running(), [(anew.identity, digest(1))]);

@@ -82,7 +82,7 @@ async fn update_that_recovery_finishes_gives_the_instance_a_new_end() {
     };
     // Released without a commit, as a crash leaves it.
     let (held, _) = world.store.begin(&instance.key, Intent::Update(target), &LockOptions::default()).await.unwrap();
-    world.store.release(held).await.unwrap();
+    held.release().await.unwrap();
     assert_eq!(world.gauntlet.reconcile(&world.at(1500)).await.unwrap().recovered, 1);
     let updated = world.stored(ALICE).await.unwrap();
     assert_eq!((updated.identity, updated.until), (Identity::from_bits(7), Some(world.at(2500).now)));

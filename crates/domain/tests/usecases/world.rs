@@ -393,7 +393,7 @@ impl World {
         let hides_challenges = Arc::new(AtomicBool::new(false));
         let kv =
             Store { inner, gates: gates.clone(), hides_challenges: hides_challenges.clone(), rival: rival.clone() };
-        let store = Arc::new(Coordination::over(kv, "test/", LONG, "a".to_owned()));
+        let store = Arc::new(Coordination::new(kv, "test/", LONG, "a".to_owned()));
         let machine = Arc::new(Machine::default());
         let (scenarios, facts) = (Arc::new(Library), Arc::new(Noted::default()));
         let settings = Settings { concurrency: 1, lock_timeout: PATIENCE, ..Settings::default() };

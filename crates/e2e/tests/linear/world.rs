@@ -257,7 +257,7 @@ impl<K: Kv> World<K> {
         let names = Arc::new(Names { faults: faults.clone(), ..Names::default() });
         let replica = |name: &str, faults: Arc<Faults>| {
             let faulty = Faulty { inner: kv.clone(), faults };
-            let store = Arc::new(Coordination::over(faulty, "linear/", Duration::from_secs(2), name.to_owned()));
+            let store = Arc::new(Coordination::new(faulty, "linear/", Duration::from_secs(2), name.to_owned()));
             let settings = Settings { lock_timeout: Duration::from_secs(10), ..Settings::default() };
             let gauntlet = Gauntlet::new(store.clone(), names.clone(), Arc::new(Nothing), Arc::new(Nothing), settings);
             let reconciler = tokio::spawn(reconcile(gauntlet.clone()));

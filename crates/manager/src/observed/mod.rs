@@ -9,4 +9,4 @@ mod store;
 pub(crate) use facts::{CountedFacts, SignallingFacts};
 pub(crate) use provisioner::ObservedProvisioner;
 pub(crate) use scenarios::ObservedScenarios;
-pub(crate) use store::ObservedStore;
+pub(crate) use store::observed_store;

@@ -1,60 +1,40 @@
-//! The store, observed: `lock.acquire` and `lock.hold` spans, and the `gauntlet.lock.*` metrics, wherever an ownership is taken.
+//! Locks, observed: the spans `lock.acquire` and `lock.hold`, and the metrics `gauntlet.lock.*`.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
 
 use async_trait::async_trait;
-use futures::FutureExt as _;
+use futures::{FutureExt as _, future::BoxFuture};
 use gauntlet_domain::{
-    Census, Challenge, ChallengeId, Error, Instance, InstanceKey, Intent, LockGuard, LockKind, LockOptions, Outcome,
-    Pool, Result, Snapshot, SourceId, Store, Stored, Stream, Unfinished, Version,
+    Acquired, ChallengeId, Change, Error, Layered, LockGuard, LockKind, LockLayer, Ownership, Result, Store,
 };
 use gauntlet_telemetry::{context, instruments::Instruments};
-use jiff::Timestamp;
 use tracing::{Instrument as _, Span, field::Empty, info_span};
 
-/// Measures every ownership taken through the store behind it.
-pub(crate) struct ObservedStore {
-    inner: Arc<dyn Store>,
+/// Returns `store` with every acquired lock measured.
+pub(crate) fn observed_store(store: Arc<dyn Store>, instruments: Instruments) -> Arc<dyn Store> {
+    Arc::new(Layered::new(ObservedLocks { backend: store.backend(), instruments }, store))
+}
+
+/// Measures every acquisition, and how long each lock is held.
+struct ObservedLocks {
+    backend: &'static str,
     instruments: Instruments,
 }
 
-/// Lives as long as an ownership; its end is the release.
-struct Hold {
-    kind: LockKind,
-    since: Instant,
-    instruments: Instruments,
-    span: Span,
-    lost: futures::future::BoxFuture<'static, ()>,
-}
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        self.instruments.lock.record_release(self.kind.name(), self.since.elapsed());
-        if (&mut self.lost).now_or_never().is_some() {
-            self.instruments.lock.record_loss(self.kind.name());
-            self.span.record("error.type", "FENCED");
-            self.span.in_scope(|| context::fail_span("the lease ran out while this was held"));
-        }
-    }
-}
-
-impl ObservedStore {
-    pub(crate) fn new(inner: Arc<dyn Store>, instruments: Instruments) -> Self {
-        Self { inner, instruments }
-    }
-
-    /// Runs something that takes an ownership; `held` finds it in the answer, to be wrapped.
-    async fn acquire<T>(
+impl LockLayer for ObservedLocks {
+    async fn acquire<T: Acquired>(
         &self,
         kind: LockKind,
         challenge: &ChallengeId,
-        work: impl Future<Output = Result<T>>,
-        wrap: impl FnOnce(T, &dyn Fn(LockGuard) -> LockGuard) -> T,
+        acquisition: impl Future<Output = Result<T>> + Send,
     ) -> Result<T> {
         let span = info_span!(
             "lock.acquire",
             lock.kind = kind.name(),
-            lock.backend = self.inner.backend(),
+            lock.backend = self.backend,
             challenge.id = %challenge,
             lock.contended = Empty,
             lock.queue_depth = Empty,
@@ -64,7 +44,7 @@ impl ObservedStore {
         );
         let waiting = self.instruments.lock.start_wait(kind.name());
         let started = Instant::now();
-        let result = work.instrument(span.clone()).await;
+        let result = acquisition.instrument(span.clone()).await;
         drop(waiting);
         let outcome = match &result {
             Ok(_) => "acquired",
@@ -73,7 +53,13 @@ impl ObservedStore {
         self.instruments.lock.record_attempt(kind.name(), outcome, started.elapsed());
         span.record("outcome", outcome);
         match result {
-            Ok(answer) => Ok(wrap(answer, &|held| self.witnessed(&span, held))),
+            Ok(acquired) => {
+                // Links the end of an instance, or its recovery, to its creation.
+                if let Some(traceparent) = acquired.instance().and_then(|instance| instance.traceparent.as_ref()) {
+                    context::link_span(&span, traceparent);
+                }
+                Ok(acquired.map_guard(|guard| self.observe(&span, guard)))
+            }
             Err(error) => {
                 if error.is_fault() && error != Error::Conflict {
                     span.record("error.type", error.code());
@@ -83,153 +69,72 @@ impl ObservedStore {
             }
         }
     }
+}
 
-    fn witnessed(&self, acquire: &Span, held: LockGuard) -> LockGuard {
-        acquire.record("lock.contended", held.waited.contended);
-        acquire.record("lock.queue_depth", held.waited.queue_depth);
-        acquire.record("lock.token", held.token);
-        if let Some(holder) = &held.waited.holder {
+impl ObservedLocks {
+    fn observe(&self, acquire: &Span, guard: LockGuard) -> LockGuard {
+        acquire.record("lock.contended", guard.waited.contended);
+        acquire.record("lock.queue_depth", guard.waited.queue_depth);
+        acquire.record("lock.token", guard.token);
+        if let Some(holder) = &guard.waited.holder {
             context::link_span(acquire, holder);
         }
         let span = info_span!(
             "lock.hold",
-            lock.kind = held.kind.name(),
-            lock.backend = self.inner.backend(),
-            lock.token = held.token,
+            lock.kind = guard.kind.name(),
+            lock.backend = self.backend,
+            lock.token = guard.token,
             error.type = Empty,
         );
         let hold = Hold {
-            kind: held.kind,
+            kind: guard.kind,
             since: Instant::now(),
             instruments: self.instruments.clone(),
             span,
-            lost: held.grant().lost(),
+            lost: Mutex::new(guard.lost()),
         };
-        held.witnessed(std::sync::Mutex::new(hold))
+        guard.wrap(|inner| Box::new(ObservedOwnership { inner, hold }))
     }
 }
 
+/// Measures how long a lock is held, its commit included.
+struct ObservedOwnership {
+    inner: Box<dyn Ownership>,
+    hold: Hold,
+}
+
 #[async_trait]
-impl Store for ObservedStore {
-    fn backend(&self) -> &'static str {
-        self.inner.backend()
+impl Ownership for ObservedOwnership {
+    fn lost(&self) -> BoxFuture<'static, ()> {
+        self.inner.lost()
     }
 
-    async fn ping(&self) -> Result<()> {
-        self.inner.ping().await
+    async fn commit(self: Box<Self>, change: Change) -> Result<()> {
+        let Self { inner, hold } = *self;
+        let result = inner.commit(change).await;
+        drop(hold);
+        result
     }
+}
 
-    async fn insert_challenge(&self, challenge: &Challenge) -> Result<()> {
-        self.inner.insert_challenge(challenge).await
-    }
+/// Records the hold when it is dropped.
+struct Hold {
+    kind: LockKind,
+    since: Instant,
+    instruments: Instruments,
+    span: Span,
+    /// In a mutex only because the future is not `Sync`.
+    lost: Mutex<BoxFuture<'static, ()>>,
+}
 
-    async fn challenge(&self, id: &ChallengeId) -> Result<Option<Stored<Challenge>>> {
-        self.inner.challenge(id).await
-    }
-
-    async fn snapshot(&self, id: &ChallengeId, source: &SourceId) -> Result<Snapshot> {
-        self.inner.snapshot(id, source).await
-    }
-
-    fn cached_snapshot(&self, id: &ChallengeId, source: &SourceId) -> Option<Snapshot> {
-        self.inner.cached_snapshot(id, source)
-    }
-
-    fn challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)> {
-        self.inner.challenges()
-    }
-
-    async fn instance(&self, key: &InstanceKey) -> Result<Option<Stored<Instance>>> {
-        self.inner.instance(key).await
-    }
-
-    fn instances_of(&self, id: &ChallengeId) -> Stream<'_, Stored<Instance>> {
-        self.inner.instances_of(id)
-    }
-
-    async fn all_readable(&self, id: &ChallengeId) -> Result<()> {
-        self.inner.all_readable(id).await
-    }
-
-    fn instances_by_source(&self, source: Option<&SourceId>) -> Stream<'_, Instance> {
-        self.inner.instances_by_source(source)
-    }
-
-    fn expired(&self, now: Timestamp) -> Stream<'_, Instance> {
-        self.inner.expired(now)
-    }
-
-    async fn pool(&self, id: &ChallengeId, claimed: usize, pooled: usize) -> Result<Pool> {
-        self.inner.pool(id, claimed, pooled).await
-    }
-
-    async fn lock(&self, kind: LockKind, id: &ChallengeId, by: &LockOptions) -> Result<LockGuard> {
-        self.acquire(kind, id, self.inner.lock(kind, id, by), |held, wrap| wrap(held)).await
-    }
-
-    async fn release(&self, held: LockGuard) -> Result<()> {
-        self.inner.release(held).await
-    }
-
-    async fn update_challenge(&self, held: LockGuard, challenge: &Challenge) -> Result<()> {
-        self.inner.update_challenge(held, challenge).await
-    }
-
-    async fn remove_challenge(&self, held: LockGuard, id: &ChallengeId) -> Result<()> {
-        self.inner.remove_challenge(held, id).await
-    }
-
-    async fn begin_create(
-        &self,
-        challenge: &Stored<Challenge>,
-        intent: &Instance,
-        pool: Option<Version>,
-        by: &LockOptions,
-    ) -> Result<LockGuard> {
-        let begin = self.inner.begin_create(challenge, intent, pool, by);
-        self.acquire(LockKind::Instance, &intent.key.challenge, begin, |held, wrap| wrap(held)).await
-    }
-
-    async fn claim(
-        &self,
-        challenge: &Stored<Challenge>,
-        pooled: &Stored<Instance>,
-        claimed: &Instance,
-        by: &LockOptions,
-    ) -> Result<Option<LockGuard>> {
-        let claim = self.inner.claim(challenge, pooled, claimed, by);
-        self.acquire(LockKind::Instance, &claimed.key.challenge, claim, |held, wrap| held.map(wrap)).await
-    }
-
-    async fn begin(&self, key: &InstanceKey, begin: Intent, by: &LockOptions) -> Result<(LockGuard, Instance)> {
-        let begin = async {
-            let (held, instance) = self.inner.begin(key, begin, by).await?;
-            // From an instance's end, or its recovery, to its beginning.
-            if let Some(traceparent) = &instance.traceparent {
-                context::link_to(traceparent);
-            }
-            Ok((held, instance))
-        };
-        self.acquire(LockKind::Instance, &key.challenge, begin, |(held, instance), wrap| (wrap(held), instance)).await
-    }
-
-    async fn commit(&self, held: LockGuard, key: &InstanceKey, commit: Outcome) -> Result<()> {
-        self.inner.commit(held, key, commit).await
-    }
-
-    async fn rewrite(&self, read: &Stored<Instance>, instance: &Instance, by: &LockOptions) -> Result<()> {
-        self.inner.rewrite(read, instance, by).await
-    }
-
-    async fn unfinished(&self, now: Timestamp) -> Result<Vec<Unfinished>> {
-        self.inner.unfinished(now).await
-    }
-
-    async fn pools(&self) -> Result<Vec<ChallengeId>> {
-        self.inner.pools().await
-    }
-
-    async fn census(&self, now: Timestamp) -> Result<Census> {
-        self.inner.census(now).await
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.instruments.lock.record_release(self.kind.name(), self.since.elapsed());
+        let lost = self.lost.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if lost.now_or_never().is_some() {
+            self.instruments.lock.record_loss(self.kind.name());
+            self.span.record("error.type", "FENCED");
+            self.span.in_scope(|| context::fail_span("the lease expired while the lock was held"));
+        }
     }
 }

@@ -192,7 +192,7 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let calls = Arc::default();
         let kv = Counted { inner: Embedded::open(&dir.path().join("store")).unwrap(), calls: Arc::clone(&calls) };
-        let store = Arc::new(Coordination::over(kv, "test/", LONG, "a".to_owned()));
+        let store = Arc::new(Coordination::new(kv, "test/", LONG, "a".to_owned()));
         let machine = Arc::new(Machine {
             slow: watch::Sender::new(BTreeSet::new()),
             fails: Mutex::default(),

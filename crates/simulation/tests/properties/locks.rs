@@ -132,7 +132,7 @@ impl History {
                 let held = self.held.remove(&n).unwrap();
                 self.leave(n);
                 let store = self.replicas[self.places[n].replica].1.clone();
-                let mut released = async move { store.release(held).await }.boxed();
+                let mut released = async move { held.release().await }.boxed();
                 match command {
                     Command::Release(_) => drop(tokio::spawn(released)),
                     Command::Abandon(_) => drop(futures::poll!(&mut released)),
@@ -163,7 +163,7 @@ impl History {
                 tokio::time::sleep(Duration::from_secs(6)).await;
                 self.settle().await;
                 for (n, held) in &self.held {
-                    let told = held.grant().lost().now_or_never().is_some();
+                    let told = held.lost().now_or_never().is_some();
                     assert!(told || self.places[*n].stand == Stand::Held, "{n} is not told that its lease is gone");
                 }
             }
@@ -298,7 +298,7 @@ impl History {
             let held = store.lock(KIND, &self.id, &none).await.unwrap();
             let last = self.places.iter().filter_map(|place| place.created).max();
             assert!(last.is_none_or(|last| held.token > last), "tokens grow");
-            store.release(held).await.unwrap();
+            held.release().await.unwrap();
         }
         assert_eq!(self.stored(), BTreeMap::new());
     }

@@ -78,7 +78,7 @@ impl Direct {
     /// A replica, and its client.
     fn replica(&self, name: &str) -> (Self, Arc<Coordination<Self>>) {
         let client = Self { own: Arc::default(), ..self.clone() };
-        (client.clone(), Arc::new(Coordination::over(client, "p/", LEASE, name.to_owned())))
+        (client.clone(), Arc::new(Coordination::new(client, "p/", LEASE, name.to_owned())))
     }
 
     /// Ends the lease behind the replica's back.

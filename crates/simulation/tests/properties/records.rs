@@ -311,14 +311,14 @@ impl History {
                 let held = store.lock(LockKind::Challenge, &self.id, &by()).await.unwrap();
                 self.revision += 1;
                 let changed = Challenge { revision: self.revision, ..now.value.clone() };
-                store.update_challenge(held, &changed).await.unwrap();
+                held.update_challenge(&changed).await.unwrap();
                 // What goes by the old settings is told so.
                 let refused = store.begin_create(&now, &self.fresh(0, number), None, &by()).await;
                 assert_eq!(refused.err(), Some(Error::Conflict));
             }
             Command::Remove => {
                 let held = store.lock(LockKind::Challenge, &self.id, &by()).await.unwrap();
-                let removed = store.remove_challenge(held, &self.id).await;
+                let removed = held.remove_challenge().await;
                 assert_eq!(removed, if self.model.is_empty() { Ok(()) } else { Err(Error::Conflict) });
                 if removed.is_ok() {
                     assert_eq!(store.challenge(&self.id).await.unwrap(), None);
@@ -431,7 +431,7 @@ impl History {
                 Outcome::Put(Box::new(instance.clone()))
             }
         };
-        match store.commit(held, &key, commit).await {
+        match held.commit(commit).await {
             Err(Error::Fenced(_)) => assert!(lost),
             committed => {
                 assert_eq!((committed, lost), (Ok(()), false));

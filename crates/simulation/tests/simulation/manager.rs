@@ -6,7 +6,7 @@ use std::{
 };
 
 use gauntlet_coordination::Coordination;
-use gauntlet_domain::{Call, ChallengeId, Entropy, Error, Fact, Facts, Gauntlet, Settings};
+use gauntlet_domain::{Call, ChallengeId, Entropy, Error, Fact, Facts, Gauntlet, Layered, Settings};
 use rand::{Rng as _, RngExt as _, SeedableRng as _, rngs::SmallRng};
 use tokio::{
     sync::{Notify, mpsc},
@@ -18,7 +18,7 @@ use super::{
     coverage::Event,
     machine::{Catalogue, Machine},
     network::Client,
-    observer::Observed,
+    observer::ObservedLocks,
     process::Process,
     world::World,
 };
@@ -65,7 +65,7 @@ impl Manager {
         };
         let machine = Arc::new(Machine(process.clone()));
         let store = Arc::new(store);
-        let observed = Arc::new(Observed { inner: store.clone(), process: process.clone() });
+        let observed = Arc::new(Layered::new(ObservedLocks(process.clone()), store.clone()));
         let gauntlet = Gauntlet::new(observed, machine, Arc::new(Catalogue), Arc::new(Unnoted), settings);
         let seed = world.lock().rng.random();
         let (pools, mut asked) = mpsc::unbounded_channel();

@@ -1,6 +1,7 @@
-//! What this replica saw last of challenges, pools and instances. Good for a try: whatever is done on it compares versions, so that old
-//! knowledge costs a transaction that fails (and reads how it stands), and is never acted on. Bounded; what was not used for long is
-//! forgotten.
+//! What this replica read last of challenges, pools and instances.
+//!
+//! Entries may be stale. Every transaction that is based on one compares versions, so a stale entry costs a refused transaction (which reads
+//! the current state) and is never acted on. The cache is bounded, and drops the entries that were not used for the longest time.
 
 use std::{
     collections::HashMap,
@@ -13,33 +14,33 @@ use gauntlet_domain::{
     Assignment, Challenge, ChallengeId, Instance, InstanceKey, Phase, Snapshot, SourceId, Stored, Version,
 };
 
-/// Of each kind, half of what is kept at most.
+/// Half of the maximum number of entries of each kind.
 const GENERATION: usize = 8192;
-/// Ready pooled instances remembered of a challenge.
-pub(crate) const POOLED: usize = 16;
+/// The maximum number of ready pooled instances that are kept of one challenge.
+pub(crate) const MAX_POOLED: usize = 16;
 
 #[derive(Debug, Default)]
-pub(crate) struct Memory {
+pub(crate) struct ReplicaCache {
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    challenges: Recent<ChallengeId, Seen>,
+    challenges: Recent<ChallengeId, CachedChallenge>,
     instances: Recent<InstanceKey, Stored<Instance>>,
 }
 
 #[derive(Debug, Clone)]
-struct Seen {
+struct CachedChallenge {
     challenge: Stored<Challenge>,
     pooled: Vec<Stored<Instance>>,
 }
 
-impl Memory {
-    /// What a snapshot would answer, as far as it is known. A pool that was seen empty is not known: it may have been filled since.
-    pub(crate) fn cached_snapshot(&self, id: &ChallengeId, source: &SourceId) -> Option<Snapshot> {
+impl ReplicaCache {
+    /// The cached parts of a snapshot. `None` if the challenge is not cached, or its pool was empty and may have been filled since.
+    pub(crate) fn snapshot(&self, id: &ChallengeId, source: &SourceId) -> Option<Snapshot> {
         let mut state = self.lock();
-        let Seen { challenge, pooled } = state.challenges.get(id)?.clone();
+        let CachedChallenge { challenge, pooled } = state.challenges.get(id)?.clone();
         if challenge.value.bounds.min() > 0 && pooled.is_empty() {
             return None;
         }
@@ -48,58 +49,61 @@ impl Memory {
         Some(Snapshot { challenge: Some(challenge), instance, pooled })
     }
 
-    pub(crate) fn snapshot(&self, snapshot: &Snapshot) {
+    pub(crate) fn put_snapshot(&self, snapshot: &Snapshot) {
         let Some(challenge) = &snapshot.challenge else { return };
-        self.challenge(challenge);
+        self.put_challenge(challenge);
         let mut state = self.lock();
-        if let Some(seen) = state.challenges.get(&challenge.value.id) {
-            seen.pooled.clone_from(&snapshot.pooled);
+        if let Some(cached) = state.challenges.get(&challenge.value.id) {
+            cached.pooled.clone_from(&snapshot.pooled);
         }
         drop(state);
         if let Some(instance) = &snapshot.instance {
-            self.instance(instance);
+            self.put_instance(instance);
         }
     }
 
-    pub(crate) fn challenge(&self, challenge: &Stored<Challenge>) {
+    pub(crate) fn put_challenge(&self, challenge: &Stored<Challenge>) {
         let mut state = self.lock();
         let id = &challenge.value.id;
         match state.challenges.get(id) {
-            Some(seen) if seen.challenge.version.0 > challenge.version.0 => {}
-            Some(seen) => seen.challenge = challenge.clone(),
-            None => state.challenges.put(id.clone(), Seen { challenge: challenge.clone(), pooled: Vec::new() }),
+            Some(cached) if cached.challenge.version.0 > challenge.version.0 => {}
+            Some(cached) => cached.challenge = challenge.clone(),
+            None => {
+                let cached = CachedChallenge { challenge: challenge.clone(), pooled: Vec::new() };
+                state.challenges.insert(id.clone(), cached);
+            }
         }
     }
 
-    pub(crate) fn forget_challenge(&self, id: &ChallengeId) {
+    pub(crate) fn remove_challenge(&self, id: &ChallengeId) {
         self.lock().challenges.remove(id);
     }
 
-    pub(crate) fn instance(&self, instance: &Stored<Instance>) {
+    pub(crate) fn put_instance(&self, instance: &Stored<Instance>) {
         let mut state = self.lock();
         let key = &instance.value.key;
         if key.assignment.is_pooled() {
             let ready = instance.value.phase == Phase::Ready;
-            if let Some(seen) = state.challenges.get(&key.challenge) {
-                seen.pooled.retain(|pooled| pooled.value.key != *key);
-                if ready && seen.pooled.len() < POOLED {
-                    seen.pooled.push(instance.clone());
+            if let Some(cached) = state.challenges.get(&key.challenge) {
+                cached.pooled.retain(|pooled| pooled.value.key != *key);
+                if ready && cached.pooled.len() < MAX_POOLED {
+                    cached.pooled.push(instance.clone());
                 }
             }
             return;
         }
         match state.instances.get(key) {
-            Some(seen) if seen.version.0 > instance.version.0 => {}
-            Some(seen) => seen.clone_from(instance),
-            None => state.instances.put(key.clone(), instance.clone()),
+            Some(cached) if cached.version.0 > instance.version.0 => {}
+            Some(cached) => cached.clone_from(instance),
+            None => state.instances.insert(key.clone(), instance.clone()),
         }
     }
 
-    pub(crate) fn forget_instance(&self, key: &InstanceKey) {
+    pub(crate) fn remove_instance(&self, key: &InstanceKey) {
         let mut state = self.lock();
         if key.assignment.is_pooled() {
-            if let Some(seen) = state.challenges.get(&key.challenge) {
-                seen.pooled.retain(|pooled| pooled.value.key != *key);
+            if let Some(cached) = state.challenges.get(&key.challenge) {
+                cached.pooled.retain(|pooled| pooled.value.key != *key);
             }
         } else {
             state.instances.remove(key);
@@ -111,7 +115,7 @@ impl Memory {
     }
 }
 
-/// The entries used last: at least one generation of them, at most two.
+/// A map of the entries that were used last, at least one generation of them and at most two.
 #[derive(Debug)]
 struct Recent<K, V> {
     young: HashMap<K, V>,
@@ -127,12 +131,12 @@ impl<K, V> Default for Recent<K, V> {
 impl<K: Hash + Eq + Clone, V> Recent<K, V> {
     fn get(&mut self, key: &K) -> Option<&mut V> {
         if let Some((key, value)) = self.old.remove_entry(key) {
-            self.put(key, value);
+            self.insert(key, value);
         }
         self.young.get_mut(key)
     }
 
-    fn put(&mut self, key: K, value: V) {
+    fn insert(&mut self, key: K, value: V) {
         if self.young.len() >= GENERATION {
             self.old = mem::take(&mut self.young);
         }
@@ -145,7 +149,7 @@ impl<K: Hash + Eq + Clone, V> Recent<K, V> {
     }
 }
 
-/// As written at that revision.
+/// A record that was written at `revision`.
 pub(crate) fn written<T>(value: T, revision: u64) -> Stored<T> {
     Stored { value, version: Version(revision) }
 }
@@ -155,10 +159,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_used_stays_and_the_rest_goes() {
+    fn used_entry_stays_and_unused_entries_are_dropped() {
         let mut recent = Recent::default();
         for n in 0..GENERATION * 10 {
-            recent.put(n, n);
+            recent.insert(n, n);
             assert_eq!(recent.get(&0), Some(&mut 0), "used all the time");
             assert!(recent.young.len() + recent.old.len() <= 2 * GENERATION);
         }

@@ -1,0 +1,107 @@
+//! Keys under this replica's lease: held locks, places in a lock's queue, and owner keys of instances.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use gauntlet_domain::{ChallengeId, Instance, LockKind};
+
+use crate::{
+    key_slots::KeySlot,
+    kv::{Compare, Op, Txn},
+    reaper::Reaper,
+    session::Lease,
+};
+
+/// A key under the lease. Its value is unique to one acquisition.
+#[derive(Debug, Clone)]
+pub(crate) struct LiveKey {
+    pub(crate) key: String,
+    pub(crate) value: Vec<u8>,
+    pub(crate) lease: Lease,
+    /// The reusable part of the key's name.
+    pub(crate) slot: Option<KeySlot>,
+}
+
+impl LiveKey {
+    pub(crate) fn put(&self) -> Op {
+        Op::Put { key: self.key.clone(), value: self.value.clone(), lease: Some(self.lease.id) }
+    }
+
+    /// Lets another acquisition use the key's name. Call only after the key is confirmed absent.
+    pub(crate) fn release_slot(&self) {
+        if let Some(slot) = &self.slot {
+            slot.release();
+        }
+    }
+
+    /// Deletes the key if it is still this acquisition's.
+    pub(crate) fn deletion(&self) -> Txn {
+        Txn {
+            compare: vec![Compare::value(&self.key, self.value.clone())],
+            success: vec![Op::delete(&self.key)],
+            failure: Vec::new(),
+        }
+    }
+}
+
+/// What an owned key protects.
+#[derive(Debug, Clone)]
+pub(crate) enum Subject {
+    /// A challenge, by a lock or a place in its queue.
+    Lock(LockKind, ChallengeId),
+    /// An instance, with its record at the time it was acquired, from which its index keys follow.
+    Instance(Box<Instance>),
+}
+
+/// A live key that is in the store. Dropping it hands the key to the reaper.
+#[derive(Debug)]
+pub(crate) struct OwnedKey {
+    pub(crate) live: LiveKey,
+    /// The key's create revision, which is the fencing token.
+    pub(crate) token: u64,
+    pub(crate) subject: Subject,
+    reaper: Reaper,
+    deleted: AtomicBool,
+    /// Whether a transaction was built that compares this key. It may still be in flight when its caller has given up.
+    compared: AtomicBool,
+}
+
+impl OwnedKey {
+    pub(crate) fn new(live: LiveKey, token: u64, subject: Subject, reaper: Reaper) -> Self {
+        Self { live, token, subject, reaper, deleted: AtomicBool::new(false), compared: AtomicBool::new(false) }
+    }
+
+    /// Notes that the key is gone, so that nothing is left to delete.
+    pub(crate) fn mark_deleted(&self) {
+        if !self.deleted.swap(true, Ordering::AcqRel) {
+            self.live.release_slot();
+        }
+    }
+
+    /// Holds in the store as long as this acquisition owns the key.
+    pub(crate) fn still_owned(&self) -> Compare {
+        self.compared.store(true, Ordering::Release);
+        Compare::create_revision(&self.live.key, self.token)
+    }
+
+    /// Whether no transaction can depend on this key.
+    pub(crate) fn is_unused(&self) -> bool {
+        !self.compared.load(Ordering::Acquire)
+    }
+
+    /// Deletes the key, whatever was written under it.
+    pub(crate) fn deletion(&self) -> Txn {
+        Txn {
+            compare: vec![Compare::create_revision(&self.live.key, self.token)],
+            success: vec![Op::delete(&self.live.key)],
+            failure: Vec::new(),
+        }
+    }
+}
+
+impl Drop for OwnedKey {
+    fn drop(&mut self) {
+        if !self.deleted.load(Ordering::Acquire) {
+            self.reaper.delete(self.live.clone());
+        }
+    }
+}
