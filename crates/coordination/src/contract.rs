@@ -21,14 +21,14 @@ use std::{
 
 use futures::TryStreamExt as _;
 use gauntlet_domain::{
-    Assignment, Challenge, ChallengeId, Error, Failure, Identity, Instance, InstanceKey, Intent, LockGuard, LockKind,
-    LockOptions, Operation, Outcome, Phase, PhaseName, Pinned, PoolBounds, Rollout, SourceId, Store as _, Stored,
-    Strategy, Target, Unfinished, Version,
+    Assignment, Challenge, ChallengeId, Error, Failure, Identity, Instance, InstanceKey, Intent, LockKind, LockOptions,
+    Operation, Outcome, Phase, PhaseName, Pinned, PoolBounds, Rollout, SourceId, Store as _, Stored, Strategy, Target,
+    Unfinished, Version,
 };
 use jiff::Timestamp;
 use rig::{Fault, Rig, Tested};
 
-use crate::{Coordination, kv::Kv as _, kv::Op, kv::Txn, reads::Scan, records};
+use crate::{Coordination, kv::Kv as _, kv::Op, kv::Txn, records, scan::Scan};
 
 /// Runs each test on each backend.
 macro_rules! contract {

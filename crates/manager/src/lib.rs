@@ -29,7 +29,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use claimed::Claimed;
 pub use config::{Config, DebugAddress, Secret};
 use connections::Port;
-use gauntlet_domain::{Error, Gauntlet, Provisioner as _, Settings, Store};
+use gauntlet_domain::{Error, Gauntlet, Provisioner as _, Settings};
 pub use gauntlet_provision::process::shim::run_if_requested as supervise_if_requested;
 use gauntlet_telemetry::Telemetry;
 use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, SignallingFacts, observed_store};

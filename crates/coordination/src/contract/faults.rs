@@ -333,7 +333,7 @@ pub(super) async fn a_lost_lease_is_replaced_while_it_is_revoked(rig: &impl Rig)
     let lease = store.core.lease().await.unwrap();
     store.core.kv.hurry(Duration::from_secs(10));
     store.core.kv.hang_revoke();
-    lease.lose();
+    lease.give_up();
     let held = store.lock(LockKind::Challenge, &id("web"), &at_once()).await.unwrap();
     held.release().await.unwrap();
 }

@@ -110,7 +110,7 @@ pub(super) async fn all_is_listed_over_many_pages(rig: &impl Rig) {
     // Pages end between a record and its intent, too.
     let mut held = Vec::new();
     for at in [254, 255, 256, 510] {
-        held.push((store.begin(&all[at].key, Intent::Delete, &patient()).await.unwrap().0, all[at].key.clone()));
+        held.push(store.begin(&all[at].key, Intent::Delete, &patient()).await.unwrap().0);
     }
     let listed: Vec<_> = store.instances_of(&id("web")).try_collect().await.unwrap();
     assert_eq!(listed.len(), 1300);
@@ -118,7 +118,7 @@ pub(super) async fn all_is_listed_over_many_pages(rig: &impl Rig) {
     assert_eq!(listed.iter().filter(|stored| stored.value.phase == Phase::Deleting).count(), 4);
     let everyone: Vec<_> = store.instances_by_source(None).try_collect().await.unwrap();
     assert_eq!(everyone.len(), 1300);
-    for (held, key) in held {
+    for held in held {
         held.commit(Outcome::Remove).await.unwrap();
     }
     assert_eq!(store.census(at(0)).await.unwrap().instances.values().sum::<u64>(), 1296);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use gauntlet_domain::{ChallengeUpdate, Error, LockKind, SourceId, Store as _};
+use gauntlet_domain::{ChallengeUpdate, Error, LockKind, SourceId};
 
 use crate::world::{ALICE, BOB, PATIENCE, World, within};
 

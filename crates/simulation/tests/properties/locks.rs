@@ -131,7 +131,6 @@ impl History {
                 let Some(n) = nth(self.held.keys(), index) else { return };
                 let held = self.held.remove(&n).unwrap();
                 self.leave(n);
-                let store = self.replicas[self.places[n].replica].1.clone();
                 let mut released = async move { held.release().await }.boxed();
                 match command {
                     Command::Release(_) => drop(tokio::spawn(released)),

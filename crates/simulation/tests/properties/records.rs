@@ -410,9 +410,8 @@ impl History {
 
     /// Ends an ownership.
     async fn end(&mut self, kept: Kept, then: Then) {
-        let Kept { replica, held, mut instance, lost } = kept;
+        let Kept { held, mut instance, lost, .. } = kept;
         let key = instance.key.clone();
-        let store = self.replicas[replica].1.clone();
         let commit = match then {
             // The second time it is not kept.
             Then::Drop | Then::Keep => return drop(held),

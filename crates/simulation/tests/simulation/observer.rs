@@ -39,8 +39,9 @@ pub struct Observer {
 impl Observer {
     /// A manager gets a guard. Returns whether a paused manager, which cannot notice that its lease has expired, had it until then.
     fn acquired(&mut self, etcd: &Server, token: u64, holder: Holder) -> std::result::Result<bool, String> {
-        let exists =
-            |token: u64| etcd.entries().any(|(key, entry)| entry.created == token && key.contains("live locks"));
+        let exists = |token: u64| {
+            etcd.entries().any(|(key, entry)| entry.create_revision == token && key.contains("live locks"))
+        };
         if self.lost_early.contains(&token) {
             return Ok(false);
         }
@@ -84,7 +85,7 @@ impl Observer {
 
     /// Etcd loses a lease before its time, and these keys with it.
     pub fn lost_early(&mut self, deleted: &[EtcdChange]) {
-        self.lost_early.extend(deleted.iter().filter_map(|change| Some(change.before.as_ref()?.created)));
+        self.lost_early.extend(deleted.iter().filter_map(|change| Some(change.before.as_ref()?.create_revision)));
     }
 }
 
