@@ -19,6 +19,7 @@ mod etcd;
 mod key_slots;
 mod keys;
 pub mod kv;
+mod live_key;
 mod locks;
 mod owned_key;
 mod reaper;

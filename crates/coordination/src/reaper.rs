@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backoff::{Backoff, Jitter},
     kv::Kv,
-    owned_key::LiveKey,
+    live_key::LiveKey,
 };
 
 /// The maximum number of keys that wait for deletion. Beyond it the whole lease is given up, which deletes them too.
