@@ -63,7 +63,7 @@ impl<K: Kv> Core<K> {
     async fn update_challenge(self: &Arc<Self>, key: OwnedKey, challenge: Challenge) -> Result<()> {
         let id = locked_challenge(&key)?;
         if *id != challenge.id {
-            return Err(Error::Internal(format!("the lock of {id:?} cannot write the challenge {:?}", challenge.id)));
+            return Err(Error::Internal(format!("{} cannot write the challenge {:?}", key.subject, challenge.id)));
         }
         let layout = &self.layout;
         let record_key = layout.challenge(id);
@@ -119,7 +119,7 @@ impl<K: Kv> Core<K> {
         let layout = &self.layout;
         let before = match &key.subject {
             Subject::Instance(before) => before,
-            other => return Err(Error::Internal(format!("{other:?} cannot commit an instance"))),
+            other => return Err(Error::Internal(format!("{other} cannot commit an instance"))),
         };
         let instance_key = before.key.clone();
         let record_key = layout.instance(&instance_key);
@@ -138,7 +138,7 @@ impl<K: Kv> Core<K> {
                 Some(record)
             }
             Outcome::Put(instance) => {
-                return Err(Error::Internal(format!("the owner of {instance_key:?} cannot write {:?}", instance.key)));
+                return Err(Error::Internal(format!("{} cannot write {:?}", key.subject, instance.key)));
             }
         };
         let token = key.token;
@@ -201,7 +201,7 @@ impl<K: Kv> Core<K> {
 fn locked_challenge(key: &OwnedKey) -> Result<&ChallengeId> {
     match &key.subject {
         Subject::Lock(LockKind::Challenge, id) => Ok(id),
-        other => Err(Error::Internal(format!("{other:?} cannot write a challenge"))),
+        other => Err(Error::Internal(format!("{other} cannot write a challenge"))),
     }
 }
 

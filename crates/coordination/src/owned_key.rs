@@ -1,6 +1,9 @@
 //! Live keys that are in the store: held locks, places in a lock's queue, and owner keys of instances.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::{
+    fmt,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use gauntlet_domain::{ChallengeId, Instance, LockKind};
 
@@ -17,6 +20,17 @@ pub(crate) enum Subject {
     Lock(LockKind, ChallengeId),
     /// An instance, with its record at the time it was acquired, from which its index keys follow.
     Instance(Box<Instance>),
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lock(kind, id) => write!(f, "the {} lock of {id:?}", kind.name()),
+            Self::Instance(instance) => {
+                write!(f, "the owner key of the instance {:?} of {:?}", instance.key.assignment, instance.key.challenge)
+            }
+        }
+    }
 }
 
 /// A live key that is in the store. Dropping it hands the key to the reaper.
