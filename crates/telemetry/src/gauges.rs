@@ -218,5 +218,10 @@ mod tests {
         assert_eq!(seen.add_zeros(start + Duration::from_secs(1), vec![]), vec![ready(0)]);
         assert_eq!(seen.add_zeros(start + Duration::from_secs(2), vec![ready(0)]), vec![ready(0)]);
         assert_eq!(seen.add_zeros(start + ZERO_FOR, vec![]), vec![]);
+
+        let failed = |value| Sample::new(&names::INSTANCES, value).with_attribute("state", "failed");
+        let mut seen = Seen::default();
+        assert_eq!(seen.add_zeros(start, vec![ready(2), failed(1)]), vec![ready(2), failed(1)]);
+        assert_eq!(seen.add_zeros(start, vec![ready(2)]), vec![ready(2), failed(0)], "one of two series vanished");
     }
 }

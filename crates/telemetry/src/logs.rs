@@ -213,6 +213,7 @@ mod tests {
         let text = log_output(LineFormat::Human, false, log);
         assert_eq!(text.lines().count(), 1, "{text}");
         assert!(!text.contains('\x1b'), "{text}");
+        assert!(text.contains(r"name=a\u{1b}[2J\nERROR forged"), "{text}");
         assert!(text.contains(" INFO ") && text.contains("trace_id=00000000000000000000000000000abc"), "{text}");
         assert!(log_output(LineFormat::Human, true, log).contains("\x1b[32m"));
     }

@@ -36,21 +36,24 @@ pub(crate) fn log_filter(settings: &Settings, config: &Config) -> Result<EnvFilt
         .map_err(|_| EnvError::new(variable, text, format!("{fix}, or to a list such as info,gauntlet_manager=debug")))
 }
 
+/// The format of log lines, and whether they have colours.
+fn line_format(configured: LogFormat, is_terminal: bool) -> (LineFormat, bool) {
+    match configured {
+        LogFormat::Json => (LineFormat::Json, false),
+        LogFormat::Auto if !is_terminal => (LineFormat::Json, false),
+        LogFormat::Auto | LogFormat::Human => (LineFormat::Human, is_terminal),
+    }
+}
+
 pub(crate) fn subscriber(
     (line_filter, record_filter): (EnvFilter, EnvFilter),
     config: &Config,
     providers: &Providers,
 ) -> tracing::Dispatch {
-    let is_terminal = std::io::stderr().is_terminal();
-    let format = match config.log_format {
-        LogFormat::Human => LineFormat::Human,
-        LogFormat::Json => LineFormat::Json,
-        LogFormat::Auto if is_terminal => LineFormat::Human,
-        LogFormat::Auto => LineFormat::Json,
-    };
+    let (format, has_colours) = line_format(config.log_format, std::io::stderr().is_terminal());
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
-        .with_ansi(is_terminal && format == LineFormat::Human)
+        .with_ansi(has_colours)
         .event_format(format)
         .with_filter(line_filter);
     let is_transport = |target: &str| TRANSPORT_LIBRARIES.iter().any(|library| target.starts_with(library));
@@ -72,4 +75,18 @@ pub(crate) fn subscriber(
             .with_filter(filter_fn(move |meta| !is_transport(meta.target())))
     });
     tracing_subscriber::registry().with(spans).with(lines).with(records).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_human_lines_on_a_terminal_have_colours() {
+        let formats = [LogFormat::Auto, LogFormat::Human, LogFormat::Json];
+        let human = LineFormat::Human;
+        let json = LineFormat::Json;
+        assert_eq!(formats.map(|format| line_format(format, true)), [(human, true), (human, true), (json, false)]);
+        assert_eq!(formats.map(|format| line_format(format, false)), [(json, false), (human, false), (json, false)]);
+    }
 }

@@ -5,6 +5,7 @@ mod support;
 
 use gauntlet_telemetry::{FlushTimeout, Sample, context, names};
 use opentelemetry_proto::tonic::metrics::v1::metric::Data;
+use opentelemetry_proto::tonic::metrics::v1::number_data_point::Value;
 use support::{Collector, attribute, attributes, closed_url, hanging_server, telemetry, wait_until};
 
 #[test]
@@ -89,6 +90,7 @@ fn exported_metrics_match_their_rows() {
     telemetry.flush().unwrap();
     drop(active);
     let exported = collector.metrics();
+    let mut count = 0;
     assert!(exported.len() > 10, "{exported:?}");
     for metric in &exported {
         let row = names::METRICS.iter().find(|row| row.name == metric.name);
@@ -103,10 +105,31 @@ fn exported_metrics_match_their_rows() {
             }
             other => panic!("{other:?}"),
         };
+        count += points.len() as u64;
         for key in points.iter().flatten().map(|pair| pair.key.as_str()) {
             assert!(row.attributes.contains(&key), "{} has no attribute {key}", row.name);
         }
     }
+    let state = block_on(telemetry.debug().snapshot());
+    let metrics = state.exporters.iter().find(|exporter| exporter.signal == "metrics").unwrap();
+    assert_eq!((metrics.processed, metrics.exported), (count, count));
+}
+
+#[test]
+fn active_count_returns_to_zero_when_the_guard_is_dropped() {
+    let collector = Collector::start();
+    let (telemetry, _) = collector.telemetry(&[]);
+    let exported = || {
+        telemetry.flush().unwrap();
+        let Some(Data::Sum(sum)) = collector.metric("gauntlet.provision.active").unwrap().data else {
+            panic!("gauntlet.provision.active is not a sum")
+        };
+        sum.data_points[0].value.unwrap()
+    };
+    let active = telemetry.instruments().provision.start_step("process", "up");
+    assert_eq!(exported(), Value::AsInt(1));
+    drop(active);
+    assert_eq!(exported(), Value::AsInt(0));
 }
 
 #[test]

@@ -143,6 +143,10 @@ async fn debug_page_shows_operations_failures_and_gauges() {
     let text = telemetry.debug().snapshot().await.render(100);
     assert!(text.contains("instances ready: 3"), "{text}");
     assert!(text.contains("no port left"), "{text}");
+    let first_words: Vec<_> = text.lines().filter_map(|line| line.split_whitespace().next()).collect();
+    for table in [["served", "a.B/C"], ["locks", "lock.acquire"], ["work", "provision.up"]] {
+        assert!(first_words.windows(2).any(|words| words == table), "{text}");
+    }
     assert!(text.lines().all(|line| line.chars().count() <= 100));
 
     let (status, page) = get(&telemetry, "/").await;

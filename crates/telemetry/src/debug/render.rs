@@ -140,7 +140,7 @@ fn format_millis(millis: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::shorten;
+    use super::{format_age, format_millis, shorten};
 
     #[test]
     fn names_lose_their_package_first_and_then_their_service() {
@@ -151,5 +151,14 @@ mod tests {
         assert_eq!(shorten(name, 4), "api.");
         assert_eq!(shorten("GET /api/v1/instance/{challenge_id}/{source_id}", 20), "GET /api/v1/instance");
         assert_eq!(shorten("été", 2), "ét");
+    }
+
+    #[test]
+    fn times_have_the_unit_that_suits_them() {
+        assert_eq!([0, 119, 120, 7199, 7200, 90_000].map(format_age), ["0s", "119s", "2min", "119min", "2h", "25h"]);
+        assert_eq!(
+            [0.25, 9.94, 10.0, 999.0, 1000.0, 61_500.0].map(format_millis),
+            ["0.2ms", "9.9ms", "10ms", "999ms", "1.0s", "61.5s"]
+        );
     }
 }
