@@ -32,8 +32,8 @@ pub(crate) fn run() -> Result<ExitCode> {
             Some(path) => {
                 let version = tool.version(&path).unwrap_or_else(|| "unknown version".to_owned());
                 row(true, tool.binary(), version_number(&version), &path.display().to_string());
-                if let Some(why) = pages::missing_from(&tools, tool, &path) {
-                    pages.push((tool.binary(), why.to_owned()));
+                if let Some(reason) = pages::missing_from(&tools, tool, &path) {
+                    pages.push((tool.binary(), reason.to_owned()));
                 }
             }
             None => {

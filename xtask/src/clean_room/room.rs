@@ -114,10 +114,10 @@ impl Room {
         self.dir.join(path.trim_start_matches('/'))
     }
 
-    fn mount(&self, what: &[&str], at: &str) -> Result<()> {
+    fn mount(&self, arguments: &[&str], at: &str) -> Result<()> {
         let at = self.path(at);
         fs::create_dir_all(&at).with_context(|| format!("create {}", at.display()))?;
-        succeed(Command::new("mount").args(what).arg(at))
+        succeed(Command::new("mount").args(arguments).arg(at))
     }
 
     fn mount_read_only(&self, from: &Path, at: &str) -> Result<()> {

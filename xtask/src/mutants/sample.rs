@@ -2,6 +2,7 @@
 //!
 //! A random sample gives a score that can be compared over time. cargo-mutants makes the changes.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -19,8 +20,7 @@ use crate::console::say;
 const VERSION: &str = "27.1.0";
 /// The crates that are sampled by default.
 pub(super) const PACKAGES: [&str; 5] = ["coordination", "domain", "manager", "provision", "telemetry"];
-/// A mutant times out after this many times the duration of all tests without a mutant. The tests of one crate take a part of that, so this
-/// leaves room for a busy machine.
+/// A mutant times out after this many times the duration of its crate's tests without a mutant.
 const TIMEOUT_MULTIPLIER: &str = "2";
 /// The shortest timeout, in seconds.
 const MINIMUM_TIMEOUT: &str = "120";
@@ -38,62 +38,86 @@ impl Sample {
     /// Tries them one after the other, each with the tests of its crate.
     pub(super) fn run(&self, copy: &Copy) -> Result<ExitCode> {
         let tool = cargo_mutants(&Tools::from_env())?;
-        let mutants = || {
+        let mutants = |package: &str| {
             let mut command = Command::new(&tool);
             command
-                .args(["mutants", "--no-config", "--colors", "never"])
+                .args(["mutants", "--no-config", "--colors", "never", "--package", package])
                 .current_dir(&copy.tree)
                 .env("CARGO_TARGET_DIR", &copy.target);
-            for package in &self.packages {
-                let name = package.strip_prefix("gauntlet-").unwrap_or(package);
-                command.args(["--package", &format!("gauntlet-{name}")]);
-            }
             command
         };
-        let listed = mutants().arg("--list").output().context("list mutants")?;
-        if !listed.status.success() {
-            bail!("cargo mutants --list failed: {}", String::from_utf8_lossy(&listed.stderr));
+        let mut counts = BTreeMap::new();
+        for package in &self.packages {
+            let package = format!("gauntlet-{}", package.strip_prefix("gauntlet-").unwrap_or(package));
+            let listed = mutants(&package).arg("--list").output().context("list mutants")?;
+            if !listed.status.success() {
+                bail!("cargo mutants --list failed: {}", String::from_utf8_lossy(&listed.stderr));
+            }
+            let count = String::from_utf8_lossy(&listed.stdout).lines().filter(|line| !line.is_empty()).count();
+            counts.insert(package, count);
         }
-        let all = String::from_utf8_lossy(&listed.stdout).lines().filter(|line| !line.is_empty()).count();
+        let all = counts.values().sum();
         let shard = Shard::new(all, self.size, self.seed);
-        let size = shard.size(all);
-        say(&format!("{size} of {all} mutants, chosen by --seed {}", self.seed));
-        say("building and running the tests without a mutant (minutes)");
-        let output = copy.target.with_file_name("sample");
-        let mut command = mutants();
-        // A shard, because cargo-mutants cannot filter deletions of struct fields by name.
-        command.args(["--sharding", "round-robin", "--shard", &shard.to_string()]);
-        command.args(["--timeout-multiplier", TIMEOUT_MULTIPLIER, "--minimum-test-timeout", MINIMUM_TIMEOUT]);
-        command.args(["--in-place", "--caught", "--unviable", "--output"]).arg(&output);
-        print_progress(command, size)?;
-        // cargo-mutants fails when a mutant survives, so only its files tell whether it worked.
-        let outcomes = Outcomes::read(&output.join("mutants.out"))?;
+        counts.retain(|_, count| shard.size(*count) > 0);
+        let mut progress = Progress::new(counts.values().map(|count| shard.size(*count)).sum());
+        say(&format!("{} of {all} mutants, chosen by --seed {}", progress.total, self.seed));
+        let mut outcomes = Outcomes::default();
+        // One run for each crate, because a run has one timeout, which follows from the tests of all its crates.
+        for package in counts.keys() {
+            say(&format!("building and running the tests of {package} without a mutant"));
+            let output = copy.target.with_file_name("sample").join(package);
+            fs::create_dir_all(&output).with_context(|| format!("create {}", output.display()))?;
+            let mut command = mutants(package);
+            // A shard, because cargo-mutants cannot filter deletions of struct fields by name.
+            command.args(["--sharding", "round-robin", "--shard", &shard.to_string()]);
+            command.args(["--timeout-multiplier", TIMEOUT_MULTIPLIER, "--minimum-test-timeout", MINIMUM_TIMEOUT]);
+            command.args(["--in-place", "--caught", "--unviable", "--output"]).arg(&output);
+            progress.follow(command)?;
+            // cargo-mutants fails when a mutant survives, so only its files tell whether it worked.
+            let tried = outcomes.total();
+            outcomes.add(&output.join("mutants.out"))?;
+            if outcomes.total() == tried {
+                bail!("cargo-mutants tried no mutant of {package}; the errors are above");
+            }
+        }
         if outcomes.total() == 0 {
-            bail!("cargo-mutants tried no mutant; the errors are above");
+            bail!("{} have no mutants", self.packages.join(", "));
         }
         println!("{outcomes}");
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// Runs cargo-mutants and numbers the mutants that it reports.
-fn print_progress(mut command: Command, size: usize) -> Result<()> {
-    let started = Instant::now();
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = spawn_bound(command).context("run cargo mutants")?;
-    let output = child.stdout.take().context("the output of cargo mutants is not piped")?;
-    let mut finished = 0;
-    for line in BufReader::new(output).lines() {
-        let line = line.context("read the output of cargo mutants")?;
-        if is_outcome(&line) {
-            finished += 1;
-            say(&format!("{finished}/{size} after {} min: {line}", started.elapsed().as_secs() / 60));
-        } else {
-            say(&line);
-        }
+/// Numbers the mutants that cargo-mutants reports, over several runs.
+struct Progress {
+    started: Instant,
+    finished: usize,
+    total: usize,
+}
+
+impl Progress {
+    fn new(total: usize) -> Progress {
+        Progress { started: Instant::now(), finished: 0, total }
     }
-    child.wait().context("wait for cargo mutants")?;
-    Ok(())
+
+    /// Runs cargo-mutants and prints what it reports.
+    fn follow(&mut self, mut command: Command) -> Result<()> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = spawn_bound(command).context("run cargo mutants")?;
+        let output = child.stdout.take().context("the output of cargo mutants is not piped")?;
+        for line in BufReader::new(output).lines() {
+            let line = line.context("read the output of cargo mutants")?;
+            if is_outcome(&line) {
+                self.finished += 1;
+                let minutes = self.started.elapsed().as_secs() / 60;
+                say(&format!("{}/{} after {minutes} min: {line}", self.finished, self.total));
+            } else {
+                say(&line);
+            }
+        }
+        child.wait().context("wait for cargo mutants")?;
+        Ok(())
+    }
 }
 
 /// Whether a line of cargo-mutants reports a mutant, such as `MISSED   src/a.rs:1:2: replace f with () in 3s build + 1s test`.
@@ -101,7 +125,7 @@ fn is_outcome(line: &str) -> bool {
     ["caught ", "MISSED ", "TIMEOUT ", "unviable "].iter().any(|outcome| line.starts_with(outcome))
 }
 
-/// One of several equal parts of all mutants. Round-robin: it has every `count`th mutant.
+/// One of several equal parts of the mutants of a crate: every `count`th, starting at `index`.
 #[derive(Debug, PartialEq, Eq)]
 struct Shard {
     index: usize,
@@ -109,15 +133,16 @@ struct Shard {
 }
 
 impl Shard {
-    /// A part of about `size`, the same for the same seed.
+    /// The part that samples about `size` of `all` mutants, the same for the same seed.
     fn new(all: usize, size: usize, seed: u64) -> Shard {
         let count = (all / size.max(1)).max(1);
         let index = usize::try_from(seed % count as u64).unwrap_or_default();
         Shard { index, count }
     }
 
-    fn size(&self, all: usize) -> usize {
-        all.saturating_sub(self.index).div_ceil(self.count)
+    /// The size of this part of `mutants`.
+    fn size(&self, mutants: usize) -> usize {
+        mutants.saturating_sub(self.index).div_ceil(self.count)
     }
 }
 
@@ -138,18 +163,19 @@ struct Outcomes {
 }
 
 impl Outcomes {
-    fn read(dir: &Path) -> Result<Outcomes> {
-        let read = |name: &str| {
+    /// Adds the outcomes of a run, from its directory `mutants.out`.
+    fn add(&mut self, dir: &Path) -> Result<()> {
+        for (name, mutants) in [
+            ("caught.txt", &mut self.killed),
+            ("missed.txt", &mut self.survived),
+            ("timeout.txt", &mut self.timed_out),
+            ("unviable.txt", &mut self.unviable),
+        ] {
             let path = dir.join(name);
             let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-            Ok::<Vec<String>, anyhow::Error>(text.lines().map(str::to_owned).collect())
-        };
-        Ok(Outcomes {
-            killed: read("caught.txt")?,
-            survived: read("missed.txt")?,
-            timed_out: read("timeout.txt")?,
-            unviable: read("unviable.txt")?,
-        })
+            mutants.extend(text.lines().map(str::to_owned));
+        }
+        Ok(())
     }
 
     fn total(&self) -> usize {
@@ -220,7 +246,8 @@ mod tests {
         for (name, text) in [("caught", "a\nb\n"), ("missed", "c\n"), ("timeout", "d\n"), ("unviable", "")] {
             fs::write(dir.join(format!("{name}.txt")), text).unwrap();
         }
-        let outcomes = Outcomes::read(&dir).unwrap();
+        let mut outcomes = Outcomes::default();
+        outcomes.add(&dir).unwrap();
         fs::remove_dir_all(&dir).unwrap();
         let text = outcomes.to_string();
         assert_eq!((outcomes.total(), text.lines().next()), (4, Some("survived: c")));
