@@ -152,7 +152,7 @@ impl<K: Kv> Store for Coordination<K> {
         let index = Scan::keys(&self.core, self.core.layout.expired(now), None);
         let expired = Indexed::new(index, Layout::parse_instance_key).stream();
         // The index is read at one revision, each instance later: one that was renewed in between has not expired.
-        Box::pin(expired.try_filter(move |instance| std::future::ready(instance.expired(now))))
+        Box::pin(expired.try_filter(move |instance| std::future::ready(instance.is_expired(now))))
     }
 
     async fn pool(&self, id: &ChallengeId, claimed: usize, pooled: usize) -> Result<Pool> {

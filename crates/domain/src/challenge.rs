@@ -1,112 +1,103 @@
-//! A challenge: what to run, for how long, and how many to keep ready.
+//! A challenge: which scenario its instances run, how long they live, and how many are kept ready.
 
 use std::time::Duration;
 
 use jiff::Timestamp;
 
-use crate::{Additional, ChallengeId, Error, Pinned, Result, pool::PoolBounds};
+use crate::{Additional, ChallengeId, Error, Pinned, PoolBounds, Result, Strategy};
 
-/// What the platform registered, as stored.
+/// A challenge, as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Challenge {
-    /// Its name.
+    /// Its id.
     pub id: ChallengeId,
-    /// The scenario instances run, pinned by digest.
+    /// The scenario that its instances run, pinned by digest.
     pub scenario: Pinned,
-    /// How long an instance lives from its creation or last renewal.
+    /// How long an instance lives after its creation or last renewal.
     pub timeout: Option<Duration>,
-    /// When every instance ends.
+    /// When all instances expire, renewed or not.
     pub until: Option<Timestamp>,
-    /// Handed to the scenario's templates.
+    /// The values given to the scenario's templates.
     pub additional: Additional,
     /// How many instances to keep ready.
     pub bounds: PoolBounds,
-    /// Counts updates: an instance that has applied this revision needs no further work.
+    /// The number of the last update. An instance that has applied this revision is up to date.
     pub revision: u64,
-    /// The revision that last changed what instances run (the scenario's digest or the template values): one that has applied at least
-    /// this needs no work on its resources.
+    /// The last revision that changed what instances run: the scenario's digest or the template values. An instance that has applied at
+    /// least this revision needs no work on its resources.
     pub content_revision: u64,
-    /// An update that has been recorded and not yet reached every instance.
+    /// An update that has been recorded and has not reached every instance yet.
     pub rollout: Option<Rollout>,
-    /// It is being deleted: no new instance, gone when the last one is.
+    /// Whether it is being deleted. It gets no new instance, and is removed after its last one.
     pub deleting: bool,
     /// The trace of the call that created it, in W3C traceparent form.
     pub traceparent: Option<String>,
 }
 
-/// An update under way.
+/// An update that is reaching the instances.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rollout {
-    /// How instances get there.
+    /// How the update reaches an instance.
     pub strategy: Strategy,
-    /// The trace of the call that asked for it, in W3C traceparent form.
+    /// The trace of the call that requested it, in W3C traceparent form.
     pub traceparent: Option<String>,
 }
 
-/// How an update reaches a running instance.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Strategy {
-    /// The running resources are changed.
-    #[default]
-    UpdateInPlace,
-    /// The new one is up before the old one goes down.
-    BlueGreen,
-    /// The old one goes down first.
-    Recreate,
-}
-
-/// What an update changes: `None` leaves a field as it is, `Some(None)` clears it.
+/// The changes of an update. `None` leaves a field unchanged, `Some(None)` clears it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ChallengeUpdate {
     /// A new scenario reference.
     pub scenario: Option<String>,
     /// A new timeout.
     pub timeout: Option<Option<Duration>>,
-    /// A new end.
+    /// A new `until`.
     pub until: Option<Option<Timestamp>>,
-    /// New template values, replacing all the old ones.
+    /// New template values, which replace all existing ones.
     pub additional: Option<Additional>,
-    /// A new lower bound of the pool.
+    /// A new `min` of the pool.
     pub min: Option<i64>,
-    /// A new upper bound of the pool.
+    /// A new `max` of the pool.
     pub max: Option<i64>,
-    /// How instances get there.
+    /// How the update reaches an instance.
     pub strategy: Strategy,
 }
 
 impl Challenge {
-    /// Whether its end has passed.
-    pub fn expired(&self, now: Timestamp) -> bool {
+    /// Whether the challenge has expired at `now`.
+    pub fn is_expired(&self, now: Timestamp) -> bool {
         self.until.is_some_and(|until| until <= now)
     }
 
-    /// When an instance created or renewed now ends.
+    /// When an instance that is created or renewed at `now` expires.
     pub fn expiry(&self, now: Timestamp) -> Option<Timestamp> {
         expiry(now, self.timeout, self.until)
     }
 
-    /// When an instance that is renewed now was last renewed, and when it then ends. A call that was held up never takes back what a later
-    /// one was given.
+    /// The time of last renewal and the expiry of an instance that is renewed at `now`. A delayed call never shortens what a later call was
+    /// given.
     pub(crate) fn renewal(&self, last: Timestamp, now: Timestamp) -> (Timestamp, Option<Timestamp>) {
         let last = now.max(last);
         (last, self.expiry(last))
     }
 
-    /// The template values of one instance: its own over the challenge's.
+    /// The template values of an instance: the challenge's, overridden by its own.
     pub fn merge_additional(&self, own: &Additional) -> Additional {
         let mut merged = self.additional.clone();
         merged.extend(own.iter().map(|(k, v)| (k.clone(), v.clone())));
         merged
     }
 
-    /// Applies what an update changes, the scenario already resolved, and counts it; refuses bounds that cannot be met, and new ones above
-    /// `pool_max`.
+    /// Applies an update, whose scenario has been resolved, as a new revision.
+    ///
+    /// # Errors
+    /// [`Error::PoolOutOfBounds`] for bounds that contradict each other, and for new ones above `pool_max`. The challenge is then unchanged.
     pub(crate) fn apply(&mut self, update: &ChallengeUpdate, scenario: Option<Pinned>, pool_max: u32) -> Result<()> {
         let limit = i64::from(pool_max);
         let min = update.min.unwrap_or(self.bounds.min());
         let max = update.max.unwrap_or(self.bounds.max());
-        let above = [update.min, update.max].into_iter().flatten().any(|bound| bound > limit);
-        self.bounds = PoolBounds::new(min, max).filter(|_| !above).ok_or(Error::PoolOutOfBounds { min, max, limit })?;
+        let exceeds = [update.min, update.max].into_iter().flatten().any(|bound| bound > limit);
+        self.bounds =
+            PoolBounds::new(min, max).filter(|_| !exceeds).ok_or(Error::PoolOutOfBounds { min, max, limit })?;
         self.revision += 1;
         let digest_changes = scenario.as_ref().is_some_and(|scenario| scenario.digest != self.scenario.digest);
         let values_change = update.additional.as_ref().is_some_and(|additional| *additional != self.additional);
@@ -129,8 +120,8 @@ impl Challenge {
     }
 }
 
-/// When an instance ends: neither bound, never; timeout only, `now + timeout`; until only, `until`; both, the earlier. A sum past the end
-/// of time is the end of time.
+/// Returns when an instance expires: at `now + timeout` or at `until`, whichever is given and earlier; never if neither is given. A sum beyond
+/// the last timestamp is the last timestamp.
 pub fn expiry(now: Timestamp, timeout: Option<Duration>, until: Option<Timestamp>) -> Option<Timestamp> {
     let by_timeout = timeout.map(|timeout| {
         jiff::SignedDuration::try_from(timeout).ok().and_then(|d| now.checked_add(d).ok()).unwrap_or(Timestamp::MAX)
@@ -152,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn the_four_cases() {
+    fn expiry_is_the_earlier_of_timeout_and_until() {
         let minute = Some(Duration::from_secs(60));
         assert_eq!(expiry(at(0), None, None), None);
         assert_eq!(expiry(at(0), minute, None), Some(at(60)));
@@ -178,7 +169,7 @@ mod tests {
         }
     }
 
-    /// Anything from the first second of time to the last, most of it near to now.
+    /// Any timestamp, mostly near the present.
     fn moment() -> impl Strategy<Value = Timestamp> {
         let all = Timestamp::MIN.as_second()..=Timestamp::MAX.as_second();
         prop_oneof![4 => (0..4_000_000_000i64).prop_map(at), 1 => all.prop_map(at)]
@@ -192,20 +183,20 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 10_000, failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// Counted in whole numbers that have room for it all.
+        /// Compared with a computation in 128-bit integers, which cannot overflow.
         #[test]
-        fn an_end_is_the_earlier_bound(now in moment(), timeout in timeout(), until in proptest::option::of(moment())) {
-            let lapses = timeout.map(|timeout| {
+        fn expiry_never_overflows(now in moment(), timeout in timeout(), until in proptest::option::of(moment())) {
+            let timeout_nanos = timeout.map(|timeout| {
                 (now.as_nanosecond() + i128::try_from(timeout.as_nanos()).unwrap()).min(Timestamp::MAX.as_nanosecond())
             });
             let until_nanos = until.map(Timestamp::as_nanosecond);
-            let expected = [lapses, until_nanos].into_iter().flatten().min();
+            let expected = [timeout_nanos, until_nanos].into_iter().flatten().min();
             prop_assert_eq!(expiry(now, timeout, until).map(Timestamp::as_nanosecond), expected);
         }
 
-        /// In whatever order they come to be done.
+        /// In whatever order the calls are served.
         #[test]
-        fn of_renewals_the_latest_stands(
+        fn the_latest_renewal_wins(
             began in moment(),
             timeout in timeout(),
             until in proptest::option::of(moment()),
@@ -216,15 +207,15 @@ mod tests {
             for call in &calls {
                 let before = (last, end);
                 (last, end) = challenge.renewal(last, *call);
-                prop_assert!(last >= before.0 && end >= before.1, "nothing is taken back");
+                prop_assert!(last >= before.0 && end >= before.1, "no renewal shortens another");
             }
             let latest = calls.into_iter().chain([began]).max().unwrap();
             prop_assert_eq!((last, end), (latest, challenge.expiry(latest)));
         }
 
-        /// `content` is the revision of the last update that changed what runs.
+        /// `content_revision` is the revision of the last update that changed what instances run.
         #[test]
-        fn updates_are_counted(updates in proptest::collection::vec((0..4u8, 0..3u8, -1..4i64, -1..4i64), 1..12)) {
+        fn each_update_is_a_revision(updates in proptest::collection::vec((0..4u8, 0..3u8, -1..4i64, -1..4i64), 1..12)) {
             let mut challenge = challenge(None, None);
             let (mut revision, mut content_revision) = (1, 1);
             for (scenario, value, min, max) in updates {
@@ -248,7 +239,7 @@ mod tests {
                     prop_assert!(challenge.bounds.max() == 0 || challenge.bounds.min() <= challenge.bounds.max());
                     prop_assert!(challenge.bounds.min() <= 2 && challenge.bounds.max() <= 2);
                 } else {
-                    prop_assert_eq!(&challenge, &before, "what is refused changes nothing");
+                    prop_assert_eq!(&challenge, &before, "a refused update changes nothing");
                 }
                 prop_assert_eq!((challenge.revision, challenge.content_revision), (revision, content_revision));
             }

@@ -1,52 +1,52 @@
-//! Use cases on challenges: create, retrieve, query, update, delete, and the work that an update or deletion spreads over instances.
+//! Use cases on challenges: create, retrieve, query, update, delete, and how an update or a deletion reaches the instances.
 
 use futures::TryStreamExt as _;
 use jiff::Timestamp;
 
 use crate::{
-    Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Instance, InstanceKey, Intent,
-    LockGuard, LockKind, Operation, Phase, PoolBounds, Result, Rollout, Stored, Strategy, Stream, Target,
-    instances::Fallback, usecases::Deadline,
+    Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Instance, Intent, LockGuard, LockKind,
+    Operation, Phase, PoolBounds, Result, Rollout, Stored, Strategy, Stream, Target, call::Deadline,
+    provisioning::UpdateFallback,
 };
 
-/// A challenge to register.
+/// A challenge to create.
 #[derive(Debug, Clone)]
 pub struct NewChallenge {
-    /// Its name.
+    /// Its id.
     pub id: ChallengeId,
-    /// The scenario reference.
+    /// The scenario's reference.
     pub scenario: String,
-    /// How long an instance lives.
+    /// How long an instance lives after its creation or last renewal.
     pub timeout: Option<std::time::Duration>,
-    /// When every instance ends.
+    /// When all instances expire, renewed or not.
     pub until: Option<Timestamp>,
-    /// Template values.
+    /// The values given to the scenario's templates.
     pub additional: Additional,
     /// How many instances to keep ready.
     pub min: i64,
-    /// How many at most, claimed and pooled; 0 is no bound.
+    /// How many instances, claimed and pooled, not to exceed; 0 is no bound.
     pub max: i64,
 }
 
 /// What an update did.
 #[derive(Debug)]
 pub struct UpdateReport {
-    /// The challenge as it now stands.
+    /// The challenge after the update.
     pub challenge: Challenge,
     /// Its claimed instances.
     pub instances: Vec<Instance>,
-    /// What went wrong with single instances; each is also stored with the instance.
+    /// Failures of single instances. Each failure of an operation is also stored with its instance.
     pub failures: Vec<Error>,
 }
 
 impl Gauntlet {
-    /// Registers a challenge. Its pool is filled later: see [`Gauntlet::plan_pool`].
+    /// Creates a challenge. Its pool is filled later: see [`Gauntlet::plan_pool`].
     pub async fn create_challenge(&self, call: &Call, new: NewChallenge) -> Result<Challenge> {
         let limit = i64::from(self.settings.pool_max);
         let bounds = PoolBounds::new(new.min, new.max)
             .filter(|_| new.min <= limit && new.max <= limit)
             .ok_or(Error::PoolOutOfBounds { min: new.min, max: new.max, limit })?;
-        // Before the scenario is fetched: asking for a known id is cheap.
+        // A duplicate is refused before the scenario is fetched, which may be expensive.
         if self.store.challenge(&new.id).await?.is_some() {
             return Err(Error::ChallengeExists(new.id));
         }
@@ -68,13 +68,13 @@ impl Gauntlet {
         Ok(challenge)
     }
 
-    /// A challenge with its claimed instances.
+    /// Returns a challenge with its claimed instances.
     pub async fn retrieve_challenge(&self, id: &ChallengeId) -> Result<(Challenge, Vec<Instance>)> {
         let stored = self.store.challenge(id).await?.ok_or_else(|| Error::ChallengeNotFound(id.clone()))?;
         Ok((stored.value, self.visible_instances(id).await?))
     }
 
-    /// All challenges with their claimed instances. Takes no lock and writes nothing.
+    /// Returns all challenges with their claimed instances. Takes no lock and writes nothing.
     pub fn query_challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)> {
         Box::pin(self.store.challenges().map_ok(|(challenge, mut instances)| {
             instances.retain(Instance::is_visible);
@@ -87,8 +87,9 @@ impl Gauntlet {
         self.store.instances_of(id).try_filter_map(visible).try_collect().await
     }
 
-    /// Changes a challenge and brings its instances there, several at once. The change is recorded first: a crash afterwards leaves a
-    /// rollout that [`Gauntlet::reconcile`] finishes. The failure of one instance is reported and does not hold up the others.
+    /// Updates a challenge and then its instances, several at once. The failure of one instance is reported and does not hold up the others.
+    ///
+    /// The update is recorded first. After a crash, [`Gauntlet::reconcile`] finishes the rollout.
     pub async fn update_challenge(
         &self,
         call: &Call,
@@ -103,15 +104,15 @@ impl Gauntlet {
             None => None,
         };
         let deadline = self.deadline(call);
-        let rollout = self.store.lock(LockKind::Rollout, id, &self.by(call, deadline)).await?;
-        let changed = self
-            .change(call, deadline, id, |challenge| {
+        let rollout = self.store.lock(LockKind::Rollout, id, &deadline.lock_options(call)).await?;
+        let edited = self
+            .edit_challenge(call, deadline, id, |challenge| {
                 challenge.apply(&update, scenario, self.settings.pool_max)?;
                 challenge.rollout = Some(Rollout { strategy: update.strategy, traceparent: call.traceparent.clone() });
                 Ok(())
             })
             .await;
-        let challenge = match changed {
+        let challenge = match edited {
             Ok(challenge) => challenge,
             Err(error) => {
                 rollout.release().await?;
@@ -122,36 +123,36 @@ impl Gauntlet {
         Ok(UpdateReport { instances: self.visible_instances(id).await?, challenge, failures })
     }
 
-    /// Takes a challenge and all its instances down; it is gone when this answers. If something cannot be taken down the challenge stays,
-    /// marked as deleting, and is tried again by [`Gauntlet::reconcile`] or another delete.
+    /// Deletes a challenge and all its instances, and returns once their resources are removed. If some cannot be removed, the challenge stays,
+    /// marked as deleting, until [`Gauntlet::reconcile`] or another deletion succeeds.
     pub async fn delete_challenge(&self, call: &Call, id: &ChallengeId) -> Result<()> {
         if self.store.challenge(id).await?.is_none() {
             return Err(Error::ChallengeNotFound(id.clone()));
         }
         let deadline = self.deadline(call);
-        // Closed before the rollout lock: an update under way finds no new instance to wait for.
-        self.change(call, deadline, id, |challenge| {
+        // Marked before the rollout lock is taken: from then on an update in progress gets no new instances to work on.
+        self.edit_challenge(call, deadline, id, |challenge| {
             challenge.deleting = true;
             Ok(())
         })
         .await?;
-        let rollout = self.store.lock(LockKind::Rollout, id, &self.by(call, deadline)).await?;
+        let rollout = self.store.lock(LockKind::Rollout, id, &deadline.lock_options(call)).await?;
         match self.store.challenge(id).await? {
-            Some(stored) if stored.value.deleting => self.close(call, rollout, id).await,
-            // Another deletion was first; what is there by now was created since.
+            Some(stored) if stored.value.deleting => self.finish_deletion(call, rollout, id).await,
+            // Another deletion finished first. A challenge of this id was created after it.
             _ => rollout.release().await,
         }
     }
 
-    /// Reads, changes and writes a challenge under its lock.
-    async fn change(
+    /// Reads, edits and writes a challenge under its lock.
+    async fn edit_challenge(
         &self,
         call: &Call,
         deadline: Deadline,
         id: &ChallengeId,
         edit: impl FnOnce(&mut Challenge) -> Result<()> + Send,
     ) -> Result<Challenge> {
-        let held = self.store.lock(LockKind::Challenge, id, &self.by(call, deadline)).await?;
+        let guard = self.store.lock(LockKind::Challenge, id, &deadline.lock_options(call)).await?;
         let edited = match self.store.challenge(id).await? {
             None => Err(Error::ChallengeNotFound(id.clone())),
             Some(stored) => {
@@ -161,18 +162,18 @@ impl Gauntlet {
         };
         match edited {
             Ok(challenge) => {
-                held.update_challenge(&challenge).await?;
+                guard.update_challenge(&challenge).await?;
                 Ok(challenge)
             }
             Err(error) => {
-                held.release().await?;
+                guard.release().await?;
                 Err(error)
             }
         }
     }
 
-    /// Brings every instance to the challenge's settings, then strikes the rollout off the challenge. Each instance, and the end, is waited
-    /// for by a deadline of its own: what is done for one takes nothing from the others.
+    /// Updates every instance to the challenge's revision, then marks the rollout as done. Each instance has its own deadline, and so has the
+    /// mark: time spent on one instance is not taken from the others.
     pub(crate) async fn roll_out(
         &self,
         call: &Call,
@@ -181,19 +182,21 @@ impl Gauntlet {
     ) -> Result<(Challenge, Vec<Error>)> {
         let strategy = challenge.rollout.as_ref().map_or(Strategy::default(), |rollout| rollout.strategy);
         let instances: Vec<_> = self.store.instances_of(&challenge.id).try_collect().await?;
-        let jobs = self.each(instances, |stored| self.bring_up_to_date(call, &challenge, strategy, stored));
-        let results = rollout.run(async { Ok(jobs.await) }).await?;
+        let updates =
+            self.run_concurrently(instances, |stored| self.update_instance(call, &challenge, strategy, stored));
+        let results = rollout.run(async { Ok(updates.await) }).await?;
         let mut failures: Vec<Error> = results.into_iter().filter_map(Result::err).collect();
-        let unread = self.store.all_readable(&challenge.id).await.err();
-        let unread = unread.and_then(|error| self.counted::<()>(&challenge.id, Operation::Update, Err(error)).err());
-        // A failure is kept with its instance; an instance that could not be had, or read, is left to a later pass.
-        let unreached = |error: &Error| matches!(error, Error::Busy { .. } | Error::Unavailable { .. });
-        let reached = unread.is_none() && !failures.iter().any(unreached);
-        failures.extend(unread);
+        let unreadable = self.store.all_readable(&challenge.id).await.err();
+        let unreadable = unreadable
+            .and_then(|error| self.record_operation::<()>(&challenge.id, Operation::Update, Err(error)).err());
+        // Recovery retries instances that failed. Instances that could not be locked or read need another rollout.
+        let is_unreached = |error: &Error| matches!(error, Error::Busy { .. } | Error::Unavailable { .. });
+        let reached_all = unreadable.is_none() && !failures.iter().any(is_unreached);
+        failures.extend(unreadable);
         let revision = challenge.revision;
         let challenge = self
-            .change(call, self.deadline(call), &challenge.id, |challenge| {
-                if challenge.revision == revision && reached {
+            .edit_challenge(call, self.deadline(call), &challenge.id, |challenge| {
+                if challenge.revision == revision && reached_all {
                     challenge.rollout = None;
                 }
                 Ok(())
@@ -203,100 +206,100 @@ impl Gauntlet {
         Ok((challenge, failures))
     }
 
-    async fn bring_up_to_date(
+    /// Updates one instance to the challenge's revision. An instance that is deleted or claimed meanwhile needs no update: claims take only
+    /// instances that are up to date.
+    async fn update_instance(
         &self,
         call: &Call,
         challenge: &Challenge,
         strategy: Strategy,
         listed: Stored<Instance>,
     ) -> Result<()> {
-        let (key, deadline) = (listed.value.key.clone(), self.deadline(call));
-        let (mut next, mut conflicts) = (Some(listed), 0);
-        // Gone, or claimed meanwhile (which is only done with what is up to date): nothing to do.
-        while let Some(current) = next {
-            let instance = &current.value;
-            // What is on its way out is not brought back: if nobody is at it any more, recovery takes it down.
-            if instance.applied_revision >= challenge.revision || instance.phase == Phase::Deleting {
+        let key = listed.value.key.clone();
+        let mut attempts = self.attempts(call, 2);
+        let mut listed = Some(listed);
+        loop {
+            attempts.next().await?;
+            let current = match listed.take() {
+                Some(listed) => listed,
+                None => match self.store.instance(&key).await? {
+                    Some(current) => current,
+                    None => return Ok(()),
+                },
+            };
+            // A deletion is never reverted. If its owner is gone, recovery finishes it.
+            if current.value.applied_revision >= challenge.revision || current.value.phase == Phase::Deleting {
                 return Ok(());
             }
-            let was_ready = instance.phase == Phase::Ready;
-            // From the last renewal, if that was since: it stands.
-            let ends = |instance: &Instance| {
-                if key.assignment.is_pooled() { None } else { challenge.renewal(instance.last_renew, call.now).1 }
-            };
-            let result = if was_ready && instance.applied_revision >= challenge.content_revision {
-                let scenario = challenge.scenario.clone();
-                let until = ends(instance);
-                let rewritten = Instance { applied_revision: challenge.revision, scenario, until, ..instance.clone() };
-                self.store.rewrite(&current, &rewritten, &self.by(call, deadline)).await
-            } else {
-                let (identity, strategy) = match (&instance.target, strategy) {
-                    // What an earlier update had brought up is not forgotten: it goes with the old one.
-                    (Some(left), _) if left.identity != instance.identity => {
-                        (left.identity.clone(), Strategy::Recreate)
-                    }
-                    (_, Strategy::UpdateInPlace) => (instance.identity.clone(), strategy),
-                    (_, Strategy::BlueGreen | Strategy::Recreate) => (call.identity(), strategy),
+            let is_current = current.value.applied_revision >= challenge.content_revision;
+            let options = attempts.lock_options();
+            let result = if current.value.phase == Phase::Ready && is_current {
+                let updated = Instance {
+                    applied_revision: challenge.revision,
+                    scenario: challenge.scenario.clone(),
+                    until: updated_expiry(call, challenge, &current.value),
+                    ..current.value.clone()
                 };
-                let target =
-                    Target { identity, scenario: challenge.scenario.clone(), revision: challenge.revision, strategy };
-                match self.store.begin(&key, Intent::Update(target), &self.by(call, deadline)).await {
+                self.store.rewrite(&current, &updated, &options).await
+            } else {
+                let target = next_target(call, challenge, strategy, &current.value);
+                match self.store.begin(&key, Intent::Update(target), &options).await {
                     Err(error) => Err(error),
-                    Ok((held, begun)) => {
-                        let begun = Instance { until: ends(&begun), ..begun };
-                        let fallback = match (was_ready, key.assignment.is_pooled()) {
-                            // Kept as it was it would be handed out as what it is not; the pool brings up another.
-                            (_, true) => Fallback::TakeDown,
-                            (true, false) => Fallback::KeepOld,
-                            (false, false) => Fallback::Retry,
+                    Ok((guard, begun)) => {
+                        let fallback = match (&current.value.phase, key.assignment.is_pooled()) {
+                            // An outdated instance must not stay in the pool. The pool launches another.
+                            (_, true) => UpdateFallback::TearDown,
+                            (Phase::Ready, false) => UpdateFallback::KeepOld,
+                            (_, false) => UpdateFallback::Retry,
                         };
-                        self.move_to_target(call, held, challenge, begun, fallback).await.map(|_| ())
+                        let begun = Instance { until: updated_expiry(call, challenge, &begun), ..begun };
+                        self.apply_update(call, guard, challenge, begun, fallback).await.map(|_| ())
                     }
                 }
             };
             match result {
-                Err(Error::Conflict) => {
-                    if conflicts > 0 {
-                        deadline.pause(call, conflicts).await?;
-                    }
-                    conflicts += 1;
-                    next = self.store.instance(&key).await?;
-                }
-                result => return self.counted(&challenge.id, Operation::Update, result),
+                Err(Error::Conflict) => {}
+                result => return self.record_operation(&challenge.id, Operation::Update, result),
             }
         }
-        Ok(())
     }
 
-    /// Takes every instance of a challenge that is being deleted down, then the challenge.
-    pub(crate) async fn close(&self, call: &Call, rollout: LockGuard, id: &ChallengeId) -> Result<()> {
+    /// Deletes every instance of a challenge that is marked as deleting, then the challenge.
+    pub(crate) async fn finish_deletion(&self, call: &Call, rollout: LockGuard, id: &ChallengeId) -> Result<()> {
         let instances: Vec<_> = self.store.instances_of(id).try_collect().await?;
-        let jobs = self.each(instances, |stored| self.remove(call, stored.value.key));
-        let results = rollout.run(async { Ok(jobs.await) }).await?;
+        let deletions = self.run_concurrently(instances, |stored| self.delete_by_key(call, stored.value.key));
+        let results = rollout.run(async { Ok(deletions.await) }).await?;
         let removed = async {
             results.into_iter().collect::<Result<()>>()?;
-            // Nor is one removed that this build cannot read: it stays, and with it the challenge, for a build that can.
+            // An instance that this build cannot read stays, and its challenge with it, for a build that can.
             self.store.all_readable(id).await?;
-            let by = self.by(call, self.deadline(call));
-            let held = self.store.lock(LockKind::Challenge, id, &by).await?;
+            let options = self.deadline(call).lock_options(call);
+            let guard = self.store.lock(LockKind::Challenge, id, &options).await?;
             match self.store.challenge(id).await? {
-                Some(stored) if stored.value.deleting => held.remove_challenge().await,
-                // Gone, and perhaps created anew by now, while this was held up: that is not the one that was to go.
-                _ => held.release().await,
+                Some(stored) if stored.value.deleting => guard.remove_challenge().await,
+                // The challenge is gone, or another of this id was created meanwhile, which is not the one to delete.
+                _ => guard.release().await,
             }
         };
         let removed = removed.await;
         rollout.release().await?;
         removed
     }
+}
 
-    /// Takes one stored instance down, whoever has it; one that is gone meanwhile is success.
-    pub(crate) async fn remove(&self, call: &Call, key: InstanceKey) -> Result<()> {
-        let result = match self.store.begin(&key, Intent::Delete, &self.by(call, self.deadline(call))).await {
-            Err(Error::Conflict) => return Ok(()),
-            Err(error) => Err(error),
-            Ok((held, instance)) => self.take_down(call, held, instance, Operation::Delete).await,
-        };
-        self.counted(&key.challenge, Operation::Delete, result)
-    }
+/// When an instance expires after an update: the timeout restarts, unless the instance has been renewed since. A pooled instance never does.
+fn updated_expiry(call: &Call, challenge: &Challenge, instance: &Instance) -> Option<Timestamp> {
+    if instance.key.assignment.is_pooled() { None } else { challenge.renewal(instance.last_renew, call.now).1 }
+}
+
+fn next_target(call: &Call, challenge: &Challenge, strategy: Strategy, instance: &Instance) -> Target {
+    let (identity, strategy) = match (&instance.target, strategy) {
+        // An unfinished update may have launched resources of another identity: they are removed together with the old ones.
+        (Some(unfinished), _) if unfinished.identity != instance.identity => {
+            (unfinished.identity.clone(), Strategy::Recreate)
+        }
+        (_, Strategy::UpdateInPlace) => (instance.identity.clone(), strategy),
+        (_, Strategy::BlueGreen | Strategy::Recreate) => (call.new_identity(), strategy),
+    };
+    Target { identity, scenario: challenge.scenario.clone(), revision: challenge.revision, strategy }
 }

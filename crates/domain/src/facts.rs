@@ -1,45 +1,20 @@
-//! What happened, as typed facts: the one place from which counters are fed.
+//! What happened, as typed facts. All counters are fed from them.
 
-use crate::{ChallengeId, Error};
+use crate::{ChallengeId, Error, Operation, PhaseName};
 
-/// What was done to an instance.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Operation {
-    /// Brought up, or claimed.
-    Create,
-    /// Given more time.
-    Renew,
-    /// Moved to another scenario or other values.
-    Update,
-    /// Taken down.
-    Delete,
-}
-
-impl Operation {
-    /// Its name on metrics and in records.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Create => "create",
-            Self::Renew => "renew",
-            Self::Update => "update",
-            Self::Delete => "delete",
-        }
-    }
-}
-
-/// How it ended.
+/// How an operation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum OperationOutcome {
-    /// As asked.
+    /// It succeeded.
     Ok,
-    /// The request could not be granted.
+    /// The request was refused; the error's code.
     Refused(&'static str),
-    /// A fault on our side.
+    /// A fault of the server; the error's code.
     Failed(&'static str),
 }
 
 impl OperationOutcome {
-    /// The outcome of a result.
+    /// Returns the outcome that a result stands for.
     pub fn of<T>(result: &Result<T, Error>) -> Self {
         match result {
             Ok(_) => Self::Ok,
@@ -48,7 +23,7 @@ impl OperationOutcome {
         }
     }
 
-    /// Its name on metrics.
+    /// The name on metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -58,59 +33,19 @@ impl OperationOutcome {
     }
 }
 
-/// The name of a phase, on metrics.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum PhaseName {
-    /// Being brought up.
-    Provisioning,
-    /// Running.
-    Ready,
-    /// Being changed.
-    Updating,
-    /// Being taken down.
-    Deleting,
-    /// Waiting for another try.
-    Failed,
-}
-
-impl PhaseName {
-    /// Its text.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Provisioning => "provisioning",
-            Self::Ready => "ready",
-            Self::Updating => "updating",
-            Self::Deleting => "deleting",
-            Self::Failed => "failed",
-        }
-    }
-}
-
-impl From<&crate::Phase> for PhaseName {
-    fn from(phase: &crate::Phase) -> Self {
-        match phase {
-            crate::Phase::Provisioning => Self::Provisioning,
-            crate::Phase::Ready => Self::Ready,
-            crate::Phase::Updating => Self::Updating,
-            crate::Phase::Deleting => Self::Deleting,
-            crate::Phase::Failed(_) => Self::Failed,
-        }
-    }
-}
-
-/// What recovery did with work that a crash had left.
+/// What recovery did with unfinished work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RecoveryAction {
-    /// Finished it: the instance runs.
+    /// It finished the work: the instance runs.
     Adopted,
-    /// Undid it: nothing runs.
+    /// It undid the work: the instance's resources are removed.
     TakenDown,
-    /// Brought back what had ended by itself.
+    /// It restarted an instance that had exited by itself.
     Restarted,
 }
 
 impl RecoveryAction {
-    /// Its name on metrics.
+    /// The name on metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Adopted => "adopted",
@@ -120,37 +55,37 @@ impl RecoveryAction {
     }
 }
 
-/// Something that happened and is worth counting.
+/// An event that is counted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fact {
     /// An operation on an instance ended.
     InstanceOperation {
         /// The challenge.
         challenge: ChallengeId,
-        /// What was done.
+        /// The operation.
         operation: Operation,
         /// How it ended.
         outcome: OperationOutcome,
     },
-    /// A create looked into a pool.
+    /// A create took an instance from a pool, or found the pool empty.
     PoolClaim {
         /// The challenge.
         challenge: ChallengeId,
-        /// Whether one was there.
+        /// Whether the pool had an instance.
         hit: bool,
     },
-    /// Recovery finished or undid what a crash had left.
+    /// Recovery finished or undid unfinished work on an instance.
     Recovered {
-        /// The phase it was left in.
+        /// The instance's phase before.
         phase: PhaseName,
-        /// What was done.
+        /// What recovery did.
         action: RecoveryAction,
     },
 }
 
-/// Where facts go. Must not block.
+/// The port to whatever counts facts.
 pub trait Facts: Send + Sync {
-    /// Takes note of one.
+    /// Records a fact. Must not block.
     fn record(&self, fact: Fact);
 }
 
@@ -159,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn outcome_tells_the_callers_fault_from_ours() {
+    fn outcome_distinguishes_client_errors_from_server_faults() {
         let outcome = |result: Result<(), Error>| OperationOutcome::of(&result).name();
         assert_eq!(outcome(Ok(())), "ok");
         assert_eq!(outcome(Err(Error::InvalidUpdateMask(Vec::new()))), "refused");

@@ -1,34 +1,29 @@
-//! An instance: one running copy of a challenge, for one source or waiting in the pool.
-
-use std::collections::BTreeMap;
+//! An instance: one running copy of a challenge, claimed by a source or waiting in the pool.
 
 use jiff::Timestamp;
 
-use crate::{ChallengeId, Identity, Operation, Outputs, Pinned, SourceId, Strategy};
+use crate::{Additional, ChallengeId, Identity, Outputs, Pinned, SourceId};
 
-/// Template values: keys are any text.
-pub type Additional = BTreeMap<String, String>;
-
-/// Where an instance is kept: one seat per (challenge, source), and one per pooled instance.
+/// The key under which an instance is stored: one for each pair of challenge and source, and one for each pooled instance.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct InstanceKey {
     /// The challenge.
     pub challenge: ChallengeId,
-    /// The seat within it.
+    /// Who has the instance.
     pub assignment: Assignment,
 }
 
-/// A seat within a challenge.
+/// Who has an instance.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Assignment {
-    /// Claimed by a source.
+    /// A source has claimed it.
     Source(SourceId),
-    /// In the pool, under the identity it was first given (an update may give its resources another).
+    /// It waits in the pool. The identity is the instance's first one: an update may give its resources another.
     Pool(Identity),
 }
 
 impl Assignment {
-    /// The source, when claimed.
+    /// The source that has claimed the instance.
     pub fn source(&self) -> Option<&SourceId> {
         match self {
             Self::Source(source) => Some(source),
@@ -36,7 +31,7 @@ impl Assignment {
         }
     }
 
-    /// Whether nobody has claimed it yet.
+    /// Whether the instance waits in the pool.
     pub fn is_pooled(&self) -> bool {
         matches!(self, Self::Pool(_))
     }
@@ -45,104 +40,182 @@ impl Assignment {
 /// An instance, as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Instance {
-    /// Where it is kept.
+    /// The key under which it is stored.
     pub key: InstanceKey,
-    /// What its resources are labelled with.
+    /// The label of its resources.
     pub identity: Identity,
-    /// What is being done with it, or went wrong.
+    /// What is being done with it, or what went wrong.
     pub phase: Phase,
     /// When it was created or claimed.
     pub since: Timestamp,
-    /// When it was last renewed; its creation counts.
+    /// When it was last renewed; at first, when it was created or claimed.
     pub last_renew: Timestamp,
-    /// When it ends, if ever.
+    /// When it expires; never if `None`.
     pub until: Option<Timestamp>,
-    /// The scenario it runs.
+    /// The scenario that it runs.
     pub scenario: Pinned,
-    /// The challenge revision it has applied.
+    /// The last revision of the challenge that was applied to it.
     pub applied_revision: u64,
-    /// Its own template values, over the challenge's.
+    /// Its own template values, which override the challenge's.
     pub additional: Additional,
     /// How players reach it.
     pub connection_info: String,
-    /// What proves it solved.
+    /// The flags that solve it. Secret.
     pub flags: Vec<String>,
-    /// An update that has been recorded and not yet applied: what it is to become.
+    /// An update that has been recorded and not yet applied.
     pub target: Option<Target>,
     /// The trace of the call that created it, in W3C traceparent form.
     pub traceparent: Option<String>,
 }
 
-/// What an instance is to become.
+/// What an update will make of an instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
-    /// The identity of its resources then; another one where resources are replaced.
+    /// The label of its resources after the update. A new one if the update replaces them.
     pub identity: Identity,
-    /// The scenario it will run.
+    /// The scenario that it will run.
     pub scenario: Pinned,
-    /// The challenge revision it will have applied.
+    /// The revision of the challenge that it will have applied.
     pub revision: u64,
-    /// How it gets there.
+    /// How the update reaches it.
     pub strategy: Strategy,
 }
 
-/// What is being done with an instance. The first, third and fourth are working phases: somebody owns the work, or a crash left it.
+/// How an update reaches a running instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Strategy {
+    /// Changes the running resources.
+    #[default]
+    UpdateInPlace,
+    /// Launches the new resources, then removes the old ones.
+    BlueGreen,
+    /// Removes the old resources, then launches the new ones.
+    Recreate,
+}
+
+/// What is being done with an instance. In a working phase (provisioning, updating, deleting), a replica owns the instance, or its owner
+/// crashed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Phase {
-    /// Being brought up for the first time.
+    /// Being launched for the first time.
     Provisioning,
     /// Running.
     Ready,
     /// On its way to its [`Target`].
     Updating,
-    /// Being taken down.
+    /// Being deleted.
     Deleting,
-    /// Something went wrong and will be tried again.
+    /// An operation failed and will be retried.
     Failed(Failure),
 }
 
-/// What went wrong with an instance.
+/// A failed operation on an instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// During what.
+    /// The operation that failed.
     pub during: Operation,
-    /// The operator's text.
+    /// Why it failed, for operators.
     pub reason: String,
-    /// Since when it has been failing.
+    /// When it failed first.
     pub since: Timestamp,
-    /// How many tries have failed.
+    /// How many attempts have failed.
     pub attempts: u32,
-    /// When the next try is due.
+    /// When the next attempt is due.
     pub retry_at: Timestamp,
 }
 
+/// An operation on an instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// Create: launched, or claimed from a pool.
+    Create,
+    /// Renew: its timeout was restarted.
+    Renew,
+    /// Update: moved to another scenario or other template values.
+    Update,
+    /// Delete: its resources and its record were removed.
+    Delete,
+}
+
+impl Operation {
+    /// The name on metrics and in records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Create => "create",
+            Self::Renew => "renew",
+            Self::Update => "update",
+            Self::Delete => "delete",
+        }
+    }
+}
+
+/// A phase without its details: its name on metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum PhaseName {
+    /// As [`Phase::Provisioning`].
+    Provisioning,
+    /// As [`Phase::Ready`].
+    Ready,
+    /// As [`Phase::Updating`].
+    Updating,
+    /// As [`Phase::Deleting`].
+    Deleting,
+    /// As [`Phase::Failed`].
+    Failed,
+}
+
+impl PhaseName {
+    /// The text.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Provisioning => "provisioning",
+            Self::Ready => "ready",
+            Self::Updating => "updating",
+            Self::Deleting => "deleting",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+impl From<&Phase> for PhaseName {
+    fn from(phase: &Phase) -> Self {
+        match phase {
+            Phase::Provisioning => Self::Provisioning,
+            Phase::Ready => Self::Ready,
+            Phase::Updating => Self::Updating,
+            Phase::Deleting => Self::Deleting,
+            Phase::Failed(_) => Self::Failed,
+        }
+    }
+}
+
 impl Phase {
-    /// Whether work is under way, or was when a crash came.
+    /// Whether an operation is under way, or was when its owner crashed.
     pub fn is_working(&self) -> bool {
         matches!(self, Self::Provisioning | Self::Updating | Self::Deleting)
     }
 }
 
 impl Instance {
-    /// Whether its end has passed.
-    pub fn expired(&self, now: Timestamp) -> bool {
+    /// Whether the instance has expired at `now`.
+    pub fn is_expired(&self, now: Timestamp) -> bool {
         self.until.is_some_and(|until| until <= now)
     }
 
-    /// Whether the v1 API shows it: claimed, and past its first provisioning.
+    /// Whether clients of the v1 API see the instance: it is claimed, and its source has been given it.
     pub fn is_visible(&self) -> bool {
         !self.key.assignment.is_pooled()
             && self.phase != Phase::Provisioning
-            && (self.phase == Phase::Ready || self.has_run())
+            && (self.phase == Phase::Ready || self.was_handed_out())
     }
 
-    /// Whether it is what a create left that failed and could not be undone.
+    /// Whether this is the rest of a create that failed and could not be undone.
     pub(crate) fn is_failed_create(&self) -> bool {
-        matches!(self.phase, Phase::Failed(_)) && !self.has_run()
+        matches!(self.phase, Phase::Failed(_)) && !self.was_handed_out()
     }
 
-    /// Whether it was ever given to its source: it is then known how it is reached.
-    fn has_run(&self) -> bool {
+    /// Whether the source was ever given the instance: only then is it known how to reach it.
+    fn was_handed_out(&self) -> bool {
         !self.connection_info.is_empty() || !self.flags.is_empty()
     }
 
@@ -159,7 +232,7 @@ impl Instance {
         self.target = None;
     }
 
-    /// Every identity its resources may be labelled with.
+    /// Every identity that the instance's resources may have: the current one and, during an update, the new one.
     pub fn identities(&self) -> impl Iterator<Item = &Identity> {
         let next = self.target.as_ref().map(|target| &target.identity).filter(|next| **next != self.identity);
         std::iter::once(&self.identity).chain(next)

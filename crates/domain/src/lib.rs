@@ -8,36 +8,39 @@
 //! provisioner acts (idempotently), and a second transaction, refused unless the ownership still stands, records the outcome. A crash in
 //! between leaves a record that [`Gauntlet::reconcile`] finds and finishes.
 
+mod call;
 mod challenge;
 mod challenges;
 mod error;
 mod facts;
+mod gauntlet;
 mod id;
 mod instance;
 mod instances;
 mod plan;
 mod pool;
 mod provisioner;
+mod provisioning;
 mod reconcile;
 mod replenish;
 mod scenarios;
 mod store;
-mod usecases;
 
-pub use challenge::{Challenge, ChallengeUpdate, Rollout, Strategy, expiry};
+pub use call::{Call, Clock, Entropy};
+pub use challenge::{Challenge, ChallengeUpdate, Rollout, expiry};
 pub use challenges::{NewChallenge, UpdateReport};
 pub use error::{Error, Result};
-pub use facts::{Fact, Facts, Operation, OperationOutcome, PhaseName, RecoveryAction};
+pub use facts::{Fact, Facts, OperationOutcome, RecoveryAction};
+pub use gauntlet::{Gauntlet, Settings};
 pub use id::{ChallengeId, Identity, InvalidId, SourceId};
-pub use instance::{Additional, Assignment, Failure, Instance, InstanceKey, Phase, Target};
+pub use instance::{Assignment, Failure, Instance, InstanceKey, Operation, Phase, PhaseName, Strategy, Target};
 pub use plan::{LaunchPlan, Limits, Placement, PortHold, PortSpec, Probe, Protocol, Readiness};
 pub use pool::{PoolBounds, shortfall};
 pub use provisioner::{LaunchRequest, Outputs, ProvisionedInstance, Provisioner};
 pub use reconcile::ReconcileReport;
 pub use replenish::{PoolJob, PoolPlan};
-pub use scenarios::{Pinned, PreparedScenario, Scenarios};
+pub use scenarios::{Additional, Pinned, PreparedScenario, Scenarios};
 pub use store::{
     Acquired, Census, Change, Intent, Layered, LockGuard, LockKind, LockLayer, LockOptions, Outcome, Ownership, Pool,
     Snapshot, Store, Stored, Stream, Unfinished, Version, WaitStats,
 };
-pub use usecases::{Call, Clock, Entropy, Gauntlet, Settings};

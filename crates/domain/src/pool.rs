@@ -1,6 +1,7 @@
-//! How many instances to keep ready.
+//! The bounds of a pool, and how many instances it lacks.
 
-/// How many unclaimed instances to keep (`min`) while claimed and pooled together stay within `max` (0 is no bound).
+/// The bounds of a pool: how many unclaimed instances to keep ready (`min`), as long as claimed and pooled instances together do not exceed
+/// `max`. A `max` of 0 is no bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PoolBounds {
     min: i64,
@@ -8,30 +9,30 @@ pub struct PoolBounds {
 }
 
 impl PoolBounds {
-    /// Both zero or more, and `max` either 0 or at least `min`; otherwise `None`.
+    /// Returns `None` if a bound is negative, or if `max` is neither 0 nor at least `min`.
     pub fn new(min: i64, max: i64) -> Option<Self> {
         (min >= 0 && max >= 0 && (max == 0 || max >= min)).then_some(Self { min, max })
     }
 
-    /// The lower bound.
+    /// How many unclaimed instances to keep ready.
     pub fn min(self) -> i64 {
         self.min
     }
 
-    /// The upper bound; 0 is none.
+    /// How many instances, claimed and pooled, not to exceed; 0 is no bound.
     pub fn max(self) -> i64 {
         self.max
     }
 
-    /// The same with neither bound above `limit`.
+    /// Lowers each bound to `limit` if it is above.
     #[must_use]
     pub fn capped(self, limit: i64) -> Self {
         Self { min: self.min.min(limit), max: self.max.min(limit) }
     }
 }
 
-/// How many pooled instances are missing (positive) or too many (negative), `claimed` and `pooled` counted whatever their phase. An
-/// expired challenge, or one that is being deleted, (`open` false) keeps none.
+/// Returns how many instances a pool lacks; a negative number is an excess. `claimed` and `pooled` count instances in any phase. A challenge
+/// that has expired or is being deleted (not `open`) keeps no pool.
 pub fn shortfall(bounds: PoolBounds, claimed: usize, pooled: usize, open: bool) -> i64 {
     let pooled = i64::try_from(pooled).unwrap_or(i64::MAX);
     let claimed = i64::try_from(claimed).unwrap_or(i64::MAX);
@@ -50,7 +51,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn refuses_what_cannot_be_met() {
+    fn refuses_contradictory_bounds() {
         assert!(PoolBounds::new(-1, 0).is_none());
         assert!(PoolBounds::new(0, -1).is_none());
         assert!(PoolBounds::new(3, 2).is_none());
@@ -66,8 +67,8 @@ mod tests {
         #![proptest_config(ProptestConfig { cases: 10_000, failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn stays_within_max_and_reaches_min(bounds in bounds(), claimed in 0usize..30, pooled in 0usize..30) {
-            // One after the other, as long as it may grow.
+        fn reaches_min_within_max(bounds in bounds(), claimed in 0usize..30, pooled in 0usize..30) {
+            // Adds one instance after the other, while the bounds allow it.
             let (count, mut wanted) = (claimed as i64, 0);
             while wanted < bounds.min() && (bounds.max() == 0 || count + wanted < bounds.max()) {
                 wanted += 1;
@@ -77,7 +78,7 @@ mod tests {
         }
 
         #[test]
-        fn capped_bounds_can_be_met_and_stay_bounded(min in 0i64.., room in 0i64.., bounded: bool, limit in 0i64..) {
+        fn capped_bounds_stay_valid(min in 0i64.., room in 0i64.., bounded: bool, limit in 0i64..) {
             let max = if bounded { min.saturating_add(room) } else { 0 };
             let bounds = PoolBounds::new(min, max).unwrap();
             let capped = bounds.capped(limit);
@@ -90,23 +91,23 @@ mod tests {
         }
 
         #[test]
-        fn counts_that_are_out_of_this_world_do_not_wrap(min: i64, max: i64, claimed: usize, pooled: usize, open: bool) {
+        fn extreme_counts_do_not_overflow(min: i64, max: i64, claimed: usize, pooled: usize, open: bool) {
             if let Some(bounds) = PoolBounds::new(min, max) {
                 let after = i128::from(shortfall(bounds, claimed, pooled, open)) + pooled.min(i64::MAX as usize) as i128;
                 prop_assert!((0..=i128::from(bounds.min())).contains(&after));
             }
         }
 
-        /// Whatever is claimed and given back, and however the bounds change: a pool that is tended is where it should be.
+        /// Whatever is claimed and deleted, and however the bounds change.
         #[test]
-        fn a_pool_that_is_tended_is_within_its_bounds(
+        fn a_replenished_pool_is_within_its_bounds(
             first in bounds(),
             steps in proptest::collection::vec((0..4u8, bounds()), 1..20),
         ) {
             let (mut bounds, mut claimed, mut pooled) = (first, 0usize, 0usize);
             for (step, other) in steps {
                 match step {
-                    // From the pool, if there is one.
+                    // Claims a pooled instance if there is one.
                     0 => (claimed, pooled) = (claimed + 1, pooled.saturating_sub(1)),
                     1 => claimed = claimed.saturating_sub(1),
                     2 => bounds = other,
@@ -119,7 +120,7 @@ mod tests {
                     let total = (claimed + pooled) as i64;
                     prop_assert!(pooled == 0 || bounds.max() == 0 || total <= bounds.max());
                     prop_assert!(pooled as i64 == bounds.min() || total >= bounds.max());
-                    prop_assert_eq!(shortfall(bounds, claimed, pooled, true), 0, "and stays there");
+                    prop_assert_eq!(shortfall(bounds, claimed, pooled, true), 0, "replenishing again changes nothing");
                 }
             }
         }

@@ -1,80 +1,88 @@
-//! Finishing what nobody owns: work that a crash left, failures due for another try, resources without a record.
+//! Reconciliation: finishes work whose owner is gone, retries failures that are due, restarts instances that exited, and removes resources
+//! that have no record.
 
 use std::collections::BTreeMap;
 
 use futures::TryStreamExt as _;
 
 use crate::{
-    Call, ChallengeId, Error, Fact, Gauntlet, Identity, Instance, Intent, LockGuard, LockKind, LockOptions, Operation,
-    Phase, PhaseName, ProvisionedInstance, RecoveryAction, Result, Stored, Strategy, Target, Unfinished,
-    instances::Fallback,
+    Call, ChallengeId, Error, Fact, Gauntlet, Identity, Instance, Intent, LockGuard, LockKind, Operation, Phase,
+    PhaseName, ProvisionedInstance, RecoveryAction, Result, Stored, Strategy, Target, Unfinished,
+    provisioning::UpdateFallback,
 };
 
-/// What one pass did.
+/// What a reconciliation did.
 #[derive(Debug, Default)]
 pub struct ReconcileReport {
     /// Unfinished instances that were finished or undone.
     pub recovered: usize,
-    /// Updates and deletions of challenges that were carried on.
+    /// Updates and deletions of challenges that were resumed.
     pub resumed: usize,
-    /// Ready instances that no longer ran and do again.
+    /// Ready instances that had exited and run again.
     pub restarted: usize,
-    /// Resources without a record that were taken down.
+    /// Instances without a record whose resources were removed.
     pub orphans_removed: usize,
-    /// Challenges whose pools are to be looked at ([`Gauntlet::plan_pool`]): those that keep a pool or have pooled instances.
+    /// Challenges that keep a pool or have pooled instances: candidates for [`Gauntlet::plan_pool`].
     pub pools: Vec<ChallengeId>,
-    /// What did not work; each is tried again in a later pass.
+    /// Steps that failed. A later pass retries them.
     pub failures: Vec<Error>,
 }
 
 impl Gauntlet {
-    /// One pass over everything that nobody owns. Idempotent, and harmless beside other replicas doing the same: each piece of work is
-    /// owned before it is touched. Fails only if it could read nothing.
+    /// Runs one pass over everything that no replica owns. Idempotent. Replicas may reconcile at the same time: each takes ownership of a piece
+    /// of work before it starts on it.
+    ///
+    /// # Errors
+    /// If the work cannot be listed. Failures of single pieces of work are in the report.
     pub async fn reconcile(&self, call: &Call) -> Result<ReconcileReport> {
-        // Listed before the records are read: whatever is brought up was recorded before, so what has no record then is an orphan.
+        // Listed before the records are read. A record precedes its resources, so listed resources without a record are orphans.
         let found = self.provisioner.list().await?;
-        let mut done = ReconcileReport::default();
+        let mut report = ReconcileReport::default();
 
-        let results =
-            self.each(self.store.unfinished(call.now).await?, |unfinished| self.recover(call, unfinished)).await;
-        for result in results {
+        let unfinished = self.store.unfinished(call.now).await?;
+        for result in self.run_concurrently(unfinished, |unfinished| self.recover(call, unfinished)).await {
             match result {
-                Ok(Some(Unfinished::Instance(_))) => done.recovered += 1,
-                Ok(Some(Unfinished::Challenge(_))) => done.resumed += 1,
+                Ok(Some(Unfinished::Instance(_))) => report.recovered += 1,
+                Ok(Some(Unfinished::Challenge(_))) => report.resumed += 1,
                 Ok(None) => {}
-                Err(errors) => done.failures.extend(errors),
+                Err(errors) => report.failures.extend(errors),
             }
         }
-        done.pools = self.store.pools().await?;
-        self.examine(call, found, &mut done).await?;
-        Ok(done)
+        report.pools = self.store.pools().await?;
+        self.reconcile_resources(call, found, &mut report).await?;
+        Ok(report)
     }
 
-    /// Brings up again what was found to have ended by itself, if it should run: what [`Gauntlet::reconcile`] does, for that one alone.
+    /// Restarts an instance that was found to have exited, if it should run. Does for this instance what [`Gauntlet::reconcile`] does for all.
+    ///
+    /// # Errors
+    /// If its record cannot be read. Other failures are in the report.
     pub async fn reconcile_instance(&self, call: &Call, found: ProvisionedInstance) -> Result<ReconcileReport> {
-        let mut done = ReconcileReport::default();
-        self.examine(call, vec![found], &mut done).await?;
-        Ok(done)
+        let mut report = ReconcileReport::default();
+        self.reconcile_resources(call, vec![found], &mut report).await?;
+        Ok(report)
     }
 
-    /// Answers what was recovered, or `None` if somebody else had it; or all that did not work.
+    /// Returns what was recovered, or `None` if another replica owns it.
     async fn recover(&self, call: &Call, unfinished: Unfinished) -> Result<Option<Unfinished>, Vec<Error>> {
+        let options = call.without_waiting();
         let failures = match &unfinished {
-            Unfinished::Instance(key) => match self.store.begin(key, Intent::Recover, &at_once(call)).await {
+            Unfinished::Instance(key) => match self.store.begin(key, Intent::Recover, &options).await {
                 Err(Error::Conflict | Error::Busy { .. }) => return Ok(None),
                 Err(error) => vec![error],
-                Ok((held, instance)) => self.recover_instance(call, held, instance).await.err().into_iter().collect(),
+                Ok((guard, instance)) => self.recover_instance(call, guard, instance).await.err().into_iter().collect(),
             },
-            Unfinished::Challenge(id) => match self.store.lock(LockKind::Rollout, id, &at_once(call)).await {
+            Unfinished::Challenge(id) => match self.store.lock(LockKind::Rollout, id, &options).await {
                 Err(Error::Busy { .. }) => return Ok(None),
                 Err(error) => vec![error],
-                Ok(rollout) => self.resume(call, rollout, id).await.unwrap_or_else(|error| vec![error]),
+                Ok(rollout) => self.resume_challenge(call, rollout, id).await.unwrap_or_else(|error| vec![error]),
             },
         };
         if failures.is_empty() { Ok(Some(unfinished)) } else { Err(failures) }
     }
 
-    pub(crate) async fn recover_instance(&self, call: &Call, held: LockGuard, instance: Instance) -> Result<()> {
+    /// Finishes a create or an update of an instance if its challenge still wants it, and tears the instance down otherwise.
+    pub(crate) async fn recover_instance(&self, call: &Call, guard: LockGuard, instance: Instance) -> Result<()> {
         let phase = PhaseName::from(&instance.phase);
         let adopt = match &instance.phase {
             Phase::Provisioning | Phase::Updating => true,
@@ -89,19 +97,19 @@ impl Gauntlet {
                     Phase::Failed(failure) if failure.during == Operation::Create => Operation::Create,
                     _ => Operation::Delete,
                 };
-                (self.take_down(call, held, instance, during).await, RecoveryAction::TakenDown)
+                (self.tear_down(call, guard, instance, during).await, RecoveryAction::TakenDown)
             }
             Some(challenge) => {
                 let adopted = match &instance.target {
                     Some(target) => {
-                        // An update gives a new end, which the intent does not say.
-                        let updated =
+                        // An update restarts the timeout. The new expiry is not part of the recorded intent.
+                        let is_update =
                             target.revision > instance.applied_revision && !instance.key.assignment.is_pooled();
-                        let until = if updated { challenge.expiry(call.now) } else { instance.until };
+                        let until = if is_update { challenge.expiry(call.now) } else { instance.until };
                         let instance = Instance { until, ..instance };
-                        self.move_to_target(call, held, &challenge, instance, Fallback::Retry).await
+                        self.apply_update(call, guard, &challenge, instance, UpdateFallback::Retry).await
                     }
-                    None => self.bring_up(call, held, &challenge, instance).await,
+                    None => self.provision(call, guard, &challenge, instance).await,
                 };
                 (adopted.map(|_| ()), RecoveryAction::Adopted)
             }
@@ -112,10 +120,10 @@ impl Gauntlet {
         result
     }
 
-    /// Answers what failed with single instances.
-    async fn resume(&self, call: &Call, rollout: LockGuard, id: &ChallengeId) -> Result<Vec<Error>> {
+    /// Resumes the deletion or the rollout of a challenge. Returns the failures of single instances.
+    async fn resume_challenge(&self, call: &Call, rollout: LockGuard, id: &ChallengeId) -> Result<Vec<Error>> {
         match self.store.challenge(id).await?.map(|stored| stored.value) {
-            Some(challenge) if challenge.deleting => self.close(call, rollout, id).await?,
+            Some(challenge) if challenge.deleting => self.finish_deletion(call, rollout, id).await?,
             Some(challenge) if challenge.rollout.is_some() => {
                 return self.roll_out(call, rollout, challenge).await.map(|(_, failures)| failures);
             }
@@ -124,8 +132,13 @@ impl Gauntlet {
         Ok(Vec::new())
     }
 
-    /// Takes down what has no record, and brings back what should run and does not.
-    async fn examine(&self, call: &Call, found: Vec<ProvisionedInstance>, done: &mut ReconcileReport) -> Result<()> {
+    /// Compares resources with records: removes orphans, and restarts instances that should run and have exited.
+    async fn reconcile_resources(
+        &self,
+        call: &Call,
+        found: Vec<ProvisionedInstance>,
+        report: &mut ReconcileReport,
+    ) -> Result<()> {
         let mut by_challenge: BTreeMap<ChallengeId, Vec<ProvisionedInstance>> = BTreeMap::new();
         for found in found {
             by_challenge.entry(found.challenge.clone()).or_default().push(found);
@@ -138,70 +151,67 @@ impl Gauntlet {
                 .collect();
             let (mut orphans, known): (Vec<_>, Vec<_>) =
                 found.into_iter().partition(|found| !recorded.contains_key(&found.identity));
-            // One that has no record, or one that this build cannot read?
+            // An apparent orphan may have a record that this build cannot read.
             if !orphans.is_empty()
                 && let Err(error) = self.store.all_readable(&id).await
             {
-                done.failures.push(error);
+                report.failures.push(error);
                 orphans.clear();
             }
-            let ended = known.iter().filter(|found| !found.alive).filter_map(|found| recorded.get(&found.identity));
-            let ended = ended.filter(|stored| stored.value.phase == Phase::Ready && !stored.value.expired(call.now));
-            let ended = ended.map(|stored| (*stored).clone()).collect();
-            for result in self.each(ended, |stored| self.revive(call, stored)).await {
+            let exited = known.iter().filter(|found| !found.alive).filter_map(|found| recorded.get(&found.identity));
+            let exited =
+                exited.filter(|stored| stored.value.phase == Phase::Ready && !stored.value.is_expired(call.now));
+            let exited = exited.map(|stored| (*stored).clone()).collect();
+            for result in self.run_concurrently(exited, |stored| self.restart(call, stored)).await {
                 match result {
-                    Ok(revived) => done.restarted += usize::from(revived),
-                    Err(error) => done.failures.push(error),
+                    Ok(restarted) => report.restarted += usize::from(restarted),
+                    Err(error) => report.failures.push(error),
                 }
             }
-            let downs = self.each(orphans, |orphan| async move {
+            let removals = self.run_concurrently(orphans, |orphan| async move {
                 self.provisioner.down(&orphan.challenge, &orphan.identity, orphan.generation).await
             });
-            for result in downs.await {
+            for result in removals.await {
                 match result {
-                    Ok(()) => done.orphans_removed += 1,
-                    Err(error) => done.failures.push(error),
+                    Ok(()) => report.orphans_removed += 1,
+                    Err(error) => report.failures.push(error),
                 }
             }
         }
         Ok(())
     }
 
-    /// Brings back a ready instance whose resources ended by themselves, or with their machine; false if somebody else is at it.
-    async fn revive(&self, call: &Call, stored: Stored<Instance>) -> Result<bool> {
+    /// Restarts a ready instance whose resources have exited. Returns false if the instance is no longer as it was read, or if another replica
+    /// owns it.
+    async fn restart(&self, call: &Call, stored: Stored<Instance>) -> Result<bool> {
         let instance = &stored.value;
         let Some(challenge) =
             self.store.challenge(&instance.key.challenge).await?.filter(|challenge| !challenge.value.deleting)
         else {
             return Ok(false);
         };
-        let same = Target {
+        let unchanged = Target {
             identity: instance.identity.clone(),
             scenario: instance.scenario.clone(),
             revision: instance.applied_revision,
             strategy: Strategy::UpdateInPlace,
         };
-        // Only if it is still what was read: meanwhile it may have become another, whose place the old one must not take.
-        let marked = Instance { phase: Phase::Updating, target: Some(same), ..instance.clone() };
-        let begun = match self.store.rewrite(&stored, &marked, &at_once(call)).await {
-            Ok(()) => self.store.begin(&instance.key, Intent::Recover, &at_once(call)).await,
+        // Conditional on the version that was read: an instance that has been replaced since must not be overwritten by the old one.
+        let updating = Instance { phase: Phase::Updating, target: Some(unchanged), ..instance.clone() };
+        let begun = match self.store.rewrite(&stored, &updating, &call.without_waiting()).await {
+            Ok(()) => self.store.begin(&instance.key, Intent::Recover, &call.without_waiting()).await,
             Err(error) => Err(error),
         };
-        let (held, begun) = match begun {
+        let (guard, begun) = match begun {
             Err(Error::Conflict | Error::Busy { .. }) => return Ok(false),
             begun => begun?,
         };
-        if begun.target != marked.target {
-            self.recover_instance(call, held, begun).await?;
+        if begun.target != updating.target {
+            self.recover_instance(call, guard, begun).await?;
             return Ok(false);
         }
-        self.move_to_target(call, held, &challenge.value, begun, Fallback::Retry).await?;
+        self.apply_update(call, guard, &challenge.value, begun, UpdateFallback::Retry).await?;
         self.facts.record(Fact::Recovered { phase: PhaseName::Ready, action: RecoveryAction::Restarted });
         Ok(true)
     }
-}
-
-/// Without waiting for whoever owns it.
-fn at_once(call: &Call) -> LockOptions {
-    LockOptions { traceparent: call.traceparent.clone(), ..LockOptions::default() }
 }

@@ -1,48 +1,46 @@
-//! Keeping pools within their bounds. No lock is held: an instance is begun only while the pool still has the version that it was counted at,
-//! so that two replicas, or a replica and a create, never add to one count both.
+//! Keeping pools within their bounds without a lock: an instance is added only while the pool still has the version at which it was counted.
+//! So two replicas, or a replica and a create, never both add an instance on the strength of the same count.
 
 use std::sync::Arc;
 
 use crate::{
-    Additional, Assignment, Call, Challenge, ChallengeId, Error, Gauntlet, Instance, InstanceKey, LockGuard, Operation,
-    Phase, PhaseName, Result, Stored, Version, shortfall, usecases::Deadline,
+    Assignment, Call, Challenge, ChallengeId, Error, Gauntlet, Instance, InstanceKey, LockGuard, Operation, PhaseName,
+    Result, Stored, Version, call::Attempts, provisioning::new_instance, shortfall,
 };
 
-/// One piece of pool maintenance, for [`Gauntlet::run_pool_job`].
+/// One step of a [`PoolPlan`], for [`Gauntlet::run_pool_job`].
 #[derive(Debug)]
 pub struct PoolJob(Job);
 
 #[derive(Debug)]
 enum Job {
-    /// Recorded and owned; to be brought up.
-    Fill { challenge: Arc<Challenge>, held: LockGuard, intent: Box<Instance> },
-    /// To be taken down.
-    Drain(InstanceKey),
+    /// Launches an instance whose intent is recorded and which this replica owns.
+    Launch { challenge: Arc<Challenge>, guard: LockGuard, instance: Box<Instance> },
+    /// Deletes a pooled instance.
+    Delete(InstanceKey),
 }
 
-/// What brings a pool to its bounds.
+/// What brings a pool within its bounds.
 #[derive(Debug, Default)]
 pub struct PoolPlan {
-    /// What to do now, in any order, several at once.
+    /// Jobs to run now, in any order and concurrently.
     pub jobs: Vec<PoolJob>,
-    /// Whether there was more to do than was asked for: plan again once these are done.
+    /// Whether the pool needs more than these jobs: plan again once they are done.
     pub more: bool,
 }
 
 impl Gauntlet {
-    /// Looks at one challenge's pool, and begins what is missing or chooses what is too much, at most `most` of either. Waits for no
-    /// instance and costs the same however many instances there are.
-    pub async fn plan_pool(&self, call: &Call, id: &ChallengeId, most: usize) -> Result<PoolPlan> {
+    /// Plans the maintenance of one challenge's pool: records and owns missing instances, or picks surplus ones, `limit` at most. Launches
+    /// nothing, and costs the same however many instances there are.
+    pub async fn plan_pool(&self, call: &Call, id: &ChallengeId, limit: usize) -> Result<PoolPlan> {
         let mut plan = PoolPlan::default();
-        let deadline = self.deadline(call);
-        for conflicts in 0.. {
-            if conflicts > 0 {
-                deadline.pause(call, conflicts).await?;
-            }
-            match self.try_plan(call, deadline, id, most, &mut plan).await {
-                // Another was added since they were counted.
+        let mut attempts = self.attempts(call, 1);
+        loop {
+            attempts.next().await?;
+            match self.try_plan_pool(call, &attempts, id, limit, &mut plan).await {
+                // Another instance was added after the count.
                 Err(Error::Conflict) if plan.jobs.is_empty() => {}
-                // What was begun is done; what came in between is met by the next look.
+                // The recorded instances have to be launched. The next plan deals with whatever caused the error.
                 Err(_) if !plan.jobs.is_empty() => {
                     plan.more = true;
                     return Ok(plan);
@@ -50,67 +48,51 @@ impl Gauntlet {
                 result => return result.map(|()| plan),
             }
         }
-        Err(Error::Conflict)
     }
 
-    /// Does one piece of what was planned.
+    /// Runs one job of a plan.
     pub async fn run_pool_job(&self, call: &Call, job: PoolJob) -> Result<()> {
         match job.0 {
-            Job::Drain(key) => self.remove(call, key).await,
-            Job::Fill { challenge, held, intent } => {
-                let result = self.bring_up(call, held, &challenge, *intent).await.map(|_| ());
-                self.counted(&challenge.id, Operation::Create, result)
+            Job::Delete(key) => self.delete_by_key(call, key).await,
+            Job::Launch { challenge, guard, instance } => {
+                let result = self.provision(call, guard, &challenge, *instance).await.map(|_| ());
+                self.record_operation(&challenge.id, Operation::Create, result)
             }
         }
     }
 
-    /// Brings one challenge's pool to its bounds, a few instances at a time, and waits until they are ready. Stops at the first batch with a
-    /// failure.
-    pub async fn maintain_pool(&self, call: &Call, id: &ChallengeId) -> Result<()> {
-        loop {
-            let plan = self.plan_pool(call, id, self.settings.concurrency.max(1)).await?;
-            let idle = plan.jobs.is_empty();
-            let done = self.each(plan.jobs, |job| self.run_pool_job(call, job)).await;
-            done.into_iter().collect::<Result<()>>()?;
-            if !plan.more || idle {
-                return Ok(());
-            }
-        }
-    }
-
-    async fn try_plan(
+    async fn try_plan_pool(
         &self,
         call: &Call,
-        deadline: Deadline,
+        attempts: &Attempts<'_>,
         id: &ChallengeId,
-        most: usize,
+        limit: usize,
         plan: &mut PoolPlan,
     ) -> Result<()> {
         let Some(challenge) = self.store.challenge(id).await? else { return Ok(()) };
         let bounds = challenge.value.bounds.capped(i64::from(self.settings.pool_max));
-        let (min, max) = (size(bounds.min()), size(bounds.max()));
-        // Beyond these nothing else follows from how many there are.
-        let read = min.saturating_add(most).saturating_add(1);
-        let pool = self.store.pool(id, max, read).await?;
-        let cut = pool.pooled.len() >= read;
+        let (min, max) = (to_count(bounds.min()), to_count(bounds.max()));
+        // Instances beyond these do not change the plan.
+        let read_limit = min.saturating_add(limit).saturating_add(1);
+        let pool = self.store.pool(id, max, read_limit).await?;
+        let truncated = pool.pooled.len() >= read_limit;
         let mut pooled = pool.pooled;
         pooled.retain(|(_, phase)| *phase != PhaseName::Deleting);
-        let open = !challenge.value.deleting && !challenge.value.expired(call.now);
+        let open = !challenge.value.deleting && !challenge.value.is_expired(call.now);
         let missing = shortfall(bounds, pool.claimed, pooled.len(), open);
         if missing < 0 {
-            // What does not run goes first.
+            // Instances that are not ready go first.
             pooled.sort_by_key(|(_, phase)| *phase == PhaseName::Ready);
-            let excess = size(-missing);
-            plan.more = cut || excess > most;
-            plan.jobs.extend(pooled.into_iter().take(excess.min(most)).map(|(key, _)| PoolJob(Job::Drain(key))));
-        } else if cut {
-            // So many are being taken down that nothing follows from the rest.
+            let surplus = to_count(-missing);
+            plan.more = truncated || surplus > limit;
+            plan.jobs.extend(pooled.into_iter().take(surplus.min(limit)).map(|(key, _)| PoolJob(Job::Delete(key))));
+        } else if truncated {
+            // Instances that are being deleted filled the read, so the count may be too low.
             plan.more = missing > 0;
         } else {
-            let missing = size(missing);
-            plan.more = missing > most;
-            let count = missing.min(most);
-            self.begin_pooled(call, deadline, &challenge, pool.version, count, &mut plan.jobs).await?;
+            let missing = to_count(missing);
+            plan.more = missing > limit;
+            self.begin_pooled(call, attempts, &challenge, pool.version, missing.min(limit), &mut plan.jobs).await?;
         }
         Ok(())
     }
@@ -118,7 +100,7 @@ impl Gauntlet {
     async fn begin_pooled(
         &self,
         call: &Call,
-        deadline: Deadline,
+        attempts: &Attempts<'_>,
         challenge: &Stored<Challenge>,
         mut version: Version,
         count: usize,
@@ -126,34 +108,18 @@ impl Gauntlet {
     ) -> Result<()> {
         let shared = Arc::new(challenge.value.clone());
         for _ in 0..count {
-            let intent = pooled_intent(call, &challenge.value);
-            let held = self.store.begin_create(challenge, &intent, Some(version), &self.by(call, deadline)).await?;
-            version = Version(held.token);
-            jobs.push(PoolJob(Job::Fill { challenge: shared.clone(), held, intent: Box::new(intent) }));
+            let identity = call.new_identity();
+            let key = InstanceKey { challenge: shared.id.clone(), assignment: Assignment::Pool(identity.clone()) };
+            let instance = new_instance(call, &shared, key, identity);
+            let options = attempts.lock_options();
+            let guard = self.store.begin_create(challenge, &instance, Some(version), &options).await?;
+            version = Version(guard.token);
+            jobs.push(PoolJob(Job::Launch { challenge: shared.clone(), guard, instance: Box::new(instance) }));
         }
         Ok(())
     }
 }
 
-fn size(count: i64) -> usize {
+fn to_count(count: i64) -> usize {
     usize::try_from(count).unwrap_or(0)
-}
-
-fn pooled_intent(call: &Call, challenge: &Challenge) -> Instance {
-    let identity = call.identity();
-    Instance {
-        key: InstanceKey { challenge: challenge.id.clone(), assignment: Assignment::Pool(identity.clone()) },
-        identity,
-        phase: Phase::Provisioning,
-        since: call.now,
-        last_renew: call.now,
-        until: None,
-        scenario: challenge.scenario.clone(),
-        applied_revision: challenge.revision,
-        additional: Additional::new(),
-        connection_info: String::new(),
-        flags: Vec::new(),
-        target: None,
-        traceparent: call.traceparent.clone(),
-    }
 }

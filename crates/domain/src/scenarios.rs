@@ -1,10 +1,13 @@
 //! The port to the source of scenarios.
 
-use std::{fmt, path::PathBuf};
+use std::{collections::BTreeMap, fmt, path::PathBuf};
 
 use async_trait::async_trait;
 
-use crate::{Additional, Identity, LaunchPlan, Placement, PortSpec, Result};
+use crate::{Identity, LaunchPlan, Placement, PortSpec, Result};
+
+/// Template values. Keys are any text.
+pub type Additional = BTreeMap<String, String>;
 
 /// A scenario reference and the digest that it resolved to.
 #[derive(Debug, Clone, PartialEq, Eq)]

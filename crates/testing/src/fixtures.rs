@@ -3,7 +3,7 @@
 //! ```
 //! use gauntlet_testing::fixtures::{challenge, timestamp};
 //! let expired = gauntlet_domain::Challenge { until: Some(timestamp(1)), ..challenge("web") };
-//! # assert!(expired.expired(timestamp(2)));
+//! # assert!(expired.is_expired(timestamp(2)));
 //! ```
 
 use std::time::Duration;

@@ -6,6 +6,7 @@
 //! - [`fakes`]: the domain's ports in memory: provisioner, scenarios, facts.
 //! - [`api`]: a server of the v1 API for tests of clients.
 //! - [`gate`]: stopping a task at a named point until the test lets it go on.
+//! - [`pool`]: maintaining a challenge's pool in the foreground.
 //! - [`processes`]: which processes of a directory or an instance still run, and killing them.
 //! - [`webhook`]: an HTTP server that keeps what is posted to it.
 //!
@@ -24,7 +25,9 @@ pub mod fakes;
 pub mod fixtures;
 pub mod gate;
 pub mod poll;
+pub mod pool;
 pub mod processes;
 pub mod webhook;
 
 pub use poll::{Poll, eventually, eventually_blocking};
+pub use pool::maintain_pool;

@@ -113,7 +113,7 @@ pub(super) async fn each_use_case_keeps_its_budget(rig: &impl Rig) {
     spent("a delete", &[("txn", 2)]);
 
     gauntlet.create_challenge(&call(), new("pooled", 3)).await.unwrap();
-    gauntlet.maintain_pool(&call(), &id("pooled")).await.unwrap();
+    gauntlet_testing::maintain_pool(&gauntlet, &call(), &id("pooled")).await.unwrap();
     store.core.kv.reset();
     for who in ["alice", "bob", "carol"] {
         create("pooled", who).await;
@@ -172,7 +172,7 @@ pub(super) async fn what_is_remembered_is_never_trusted(rig: &impl Rig) {
     let (one, two) = (gauntlet(a.clone()), gauntlet(b.clone()));
     let (web, alice) = (id("web"), source("alice"));
     one.create_challenge(&call(), new("web", 2)).await.unwrap();
-    one.maintain_pool(&call(), &web).await.unwrap();
+    gauntlet_testing::maintain_pool(&one, &call(), &web).await.unwrap();
     assert_eq!(a.cached_snapshot(&web, &alice).unwrap().pooled.len(), 2);
     // All that the first one knows is changed by the second: the pool is used up, the challenge has another timeout, the instance is gone.
     two.create_instance(&call(), &web, &source("bob"), BTreeMap::new()).await.unwrap();

@@ -175,7 +175,7 @@ pub(super) async fn a_newer_pooled_instance_counts(rig: &impl Rig) {
     store.insert_challenge(&Challenge { bounds: PoolBounds::new(1, 1).unwrap(), ..challenge("web") }).await.unwrap();
     store.put_newer(&Instance { until: None, ..instance(pooled_key("web", 1), Phase::Ready) }).await;
     let before = store.contents().await;
-    gauntlet.maintain_pool(&call(), &id("web")).await.unwrap();
+    gauntlet_testing::maintain_pool(&gauntlet, &call(), &id("web")).await.unwrap();
     assert_eq!(store.contents().await, before, "no second one");
 }
 

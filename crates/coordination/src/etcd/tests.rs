@@ -167,7 +167,7 @@ async fn etcd_serves_the_budgeted_number_of_calls() {
     spent("delete", 2, 0).await;
     let pooled = ChallengeId::new("pooled").unwrap();
     gauntlet.create_challenge(&call(), new(&pooled, 2)).await.unwrap();
-    gauntlet.maintain_pool(&call(), &pooled).await.unwrap();
+    gauntlet_testing::maintain_pool(&gauntlet, &call(), &pooled).await.unwrap();
     before.replace(served(&server).await);
     gauntlet.create_instance(&call(), &pooled, &alice, Default::default()).await.unwrap();
     spent("claim", 1, 0).await;

@@ -1,4 +1,4 @@
-//! The use cases on a real store, and on a machine that refuses or takes its time when told to.
+//! The use cases over a real embedded store and a fake provisioner, both of which can fail or stop on request.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -10,6 +10,6 @@
 
 mod deadlines;
 mod failures;
+mod harness;
 mod races;
 mod rules;
-mod world;

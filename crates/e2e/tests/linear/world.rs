@@ -333,7 +333,7 @@ async fn reconcile(gauntlet: Gauntlet) {
         // What fails is tried again in the next pass.
         let done = gauntlet.reconcile(&call(0)).await;
         for id in done.into_iter().flat_map(|done| done.pools) {
-            let _ = gauntlet.maintain_pool(&call(0), &id).await;
+            let _ = gauntlet_testing::maintain_pool(&gauntlet, &call(0), &id).await;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

@@ -303,7 +303,7 @@ pub async fn janitor(cluster: Arc<Cluster>) {
             manager.gauntlet.query_instances(None).try_collect::<Vec<Instance>>().await
         };
         let Answer::Told(Ok(instances)) = ask(manager, "query".to_owned(), work, |_, _| {}).await else { continue };
-        for instance in instances.into_iter().filter(|instance| instance.expired(world.timestamp())) {
+        for instance in instances.into_iter().filter(|instance| instance.is_expired(world.timestamp())) {
             let known = CHALLENGES.iter().find(|(c, ..)| *c == instance.key.challenge.as_str());
             if let (Some((c, ..)), Some(source)) = (known, instance.key.assignment.source()) {
                 end(cluster.any(), c, source.to_string(), Some(instance.since)).await;

@@ -114,7 +114,7 @@ impl Manager {
         tokio::spawn(manager.process.clone().paced(async move {
             while let Some(id) = asked.recv().await {
                 tender.process.gate().await;
-                let _ = tender.gauntlet.maintain_pool(&tender.call(), &id).await;
+                let _ = gauntlet_testing::maintain_pool(&tender.gauntlet, &tender.call(), &id).await;
             }
         }));
         manager
