@@ -1,4 +1,4 @@
-//! What a use case needs from the process that calls it: the time, randomness and the current trace.
+//! Calls of use cases at the current time, in the current trace.
 
 use std::{
     sync::{Arc, LazyLock},
@@ -19,7 +19,7 @@ impl Entropy for OsEntropy {
     }
 }
 
-/// The runtime's clock.
+/// The process's monotonic clock.
 pub(crate) struct RuntimeClock;
 
 #[async_trait]
@@ -34,7 +34,7 @@ impl Clock for RuntimeClock {
     }
 }
 
-/// A call that happens now, in the current trace.
+/// A call at the current time, in the current trace.
 pub(crate) fn call_now() -> Call {
     Call {
         now: Timestamp::now(),

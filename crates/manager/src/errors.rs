@@ -1,4 +1,4 @@
-//! Reports why a call failed, once, where its response leaves the API: to the log and on the call's span.
+//! Reports the errors of calls, once, where their responses leave the API: logs them and marks the span of the call.
 
 use std::{
     error::Error as _,
@@ -16,19 +16,19 @@ use tracing::Span;
 
 use crate::status::Cause;
 
-/// Holds the status of a stream that failed. It is an extension of the response, whose trailers carry a status without its cause.
+/// The status of a failed stream, with its cause, which is not part of the trailers. An extension of the response.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct StreamFailure(Arc<OnceLock<Status>>);
 
 impl StreamFailure {
-    /// Keeps the status for the report. The first one counts: a stream ends with its first error.
+    /// Keeps the status for the report. Only the first one counts: a stream ends with its first error.
     pub(crate) fn set(&self, status: &Status) {
         let _ = self.0.set(status.clone());
     }
 }
 
-/// Reports the error that a response carries in its extensions ([`Status`] or [`StreamFailure`]); to be mapped over the responses of a
-/// service, inside the layer that makes the call's span. A stream's error is reported when it is passed on, or when the client has left.
+/// Reports the error in a response's extensions ([`Status`] or [`StreamFailure`]). Map it over the responses of a service, inside the layer that
+/// makes the span of the call. The error of a stream is reported when it is passed on, or when the body is dropped.
 pub(crate) fn report<B>(response: Response<B>) -> Response<ReportedBody<B>> {
     if let Some(status) = response.extensions().get::<Status>() {
         report_cause(status);
@@ -55,12 +55,12 @@ fn report_cause(status: &Status) {
             context::set_attribute("gauntlet.error.code", *code);
             tracing::debug!(error.type = code, message = status.message(), "request refused");
         }
-        // An answer of the transport itself, such as an unhealthy /healthcheck.
+        // Made by the transport, such as the response of an unhealthy /healthcheck.
         None => {}
     }
 }
 
-/// Where a stream's failure is kept and the span of its call, until the failure has been reported.
+/// The failure of a stream and the span of its call, until the failure has been reported.
 struct Reporter(Option<(StreamFailure, Span)>);
 
 impl Reporter {
@@ -79,7 +79,7 @@ impl Drop for Reporter {
     }
 }
 
-/// The body of a response, whose failure is reported.
+/// A response body that reports the failure of its stream.
 pub(crate) struct ReportedBody<B> {
     body: B,
     failure: Reporter,

@@ -91,39 +91,18 @@ async fn in_use(store: &dyn Store) -> Result<BTreeSet<String>> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
-    use std::collections::BTreeMap;
-
     use gauntlet_coordination::Coordination;
-    use gauntlet_domain::{
-        Assignment, Challenge, ChallengeId, Identity, Instance, InstanceKey, LockOptions, Phase, Pinned, PoolBounds,
-        SourceId, Strategy, Target,
-    };
+    use gauntlet_domain::{Challenge, Identity, Instance, LockOptions, Phase, Strategy, Target};
+    use gauntlet_testing::fixtures::{challenge, instance, pinned, source_key};
 
     use super::*;
-
-    fn pinned(digest: &str) -> Pinned {
-        Pinned { reference: "registry.test/web:1".to_owned(), digest: digest.to_owned() }
-    }
 
     #[tokio::test]
     async fn scenarios_of_challenges_instances_and_updates_are_in_use() {
         let dir = tempfile::tempdir().unwrap();
         let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
         assert_eq!(in_use(&store).await.unwrap(), BTreeSet::new());
-        let id = ChallengeId::new("web").unwrap();
-        let challenge = Challenge {
-            id: id.clone(),
-            scenario: pinned("challenge"),
-            timeout: None,
-            until: None,
-            additional: BTreeMap::new(),
-            bounds: PoolBounds::default(),
-            revision: 1,
-            content_revision: 1,
-            rollout: None,
-            deleting: false,
-            traceparent: None,
-        };
+        let challenge = Challenge { scenario: pinned("challenge"), ..challenge("web") };
         store.insert_challenge(&challenge).await.unwrap();
         let target = Target {
             identity: Identity::from_bits(2),
@@ -132,23 +111,13 @@ mod tests {
             strategy: Strategy::BlueGreen,
         };
         let instance = Instance {
-            key: InstanceKey { challenge: id.clone(), assignment: Assignment::Source(SourceId::new("me").unwrap()) },
-            identity: Identity::from_bits(1),
-            phase: Phase::Provisioning,
-            since: Timestamp::UNIX_EPOCH,
-            last_renew: Timestamp::UNIX_EPOCH,
-            until: None,
             scenario: pinned("instance"),
-            applied_revision: 1,
-            additional: BTreeMap::new(),
-            connection_info: String::new(),
-            flags: Vec::new(),
             target: Some(target),
-            traceparent: None,
+            ..instance(source_key("web", "me"), Phase::Provisioning)
         };
-        let stored = store.challenge(&id).await.unwrap().unwrap();
-        let _held = store.begin_create(&stored, &instance, None, &LockOptions::default()).await.unwrap();
-        let expected = ["challenge", "instance", "target"].map(str::to_owned);
+        let stored = store.challenge(&challenge.id).await.unwrap().unwrap();
+        let _guard = store.begin_create(&stored, &instance, None, &LockOptions::default()).await.unwrap();
+        let expected = ["challenge", "instance", "target"].map(|reference| pinned(reference).digest);
         assert_eq!(in_use(&store).await.unwrap(), BTreeSet::from(expected));
     }
 }

@@ -1,4 +1,4 @@
-//! The REST API over the real use cases and the embedded store; scenarios and the provisioner are played.
+//! The API over the real use cases and an embedded store, with scripted scenarios and a scripted provisioner.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::{
@@ -11,9 +11,10 @@ use axum::{Router, body::Body};
 use futures::FutureExt as _;
 use gauntlet_coordination::Coordination;
 use gauntlet_domain::{
-    Additional, ChallengeId, Error, Fact, Facts, Gauntlet, Identity, LaunchPlan, LaunchRequest, Outputs, Pinned,
-    Placement, PortSpec, PreparedScenario, ProvisionedInstance, Provisioner, Result, Scenarios, Settings,
+    Additional, ChallengeId, Error, Fact, Gauntlet, Identity, LaunchPlan, LaunchRequest, Outputs, Pinned, Placement,
+    PortSpec, PreparedScenario, ProvisionedInstance, Provisioner, Result, Scenarios, Settings,
 };
+use gauntlet_testing::fakes::RecordedFacts;
 use http::Request;
 use tower::ServiceExt as _;
 use tracing::{
@@ -24,12 +25,12 @@ use tracing::{
 
 use crate::{grpc::Handlers, operations::Operations, signals::Signals, tasks::Tasks};
 
-/// An API with nothing in it.
+/// The API with an empty store.
 pub(crate) struct Api {
     handlers: Handlers,
     router: Router,
     signals: Signals,
-    facts: Arc<Noted>,
+    facts: Arc<RecordedFacts>,
     _store: tempfile::TempDir,
 }
 
@@ -37,9 +38,9 @@ impl Api {
     pub(crate) async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
-        let facts = Arc::new(Noted::default());
+        let facts = Arc::new(RecordedFacts::default());
         let gauntlet =
-            Gauntlet::new(Arc::new(store), Arc::new(Played), Arc::new(Played), facts.clone(), Settings::default());
+            Gauntlet::new(Arc::new(store), Arc::new(Scripted), Arc::new(Scripted), facts.clone(), Settings::default());
         let signals = Signals::default();
         let handlers = Handlers::new(Operations::new(gauntlet, Tasks::default(), signals.clone()));
         Self { router: crate::rest::router(handlers.clone()), handlers, signals, facts, _store: dir }
@@ -50,7 +51,7 @@ impl Api {
     }
 
     pub(crate) fn facts(&self) -> Vec<Fact> {
-        self.facts.0.lock().unwrap().clone()
+        self.facts.all()
     }
 
     pub(crate) fn reconcile_is_requested(&self) -> bool {
@@ -61,43 +62,45 @@ impl Api {
         self.router.clone()
     }
 
-    /// Challenge `web`, whose instances live for ten minutes.
+    /// The API with the challenge `web`, whose instances live for ten minutes.
     pub(crate) async fn with_challenge() -> Self {
         let api = Self::new().await;
-        api.done("POST /api/v1/challenge", r#"{"id":"web","scenario":"reg/web:v1","timeout":"600s"}"#).await;
+        api.call_ok("POST /api/v1/challenge", r#"{"id":"web","scenario":"reg/web:v1","timeout":"600s"}"#).await;
         api
     }
 
-    /// As [`Api::with_challenge`], with an instance of it for source 7.
+    /// Like [`Api::with_challenge`], with an instance of `web` for source 7.
     pub(crate) async fn with_instance() -> Self {
         let api = Self::with_challenge().await;
-        api.done("POST /api/v1/instance", r#"{"challengeId":"web","sourceId":"7"}"#).await;
+        api.call_ok("POST /api/v1/instance", r#"{"challengeId":"web","sourceId":"7"}"#).await;
         api
     }
 
-    /// A call that prepares a test.
-    pub(crate) async fn done(&self, line: &str, body: impl Into<Body>) {
-        let answer = self.call(line, body).await;
-        assert!(answer.starts_with("200 "), "{line}: {answer}");
+    /// Makes a call that must succeed.
+    pub(crate) async fn call_ok(&self, line: &str, body: impl Into<Body>) {
+        let response = self.call(line, body).await;
+        assert!(response.starts_with("200 "), "{line}: {response}");
     }
 
-    /// A call as `METHOD target`; its answer as status, content type and body, without the times that differ from run to run.
+    /// Makes a call, `METHOD target`, and returns status, content type and body of the response, with `[time]` for times that the server chose.
     pub(crate) async fn call(&self, line: &str, body: impl Into<Body>) -> String {
-        answer(self.router.clone(), line, body).await
+        call(self.router.clone(), line, body).await
     }
 
-    /// What is stored, as the API tells it.
-    pub(crate) async fn contents(&self) -> String {
+    /// Everything in the store, as a list of challenges.
+    pub(crate) async fn stored(&self) -> String {
         self.call("GET /api/v1/challenge", "").await
     }
 }
 
-pub(crate) async fn answer(router: Router, line: &str, body: impl Into<Body>) -> String {
+/// Makes a call like [`Api::call`].
+pub(crate) async fn call(router: Router, line: &str, body: impl Into<Body>) -> String {
     let (method, target) = line.split_once(' ').unwrap();
     let request = Request::builder().method(method).uri(target).body(body.into()).unwrap();
     text(router.oneshot(request).await.unwrap()).await
 }
 
+/// The response as text, as [`Api::call`] returns it.
 pub(crate) async fn text(response: axum::response::Response) -> String {
     let (head, body) = response.into_parts();
     let mut text = head.status.as_u16().to_string();
@@ -110,7 +113,7 @@ pub(crate) async fn text(response: axum::response::Response) -> String {
     format!("{text}\n{}", redacted(str::from_utf8(&body).unwrap()))
 }
 
-/// Times that the server chose become `[time]`; they must be RFC 3339 in UTC.
+/// Replaces times that the server chose by `[time]`. They must be RFC 3339 in UTC.
 fn redacted(body: &str) -> String {
     let mut rest = body;
     let mut text = String::new();
@@ -122,7 +125,7 @@ fn redacted(body: &str) -> String {
         let (before, after) = rest.split_at(at + name.len());
         let (time, after) = after.split_at(after.find('"').unwrap());
         let fixed = ["1999", "2999", "9999"].iter().any(|year| time.starts_with(year));
-        // Jiff ends a day before the year 9999 does.
+        // jiff cannot parse the last day of the year 9999.
         assert!(time.ends_with('Z') && (fixed || time.parse::<jiff::Timestamp>().is_ok()), "{time}");
         text.push_str(before);
         text.push_str(if fixed { time } else { "[time]" });
@@ -131,21 +134,11 @@ fn redacted(body: &str) -> String {
     text + rest
 }
 
-/// The facts, as they were noted.
-#[derive(Default)]
-pub(crate) struct Noted(Mutex<Vec<Fact>>);
-
-impl Facts for Noted {
-    fn record(&self, fact: Fact) {
-        self.0.lock().unwrap().push(fact);
-    }
-}
-
-/// Plays scenarios and provisioner. The name of a reference says what becomes of it.
-pub(crate) struct Played;
+/// Scenarios and a provisioner that behave as the scenario's reference says.
+pub(crate) struct Scripted;
 
 #[async_trait]
-impl Scenarios for Played {
+impl Scenarios for Scripted {
     async fn resolve(&self, reference: &str) -> Result<Pinned> {
         let owned = reference.to_owned();
         let problem = || "in scenario.yaml, line 3".to_owned();
@@ -161,7 +154,7 @@ impl Scenarios for Played {
             "reg/missing" => Err(Error::ScenarioNotFound { reference: owned, problem: problem() }),
             "reg/unready" => Err(Error::ScenarioPreprocessing { reference: owned, problem: problem() }),
             "reg/away" => Err(Error::Unavailable { what: "registry", detail: "10.0.0.1 timed out".to_owned() }),
-            // Another reference is another digest.
+            // Another reference gets another digest.
             _ => Ok(Pinned { reference: owned, digest: format!("sha256:{:064x}", reference.len()) }),
         }
     }
@@ -194,9 +187,9 @@ impl Scenarios for Played {
 }
 
 #[async_trait]
-impl Provisioner for Played {
+impl Provisioner for Scripted {
     fn name(&self) -> &'static str {
-        "played"
+        "scripted"
     }
 
     async fn reserve(&self, _: &ChallengeId, _: &Identity, _: u64, _: &[PortSpec]) -> Result<Placement> {

@@ -1,4 +1,4 @@
-//! What every transport calls: a use case as a call that happens now, in the caller's trace, and goes on if the caller goes away.
+//! The use cases as the transports call them: at the current time, in the current trace, and independent of whether the client stays connected.
 
 use gauntlet_domain::{
     Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Instance, NewChallenge, Result,
@@ -8,7 +8,7 @@ use jiff::Timestamp;
 
 use crate::{call::call_now, signals::Signals, tasks::Tasks};
 
-/// The use cases as the transports call them. Dropping the future of a changing call does not stop the change.
+/// The use cases as the transports call them. Changes continue when the future of their call is dropped. Cloning is cheap.
 #[derive(Clone)]
 pub(crate) struct Operations {
     gauntlet: Gauntlet,
@@ -21,12 +21,12 @@ impl Operations {
         Self { gauntlet, tasks, signals }
     }
 
-    /// A read that goes on beside its caller; it must end by itself.
-    pub(crate) fn detached(&self, read: impl Future<Output = ()> + Send + 'static) {
+    /// Spawns a read that does not end with its caller. It must end on its own.
+    pub(crate) fn spawn_read(&self, read: impl Future<Output = ()> + Send + 'static) {
         drop(self.tasks.spawn_operation(read));
     }
 
-    /// Runs one use case on the supervised tasks; `mend` says whether its failure may have left work behind.
+    /// Runs a change in a task. If it fails by a fault, requests a reconcile pass, as it may have left work unfinished.
     async fn run<T, F>(&self, work: impl FnOnce(Gauntlet, Call) -> F) -> Result<T>
     where
         T: Send + 'static,
@@ -34,7 +34,7 @@ impl Operations {
     {
         let result = match self.tasks.spawn_operation(work(self.gauntlet.clone(), call_now())).await {
             Ok(result) => result,
-            Err(panic) => Err(Error::Internal(format!("the operation ended early: {panic}"))),
+            Err(error) => Err(Error::Internal(format!("the operation did not complete: {error}"))),
         };
         if result.as_ref().is_err_and(Error::is_fault) {
             self.signals.request_reconcile();
@@ -44,7 +44,9 @@ impl Operations {
 
     pub(crate) async fn create_challenge(&self, new: NewChallenge) -> Result<Challenge> {
         let created = self.run(|gauntlet, call| async move { gauntlet.create_challenge(&call, new).await }).await?;
-        self.tend(&created);
+        if created.bounds.min() > 0 {
+            self.signals.request_pool_check(&created.id);
+        }
         Ok(created)
     }
 
@@ -60,13 +62,13 @@ impl Operations {
         let updated =
             self.run(|gauntlet, call| async move { gauntlet.update_challenge(&call, &id, update).await }).await?;
         for error in &updated.failures {
-            tracing::warn!(error.type = error.code(), %error, challenge = %updated.challenge.id, "an instance is not up to date");
+            tracing::warn!(error.type = error.code(), %error, challenge = %updated.challenge.id, "cannot update an instance; retrying later");
         }
         if !updated.failures.is_empty() {
             self.signals.request_reconcile();
         }
-        // A lowered bound leaves instances to drain: always worth a look.
-        self.signals.request_refill(&updated.challenge.id);
+        // Lowered bounds may leave too many instances in the pool.
+        self.signals.request_pool_check(&updated.challenge.id);
         Ok(updated)
     }
 
@@ -114,12 +116,6 @@ impl Operations {
             |gauntlet, call| async move { gauntlet.delete_expired_instance(&call, &challenge, &source, since).await },
         )
         .await
-    }
-
-    fn tend(&self, challenge: &Challenge) {
-        if challenge.bounds.min() > 0 {
-            self.signals.request_refill(&challenge.id);
-        }
     }
 }
 

@@ -1,5 +1,7 @@
-//! Looking after pools. A challenge is looked at once, however often that was asked for meanwhile; a look waits for no instance. What it finds
-//! to do runs as tasks, so few at once for each challenge that one whose instances are slow to start holds up no other.
+//! Maintains pools: a queue of challenges whose pool is to be checked, and the jobs that the checks find.
+//!
+//! A challenge is queued once, however often a check is requested. A check launches nothing itself; its jobs run as tasks. The number of
+//! concurrent jobs of a challenge is limited, so that one whose instances start slowly does not delay the others.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -14,15 +16,16 @@ use tracing::{Instrument as _, Span, field::Empty, info_span};
 
 use crate::{call::call_now, tasks::Tasks};
 
-/// Challenges that may wait to be looked at; past this many the periodic pass asks again.
-const QUEUE: usize = 65_536;
-/// Challenges looked at at once.
-const LOOKS: usize = 4;
-/// Pooled instances brought up or taken down at once: of one challenge, and of all.
-const JOBS: usize = 8;
-const ALL_JOBS: usize = 256;
+/// The maximum number of queued challenges. Requests beyond it are dropped: the reconciler repeats them.
+const MAX_QUEUED: usize = 65_536;
+/// The maximum number of concurrent checks.
+const MAX_CHECKS: usize = 4;
+/// The maximum number of concurrent jobs of one challenge.
+const MAX_JOBS_PER_CHALLENGE: usize = 8;
+/// The maximum number of concurrent jobs of all challenges.
+const MAX_JOBS: usize = 256;
 
-/// Which pools are to be looked at, and what is being done in each.
+/// The pools to check, and the jobs running in each.
 #[derive(Debug, Default)]
 pub(crate) struct Pools {
     state: Mutex<State>,
@@ -32,43 +35,43 @@ pub(crate) struct Pools {
 #[derive(Debug, Default)]
 struct State {
     queue: VecDeque<ChallengeId>,
-    /// Those in the queue, and the traces that they were asked for by.
-    asked: HashMap<ChallengeId, Option<String>>,
-    looking: HashSet<ChallengeId>,
-    busy: HashMap<ChallengeId, Busy>,
+    /// The challenges in the queue, and the trace that requested the check.
+    requested: HashMap<ChallengeId, Option<String>>,
+    checking: HashSet<ChallengeId>,
+    running: HashMap<ChallengeId, RunningJobs>,
     /// The jobs of all challenges.
     jobs: usize,
 }
 
-/// What is being done in one pool.
+/// The jobs of one challenge; never without one.
 #[derive(Debug, Default)]
-struct Busy {
+struct RunningJobs {
     jobs: usize,
-    /// Look again when one of them is done.
-    more: bool,
+    /// Whether to check again when a job has succeeded.
+    recheck: bool,
 }
 
-/// A challenge to look at, and how many jobs that may begin.
-struct Turn {
+/// A challenge to check. `max_jobs` jobs are reserved for it.
+struct Check {
     challenge: ChallengeId,
-    origin: Option<String>,
-    room: usize,
+    traceparent: Option<String>,
+    max_jobs: usize,
 }
 
 impl Pools {
-    /// Requests that a challenge's pool is looked at. Never blocks.
-    pub(crate) fn request(&self, challenge: &ChallengeId, origin: Option<String>) {
-        if self.lock().request(challenge, origin) {
+    /// Requests a check of a challenge's pool. Never blocks.
+    pub(crate) fn request_check(&self, challenge: &ChallengeId, traceparent: Option<String>) {
+        if self.lock().enqueue(challenge, traceparent) {
             self.changed.notify_one();
         }
     }
 
-    /// Looks at pools as they are asked for, until told to stop. What was begun is then left to recovery.
+    /// Starts the task that checks pools, until the tasks stop. Recovery finishes the jobs that are interrupted.
     pub(crate) fn start(self: &Arc<Self>, tasks: &Tasks, gauntlet: &Gauntlet) {
-        let (pools, gauntlet, jobs) = (self.clone(), gauntlet.clone(), tasks.clone());
+        let (pools, gauntlet, job_tasks) = (self.clone(), gauntlet.clone(), tasks.clone());
         tasks.spawn("pools", |stop| async move {
-            let turns = stream::unfold(&pools, |pools| async move { Some((pools.next().await, pools)) });
-            let work = turns.for_each_concurrent(LOOKS, |turn| look(&pools, &gauntlet, &jobs, turn));
+            let checks = stream::unfold(&pools, |pools| async move { Some((pools.next_check().await, pools)) });
+            let work = checks.for_each_concurrent(MAX_CHECKS, |next| check(&pools, &gauntlet, &job_tasks, next));
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = work => {}
@@ -76,34 +79,35 @@ impl Pools {
         });
     }
 
-    async fn next(&self) -> Turn {
+    async fn next_check(&self) -> Check {
         loop {
-            if let Some(turn) = self.lock().take() {
-                return turn;
+            if let Some(check) = self.lock().dequeue() {
+                return check;
             }
             self.changed.notified().await;
         }
     }
 
-    /// Of the jobs that a look might have begun, `unused` were not.
-    fn looked(&self, challenge: &ChallengeId, unused: usize, more: bool) {
+    /// Records the end of a check that didn't use `unused` of its reserved jobs.
+    fn finish_check(&self, challenge: &ChallengeId, unused: usize, recheck: bool) {
         let mut state = self.lock();
-        state.looking.remove(challenge);
-        state.give_back(challenge, unused);
-        if let Some(busy) = state.busy.get_mut(challenge) {
-            busy.more = more;
+        state.checking.remove(challenge);
+        state.release_jobs(challenge, unused);
+        if let Some(running) = state.running.get_mut(challenge) {
+            running.recheck = recheck;
         }
         drop(state);
         self.changed.notify_one();
     }
 
-    /// A job is done. One that failed is not tried again at once: whoever asks next looks again, or the periodic pass.
-    fn done(&self, challenge: &ChallengeId, succeeded: bool) {
+    /// Records the end of a job. A failed job requests no check, so that it isn't retried at once.
+    fn finish_job(&self, challenge: &ChallengeId, succeeded: bool) {
         let mut state = self.lock();
-        let more = succeeded && state.busy.get_mut(challenge).is_some_and(|busy| std::mem::take(&mut busy.more));
-        state.give_back(challenge, 1);
-        if more {
-            state.request(challenge, context::current_traceparent());
+        let recheck =
+            succeeded && state.running.get_mut(challenge).is_some_and(|running| std::mem::take(&mut running.recheck));
+        state.release_jobs(challenge, 1);
+        if recheck {
+            state.enqueue(challenge, context::current_traceparent());
         }
         drop(state);
         self.changed.notify_one();
@@ -115,88 +119,92 @@ impl Pools {
 }
 
 impl State {
-    /// Answers whether that is new.
-    fn request(&mut self, challenge: &ChallengeId, origin: Option<String>) -> bool {
-        let new = self.queue.len() < QUEUE && !self.asked.contains_key(challenge);
-        if new {
+    /// Queues a challenge, unless it is queued already or the queue is full. Returns whether it did.
+    fn enqueue(&mut self, challenge: &ChallengeId, traceparent: Option<String>) -> bool {
+        let accepted = self.queue.len() < MAX_QUEUED && !self.requested.contains_key(challenge);
+        if accepted {
             self.queue.push_back(challenge.clone());
-            self.asked.insert(challenge.clone(), origin);
+            self.requested.insert(challenge.clone(), traceparent);
         }
-        new
+        accepted
     }
 
-    /// The first that nobody looks at and that has room for another job.
-    fn take(&mut self) -> Option<Turn> {
-        let all = ALL_JOBS.saturating_sub(self.jobs);
-        let room = |id: &ChallengeId| JOBS.saturating_sub(self.busy.get(id).map_or(0, |busy| busy.jobs)).min(all);
-        let ready = |id: &ChallengeId| !self.looking.contains(id) && room(id) > 0;
-        let at = self.queue.iter().position(ready)?;
-        let challenge = self.queue.remove(at)?;
-        let room = room(&challenge);
-        let origin = self.asked.remove(&challenge).flatten();
-        self.looking.insert(challenge.clone());
-        self.busy.entry(challenge.clone()).or_default().jobs += room;
-        self.jobs += room;
-        Some(Turn { challenge, origin, room })
+    /// Takes the first challenge that is not being checked and may run another job, and reserves as many jobs as it may run.
+    fn dequeue(&mut self) -> Option<Check> {
+        let free = MAX_JOBS.saturating_sub(self.jobs);
+        let max_jobs = |id: &ChallengeId| {
+            let running = self.running.get(id).map_or(0, |running| running.jobs);
+            MAX_JOBS_PER_CHALLENGE.saturating_sub(running).min(free)
+        };
+        let is_ready = |id: &ChallengeId| !self.checking.contains(id) && max_jobs(id) > 0;
+        let position = self.queue.iter().position(is_ready)?;
+        let challenge = self.queue.remove(position)?;
+        let max_jobs = max_jobs(&challenge);
+        let traceparent = self.requested.remove(&challenge).flatten();
+        self.checking.insert(challenge.clone());
+        self.running.entry(challenge.clone()).or_default().jobs += max_jobs;
+        self.jobs += max_jobs;
+        Some(Check { challenge, traceparent, max_jobs })
     }
 
-    fn give_back(&mut self, challenge: &ChallengeId, jobs: usize) {
-        self.jobs -= jobs;
-        if let Some(busy) = self.busy.get_mut(challenge) {
-            busy.jobs -= jobs;
-            if busy.jobs == 0 {
-                self.busy.remove(challenge);
+    fn release_jobs(&mut self, challenge: &ChallengeId, count: usize) {
+        self.jobs -= count;
+        if let Some(running) = self.running.get_mut(challenge) {
+            running.jobs -= count;
+            if running.jobs == 0 {
+                self.running.remove(challenge);
             }
         }
     }
 }
 
-/// A job's place; given back however it ends.
-struct Place {
+/// A reserved job. Dropping it releases the reservation; without [`JobPermit::succeed`] the job counts as failed.
+struct JobPermit {
     pools: Arc<Pools>,
     challenge: ChallengeId,
     succeeded: bool,
 }
 
-impl Place {
-    fn succeeded(mut self) {
+impl JobPermit {
+    fn succeed(mut self) {
         self.succeeded = true;
     }
 }
 
-impl Drop for Place {
+impl Drop for JobPermit {
     fn drop(&mut self) {
-        self.pools.done(&self.challenge, self.succeeded);
+        self.pools.finish_job(&self.challenge, self.succeeded);
     }
 }
 
-async fn look(pools: &Arc<Pools>, gauntlet: &Gauntlet, tasks: &Tasks, turn: Turn) {
-    let Turn { challenge, origin, room } = turn;
+/// Checks a pool in a span of its own, and starts the jobs that it needs.
+async fn check(pools: &Arc<Pools>, gauntlet: &Gauntlet, tasks: &Tasks, check: Check) {
+    let Check { challenge, traceparent, max_jobs } = check;
     let span = info_span!(parent: None, "pool.refill", challenge.id = %challenge, error.type = Empty);
-    if let Some(origin) = &origin {
-        context::link_span(&span, origin);
+    if let Some(traceparent) = &traceparent {
+        context::link_span(&span, traceparent);
     }
     async {
-        let plan = gauntlet.plan_pool(&call_now(), &challenge, room).await.unwrap_or_else(|error| {
-            failed(&error, &challenge);
+        let plan = gauntlet.plan_pool(&call_now(), &challenge, max_jobs).await.unwrap_or_else(|error| {
+            record_error(&error, &challenge);
             gauntlet_domain::PoolPlan::default()
         });
-        pools.looked(&challenge, room.saturating_sub(plan.jobs.len()), plan.more);
+        pools.finish_check(&challenge, max_jobs.saturating_sub(plan.jobs.len()), plan.more);
         for job in plan.jobs {
-            let place = Place { pools: pools.clone(), challenge: challenge.clone(), succeeded: false };
-            run(tasks, gauntlet.clone(), job, place);
+            let permit = JobPermit { pools: pools.clone(), challenge: challenge.clone(), succeeded: false };
+            start_job(tasks, gauntlet.clone(), job, permit);
         }
     }
     .instrument(span)
     .await;
 }
 
-fn run(tasks: &Tasks, gauntlet: Gauntlet, job: PoolJob, place: Place) {
+fn start_job(tasks: &Tasks, gauntlet: Gauntlet, job: PoolJob, permit: JobPermit) {
     let span = Span::current();
     let work = async move {
         match gauntlet.run_pool_job(&call_now(), job).await {
-            Ok(()) => place.succeeded(),
-            Err(error) => failed(&error, &place.challenge),
+            Ok(()) => permit.succeed(),
+            Err(error) => record_error(&error, &permit.challenge),
         }
     };
     tasks.spawn("pool job", |stop| async move {
@@ -207,8 +215,8 @@ fn run(tasks: &Tasks, gauntlet: Gauntlet, job: PoolJob, place: Place) {
     });
 }
 
-fn failed(error: &Error, challenge: &ChallengeId) {
-    tracing::warn!(error.type = error.code(), %error, %challenge, "a pool is off its bounds, will be tried again");
+fn record_error(error: &Error, challenge: &ChallengeId) {
+    tracing::warn!(error.type = error.code(), %error, %challenge, "cannot maintain a pool; retrying later");
     Span::current().record("error.type", error.code());
     context::fail_span(error.to_string());
 }

@@ -1,4 +1,4 @@
-//! The reconciler: finds work that a crash or a failure left and finishes or undoes it. Periodic and on request, idempotent, in every replica.
+//! The reconciler: finishes or undoes the work that a crash or a failure left unfinished. Every replica runs it, periodically and on request.
 
 use std::time::Duration;
 
@@ -96,7 +96,7 @@ pub(crate) async fn run_reconcile(pass: impl Future<Output = Result<ReconcileRep
                     );
                 }
                 for challenge in &done.pools {
-                    signals.request_refill(challenge);
+                    signals.request_pool_check(challenge);
                 }
                 for error in &done.failures {
                     tracing::warn!(error.type = error.code(), %error, "cannot reconcile an item; retrying later");
@@ -125,64 +125,25 @@ fn record_error(error: &Error) {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
-    use std::sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    };
+    use std::sync::Arc;
 
-    use async_trait::async_trait;
     use gauntlet_coordination::Coordination;
-    use gauntlet_domain::{
-        ChallengeId, Identity, LaunchRequest, Outputs, Placement, PortSpec, ProvisionedInstance, Provisioner, Settings,
-    };
-
-    use gauntlet_testing::eventually;
+    use gauntlet_domain::Settings;
+    use gauntlet_testing::fakes::{FakeProvisioner, FakeScenarios, IgnoredFacts};
 
     use super::*;
-    use crate::fixture::{Noted, Played};
-
-    /// A provisioner whose calls never return.
-    #[derive(Default)]
-    struct Hanging(AtomicBool);
-
-    #[async_trait]
-    impl Provisioner for Hanging {
-        fn name(&self) -> &'static str {
-            "hanging"
-        }
-
-        async fn reserve(&self, _: &ChallengeId, _: &Identity, _: u64, _: &[PortSpec]) -> Result<Placement> {
-            std::future::pending().await
-        }
-
-        async fn up(&self, _: &LaunchRequest) -> Result<Outputs> {
-            std::future::pending().await
-        }
-
-        async fn update(&self, _: &LaunchRequest) -> Result<Outputs> {
-            std::future::pending().await
-        }
-
-        async fn down(&self, _: &ChallengeId, _: &Identity, _: u64) -> Result<()> {
-            std::future::pending().await
-        }
-
-        async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
-            self.0.store(true, Ordering::SeqCst);
-            std::future::pending().await
-        }
-    }
 
     #[tokio::test]
     async fn running_pass_does_not_delay_shutdown() {
         let dir = tempfile::tempdir().unwrap();
         let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
-        let (provisioner, facts) = (Arc::new(Hanging::default()), Arc::new(Noted::default()));
+        let (provisioner, scenarios) = (Arc::new(FakeProvisioner::default()), Arc::new(FakeScenarios::default()));
+        let mut listing = provisioner.hold("list");
         let gauntlet =
-            Gauntlet::new(Arc::new(store), provisioner.clone(), Arc::new(Played), facts, Settings::default());
+            Gauntlet::new(Arc::new(store), provisioner, scenarios, Arc::new(IgnoredFacts), Settings::default());
         let tasks = Tasks::default();
         Reconciler::new(Signals::default()).start(&tasks, &gauntlet, Duration::from_secs(3600));
-        eventually("a pass to list instances", async || provisioner.0.load(Ordering::SeqCst)).await;
+        listing.arrived().await;
         assert_eq!(tasks.drain(Duration::from_secs(10)).await, 0);
     }
 }

@@ -1,4 +1,4 @@
-//! Requests for background work, from the rest of the manager to its loops.
+//! Requests for background work.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 
 use crate::pools::Pools;
 
-/// Requests background work. Never blocks; a request that is already pending is not repeated. Cloning shares the requests.
+/// Requests background work. Never blocks. Repeating a pending request has no effect. Cloning shares the requests.
 #[derive(Clone, Default)]
 pub(crate) struct Signals {
     reconcile: Arc<Notify>,
@@ -29,12 +29,12 @@ impl Signals {
         self.reconcile.notified().await;
     }
 
-    /// Requests that a challenge's pool is brought within its bounds, on behalf of the current trace.
-    pub(crate) fn request_refill(&self, challenge: &ChallengeId) {
-        self.pools.request(challenge, context::current_traceparent());
+    /// Requests a check of a challenge's pool. The current trace is linked to the span of the check.
+    pub(crate) fn request_pool_check(&self, challenge: &ChallengeId) {
+        self.pools.request_check(challenge, context::current_traceparent());
     }
 
-    /// The queue behind [`Signals::request_refill`].
+    /// The queue behind [`Signals::request_pool_check`].
     pub(crate) fn pools(&self) -> &Arc<Pools> {
         &self.pools
     }

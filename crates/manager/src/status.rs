@@ -1,4 +1,4 @@
-//! Maps domain errors to the contract's gRPC statuses. The only place that knows codes.
+//! Maps domain errors to the gRPC statuses of the contract. The only place that knows codes.
 
 use std::{fmt, sync::Arc};
 
@@ -6,13 +6,13 @@ use gauntlet_api::error;
 use gauntlet_domain::Error;
 use tonic::{Code, Status};
 
-/// Why a call failed: the [source](std::error::Error::source) of its status. Statuses are sent without their source, so it may name hosts,
-/// paths and causes. [`errors::report`](crate::errors::report) reads it.
+/// Why a call failed: the [source](std::error::Error::source) of its status, for [`errors::report`](crate::errors::report). Sources are never
+/// sent to clients, so this may name hosts, paths and causes.
 #[derive(Debug)]
 pub(crate) enum Cause {
     /// A use case failed.
     Error(Error),
-    /// REST refused the request before a use case ran; the code.
+    /// REST refused the request before a use case ran. The code.
     Refusal(&'static str),
 }
 
@@ -27,7 +27,7 @@ impl fmt::Display for Cause {
 
 impl std::error::Error for Cause {}
 
-/// The status that answers a call which failed with `error`, with `error` as its [`Cause`].
+/// Returns the status for a call that failed with `error`, which becomes its [`Cause`].
 pub(crate) fn status(error: Error) -> Status {
     let mut status = match &error {
         Error::ChallengeExists(id) => error::challenge_already_exists(id.as_str()),
@@ -55,7 +55,7 @@ pub(crate) fn status(error: Error) -> Status {
     status
 }
 
-/// Gives the status of a request that REST refuses before a use case runs its [`Cause`].
+/// Adds the [`Cause`] to the status of a request that REST refuses before a use case runs.
 pub(crate) fn refusal(mut status: Status) -> Status {
     let code = match status.code() {
         Code::NotFound => "UNKNOWN_PATH",

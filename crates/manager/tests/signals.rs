@@ -1,4 +1,4 @@
-//! The binary and the signals that ask it to end.
+//! How the binary reacts to signals.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 use std::{
@@ -13,7 +13,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// What takes longer has stopped for good.
+/// Longer than anything takes on a busy machine: only a real hang reaches it.
 const LONG: Duration = Duration::from_secs(30);
 
 struct Manager {
@@ -41,44 +41,44 @@ impl Manager {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let said = BufReader::new(child.stderr.take().unwrap());
+        let log = BufReader::new(child.stderr.take().unwrap());
         let (sender, lines) = mpsc::channel();
-        // Ends with the process.
-        thread::spawn(move || said.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        // The thread ends when the process closes its log.
+        thread::spawn(move || log.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
         Self { child, lines, _dir: dir }
     }
 
-    /// Waits for a line with this in it.
-    fn line(&self, part: &str) -> String {
+    /// Waits for a log line that contains `part`.
+    fn wait_for_line(&self, part: &str) -> String {
         loop {
-            let line = self.lines.recv_timeout(LONG).unwrap_or_else(|_| panic!("it never says {part:?}"));
+            let line = self.lines.recv_timeout(LONG).unwrap_or_else(|_| panic!("no line with {part:?}"));
             if line.contains(part) {
                 return line;
             }
         }
     }
 
-    fn signal(&self) {
+    fn terminate(&self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
     }
 }
 
 #[test]
-fn second_signal_ends_at_once() {
+fn second_signal_exits_at_once() {
     let mut manager = Manager::start();
-    let listening = manager.line("listening");
+    let listening = manager.wait_for_line("listening");
     let address = listening.split("127.0.0.1:").nth(1).unwrap();
     let port: String = address.chars().take_while(char::is_ascii_digit).collect();
-    // A call that goes on until its body is there.
+    // This call runs until its body has arrived.
     let mut call = TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
     call.write_all(b"POST /api/v1/challenge HTTP/1.1\r\nhost: test\r\ncontent-length: 100\r\n\r\n{").unwrap();
-    manager.line("health changed");
-    manager.signal();
-    manager.line("stopping");
-    assert!(manager.child.try_wait().unwrap().is_none(), "it waits for the call");
-    manager.signal();
+    manager.wait_for_line("health changed");
+    manager.terminate();
+    manager.wait_for_line("stopping");
+    assert!(manager.child.try_wait().unwrap().is_none(), "the manager waits for the call");
+    manager.terminate();
     let (sender, ended) = mpsc::channel();
     let mut child = std::mem::replace(&mut manager.child, Command::new("true").spawn().unwrap());
     thread::spawn(move || sender.send(child.wait().unwrap()));
-    assert_eq!(ended.recv_timeout(LONG).expect("it does not end").signal(), Some(15));
+    assert_eq!(ended.recv_timeout(LONG).expect("the manager to exit").signal(), Some(15));
 }

@@ -215,11 +215,11 @@ async fn calls_over_the_limit_are_unavailable() {
     let mut waits = served.connect_and_send(request("/waits").as_bytes()).await;
     eventually("the first call", async || served.get("/").await.starts_with("HTTP/1.1 503")).await;
     let mut refused = served.connect_and_send(request("/").as_bytes()).await;
-    let answer = read_head(&mut refused).await;
-    assert!(answer.contains("\"code\":14") && answer.contains("TOO_MANY_CALLS"), "{answer}");
+    let response = read_head(&mut refused).await;
+    assert!(response.contains("\"code\":14") && response.contains("TOO_MANY_CALLS"), "{response}");
     let grpc = "POST /api.v1.challenge.ChallengeStore/QueryChallenge HTTP/1.1\r\nhost: test\r\ncontent-type: application/grpc\r\n\r\n";
-    let answer = read_head(&mut served.connect_and_send(grpc.as_bytes()).await).await;
-    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("grpc-status: 14"), "{answer}");
+    let response = read_head(&mut served.connect_and_send(grpc.as_bytes()).await).await;
+    assert!(response.starts_with("HTTP/1.1 200") && response.contains("grpc-status: 14"), "{response}");
     assert!(served.refusals()["calls"] >= 3);
     assert!(served.get("/healthcheck").await.starts_with("HTTP/1.1 200"));
     served.release.notify_one();

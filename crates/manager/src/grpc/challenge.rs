@@ -42,7 +42,7 @@ impl ChallengeStore for Handlers {
         respond(async {
             let (id, update) = convert::challenge_update(request.into_inner())?;
             let updated = self.operations.update_challenge(id, update).await?;
-            // Operations has logged each failure; the client is told the first.
+            // Each failure has been logged; the client gets the first.
             match updated.failures.into_iter().next() {
                 Some(failure) => Err(failure),
                 None => Ok(Response::new(convert::challenge(updated.challenge, updated.instances))),

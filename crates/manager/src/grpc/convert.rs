@@ -1,4 +1,4 @@
-//! Between messages and domain types; what cannot be one is refused with the field, the value and the fix.
+//! Converts between messages and domain types. Values that cannot be converted are refused with the field, the value and the fix.
 
 use std::time::Duration;
 
@@ -10,71 +10,80 @@ use gauntlet_domain::{
 use gauntlet_telemetry::context;
 use jiff::Timestamp;
 
-/// The most template values, and the most bytes of keys and values together, that one message may carry.
-const ADDITIONAL_ENTRIES: usize = 1024;
-const ADDITIONAL_BYTES: usize = 256 * 1024;
+/// The maximum number of template values in one message.
+const MAX_ADDITIONAL_ENTRIES: usize = 1024;
+/// The maximum length of all keys and values together.
+const MAX_ADDITIONAL_BYTES: usize = 256 * 1024;
 
-/// The bounds of `google.protobuf.Timestamp`, 0001-01-01T00:00:00Z and 9999-12-31T23:59:59Z, and of `google.protobuf.Duration`: what is
-/// outside has no JSON form.
+/// The range of `google.protobuf.Timestamp`, 0001-01-01T00:00:00Z to 9999-12-31T23:59:59Z, in seconds since 1970. Values outside it have no JSON
+/// form.
 const FIRST_SECOND: i64 = -62_135_596_800;
 const LAST_SECOND: i64 = 253_402_300_799;
-const LONGEST: Duration = Duration::from_secs(315_576_000_000);
+/// The maximum of `google.protobuf.Duration`. Longer ones have no JSON form.
+const MAX_DURATION: Duration = Duration::from_secs(315_576_000_000);
 
-/// Also an attribute of the call's span: whom it was for.
+/// Parses a challenge id, and sets it as an attribute of the call's span.
 pub(super) fn challenge_id(field: &'static str, text: String) -> Result<ChallengeId> {
-    let id = ChallengeId::new(text).map_err(|problem| bad_id(field, &problem))?;
+    let id = ChallengeId::new(text).map_err(|problem| invalid_id(field, &problem))?;
     context::set_attribute("challenge.id", id.as_str().to_owned());
     Ok(id)
 }
 
 pub(super) fn source_id(field: &'static str, text: String) -> Result<SourceId> {
-    SourceId::new(text).map_err(|problem| bad_id(field, &problem))
+    SourceId::new(text).map_err(|problem| invalid_id(field, &problem))
 }
 
 pub(super) fn instance_ids(challenge_id: String, source_id: String) -> Result<(ChallengeId, SourceId)> {
     Ok((self::challenge_id("challenge_id", challenge_id)?, self::source_id("source_id", source_id)?))
 }
 
-fn bad_id(field: &'static str, problem: &InvalidId) -> Error {
+fn invalid_id(field: &'static str, problem: &InvalidId) -> Error {
     Error::Invalid { field, problem: problem.to_string() }
 }
 
 fn timeout(duration: prost_types::Duration) -> Result<Duration> {
     let prost_types::Duration { seconds, nanos } = duration;
-    let bad = |rule: &str| Error::Invalid {
+    let invalid = |rule: &str| Error::Invalid {
         field: "timeout",
         problem: format!("{rule}, got {seconds}s {nanos}ns; leave it out for no timeout"),
     };
     if seconds < 0 || (seconds == 0 && nanos < 0) {
-        return Err(bad("must not be negative"));
+        return Err(invalid("must not be negative"));
     }
     let nanos = u32::try_from(nanos).ok().filter(|nanos| *nanos < 1_000_000_000);
     let (Ok(seconds), Some(nanos)) = (u64::try_from(seconds), nanos) else {
-        return Err(bad("must have 0 to 999999999 nanoseconds"));
+        return Err(invalid("must have 0 to 999999999 nanoseconds"));
     };
     let timeout = Duration::new(seconds, nanos);
-    if timeout > LONGEST { Err(bad(&format!("must be at most {}s", LONGEST.as_secs()))) } else { Ok(timeout) }
+    if timeout > MAX_DURATION {
+        Err(invalid(&format!("must be at most {}s", MAX_DURATION.as_secs())))
+    } else {
+        Ok(timeout)
+    }
 }
 
 fn until(timestamp: prost_types::Timestamp) -> Result<Timestamp> {
-    time("until", timestamp)
+    parse_time("until", timestamp)
 }
 
 pub(super) fn since(timestamp: Option<prost_types::Timestamp>) -> Result<Timestamp> {
-    let missing = || Error::Invalid { field: "since", problem: "must be given, as it was listed".to_owned() };
-    time("since", timestamp.ok_or_else(missing)?)
+    let missing = || Error::Invalid {
+        field: "since",
+        problem: "must be set to the value in the list of expired instances".to_owned(),
+    };
+    parse_time("since", timestamp.ok_or_else(missing)?)
 }
 
-fn time(field: &'static str, timestamp: prost_types::Timestamp) -> Result<Timestamp> {
+fn parse_time(field: &'static str, timestamp: prost_types::Timestamp) -> Result<Timestamp> {
     let prost_types::Timestamp { seconds, nanos } = timestamp;
-    let bad = |problem: String| Error::Invalid { field, problem };
+    let invalid = |problem: String| Error::Invalid { field, problem };
     if !(0..1_000_000_000).contains(&nanos) {
-        return Err(bad(format!("nanos must be 0 to 999999999, got {nanos}")));
+        return Err(invalid(format!("nanos must be 0 to 999999999, got {nanos}")));
     }
     if !(FIRST_SECOND..=LAST_SECOND).contains(&seconds) {
         let problem =
             format!("must lie within 0001-01-01T00:00:00Z and 9999-12-31T23:59:59Z, got {seconds} seconds since 1970");
-        return Err(bad(problem));
+        return Err(invalid(problem));
     }
     Ok(Timestamp::new(seconds, nanos).unwrap_or(Timestamp::MAX))
 }
@@ -82,9 +91,9 @@ fn time(field: &'static str, timestamp: prost_types::Timestamp) -> Result<Timest
 pub(super) fn additional(map: impl IntoIterator<Item = (String, String)>) -> Result<Additional> {
     let additional: Additional = map.into_iter().collect();
     let bytes: usize = additional.iter().map(|(key, value)| key.len() + value.len()).sum();
-    if additional.len() > ADDITIONAL_ENTRIES || bytes > ADDITIONAL_BYTES {
+    if additional.len() > MAX_ADDITIONAL_ENTRIES || bytes > MAX_ADDITIONAL_BYTES {
         let problem = format!(
-            "must have at most {ADDITIONAL_ENTRIES} entries and {ADDITIONAL_BYTES} bytes, got {} entries and {bytes} bytes",
+            "must have at most {MAX_ADDITIONAL_ENTRIES} entries and {MAX_ADDITIONAL_BYTES} bytes, got {} entries and {bytes} bytes",
             additional.len()
         );
         return Err(Error::Invalid { field: "additional", problem });
@@ -152,13 +161,13 @@ pub(super) fn challenge_update(request: pbc::UpdateChallengeRequest) -> Result<(
     Ok((id, update))
 }
 
-/// A time that JSON can say: one before the year 1, which builds of before took, is the first second of it.
+/// Converts a time. Earlier builds accepted times before the year 1, which have no JSON form: they become the first second of that year.
 pub(super) fn timestamp(at: Timestamp) -> prost_types::Timestamp {
-    // Jiff ends 26 hours before the year 9999 does.
+    // jiff's maximum is 26 hours before the end of the year 9999.
     if at == Timestamp::MAX {
         return prost_types::Timestamp { seconds: LAST_SECOND, nanos: 0 };
     }
-    // Jiff keeps seconds and nanoseconds of one sign; protobuf's nanoseconds always count forward.
+    // jiff's seconds and nanoseconds have the same sign; protobuf's nanoseconds are never negative.
     let (seconds, nanos) = match (at.as_second(), at.subsec_nanosecond()) {
         (seconds, nanos) if nanos < 0 => (seconds - 1, nanos + 1_000_000_000),
         positive => positive,
@@ -169,9 +178,9 @@ pub(super) fn timestamp(at: Timestamp) -> prost_types::Timestamp {
     prost_types::Timestamp { seconds, nanos }
 }
 
-/// A duration that JSON can say: a longer one, which builds of before took, is the longest.
+/// Converts a duration. Earlier builds accepted durations that have no JSON form: they become the longest that has one.
 fn duration(timeout: Duration) -> prost_types::Duration {
-    prost_types::Duration::try_from(timeout.min(LONGEST)).unwrap_or_default()
+    prost_types::Duration::try_from(timeout.min(MAX_DURATION)).unwrap_or_default()
 }
 
 pub(super) fn challenge(challenge: Challenge, instances: Vec<Instance>) -> pbc::Challenge {
@@ -212,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn odd_durations_and_times_are_named() {
+    fn invalid_durations_and_times_are_refused_with_their_value() {
         let request = |seconds| pbc::CreateChallengeRequest {
             id: "a".into(),
             scenario: "s".into(),
@@ -226,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn what_json_cannot_say_is_refused() {
+    fn values_without_a_json_form_are_refused() {
         let create = |seconds, nanos| {
             let timeout = Some(prost_types::Duration { seconds, nanos });
             new_challenge(pbc::CreateChallengeRequest {
@@ -251,19 +260,19 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_the_year_9999_is_legal() {
+    fn end_of_the_year_9999_is_accepted() {
         let end = prost_types::Timestamp { seconds: LAST_SECOND, nanos: 0 };
         assert_eq!(timestamp(until(end).unwrap()), end);
         let later = prost_types::Timestamp { nanos: 999_999_999, ..end };
         assert_eq!(timestamp(until(later).unwrap()), end);
-        // As does a timeout that ends after it.
+        // A timeout that would end later is cut to the same time.
         let now = Timestamp::from_second(1_700_000_000).unwrap();
         let lapses = gauntlet_domain::expiry(now, Some(Duration::from_secs(315_576_000_000)), None).unwrap();
         assert_eq!(timestamp(lapses), end);
     }
 
     #[test]
-    fn what_was_stored_before_is_said_in_the_nearest_way() {
+    fn stored_values_without_a_json_form_become_the_nearest() {
         for stored in [Timestamp::MIN, "-000001-01-01T00:00:00Z".parse().unwrap()] {
             assert_eq!(timestamp(stored), prost_types::Timestamp { seconds: FIRST_SECOND, nanos: 0 });
         }
@@ -274,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn times_before_1970_read_back() {
+    fn times_before_1970_round_trip() {
         let at = prost_types::Timestamp { seconds: -2, nanos: 500_000_000 };
         assert_eq!(timestamp(until(at).unwrap()), at);
     }

@@ -1,4 +1,4 @@
-//! The v1 API and its extension over gRPC: messages in, an operation, messages out. REST calls the same handlers in process.
+//! The v1 API and its extension over gRPC: converts a message, runs an operation, and converts the result. REST calls the same handlers in process.
 
 mod challenge;
 mod convert;
@@ -30,16 +30,16 @@ impl Handlers {
     }
 }
 
-/// How many messages of a stream may wait for a slow client.
+/// How many messages of a stream are read ahead of a slow client.
 const STREAM_BUFFER: usize = 16;
 
-/// Answers a call with its response, or with the status of its error.
+/// Runs a handler. Its error becomes the status of the call.
 async fn respond<M>(call: impl Future<Output = Result<Response<M>>>) -> Result<Response<M>, Status> {
     call.await.map_err(status)
 }
 
-/// Turns a borrowed stream of the operations into a response that owns it: a task reads up to [`STREAM_BUFFER`] messages ahead, and ends
-/// when the client leaves.
+/// Makes a response of a stream that borrows the operations. A task reads the stream, up to [`STREAM_BUFFER`] messages ahead; it ends when the
+/// client disconnects.
 fn stream<T, M, F>(operations: &Operations, message: fn(T) -> M, read: F) -> Response<Messages<M>>
 where
     T: Send + 'static,
@@ -49,7 +49,7 @@ where
     let (sender, receiver) = mpsc::channel(STREAM_BUFFER);
     let failure = StreamFailure::default();
     let (owned, failed) = (operations.clone(), failure.clone());
-    operations.detached(async move {
+    operations.spawn_read(async move {
         let mut items = read(&owned);
         while let Some(item) = items.next().await {
             let item = item.map(message).map_err(status);

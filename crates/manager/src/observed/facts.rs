@@ -1,4 +1,4 @@
-//! Domain facts become metrics here, in one exhaustive match; and a create that looked into a pool has it looked after.
+//! Turns domain facts into metrics, in one exhaustive match, and into requests for pool checks.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use gauntlet_telemetry::instruments::Instruments;
 
 use crate::signals::Signals;
 
-/// Asks for a pool to be looked at once a create has taken from it, or found it empty; passes every fact on.
+/// Requests a pool check when a create has claimed a pooled instance or found none. Passes every fact on.
 pub(crate) struct SignallingFacts {
     pub(crate) inner: Arc<dyn Facts>,
     pub(crate) signals: Signals,
@@ -16,13 +16,13 @@ pub(crate) struct SignallingFacts {
 impl Facts for SignallingFacts {
     fn record(&self, fact: Fact) {
         if let Fact::PoolClaim { challenge, .. } = &fact {
-            self.signals.request_refill(challenge);
+            self.signals.request_pool_check(challenge);
         }
         self.inner.record(fact);
     }
 }
 
-/// Counts facts.
+/// Counts facts in metrics.
 pub(crate) struct CountedFacts(pub(crate) Instruments);
 
 impl Facts for CountedFacts {

@@ -5,20 +5,20 @@ use gauntlet_domain::{Fact, Operation, OperationOutcome};
 use crate::fixture::{Api, Logs};
 
 #[tokio::test]
-async fn each_instance_that_an_update_does_not_reach_is_logged_and_counted_and_the_reconciler_is_told() {
+async fn failed_update_logs_and_counts_each_instance_and_requests_a_reconcile_pass() {
     let api = Api::with_instance().await;
     for source in ["8", "9"] {
         let create = format!(r#"{{"challengeId":"web","sourceId":"{source}"}}"#);
-        api.done("POST /api/v1/instance", create).await;
+        api.call_ok("POST /api/v1/instance", create).await;
     }
     let logs = Logs::default();
     let recording = tracing::subscriber::set_default(logs.clone());
     let update = r#"{"updateMask":"scenario","scenario":"reg/fails","updateStrategy":"recreate"}"#;
-    let answer = api.call("PATCH /api/v1/challenge/web", update).await;
+    let response = api.call("PATCH /api/v1/challenge/web", update).await;
     drop(recording);
-    assert!(answer.starts_with("500 "), "{answer}");
+    assert!(response.starts_with("500 "), "{response}");
     let logged = logs.lines();
-    assert_eq!(logged.iter().filter(|text| text.contains("not up to date")).count(), 3, "{logged:?}");
+    assert_eq!(logged.iter().filter(|text| text.contains("cannot update an instance")).count(), 3, "{logged:?}");
     assert!(
         logged.iter().all(|text| text.contains("PROVISION_FAILED") && text.contains("challenge=web")),
         "{logged:?}"

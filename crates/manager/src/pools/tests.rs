@@ -5,33 +5,33 @@ use std::{
     time::Duration,
 };
 
-use async_trait::async_trait;
-use futures::{TryStreamExt as _, future::join_all};
+use futures::{FutureExt as _, TryStreamExt as _, future::join_all};
 use gauntlet_coordination::{
     Coordination, Embedded,
     kv::{Get, KeyRange, Kv, KvResult, LeaseId, Page, Txn, TxnResponse, Watch},
 };
-use gauntlet_domain::{
-    Additional, Call, Challenge, Fact, Facts, Identity, LaunchPlan, LaunchRequest, NewChallenge, Outputs, Pinned,
-    Placement, PoolBounds, PortSpec, PreparedScenario, ProvisionedInstance, Provisioner, Result, Scenarios, Settings,
-    SourceId, Store as _,
+use gauntlet_domain::{Additional, Challenge, ChallengeUpdate, NewChallenge, PoolBounds, Settings, Store as _};
+use gauntlet_testing::{
+    eventually,
+    fakes::{FakeProvisioner, FakeScenarios, IgnoredFacts, LaunchCounts},
+    fixtures::{challenge_id, new_challenge, source_id},
 };
 use tempfile::TempDir;
-use tokio::{
-    sync::watch,
-    time::{sleep, timeout},
-};
+use tokio::{sync::watch, time::timeout};
 
 use super::*;
 use crate::{observed::SignallingFacts, operations::Operations, reconciler::Reconciler, signals::Signals};
 
-/// What takes longer has stopped for good.
+/// Longer than anything takes on a busy machine: only a real hang reaches it.
 const LONG: Duration = Duration::from_secs(120);
 
-/// An embedded store that counts the calls to it.
+/// The calls of a store, by name.
+type Calls = Arc<Mutex<BTreeMap<&'static str, usize>>>;
+
+/// An embedded store that counts its calls.
 struct Counted {
     inner: Embedded,
-    calls: Arc<Mutex<BTreeMap<&'static str, usize>>>,
+    calls: Calls,
 }
 
 impl Counted {
@@ -88,142 +88,72 @@ impl Kv for Counted {
     }
 }
 
-/// Where instances would run: those of some challenges do not become ready, those of others fail.
-#[derive(Debug)]
-struct Machine {
-    slow: watch::Sender<BTreeSet<ChallengeId>>,
-    fails: Mutex<BTreeSet<ChallengeId>>,
-    /// By challenge: being brought up now, the most at once, and all in all.
-    ups: Mutex<BTreeMap<ChallengeId, (usize, usize, usize)>>,
-}
-
-impl Machine {
-    fn ups(&self, id: &ChallengeId) -> (usize, usize, usize) {
-        self.ups.lock().unwrap().get(id).copied().unwrap_or_default()
-    }
-}
-
-#[async_trait]
-impl Provisioner for Machine {
-    fn name(&self) -> &'static str {
-        "machine"
-    }
-
-    async fn reserve(&self, _: &ChallengeId, _: &Identity, _: u64, _: &[PortSpec]) -> Result<Placement> {
-        Ok(Placement::default())
-    }
-
-    async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
-        let of = &request.challenge;
-        {
-            let mut ups = self.ups.lock().unwrap();
-            let (now, most, all) = ups.entry(of.clone()).or_default();
-            (*now, *all) = (*now + 1, *all + 1);
-            *most = (*most).max(*now);
-        }
-        self.slow.subscribe().wait_for(|slow| !slow.contains(of)).await.unwrap();
-        self.ups.lock().unwrap().entry(of.clone()).or_default().0 -= 1;
-        match self.fails.lock().unwrap().contains(of) {
-            true => Err(Error::Unavailable { what: "machine", detail: "it fails".to_owned() }),
-            false => Ok(Outputs { connection_info: "here".to_owned(), flags: Vec::new() }),
-        }
-    }
-
-    async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
-        self.up(request).await
-    }
-
-    async fn down(&self, _: &ChallengeId, _: &Identity, _: u64) -> Result<()> {
-        Ok(())
-    }
-
-    async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
-        Ok(Vec::new())
-    }
-}
-
-#[derive(Debug)]
-struct Library;
-
-#[async_trait]
-impl Scenarios for Library {
-    async fn resolve(&self, reference: &str) -> Result<Pinned> {
-        Ok(Pinned { reference: reference.to_owned(), digest: format!("sha256:{}", "ab".repeat(32)) })
-    }
-
-    async fn prepare(
-        &self,
-        scenario: &Pinned,
-        identity: &Identity,
-        additional: &Additional,
-    ) -> Result<PreparedScenario> {
-        Ok(PreparedScenario::new(scenario, identity, additional))
-    }
-
-    async fn render(&self, _: &PreparedScenario, _: &Placement) -> Result<LaunchPlan> {
-        Ok(LaunchPlan::default())
-    }
-}
-
-struct Uncounted;
-
-impl Facts for Uncounted {
-    fn record(&self, _: Fact) {}
-}
-
-struct World {
+struct Fixture {
     operations: Operations,
     gauntlet: Gauntlet,
     store: Arc<Coordination<Counted>>,
-    machine: Arc<Machine>,
-    calls: Arc<Mutex<BTreeMap<&'static str, usize>>>,
+    provisioner: Arc<FakeProvisioner>,
+    /// Challenges whose instances do not become ready.
+    slow: watch::Sender<BTreeSet<ChallengeId>>,
+    /// Challenges whose instances fail to launch.
+    failing: Arc<Mutex<BTreeSet<ChallengeId>>>,
+    calls: Calls,
     pools: Arc<Pools>,
     tasks: Tasks,
     signals: Signals,
     _dir: TempDir,
 }
 
-fn id(name: &str) -> ChallengeId {
-    ChallengeId::new(name).unwrap()
-}
-
-impl World {
+impl Fixture {
     fn new(settings: Settings) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let calls = Arc::default();
+        let calls = Calls::default();
         let kv = Counted { inner: Embedded::open(&dir.path().join("store")).unwrap(), calls: Arc::clone(&calls) };
         let store = Arc::new(Coordination::new(kv, "test/", LONG, "a".to_owned()));
-        let machine = Arc::new(Machine {
-            slow: watch::Sender::new(BTreeSet::new()),
-            fails: Mutex::default(),
-            ups: Mutex::default(),
+        let slow = watch::Sender::new(BTreeSet::new());
+        let failing = Arc::<Mutex<BTreeSet<ChallengeId>>>::default();
+        let (all_slow, all_failing) = (slow.clone(), failing.clone());
+        let provisioner = FakeProvisioner::default().before(move |call| {
+            let (mut slow, failing) = (all_slow.subscribe(), all_failing.clone());
+            async move {
+                let Some(challenge) = call.challenge().filter(|_| call.operation == "up") else { return Ok(()) };
+                slow.wait_for(|slow| !slow.contains(challenge)).await.unwrap();
+                match failing.lock().unwrap().contains(challenge) {
+                    true => Err(Error::Unavailable { what: "provisioner", detail: "the challenge fails".to_owned() }),
+                    false => Ok(()),
+                }
+            }
+            .boxed()
         });
+        let provisioner = Arc::new(provisioner);
         let signals = Signals::default();
-        let facts = Arc::new(SignallingFacts { inner: Arc::new(Uncounted), signals: signals.clone() });
-        let gauntlet = Gauntlet::new(store.clone(), machine.clone(), Arc::new(Library), facts, settings);
+        let facts = Arc::new(SignallingFacts { inner: Arc::new(IgnoredFacts), signals: signals.clone() });
+        let scenarios = Arc::new(FakeScenarios::default());
+        let gauntlet = Gauntlet::new(store.clone(), provisioner.clone(), scenarios, facts, settings);
         let tasks = Tasks::default();
         let operations = Operations::new(gauntlet.clone(), tasks.clone(), signals.clone());
         let pools = signals.pools().clone();
-        Self { operations, gauntlet, store, machine, calls, pools, tasks, signals, _dir: dir }
+        Self { operations, gauntlet, store, provisioner, slow, failing, calls, pools, tasks, signals, _dir: dir }
     }
 
-    /// Whose pools are looked after; nothing else happens in the background.
-    fn looking_after_pools(settings: Settings) -> Self {
-        let world = Self::new(settings);
-        world.pools.start(&world.tasks, &world.gauntlet);
-        world
+    /// A fixture that maintains pools, and runs nothing else in the background.
+    fn maintaining_pools(settings: Settings) -> Self {
+        let fixture = Self::new(settings);
+        fixture.pools.start(&fixture.tasks, &fixture.gauntlet);
+        fixture
     }
 
     async fn challenge(&self, name: &str, min: i64, max: i64) -> ChallengeId {
-        let scenario = "reg/web:v1".to_owned();
-        let (timeout, until, additional) = (None, None, Additional::new());
-        let new = NewChallenge { id: id(name), scenario, timeout, until, additional, min, max };
+        let new = NewChallenge { timeout: None, max, ..new_challenge(name, min) };
         self.operations.create_challenge(new).await.unwrap().id
     }
 
     async fn create(&self, challenge: &ChallengeId, source: &str) {
-        let source = SourceId::new(source).unwrap();
-        self.operations.create_instance(challenge.clone(), source, Additional::new()).await.unwrap();
+        self.operations.create_instance(challenge.clone(), source_id(source), Additional::new()).await.unwrap();
+    }
+
+    fn launches(&self, challenge: &ChallengeId) -> LaunchCounts {
+        self.provisioner.launches(challenge)
     }
 
     async fn pooled(&self, challenge: &ChallengeId) -> usize {
@@ -231,153 +161,147 @@ impl World {
         all.iter().filter(|stored| stored.value.key.assignment.is_pooled()).count()
     }
 
-    fn is_idle(&self) -> bool {
-        let state = self.pools.lock();
-        state.queue.is_empty() && state.looking.is_empty() && state.jobs == 0
+    /// Waits until no check is queued or running and no job runs.
+    async fn wait_until_idle(&self) {
+        let is_idle = async || {
+            let state = self.pools.lock();
+            state.queue.is_empty() && state.checking.is_empty() && state.jobs == 0
+        };
+        eventually("the pools to be idle", is_idle).await;
     }
 
-    /// Until nothing is asked for, looked at or done.
-    async fn idle(&self) {
-        eventually("the pools are idle", || std::future::ready(self.is_idle())).await;
-    }
-
-    fn spent(&self) -> BTreeMap<&'static str, usize> {
+    /// The calls to the store since the last call of this.
+    fn take_calls(&self) -> BTreeMap<&'static str, usize> {
         std::mem::take(&mut *self.calls.lock().unwrap())
     }
 }
 
-async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
-    let held = async {
-        while !holds().await {
-            sleep(Duration::from_millis(2)).await;
-        }
-    };
-    timeout(LONG, held).await.unwrap_or_else(|_| panic!("never came true: {what}"));
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_create_costs_does_not_grow_with_the_instances_there_are() {
-    let world = World::looking_after_pools(Settings::default());
-    let none = world.challenge("none", 0, 0).await;
-    let pool = world.challenge("pool", 3, 0).await;
-    let bounded = world.challenge("bounded", 3, 1000).await;
-    world.idle().await;
+async fn cost_of_a_create_does_not_depend_on_the_number_of_instances() {
+    let fixture = Fixture::maintaining_pools(Settings::default());
+    let none = fixture.challenge("none", 0, 0).await;
+    let pool = fixture.challenge("pool", 3, 0).await;
+    let bounded = fixture.challenge("bounded", 3, 1000).await;
+    fixture.wait_until_idle().await;
     for (from, to) in [(0, 10), (10, 1000)] {
-        for some in (from..to).collect::<Vec<_>>().chunks(64) {
-            let (world, none) = (&world, &none);
-            let creates = some.iter().map(|n| {
+        for numbers in (from..to).collect::<Vec<_>>().chunks(64) {
+            let (fixture, none) = (&fixture, &none);
+            let creates = numbers.iter().map(|n| {
                 let (source, other) = (format!("team-{n}"), if n % 2 == 0 { &pool } else { &bounded });
                 async move {
-                    world.create(none, &source).await;
-                    world.create(other, &source).await;
+                    fixture.create(none, &source).await;
+                    fixture.create(other, &source).await;
                 }
             });
             join_all(creates).await;
-            world.idle().await;
+            fixture.wait_until_idle().await;
         }
-        assert_eq!(world.pooled(&bounded).await, 3);
-        world.spent();
-        world.create(&none, &format!("one-of-{to}")).await;
-        world.idle().await;
-        assert_eq!(world.spent(), BTreeMap::from([("txn", 2)]), "begun and committed, with {to} there");
+        assert_eq!(fixture.pooled(&bounded).await, 3);
+        fixture.take_calls();
+        fixture.create(&none, &format!("one-of-{to}")).await;
+        fixture.wait_until_idle().await;
+        assert_eq!(fixture.take_calls(), BTreeMap::from([("txn", 2)]), "intent and commit, beside {to} instances");
         for challenge in [&pool, &bounded] {
-            world.create(challenge, &format!("one-of-{to}")).await;
-            world.idle().await;
+            fixture.create(challenge, &format!("one-of-{to}")).await;
+            fixture.wait_until_idle().await;
             let expected = BTreeMap::from([("txn", 5)]);
-            assert_eq!(world.spent(), expected, "claimed; looked at in two, begun and committed, with {to} there");
+            let calls = fixture.take_calls();
+            assert_eq!(calls, expected, "claim, two for the check, intent and commit, beside {to} instances");
         }
     }
-    assert_eq!(world.pooled(&pool).await, 3);
+    assert_eq!(fixture.pooled(&pool).await, 3);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn asking_often_is_asking_once() {
-    let world = World::new(Settings::default());
-    let web = world.challenge("web", 0, 0).await;
-    world.spent();
+async fn repeated_requests_are_one_check() {
+    let fixture = Fixture::new(Settings::default());
+    let web = fixture.challenge("web", 0, 0).await;
+    fixture.take_calls();
     for _ in 0..1000 {
-        world.pools.request(&web, None);
+        fixture.pools.request_check(&web, None);
     }
-    world.pools.start(&world.tasks, &world.gauntlet);
-    world.idle().await;
-    assert_eq!(world.spent(), BTreeMap::from([("txn", 2)]));
+    fixture.pools.start(&fixture.tasks, &fixture.gauntlet);
+    fixture.wait_until_idle().await;
+    assert_eq!(fixture.take_calls(), BTreeMap::from([("txn", 2)]));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn pools_that_are_slow_to_fill_hold_up_no_other() {
-    let world = World::new(Settings::default());
-    let slow: BTreeSet<_> = (0..10).map(|n| id(&format!("slow-{n}"))).collect();
-    world.machine.slow.send_replace(slow.clone());
+async fn slow_challenges_do_not_delay_others() {
+    let fixture = Fixture::new(Settings::default());
+    let slow: BTreeSet<_> = (0..10).map(|n| challenge_id(&format!("slow-{n}"))).collect();
+    fixture.slow.send_replace(slow.clone());
     for challenge in &slow {
-        world.challenge(challenge.as_str(), 20, 0).await;
+        fixture.challenge(challenge.as_str(), 20, 0).await;
     }
-    // The reconciler asks for them, too, and waits for none.
-    world.pools.start(&world.tasks, &world.gauntlet);
-    Reconciler::new(world.signals.clone()).start(&world.tasks, &world.gauntlet, Duration::from_millis(20));
-    let all_wait = || std::future::ready(slow.iter().all(|challenge| world.machine.ups(challenge).0 == JOBS));
-    eventually("the slow ones are all waited for", all_wait).await;
-    let quick = world.challenge("quick", 20, 0).await;
-    eventually("the quick one is full", || async { world.pooled(&quick).await == 20 }).await;
-    world.create(&quick, "7").await;
-    eventually("it is refilled", || async { world.machine.ups(&quick).2 == 21 }).await;
+    fixture.pools.start(&fixture.tasks, &fixture.gauntlet);
+    // The reconciler requests checks of their pools too, and waits for none.
+    Reconciler::new(fixture.signals.clone()).start(&fixture.tasks, &fixture.gauntlet, Duration::from_millis(20));
+    let all_wait = async || slow.iter().all(|challenge| fixture.launches(challenge).current == MAX_JOBS_PER_CHALLENGE);
+    eventually("all slow challenges to have as many jobs as they may", all_wait).await;
+    let quick = fixture.challenge("quick", 20, 0).await;
+    eventually("the pool of the quick challenge to be full", async || fixture.pooled(&quick).await == 20).await;
+    fixture.create(&quick, "7").await;
+    eventually("the claimed instance to be replaced", async || fixture.launches(&quick).total == 21).await;
+    let limit = MAX_JOBS_PER_CHALLENGE;
     for challenge in &slow {
-        assert_eq!(world.machine.ups(challenge), (JOBS, JOBS, JOBS), "no more at once than that");
+        let counts = LaunchCounts { current: limit, peak: limit, total: limit };
+        assert_eq!(fixture.launches(challenge), counts);
     }
-    world.machine.slow.send_replace(BTreeSet::new());
+    fixture.slow.send_replace(BTreeSet::new());
     for challenge in &slow {
-        eventually("all are filled in the end", || async { world.pooled(challenge).await == 20 }).await;
-        assert!(world.machine.ups(challenge).1 <= JOBS, "{:?}", world.machine.ups(challenge));
+        eventually("the pools of slow challenges to be full", async || fixture.pooled(challenge).await == 20).await;
+        assert!(fixture.launches(challenge).peak <= limit, "{:?}", fixture.launches(challenge));
     }
-    assert_eq!(world.tasks.drain(LONG).await, 0);
+    assert_eq!(fixture.tasks.drain(LONG).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_scenario_that_fails_is_not_brought_up_again_and_again() {
-    let world = World::looking_after_pools(Settings::default());
-    world.machine.fails.lock().unwrap().insert(id("web"));
-    let web = world.challenge("web", 100, 0).await;
-    world.idle().await;
-    assert_eq!((world.machine.ups(&web).2, world.pooled(&web).await), (JOBS, 0));
-    world.machine.fails.lock().unwrap().clear();
-    world.pools.request(&web, None);
-    eventually("it is filled", || async { world.pooled(&web).await == 100 }).await;
+async fn failing_scenario_is_not_retried_at_once() {
+    let fixture = Fixture::maintaining_pools(Settings::default());
+    fixture.failing.lock().unwrap().insert(challenge_id("web"));
+    let web = fixture.challenge("web", 100, 0).await;
+    fixture.wait_until_idle().await;
+    assert_eq!((fixture.launches(&web).total, fixture.pooled(&web).await), (MAX_JOBS_PER_CHALLENGE, 0));
+    fixture.failing.lock().unwrap().clear();
+    fixture.pools.request_check(&web, None);
+    eventually("the pool to be full", async || fixture.pooled(&web).await == 100).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bound_from_before_there_was_a_limit_is_cut_to_it() {
-    let world = World::looking_after_pools(Settings { pool_max: 20, ..Settings::default() });
-    let web = world.challenge("web", 0, 0).await;
-    let stored = world.store.challenge(&web).await.unwrap().unwrap().value;
-    let old = Challenge { id: id("old"), bounds: PoolBounds::new(9_000_000_000_000_000_000, 0).unwrap(), ..stored };
-    world.store.insert_challenge(&old).await.unwrap();
-    world.pools.request(&old.id, None);
-    // It is created from meanwhile.
+async fn stored_bounds_above_the_limit_are_capped() {
+    let fixture = Fixture::maintaining_pools(Settings { pool_max: 20, ..Settings::default() });
+    let web = fixture.challenge("web", 0, 0).await;
+    let stored = fixture.store.challenge(&web).await.unwrap().unwrap().value;
+    let bounds = PoolBounds::new(9_000_000_000_000_000_000, 0).unwrap();
+    let old = Challenge { id: challenge_id("old"), bounds, ..stored };
+    fixture.store.insert_challenge(&old).await.unwrap();
+    fixture.pools.request_check(&old.id, None);
+    // Creates while the pool is filled.
     for n in 0..30 {
-        timeout(LONG, world.create(&old.id, &n.to_string())).await.unwrap();
+        timeout(LONG, fixture.create(&old.id, &n.to_string())).await.unwrap();
     }
-    world.idle().await;
-    assert_eq!(world.pooled(&old.id).await, 20);
-    // An update of something else goes through.
-    let update = gauntlet_domain::ChallengeUpdate { timeout: Some(Some(LONG)), ..Default::default() };
-    world.operations.update_challenge(old.id.clone(), update).await.unwrap();
-    let call: Call = call_now();
-    let refused = gauntlet_domain::ChallengeUpdate { min: Some(21), ..Default::default() };
-    let refused = world.gauntlet.update_challenge(&call, &old.id, refused).await.unwrap_err();
+    fixture.wait_until_idle().await;
+    assert_eq!(fixture.pooled(&old.id).await, 20);
+    // Updates of other fields succeed.
+    let update = ChallengeUpdate { timeout: Some(Some(LONG)), ..ChallengeUpdate::default() };
+    fixture.operations.update_challenge(old.id.clone(), update).await.unwrap();
+    let update = ChallengeUpdate { min: Some(21), ..ChallengeUpdate::default() };
+    let refused = fixture.gauntlet.update_challenge(&call_now(), &old.id, update).await.unwrap_err();
     assert_eq!(refused, Error::PoolOutOfBounds { min: 21, max: 0, limit: 20 });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn creates_and_looks_at_once_keep_a_pool_within_its_bounds() {
-    let world = World::looking_after_pools(Settings::default());
-    let web = world.challenge("web", 5, 12).await;
+async fn concurrent_creates_and_checks_keep_a_pool_within_its_bounds() {
+    let fixture = Fixture::maintaining_pools(Settings::default());
+    let web = fixture.challenge("web", 5, 12).await;
     let sources: Vec<_> = (0..10).map(|n| format!("team-{n}")).collect();
-    join_all(sources.iter().map(|source| world.create(&web, source))).await;
-    world.idle().await;
-    assert_eq!(world.pooled(&web).await, 2, "ten claimed and two make twelve");
+    join_all(sources.iter().map(|source| fixture.create(&web, source))).await;
+    fixture.wait_until_idle().await;
+    assert_eq!(fixture.pooled(&web).await, 2, "10 claimed and 2 pooled instances are 12");
     for source in &sources {
-        world.operations.delete_instance(web.clone(), SourceId::new(source.as_str()).unwrap()).await.unwrap();
+        fixture.operations.delete_instance(web.clone(), source_id(source)).await.unwrap();
     }
-    world.pools.request(&web, None);
-    world.idle().await;
-    assert_eq!(world.pooled(&web).await, 5);
+    fixture.pools.request_check(&web, None);
+    fixture.wait_until_idle().await;
+    assert_eq!(fixture.pooled(&web).await, 5);
 }

@@ -1,4 +1,4 @@
-//! Golden tests: the REST table and the error table of the v1 API, row by row.
+//! Snapshots of the responses of the v1 API over REST: each route and each error.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
@@ -15,41 +15,41 @@ use tokio::{
 };
 
 use super::{Health, health, response::stream};
-use crate::fixture::{Api, answer, text};
+use crate::fixture::{Api, call, text};
 use crate::grpc::Messages;
 
-/// The answers to several calls, one after the other.
+/// Makes calls one after the other, and returns requests and responses as text.
 async fn calls(api: &Api, calls: &[(&str, &str)]) -> String {
     let mut text = String::new();
     for (line, body) in calls {
         let separator = if body.is_empty() { "" } else { " " };
-        let answer = api.call(line, (*body).to_owned()).await;
-        text.push_str(&format!("> {line}{separator}{body}\n{}\n", answer.trim_end_matches('\n')));
+        let response = api.call(line, (*body).to_owned()).await;
+        text.push_str(&format!("> {line}{separator}{body}\n{}\n", response.trim_end_matches('\n')));
     }
     text
 }
 
-/// Calls that are refused: besides the answers, nothing that is stored may change.
-async fn refused(api: &Api, these: &[(&str, &str)]) -> String {
-    let before = api.contents().await;
-    let answers = calls(api, these).await;
-    assert_eq!(api.contents().await, before);
-    answers
+/// Like [`calls`], for calls that must not change the store.
+async fn refused(api: &Api, requests: &[(&str, &str)]) -> String {
+    let before = api.stored().await;
+    let responses = calls(api, requests).await;
+    assert_eq!(api.stored().await, before);
+    responses
 }
 
 #[tokio::test]
 async fn create_challenge() {
     let whole = r#"{"id":"a/b c","scenario":"reg/web:v1","timeout":"1.5s","until":"2999-01-01T01:00:00+01:00","additional":{"k-1":"v"},"min":"1","max":2}"#;
     let least = r#"{"id":"least","scenario":"reg/web:v1","unknown":[1],"timeout":null}"#;
-    let answers =
+    let responses =
         calls(&Api::new().await, &[("POST /api/v1/challenge", whole), ("POST /api/v1/challenge?x=%zz", least)]).await;
-    assert_snapshot!(answers);
+    assert_snapshot!(responses);
 }
 
 #[tokio::test]
 async fn retrieve_challenge() {
     let api = Api::with_instance().await;
-    api.done("POST /api/v1/challenge", r#"{"id":"a/é %","scenario":"reg/web:v1"}"#).await;
+    api.call_ok("POST /api/v1/challenge", r#"{"id":"a/é %","scenario":"reg/web:v1"}"#).await;
     let targets = [("GET /api/v1/challenge/web", ""), ("GET /api/v1/challenge/a%2F%C3%A9%20%25", "")];
     assert_snapshot!(calls(&api, &targets).await);
 }
@@ -57,20 +57,20 @@ async fn retrieve_challenge() {
 #[tokio::test]
 async fn query_challenge() {
     let api = Api::new().await;
-    let mut answers = calls(&api, &[("GET /api/v1/challenge", "")]).await;
+    let mut responses = calls(&api, &[("GET /api/v1/challenge", "")]).await;
     for id in ["one", "two"] {
-        api.done("POST /api/v1/challenge", format!(r#"{{"id":"{id}","scenario":"reg/two"}}"#)).await;
+        api.call_ok("POST /api/v1/challenge", format!(r#"{{"id":"{id}","scenario":"reg/two"}}"#)).await;
     }
-    api.done("POST /api/v1/instance", r#"{"challengeId":"two","sourceId":"7"}"#).await;
-    answers += &calls(&api, &[("GET /api/v1/challenge", "")]).await;
-    assert_snapshot!(answers);
+    api.call_ok("POST /api/v1/instance", r#"{"challengeId":"two","sourceId":"7"}"#).await;
+    responses += &calls(&api, &[("GET /api/v1/challenge", "")]).await;
+    assert_snapshot!(responses);
 }
 
 #[tokio::test]
 async fn update_challenge() {
     let api = Api::with_instance().await;
     let target = "PATCH /api/v1/challenge/web";
-    let answers = calls(
+    let responses = calls(
         &api,
         &[
             (
@@ -84,7 +84,7 @@ async fn update_challenge() {
         ],
     )
     .await;
-    assert_snapshot!(answers);
+    assert_snapshot!(responses);
 }
 
 #[tokio::test]
@@ -96,9 +96,9 @@ async fn delete_challenge() {
 #[tokio::test]
 async fn create_instance() {
     let api = Api::with_challenge().await;
-    api.done("POST /api/v1/challenge", r#"{"id":"two","scenario":"reg/two"}"#).await;
+    api.call_ok("POST /api/v1/challenge", r#"{"id":"two","scenario":"reg/two"}"#).await;
     let target = "POST /api/v1/instance";
-    let answers = calls(
+    let responses = calls(
         &api,
         &[
             (target, r#"{"challengeId":"web","sourceId":"7","additional":{"add-flag":"x"}}"#),
@@ -106,14 +106,14 @@ async fn create_instance() {
         ],
     )
     .await;
-    assert_snapshot!(answers);
+    assert_snapshot!(responses);
 }
 
 #[tokio::test]
 async fn query_instance() {
     let api = Api::with_instance().await;
-    api.done("POST /api/v1/instance", r#"{"challengeId":"web","sourceId":"team/é+8"}"#).await;
-    let answers = calls(
+    api.call_ok("POST /api/v1/instance", r#"{"challengeId":"web","sourceId":"team/é+8"}"#).await;
+    let responses = calls(
         &api,
         &[
             ("GET /api/v1/instance?sourceId=7", ""),
@@ -123,13 +123,13 @@ async fn query_instance() {
         ],
     )
     .await;
-    assert_snapshot!(answers);
+    assert_snapshot!(responses);
 }
 
 #[tokio::test]
 async fn retrieve_renew_and_delete_instance() {
     let api = Api::with_instance().await;
-    let answers = calls(
+    let responses = calls(
         &api,
         &[
             ("GET /api/v1/instance/web/7", ""),
@@ -141,25 +141,25 @@ async fn retrieve_renew_and_delete_instance() {
         ],
     )
     .await;
-    assert_snapshot!(answers);
+    assert_snapshot!(responses);
 }
 
 #[tokio::test]
 async fn healthcheck() {
-    let mut answers = String::new();
+    let mut responses = String::new();
     let (sender, receiver) = watch::channel(Health::Starting);
     let failing = Health::Failing { why: "etcd does not answer".to_owned() };
     for health in [Health::Starting, Health::Serving, failing, Health::Stopping] {
         sender.send_replace(health);
-        answers += &answer(health::router(receiver.clone()), "GET /healthcheck", "").await;
-        answers.push('\n');
+        responses += &call(health::router(receiver.clone()), "GET /healthcheck", "").await;
+        responses.push('\n');
     }
     sender.send_replace(Health::Serving);
-    answers += &answer(health::router(receiver.clone()), "POST /healthcheck", "").await;
+    responses += &call(health::router(receiver.clone()), "POST /healthcheck", "").await;
     drop(sender);
-    answers.push('\n');
-    answers += &answer(health::router(receiver), "GET /healthcheck", "").await;
-    assert_snapshot!(answers);
+    responses.push('\n');
+    responses += &call(health::router(receiver), "GET /healthcheck", "").await;
+    assert_snapshot!(responses);
 }
 
 #[tokio::test]
@@ -170,7 +170,7 @@ async fn challenge_exists() {
 
 #[tokio::test]
 async fn challenge_unknown() {
-    let answers = refused(
+    let responses = refused(
         &Api::new().await,
         &[
             ("GET /api/v1/challenge/no", ""),
@@ -182,14 +182,14 @@ async fn challenge_unknown() {
         ],
     )
     .await;
-    assert_snapshot!(answers);
+    assert_snapshot!(responses);
 }
 
 #[tokio::test]
 async fn challenge_expired() {
     let api = Api::new().await;
     let past = r#"{"id":"past","scenario":"reg/web:v1","until":"1999-01-01T00:00:00Z"}"#;
-    api.done("POST /api/v1/challenge", past).await;
+    api.call_ok("POST /api/v1/challenge", past).await;
     assert_snapshot!(refused(&api, &[("POST /api/v1/instance", r#"{"challengeId":"past","sourceId":"7"}"#)]).await);
 }
 
@@ -197,15 +197,15 @@ async fn challenge_expired() {
 async fn challenge_without_renewal() {
     let api = Api::new().await;
     let until = r#"{"id":"until","scenario":"reg/web:v1","until":"2999-01-01T00:00:00Z"}"#;
-    api.done("POST /api/v1/challenge", until).await;
-    api.done("POST /api/v1/instance", r#"{"challengeId":"until","sourceId":"7"}"#).await;
+    api.call_ok("POST /api/v1/challenge", until).await;
+    api.call_ok("POST /api/v1/instance", r#"{"challengeId":"until","sourceId":"7"}"#).await;
     assert_snapshot!(refused(&api, &[("PATCH /api/v1/instance/until/7", "{}")]).await);
 }
 
 #[tokio::test]
 async fn pool_bounds() {
     let api = Api::with_challenge().await;
-    let answers = refused(
+    let responses = refused(
         &api,
         &[
             ("POST /api/v1/challenge", r#"{"id":"b","scenario":"reg/web:v1","min":-1,"max":-2}"#),
@@ -216,13 +216,13 @@ async fn pool_bounds() {
         ],
     )
     .await;
-    assert_snapshot!(answers);
+    assert_snapshot!(responses);
 }
 
 #[tokio::test]
 async fn update_mask() {
     let api = Api::with_challenge().await;
-    let answers = refused(
+    let responses = refused(
         &api,
         &[
             ("PATCH /api/v1/challenge/web", r#"{"updateMask":"min,instances"}"#),
@@ -230,7 +230,7 @@ async fn update_mask() {
         ],
     )
     .await;
-    assert_snapshot!(answers);
+    assert_snapshot!(responses);
 }
 
 #[tokio::test]
@@ -242,7 +242,7 @@ async fn instance_exists() {
 #[tokio::test]
 async fn instance_unknown() {
     let api = Api::with_challenge().await;
-    let answers = refused(
+    let responses = refused(
         &api,
         &[
             ("GET /api/v1/instance/no/7", ""),
@@ -252,14 +252,14 @@ async fn instance_unknown() {
         ],
     )
     .await;
-    assert_snapshot!(answers);
+    assert_snapshot!(responses);
 }
 
 #[tokio::test]
 async fn instance_expired() {
     let api = Api::new().await;
-    api.done("POST /api/v1/challenge", r#"{"id":"short","scenario":"reg/web:v1","timeout":"0s"}"#).await;
-    api.done("POST /api/v1/instance", r#"{"challengeId":"short","sourceId":"7"}"#).await;
+    api.call_ok("POST /api/v1/challenge", r#"{"id":"short","scenario":"reg/web:v1","timeout":"0s"}"#).await;
+    api.call_ok("POST /api/v1/instance", r#"{"challengeId":"short","sourceId":"7"}"#).await;
     assert_snapshot!(refused(&api, &[("PATCH /api/v1/instance/short/7", "{}")]).await);
 }
 
@@ -276,7 +276,7 @@ async fn scenarios() {
 #[tokio::test]
 async fn internal() {
     let api = Api::new().await;
-    api.done("POST /api/v1/challenge", r#"{"id":"fails","scenario":"reg/fails"}"#).await;
+    api.call_ok("POST /api/v1/challenge", r#"{"id":"fails","scenario":"reg/fails"}"#).await;
     assert_snapshot!(refused(&api, &[("POST /api/v1/instance", r#"{"challengeId":"fails","sourceId":"7"}"#)]).await);
 }
 
@@ -298,49 +298,49 @@ async fn bodies() {
         r#"{"id":"a","scenario":"reg/web:v1","timeout":"-1s"}"#,
         r#"{"id":"a","until":"tomorrow"}"#,
     ];
-    let mut these: Vec<_> = bodies.iter().map(|body| ("POST /api/v1/challenge", *body)).collect();
-    these.push(("PATCH /api/v1/challenge/web", r#"{"updateMask":"update_strategy,no_such"}"#));
-    these.push(("PATCH /api/v1/challenge/web", r#"{"updateStrategy":7}"#));
-    these.push(("PATCH /api/v1/instance/web/7", "no"));
-    assert_snapshot!(refused(&api, &these).await);
+    let mut requests: Vec<_> = bodies.iter().map(|body| ("POST /api/v1/challenge", *body)).collect();
+    requests.push(("PATCH /api/v1/challenge/web", r#"{"updateMask":"update_strategy,no_such"}"#));
+    requests.push(("PATCH /api/v1/challenge/web", r#"{"updateStrategy":7}"#));
+    requests.push(("PATCH /api/v1/instance/web/7", "no"));
+    assert_snapshot!(refused(&api, &requests).await);
 }
 
 #[tokio::test]
-async fn a_body_too_long() {
+async fn body_too_long() {
     let api = Api::new().await;
     let body = format!(r#"{{"id":"{}"}}"#, "a".repeat(1024 * 1024));
     assert_snapshot!(api.call("POST /api/v1/challenge", body).await);
 }
 
-/// An error is of no use to a client whose connection breaks before it reads.
+/// A client that is still sending must get the error, not a reset connection.
 #[tokio::test]
-async fn a_client_that_sends_too_much_is_told() {
+async fn client_that_sends_too_much_gets_the_error() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut client = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let api = Api::new().await;
-    let talk = async {
+    let client = async {
         let length = 8 * 1024 * 1024;
         let head = format!(
             "POST /api/v1/challenge HTTP/1.1\r\nhost: here\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n"
         );
         client.write_all(head.as_bytes()).await.unwrap();
         client.write_all(&vec![b' '; length]).await.unwrap();
-        let mut answer = String::new();
-        client.read_to_string(&mut answer).await.unwrap();
-        assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+        let mut response = String::new();
+        client.read_to_string(&mut response).await.unwrap();
+        assert!(response.starts_with("HTTP/1.1 400 "), "{response}");
         assert!(
-            answer.ends_with(r#""message":"The body is longer than 1048576 bytes; send less.","details":[]}"#),
-            "{answer}"
+            response.ends_with(r#""message":"The body is longer than 1048576 bytes; send less.","details":[]}"#),
+            "{response}"
         );
     };
     tokio::select! {
-        () = talk => {}
+        () = client => {}
         served = axum::serve(listener, api.router()).into_future() => panic!("the server ended: {served:?}"),
     }
 }
 
 #[tokio::test]
-async fn calls_are_known_by_their_route() {
+async fn calls_have_the_route_that_matched() {
     let api = Api::with_instance().await;
     let (sender, mut routes) = futures::channel::mpsc::unbounded();
     let router = api.router().layer(axum::middleware::map_request(move |request: axum::extract::Request| {
@@ -356,7 +356,7 @@ async fn calls_are_known_by_their_route() {
         ("GET /api/v1/instance/a%2Fb/c%2Fd", Some("/api/v1/instance/{challenge_id}/{source_id}")),
         ("GET /elsewhere", None),
     ] {
-        answer(router.clone(), line, "").await;
+        call(router.clone(), line, "").await;
         assert_eq!(routes.next().await.unwrap().as_deref(), route, "{line}");
     }
 }
@@ -365,7 +365,7 @@ async fn calls_are_known_by_their_route() {
 async fn paths() {
     let api = Api::with_challenge().await;
     let long = format!("GET /api/v1/challenge/{}", "a".repeat(257));
-    let answers = refused(
+    let responses = refused(
         &api,
         &[
             ("GET /", ""),
@@ -388,13 +388,13 @@ async fn paths() {
         ],
     )
     .await;
-    assert_snapshot!(answers);
+    assert_snapshot!(responses);
 }
 
 #[tokio::test]
 async fn methods() {
     let api = Api::with_instance().await;
-    let answers = refused(
+    let responses = refused(
         &api,
         &[
             ("PUT /api/v1/challenge", "{}"),
@@ -406,15 +406,15 @@ async fn methods() {
         ],
     )
     .await;
-    assert_snapshot!(answers);
+    assert_snapshot!(responses);
 }
 
-/// A stream as the handlers give it: up to the first error.
-fn items<const N: usize>(items: [Result<Challenge, tonic::Status>; N]) -> tonic::Response<Messages<Challenge>> {
-    tonic::Response::new(futures::stream::iter(items).boxed())
+/// The response of a handler with these messages.
+fn messages<const N: usize>(messages: [Result<Challenge, tonic::Status>; N]) -> tonic::Response<Messages<Challenge>> {
+    tonic::Response::new(futures::stream::iter(messages).boxed())
 }
 
-fn item(until: Option<i64>) -> Result<Challenge, tonic::Status> {
+fn message(until: Option<i64>) -> Result<Challenge, tonic::Status> {
     let until = until.map(|seconds| prost_types::Timestamp { seconds, nanos: 0 });
     Ok(Challenge { id: "a".to_owned(), until, ..Challenge::default() })
 }
@@ -425,47 +425,51 @@ fn error() -> Result<Challenge, tonic::Status> {
 
 #[tokio::test]
 async fn streams_that_fail() {
-    let before = stream(items([error()])).await;
-    assert!(before.is_err(), "an error before the first item is an ordinary one");
-    let midway = stream(items([item(None), error()])).await.unwrap_or_default();
+    let before = stream(messages([error()])).await;
+    assert!(before.is_err(), "an error before the first message is the response");
+    let midway = stream(messages([message(None), error()])).await.unwrap_or_default();
     assert_snapshot!(text(midway).await);
 }
 
 #[tokio::test]
-async fn a_list_goes_on_past_an_item_that_json_cannot_say() {
-    let unsayable = || item(Some(i64::MAX));
-    let response = stream(items([unsayable(), item(None), unsayable(), item(None)])).await.unwrap_or_default();
-    let answer = text(response).await;
-    assert!(answer.starts_with("200 application/json") && answer.matches("{\"result\":").count() == 2, "{answer}");
-    assert!(!answer.contains("error"), "{answer}");
-    let response = stream(items([unsayable()])).await.unwrap_or_default();
+async fn messages_that_cannot_be_encoded_are_skipped() {
+    let unencodable = || message(Some(i64::MAX));
+    let response =
+        stream(messages([unencodable(), message(None), unencodable(), message(None)])).await.unwrap_or_default();
+    let response = text(response).await;
+    assert!(
+        response.starts_with("200 application/json") && response.matches("{\"result\":").count() == 2,
+        "{response}"
+    );
+    assert!(!response.contains("error"), "{response}");
+    let response = stream(messages([unencodable()])).await.unwrap_or_default();
     assert_eq!(text(response).await.lines().next(), Some("200"));
 }
 
 #[tokio::test]
-async fn times_at_the_end_of_time() {
+async fn times_at_the_end_of_the_year_9999() {
     let api = Api::new().await;
     for (id, fields) in [("last", r#""until":"9999-12-31T23:59:59Z""#), ("overflow", r#""timeout":"315576000000s""#)] {
-        api.done("POST /api/v1/challenge", format!(r#"{{"id":"{id}","scenario":"reg/web:v1",{fields}}}"#)).await;
-        api.done("POST /api/v1/instance", format!(r#"{{"challengeId":"{id}","sourceId":"7"}}"#)).await;
+        api.call_ok("POST /api/v1/challenge", format!(r#"{{"id":"{id}","scenario":"reg/web:v1",{fields}}}"#)).await;
+        api.call_ok("POST /api/v1/instance", format!(r#"{{"challengeId":"{id}","sourceId":"7"}}"#)).await;
     }
     let request = tonic::Request::new(QueryInstanceRequest::default());
     let listed: Vec<_> = api.handlers().query_instance(request).await.unwrap().into_inner().collect().await;
     let ends: Vec<_> = listed.into_iter().map(|instance| instance.unwrap().until.unwrap().seconds).collect();
     assert_eq!(ends, [253_402_300_799; 2]);
-    assert_eq!(api.contents().await.matches("{\"result\":").count(), 2);
+    assert_eq!(api.stored().await.matches("{\"result\":").count(), 2);
 }
 
 #[tokio::test]
-async fn items_are_sent_as_they_come() {
+async fn messages_are_sent_at_once() {
     let (sender, receiver) = futures::channel::mpsc::unbounded();
-    sender.unbounded_send(item(None)).unwrap();
+    sender.unbounded_send(message(None)).unwrap();
     let response = stream(tonic::Response::new(receiver.boxed())).await.unwrap_or_default();
     let mut body = Body::into_data_stream(response.into_body());
     for _ in 0..2 {
-        // Nothing more is there yet: what has been sent arrives all the same.
+        // No further message is available yet.
         let line = body.next().await.unwrap().unwrap();
         assert!(line.starts_with(b"{\"result\":{") && line.ends_with(b"}\n"), "{line:?}");
-        sender.unbounded_send(item(None)).unwrap();
+        sender.unbounded_send(message(None)).unwrap();
     }
 }

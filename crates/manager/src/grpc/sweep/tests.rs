@@ -1,23 +1,22 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::time::Duration;
-
 use futures::TryStreamExt as _;
 use gauntlet_api::extension::sweeper_client::SweeperClient;
 use gauntlet_telemetry::instruments::Instruments;
+use gauntlet_testing::eventually;
 use tokio::net::TcpListener;
 use tonic::transport::{Channel, Endpoint};
 
 use super::*;
 use crate::fixture::Api;
 
-/// The API's port, as clients reach it.
-async fn served(api: &Api) -> SweeperClient<Channel> {
+/// Serves the API on a port, and returns a client of it.
+async fn serve(api: &Api) -> SweeperClient<Channel> {
     let (_, health) = tonic_health::server::health_reporter();
     let router = crate::server::api(api.handlers(), api.router(), health, &Instruments::noop()).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
-    // Ends with the test's runtime.
+    // The task ends with the runtime of the test.
     drop(tokio::spawn(async move { axum::serve(listener, router).await }));
     SweeperClient::new(Endpoint::from_shared(address).unwrap().connect_lazy())
 }
@@ -27,73 +26,66 @@ async fn list(client: &mut SweeperClient<Channel>, limit: u32) -> Vec<ExpiredIns
 }
 
 #[tokio::test]
-async fn lists_what_has_expired_longest_overdue_first() {
+async fn lists_expired_instances_longest_overdue_first() {
     let api = Api::with_instance().await;
-    api.done("POST /api/v1/challenge", r#"{"id":"short","scenario":"reg/web:v1","timeout":"0.001s"}"#).await;
-    api.done("POST /api/v1/challenge", r#"{"id":"endless","scenario":"reg/web:v1"}"#).await;
-    api.done("POST /api/v1/instance", r#"{"challengeId":"endless","sourceId":"7"}"#).await;
-    let mut client = served(&api).await;
+    api.call_ok("POST /api/v1/challenge", r#"{"id":"short","scenario":"reg/web:v1","timeout":"0.001s"}"#).await;
+    api.call_ok("POST /api/v1/challenge", r#"{"id":"endless","scenario":"reg/web:v1"}"#).await;
+    api.call_ok("POST /api/v1/instance", r#"{"challengeId":"endless","sourceId":"7"}"#).await;
+    let mut client = serve(&api).await;
     assert_eq!(list(&mut client, 0).await, []);
 
     for source in ["3", "1", "2"] {
         let body = format!(r#"{{"challengeId":"short","sourceId":"{source}"}}"#);
-        api.done("POST /api/v1/instance", body).await;
+        api.call_ok("POST /api/v1/instance", body).await;
     }
-    let found = tokio::time::timeout(Duration::from_secs(10), async {
-        loop {
-            let found = list(&mut client, 0).await;
-            if found.len() == 3 {
-                break found;
-            }
-        }
+    let expired = eventually("three expired instances", async || {
+        Some(list(&mut client, 0).await).filter(|listed| listed.len() == 3)
     });
-    let found = found.await.unwrap();
-    let sources: Vec<_> = found.iter().map(|one| (one.challenge_id.as_str(), one.source_id.as_str())).collect();
+    let expired = expired.await;
+    let sources: Vec<_> =
+        expired.iter().map(|instance| (instance.challenge_id.as_str(), instance.source_id.as_str())).collect();
     assert_eq!(sources, [("short", "3"), ("short", "1"), ("short", "2")]);
-    for one in &found {
-        let (since, until) = (one.since.unwrap(), one.until.unwrap());
+    for instance in &expired {
+        let (since, until) = (instance.since.unwrap(), instance.until.unwrap());
         assert!((since.seconds, since.nanos) < (until.seconds, until.nanos));
     }
-    assert_eq!(list(&mut client, 2).await, found.iter().take(2).cloned().collect::<Vec<_>>());
-    assert_eq!(list(&mut client, 99).await, found);
+    assert_eq!(list(&mut client, 2).await, expired.iter().take(2).cloned().collect::<Vec<_>>());
+    assert_eq!(list(&mut client, 99).await, expired);
 
-    api.done("DELETE /api/v1/instance/short/3", "").await;
-    assert_eq!(list(&mut client, 0).await, found.iter().skip(1).cloned().collect::<Vec<_>>());
+    api.call_ok("DELETE /api/v1/instance/short/3", "").await;
+    assert_eq!(list(&mut client, 0).await, expired.iter().skip(1).cloned().collect::<Vec<_>>());
 }
 
 #[tokio::test]
-async fn deletes_what_was_listed_and_nothing_that_took_its_place() {
+async fn deletes_the_listed_instance_but_not_its_successor() {
     let api = Api::new().await;
-    api.done("POST /api/v1/challenge", r#"{"id":"short","scenario":"reg/web:v1","timeout":"0.001s"}"#).await;
-    let create = async || api.done("POST /api/v1/instance", r#"{"challengeId":"short","sourceId":"1"}"#).await;
+    api.call_ok("POST /api/v1/challenge", r#"{"id":"short","scenario":"reg/web:v1","timeout":"0.001s"}"#).await;
+    let create = async || api.call_ok("POST /api/v1/instance", r#"{"challengeId":"short","sourceId":"1"}"#).await;
     create().await;
-    let mut client = served(&api).await;
-    let mut only = async || {
-        let found = async {
-            loop {
-                if let [only] = list(&mut client, 0).await.as_slice() {
-                    break only.clone();
-                }
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(10), found).await.unwrap()
+    let mut client = serve(&api).await;
+    let mut only_expired = async || {
+        eventually("one expired instance", async || match list(&mut client, 0).await.as_slice() {
+            [instance] => Some(instance.clone()),
+            _ => None,
+        })
+        .await
     };
     let request = |listed: ExpiredInstance| DeleteExpiredRequest {
         challenge_id: listed.challenge_id,
         source_id: listed.source_id,
         since: listed.since,
     };
-    let first = request(only().await);
-    api.done("DELETE /api/v1/instance/short/1", "").await;
+    let first = request(only_expired().await);
+    api.call_ok("DELETE /api/v1/instance/short/1", "").await;
     create().await;
-    let second = request(only().await);
+    let second = request(only_expired().await);
     let delete = async |request: &DeleteExpiredRequest| {
-        let answer = api.handlers().delete_expired(Request::new(request.clone())).await;
-        answer.map(|answer| answer.into_inner().deleted).map_err(|status| status.code())
+        let response = api.handlers().delete_expired(Request::new(request.clone())).await;
+        response.map(|response| response.into_inner().deleted).map_err(|status| status.code())
     };
     assert_eq!(delete(&first).await, Ok(false));
     assert_eq!(delete(&second).await, Ok(true));
     assert_eq!(delete(&second).await, Err(tonic::Code::NotFound));
-    let without = DeleteExpiredRequest { since: None, ..second };
-    assert_eq!(delete(&without).await, Err(tonic::Code::InvalidArgument));
+    let without_since = DeleteExpiredRequest { since: None, ..second };
+    assert_eq!(delete(&without_since).await, Err(tonic::Code::InvalidArgument));
 }
