@@ -33,8 +33,8 @@ impl Claimed {
         self.claimed.get_or_try_init(claim).await.copied()
     }
 
-    /// Watches for instances that end by themselves.
-    pub(crate) fn ends(&self) -> Result<Ends> {
+    /// Watches for instances that exit by themselves.
+    pub(crate) fn exits(&self) -> Result<Ends> {
         self.processes.ends()
     }
 

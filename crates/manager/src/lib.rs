@@ -6,9 +6,9 @@ mod claimed;
 mod config;
 mod connections;
 mod deadline;
-mod ends;
 mod errors;
 mod eviction;
+mod exits;
 #[cfg(test)]
 mod fixture;
 mod gauges;
@@ -138,8 +138,8 @@ impl Manager {
         };
         eviction::start(&tasks, library, backend.store(), config.scenario_keep);
         // The watch starts before the first reconcile pass: an exit between the two would be missed.
-        match instances.ends() {
-            Ok(watched) => ends::start(&tasks, &gauntlet, &signals, watched),
+        match instances.exits() {
+            Ok(exits) => exits::start(&tasks, &gauntlet, &signals, exits),
             Err(error) => {
                 tracing::warn!(%error, "cannot watch for exits of instances; only the reconciler restarts them")
             }

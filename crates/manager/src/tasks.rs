@@ -15,6 +15,7 @@ pub(crate) struct Tasks {
 
 impl Tasks {
     /// Spawns a task that ends on its own or when the token is cancelled. It runs outside the caller's span.
+    #[track_caller]
     pub(crate) fn spawn<F>(&self, name: &'static str, run: impl FnOnce(CancellationToken) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -27,6 +28,7 @@ impl Tasks {
     }
 
     /// Spawns the work of a call, in the caller's span. It continues when the caller is dropped, and [`Tasks::drain`] waits for it.
+    #[track_caller]
     pub(crate) fn spawn_operation<T, F>(&self, operation: F) -> JoinHandle<T>
     where
         T: Send + 'static,
@@ -35,7 +37,8 @@ impl Tasks {
         self.tracker.spawn(operation.in_current_span())
     }
 
-    /// Cancels the token and waits until all tasks have ended, at most for `timeout`. Returns how many are still running.
+    /// Cancels the token and waits until all tasks have ended and their futures are dropped, at most for `timeout`. Tasks can still be spawned
+    /// meanwhile, and are waited for too: running calls spawn their operations. Returns how many tasks are still running.
     pub(crate) async fn drain(&self, timeout: Duration) -> usize {
         self.stop.cancel();
         self.tracker.close();

@@ -14,17 +14,17 @@ const MAX_CONCURRENT: usize = 16;
 const RECHECK_DELAY: Duration = Duration::from_secs(1);
 
 /// Watches for exits until the tasks stop. The reconciler handles instances that cannot be restarted now.
-pub(crate) fn start(tasks: &Tasks, gauntlet: &Gauntlet, signals: &Signals, mut ends: Ends) {
+pub(crate) fn start(tasks: &Tasks, gauntlet: &Gauntlet, signals: &Signals, mut exits: Ends) {
     let (gauntlet, signals) = (gauntlet.clone(), signals.clone());
-    tasks.spawn("ends", |stop| async move {
+    tasks.spawn("exits", |stop| async move {
         let mut running = FuturesUnordered::new();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 Some(_) = running.next() => {}
-                found = ends.next(), if running.len() < MAX_CONCURRENT => match found {
-                    Ok(found) => {
-                        running.push(run_reconcile(bring_back(&gauntlet, found), &signals));
+                exited = exits.next(), if running.len() < MAX_CONCURRENT => match exited {
+                    Ok(instance) => {
+                        running.push(run_reconcile(restart(&gauntlet, instance), &signals));
                     }
                     Err(error) => tracing::warn!(%error, "cannot check an instance that may have exited; the reconciler will"),
                 },
@@ -33,12 +33,12 @@ pub(crate) fn start(tasks: &Tasks, gauntlet: &Gauntlet, signals: &Signals, mut e
     });
 }
 
-/// Checks the instance twice if need be: one that exited as soon as it was ready may not be recorded as ready yet.
-async fn bring_back(gauntlet: &Gauntlet, found: ProvisionedInstance) -> Result<ReconcileReport> {
-    let done = gauntlet.reconcile_instance(&call_now(), found.clone()).await?;
-    if done.restarted + done.orphans_removed + done.failures.len() > 0 {
-        return Ok(done);
+/// Restarts the instance if its record says that it should run. Checks twice if need be: one that exited as soon as it was ready may not be recorded as ready yet.
+async fn restart(gauntlet: &Gauntlet, instance: ProvisionedInstance) -> Result<ReconcileReport> {
+    let report = gauntlet.reconcile_instance(&call_now(), instance.clone()).await?;
+    if report.restarted + report.orphans_removed + report.failures.len() > 0 {
+        return Ok(report);
     }
     tokio::time::sleep(RECHECK_DELAY).await;
-    gauntlet.reconcile_instance(&call_now(), found).await
+    gauntlet.reconcile_instance(&call_now(), instance).await
 }
