@@ -1,9 +1,10 @@
 //! The manager's configuration: flags and environment variables, checked before anything starts. chall-manager's variables are accepted.
 
-use std::{ffi::OsString, fmt, net::SocketAddr, num::NonZeroU32, path::PathBuf, str::FromStr, time::Duration};
+use std::{ffi::OsString, net::SocketAddr, num::NonZeroU32, path::PathBuf, time::Duration};
 
 use clap::{CommandFactory as _, Parser, error::ErrorKind};
 use gauntlet_startup::{duration, size};
+use secrecy::SecretString;
 use tokio::sync::Semaphore;
 
 use crate::connections::Limits;
@@ -12,31 +13,6 @@ use crate::connections::Limits;
 const MIN_LEASE_TTL: Duration = Duration::from_secs(2);
 /// The default deadline of one call to etcd.
 const DEFAULT_ETCD_DEADLINE: Duration = Duration::from_secs(5);
-
-/// A value that `Debug` does not print.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// The value.
-    pub fn reveal(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(secret)")
-    }
-}
-
-impl FromStr for Secret {
-    type Err = std::convert::Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(Self(text.to_owned()))
-    }
-}
 
 /// Runs challenge instances on demand, over gRPC, gRPC-web and REST on one port.
 ///
@@ -73,7 +49,7 @@ pub struct Config {
     pub etcd_username: Option<String>,
     /// The password for etcd. Prefer the variable: other users can see the flags of a process.
     #[arg(long, env = "ETCD_PASSWORD", hide_env_values = true, value_name = "PASSWORD", help_heading = "etcd")]
-    pub etcd_password: Option<Secret>,
+    pub etcd_password: Option<SecretString>,
     /// The CA certificate that etcd's certificate is checked against, PEM [default: the system's CAs]. The file is reloaded when it changes.
     #[arg(long, env = "ETCD_CA", value_name = "FILE", help_heading = "etcd")]
     pub etcd_ca: Option<PathBuf>,
@@ -102,7 +78,7 @@ pub struct Config {
     pub oci_username: Option<String>,
     /// The password for registries. Prefer the variable: other users can see the flags of a process.
     #[arg(long, env = "OCI_PASSWORD", hide_env_values = true, value_name = "PASSWORD", help_heading = "Scenarios")]
-    pub oci_password: Option<Secret>,
+    pub oci_password: Option<SecretString>,
     /// The directory that file:// scenarios may be in. Without it, scenarios come from registries only.
     #[arg(long, env = "SCENARIO_ROOT", value_name = "DIR", help_heading = "Scenarios")]
     pub scenario_root: Option<PathBuf>,
@@ -181,8 +157,8 @@ fn ports(text: &str) -> Result<(u16, u16), String> {
         .ok_or_else(|| format!("expected FIRST-LAST such as 20000-29999; got {text:?}"))
 }
 
-fn credentials(username: Option<&String>, password: Option<&Secret>) -> Option<(String, String)> {
-    Some((username?.clone(), password?.reveal().to_owned()))
+fn credentials(username: Option<&String>, password: Option<&SecretString>) -> Option<(String, SecretString)> {
+    Some((username?.clone(), password?.clone()))
 }
 
 impl Config {
@@ -238,12 +214,12 @@ impl Config {
     }
 
     /// The user name and password for etcd, if both are set.
-    pub(crate) fn etcd_credentials(&self) -> Option<(String, String)> {
+    pub(crate) fn etcd_credentials(&self) -> Option<(String, SecretString)> {
         credentials(self.etcd_username.as_ref(), self.etcd_password.as_ref())
     }
 
     /// The user name and password for registries, if both are set.
-    pub(crate) fn registry_credentials(&self) -> Option<(String, String)> {
+    pub(crate) fn registry_credentials(&self) -> Option<(String, SecretString)> {
         credentials(self.oci_username.as_ref(), self.oci_password.as_ref())
     }
 

@@ -27,7 +27,7 @@ mod tasks;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use claimed::Claimed;
-pub use config::{Config, DebugAddress, Secret};
+pub use config::{Config, DebugAddress};
 use connections::Port;
 use gauntlet_domain::{Error, Gauntlet, Provisioner as _, Settings};
 pub use gauntlet_provision::process::shim::run_if_requested as supervise_if_requested;

@@ -8,12 +8,12 @@ use std::{
 
 use gauntlet_domain::Error;
 use oci_client::manifest::{OCI_IMAGE_MEDIA_TYPE, OciDescriptor, OciImageManifest};
-use sha2::{Digest as _, Sha256};
 
 use crate::{
-    files::{self, FileError, FileLimits, digest_text},
-    library::{Unread, blocking, read_document, unfit},
+    digest::Digest,
+    files::{self, FileError, FileLimits, blocking},
     registry::{ARTIFACT_TYPE, Access, FILE_TYPE, Registry, TITLE, parse},
+    scenario_file::{Unread, read_document},
     yaml::Problem,
 };
 
@@ -134,8 +134,8 @@ pub async fn push(
     access: &Access,
     progress: &(dyn Fn(Progress) + Send + Sync),
 ) -> Result<String, PushError> {
-    let target = parse(reference)?;
-    if target.digest().is_some() || target.tag().is_none() {
+    let (target, digest) = parse(reference)?;
+    if digest.is_some() || target.tag().is_none() {
         let problem = "a push goes to a tag; the digest is its result".to_owned();
         return Err(Error::ReferenceMalformed { reference: reference.to_owned(), problem }.into());
     }
@@ -151,7 +151,7 @@ pub async fn push(
             let content = read(reference, dir.to_owned(), file).await?;
             let descriptor = OciDescriptor {
                 media_type: FILE_TYPE.to_owned(),
-                digest: digest_text(Sha256::digest(&content).into()),
+                digest: Digest::of(&content).to_string(),
                 size: i64::try_from(content.len()).unwrap_or(i64::MAX),
                 annotations: Some(BTreeMap::from([(TITLE.to_owned(), file.path.clone())])),
                 ..OciDescriptor::default()
@@ -163,7 +163,7 @@ pub async fn push(
         // The empty configuration of the OCI image specification, 1.1.
         let config = OciDescriptor {
             media_type: "application/vnd.oci.empty.v1+json".to_owned(),
-            digest: digest_text(Sha256::digest(b"{}").into()),
+            digest: Digest::of(b"{}").to_string(),
             size: 2,
             ..OciDescriptor::default()
         };
@@ -176,7 +176,7 @@ pub async fn push(
             ..OciImageManifest::default()
         };
         let body = serde_json::to_vec(&manifest).map_err(|error| Error::Internal(format!("manifest: {error}")))?;
-        let digest = digest_text(Sha256::digest(&body).into());
+        let digest = Digest::of(&body).to_string();
         registry.put_manifest(reference, &target, body).await?;
         progress(Progress::Manifest { digest: digest.clone() });
         Ok(digest)
@@ -189,9 +189,9 @@ async fn read(reference: &str, dir: PathBuf, file: &ReportFile) -> Result<Vec<u8
     let reference = reference.to_owned();
     blocking(move || {
         let mut content = Vec::new();
-        let opened = files::open(&dir, &listed).map_err(|error| unfit(&reference, error))?;
+        let opened = files::open(&dir, &listed).map_err(|error| error.of_scenario(&reference))?;
         let read = opened.take(listed.size + 1).read_to_end(&mut content);
-        read.map_err(|error| unfit(&reference, FileError::Io(dir.join(&listed.path), error)))?;
+        read.map_err(|error| FileError::Io(dir.join(&listed.path), error).of_scenario(&reference))?;
         if content.len() as u64 == listed.size {
             Ok(content)
         } else {

@@ -7,7 +7,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::files::{Draft, FileLimits, Result, at, refused};
+use crate::{
+    digest::Digest,
+    files::{Draft, FileLimits, Result, at},
+};
 
 /// A draft older than this was left by a crash.
 const ABANDONED: Duration = Duration::from_secs(24 * 3600);
@@ -28,7 +31,7 @@ pub struct Evicted {
 /// A directory that is kept.
 struct Kept {
     place: PathBuf,
-    digest: String,
+    digest: Digest,
     bytes: u64,
     /// The time of modification of the directory is the time of its last use.
     used: SystemTime,
@@ -63,23 +66,19 @@ impl Cache {
     }
 
     /// Where the directory of that digest is, or would be.
-    pub(crate) fn place(&self, digest: &str) -> Result<PathBuf> {
-        let hex = digest.strip_prefix("sha256:").unwrap_or_default();
-        if hex.len() != 64 || !hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
-            return refused(format!("digest {digest:?} is not sha256: and 64 lowercase hexadecimal characters"));
-        }
-        Ok(self.root.join("sha256").join(hex))
+    pub(crate) fn place(&self, digest: Digest) -> PathBuf {
+        self.root.join("sha256").join(digest.to_hex())
     }
 
     /// The directory of that digest, if it is kept; it counts as used now.
-    pub(crate) fn find(&self, digest: &str) -> Result<Option<PathBuf>> {
-        let place = self.place(digest)?;
+    pub(crate) fn find(&self, digest: Digest) -> Option<PathBuf> {
+        let place = self.place(digest);
         if !place.is_dir() {
-            return Ok(None);
+            return None;
         }
         // One that cannot be marked only seems older than it is.
         let _ = fs::File::open(&place).and_then(|dir| dir.set_modified(SystemTime::now()));
-        Ok(Some(place))
+        Some(place)
     }
 
     /// How many bytes are kept.
@@ -93,7 +92,7 @@ impl Cache {
         let mut done = Evicted { scenarios: 0, bytes: 0, left: all.iter().map(|kept| kept.bytes).sum() };
         let now = SystemTime::now();
         all.retain(|kept| {
-            !in_use.contains(&kept.digest) && now.duration_since(kept.used).is_ok_and(|age| age > RECENT)
+            !in_use.contains(&kept.digest.to_string()) && now.duration_since(kept.used).is_ok_and(|age| age > RECENT)
         });
         all.sort_by_key(|kept| kept.used);
         for kept in all {
@@ -120,10 +119,12 @@ impl Cache {
         for entry in fs::read_dir(&dir).map_err(at(&dir))?.flatten() {
             let (place, name) = (entry.path(), entry.file_name());
             // What goes meanwhile is not kept.
-            if let (Some(hex), Ok(used), Ok(bytes)) =
-                (name.to_str(), entry.metadata().and_then(|meta| meta.modified()), bytes_below(&place))
-            {
-                all.push(Kept { digest: format!("sha256:{hex}"), place, bytes, used });
+            if let (Some(Ok(digest)), Ok(used), Ok(bytes)) = (
+                name.to_str().map(Digest::from_hex),
+                entry.metadata().and_then(|meta| meta.modified()),
+                bytes_below(&place),
+            ) {
+                all.push(Kept { digest, place, bytes, used });
             }
         }
         Ok(all)
@@ -158,9 +159,9 @@ mod tests {
     use super::*;
 
     /// Keeps a scenario of a hundred bytes that was last used so many hours ago.
-    fn keep(cache: &Cache, digit: char, hours: u64) -> String {
-        let digest = format!("sha256:{}", digit.to_string().repeat(64));
-        let place = cache.place(&digest).unwrap();
+    fn keep(cache: &Cache, name: &str, hours: u64) -> Digest {
+        let digest = Digest::of(name.as_bytes());
+        let place = cache.place(digest);
         let mut draft = cache.draft(&FileLimits::default()).unwrap();
         draft.copy("deep/down/file", 100, &[7; 100][..]).unwrap();
         draft.keep(&place).unwrap();
@@ -174,17 +175,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::open(dir.path()).unwrap();
         let [needed, old, older, recent, used] =
-            [('a', 9), ('b', 4), ('c', 5), ('d', 0), ('e', 6)].map(|(digit, hours)| keep(&cache, digit, hours));
-        assert!(cache.find(&used).unwrap().is_some(), "used now");
-        let there = |digest: &str| cache.place(digest).unwrap().is_dir();
-        let in_use = BTreeSet::from([needed.clone()]);
+            [("a", 9), ("b", 4), ("c", 5), ("d", 0), ("e", 6)].map(|(name, hours)| keep(&cache, name, hours));
+        assert!(cache.find(used).is_some(), "used now");
+        let there = |digest: Digest| cache.place(digest).is_dir();
+        let in_use = BTreeSet::from([needed.to_string()]);
         assert_eq!(cache.bytes().unwrap(), 500);
         let evict = |limit| cache.evict(limit, &in_use).unwrap();
         assert_eq!(evict(500), Evicted { scenarios: 0, bytes: 0, left: 500 });
         assert_eq!(evict(499), Evicted { scenarios: 1, bytes: 100, left: 400 });
-        assert!(!there(&older) && there(&old));
+        assert!(!there(older) && there(old));
         assert_eq!(evict(0), Evicted { scenarios: 1, bytes: 100, left: 300 });
-        assert!([&needed, &recent, &used].iter().all(|digest| there(digest)) && !there(&old));
+        assert!([needed, recent, used].iter().all(|digest| there(*digest)) && !there(old));
         assert_eq!(fs::read_dir(cache.drafts()).unwrap().count(), 0, "nothing is left over");
     }
 }

@@ -5,30 +5,30 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use crate::document::Document;
+use crate::{digest::Digest, document::Document};
 
 /// How many documents are cached.
 const CAPACITY: usize = 64;
 
 /// The documents used last, the most recent first.
 #[derive(Debug, Default)]
-pub(crate) struct Documents(Mutex<VecDeque<(String, Arc<Document>)>>);
+pub(crate) struct Documents(Mutex<VecDeque<(Digest, Arc<Document>)>>);
 
 impl Documents {
-    pub(crate) fn get(&self, digest: &str) -> Option<Arc<Document>> {
+    pub(crate) fn get(&self, digest: Digest) -> Option<Arc<Document>> {
         let mut cached = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = cached.iter().position(|(of, _)| of == digest)?;
+        let at = cached.iter().position(|(of, _)| *of == digest)?;
         let entry = cached.remove(at)?;
         let document = entry.1.clone();
         cached.push_front(entry);
         Some(document)
     }
 
-    pub(crate) fn insert(&self, digest: &str, document: Arc<Document>) {
+    pub(crate) fn insert(&self, digest: Digest, document: Arc<Document>) {
         let mut cached = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        cached.retain(|(of, _)| of != digest);
+        cached.retain(|(of, _)| *of != digest);
         cached.truncate(CAPACITY - 1);
-        cached.push_front((digest.to_owned(), document));
+        cached.push_front((digest, document));
     }
 }
 
@@ -42,13 +42,14 @@ mod tests {
         let text = "version: 1\nprovisioner: process\nprocess: { command: [a] }\nready: { output: { contains: up } }\nconnection_info: x\n";
         let document = Arc::new(Document::parse(text).unwrap());
         let documents = Documents::default();
-        for digest in 0..CAPACITY {
-            documents.insert(&digest.to_string(), document.clone());
+        let digest = |number: usize| Digest::of(&number.to_be_bytes());
+        for number in 0..CAPACITY {
+            documents.insert(digest(number), document.clone());
         }
-        assert!(documents.get("0").is_some());
-        documents.insert("new", document.clone());
-        documents.insert("new", document);
-        assert!(documents.get("0").is_some() && documents.get("new").is_some() && documents.get("2").is_some());
-        assert!(documents.get("1").is_none());
+        assert!(documents.get(digest(0)).is_some());
+        documents.insert(digest(CAPACITY), document.clone());
+        documents.insert(digest(CAPACITY), document);
+        assert!([0, 2, CAPACITY].iter().all(|number| documents.get(digest(*number)).is_some()));
+        assert!(documents.get(digest(1)).is_none());
     }
 }

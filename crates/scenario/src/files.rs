@@ -8,8 +8,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use gauntlet_domain::Error;
 use rustix::fs::OFlags;
 use sha2::{Digest as _, Sha256};
+
+use crate::digest::Digest;
 
 /// Bounds on the files of a scenario.
 #[derive(Debug, Clone)]
@@ -44,6 +47,16 @@ pub(crate) enum FileError {
     Io(PathBuf, io::Error),
 }
 
+impl FileError {
+    /// As the error of a scenario: the client hears of the scenario's faults, the operator of the machine's.
+    pub(crate) fn of_scenario(self, reference: &str) -> Error {
+        match self {
+            Self::Refused(problem) => Error::ScenarioInvalid { reference: reference.to_owned(), problem },
+            Self::Io(..) => Error::Internal(format!("scenario {reference:?}: {self}")),
+        }
+    }
+}
+
 pub(crate) type Result<T, E = FileError> = std::result::Result<T, E>;
 
 pub(crate) fn refused<T>(text: impl Into<String>) -> Result<T> {
@@ -53,6 +66,16 @@ pub(crate) fn refused<T>(text: impl Into<String>) -> Result<T> {
 /// For `map_err`: names the path.
 pub(crate) fn at(path: &Path) -> impl FnOnce(io::Error) -> FileError + '_ {
     |error| FileError::Io(path.to_owned(), error)
+}
+
+/// Runs work on the file system where it may block. Dropping the future doesn't stop the work: it runs to its end, which the limits on files
+/// bound, and removes its draft.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let span = tracing::Span::current();
+    let work = tokio::task::spawn_blocking(move || span.in_scope(work));
+    work.await.unwrap_or_else(|error| Err(Error::Internal(format!("scenario files: {error}"))))
 }
 
 /// Reads a title or an archive's name as a path that stays where it is put: relative, of plain names, with nothing to climb by.
@@ -208,7 +231,7 @@ impl Draft {
     }
 
     /// Copies a file of exactly `size` bytes and answers the digest of its content.
-    pub(crate) fn copy(&mut self, title: &str, size: u64, from: impl Read) -> Result<[u8; 32]> {
+    pub(crate) fn copy(&mut self, title: &str, size: u64, from: impl Read) -> Result<Digest> {
         let mut to = self.create(title, size)?;
         let mut hash = Sha256::new();
         let mut from = from.take(size.saturating_add(1));
@@ -227,7 +250,7 @@ impl Draft {
         if copied != size {
             return refused(format!("file {title:?} is not the {size} bytes it was said to be"));
         }
-        Ok(hash.finalize().into())
+        Ok(Digest::finish(hash))
     }
 
     /// Seals the files (read-only; executable if they start as a script or an ELF program does), flushes them and moves the
@@ -271,18 +294,14 @@ impl TreeDigest {
         Self(Sha256::new_with_prefix(b"gauntlet scenario directory 1\n"))
     }
 
-    pub(crate) fn add(&mut self, path: &str, size: u64, content: [u8; 32]) {
+    pub(crate) fn add(&mut self, path: &str, size: u64, content: Digest) {
         self.0.update(format!("{}:{path}:{size}:", path.len()));
-        self.0.update(content);
+        self.0.update(content.as_bytes());
     }
 
-    pub(crate) fn finish(self) -> String {
-        digest_text(self.0.finalize().into())
+    pub(crate) fn finish(self) -> Digest {
+        Digest::finish(self.0)
     }
-}
-
-pub(crate) fn digest_text(digest: [u8; 32]) -> String {
-    digest.iter().fold("sha256:".to_owned(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 #[cfg(test)]

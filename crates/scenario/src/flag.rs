@@ -1,9 +1,10 @@
 //! Flags that differ per identity, and the key that makes them underivable.
 
-use std::{fmt, fs, io, os::unix::fs::OpenOptionsExt as _, path::Path};
+use std::{fmt, fs, io, os::unix::fs::OpenOptionsExt as _, path::Path, sync::Arc};
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use rand::{TryRng as _, rngs::SysRng};
+use secrecy::{ExposeSecret as _, SecretBox, SecretString};
 use sha2::Sha256;
 
 /// The fewest bits that a varied flag carries.
@@ -13,25 +14,19 @@ pub const MAX_TEXT_BYTES: usize = 1024;
 
 /// The operator's secret, from which every varied flag is derived. Managers that share a store share the key. Its `Debug` hides it.
 #[derive(Clone)]
-pub struct FlagKey([u8; 32]);
+pub struct FlagKey(Arc<SecretBox<[u8; 32]>>);
 
 impl FlagKey {
     /// Takes 32 bytes from a source that cannot be guessed.
     pub fn new(bytes: [u8; 32]) -> Self {
-        Self(bytes)
+        Self(Arc::new(SecretBox::init_with(|| bytes)))
     }
 
     /// Reads 64 hexadecimal characters; white space around them is ignored. `None` for anything else.
     pub fn from_hex(text: &str) -> Option<Self> {
-        let text = text.trim();
-        if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return None;
-        }
-        let mut bytes = [0; 32];
-        for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-            *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
-        }
-        Some(Self(bytes))
+        let mut decoded = Ok(());
+        let key = SecretBox::init_with_mut(|bytes: &mut [u8; 32]| decoded = hex::decode_to_slice(text.trim(), bytes));
+        decoded.ok().map(|()| Self(Arc::new(key)))
     }
 
     /// Reads the key from a file of 64 hexadecimal characters, or writes a fresh one there, readable by its owner alone. Of several
@@ -41,7 +36,7 @@ impl FlagKey {
     /// Whatever the file system answers; `InvalidData` for a file that holds anything else.
     pub fn load_or_create(path: &Path) -> io::Result<Self> {
         match fs::read_to_string(path) {
-            Ok(text) => Self::from_hex(&text).ok_or_else(|| {
+            Ok(text) => Self::from_hex(SecretString::from(text).expose_secret()).ok_or_else(|| {
                 let problem =
                     "must hold 64 hexadecimal characters; restore it, or remove it and lose every flag made with it";
                 io::Error::new(io::ErrorKind::InvalidData, format!("{}: {problem}", path.display()))
@@ -52,19 +47,20 @@ impl FlagKey {
     }
 
     fn create(path: &Path) -> io::Result<Self> {
-        let mut bytes = [0; 32];
-        SysRng.try_fill_bytes(&mut bytes).map_err(io::Error::other)?;
+        let mut filled = Ok(());
+        let key = SecretBox::init_with_mut(|bytes: &mut [u8; 32]| filled = SysRng.try_fill_bytes(bytes));
+        filled.map_err(io::Error::other)?;
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::create_dir_all(dir)?;
         // Written whole beside its place and linked there, so that nobody ever reads half a key.
         let draft = tempfile::Builder::new()
             .prefix(".key-")
             .make_in(dir, |draft| fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(draft))?;
-        let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
-        io::Write::write_all(&mut draft.as_file(), format!("{hex}\n").as_bytes())?;
+        let text = SecretString::from(format!("{}\n", hex::encode(key.expose_secret())));
+        io::Write::write_all(&mut draft.as_file(), text.expose_secret().as_bytes())?;
         draft.as_file().sync_all()?;
         match draft.persist_noclobber(path) {
-            Ok(_) => Ok(Self(bytes)),
+            Ok(_) => Ok(Self(Arc::new(key))),
             Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Self::load_or_create(path),
             Err(error) => Err(error.error),
         }
@@ -74,7 +70,8 @@ impl FlagKey {
     /// follows where the letters alone carry less than [`MIN_ENTROPY_BITS`]. The same four arguments give the same text; without the
     /// key nothing is learnt about it from any number of others.
     pub(crate) fn vary(&self, identity: &str, flag: &str, text: &str) -> String {
-        let mut stream = Stream::new(&self.0, &[identity.as_bytes(), &[0], flag.as_bytes(), &[0], text.as_bytes()]);
+        let mut stream =
+            Stream::new(self.0.expose_secret(), &[identity.as_bytes(), &[0], flag.as_bytes(), &[0], text.as_bytes()]);
         let mut varied = String::with_capacity(text.len() + 16);
         // Half bits, rounded down: two choices carry two of them, three choices three.
         let mut carried = 0u32;
@@ -193,13 +190,13 @@ fn hmac(key: &[u8; 32], message: &[&[u8]]) -> [u8; 32] {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
-    use std::{collections::BTreeSet, os::unix::fs::PermissionsExt as _};
+    use std::{collections::BTreeSet, os::unix::fs::PermissionsExt as _, sync::LazyLock};
 
     use proptest::prelude::*;
 
     use super::*;
 
-    const KEY: FlagKey = FlagKey([7; 32]);
+    static KEY: LazyLock<FlagKey> = LazyLock::new(|| FlagKey::new([7; 32]));
 
     #[test]
     fn the_variation_is_fixed_for_all_time() {
@@ -216,7 +213,7 @@ mod tests {
             KEY.vary("0000000000000001", "main", "text"),
             KEY.vary("0000000000000000", "other", "text"),
             KEY.vary("0000000000000000", "main", "texts"),
-            FlagKey([8; 32]).vary("0000000000000000", "main", "text"),
+            FlagKey::new([8; 32]).vary("0000000000000000", "main", "text"),
         ];
         assert_eq!(BTreeSet::from(all.clone()).len(), all.len());
     }
@@ -229,7 +226,7 @@ mod tests {
             let creating: Vec<_> = (0..8).map(|_| scope.spawn(|| FlagKey::load_or_create(&path).unwrap())).collect();
             creating.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
-        assert!(keys.iter().all(|key| key.0 == keys[0].0));
+        assert!(keys.iter().all(|key| key.0.expose_secret() == keys[0].0.expose_secret()));
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no draft is left");
         assert_eq!(format!("{:?}", keys[0]), "FlagKey(hidden)");
@@ -261,8 +258,8 @@ mod tests {
 
         #[test]
         fn hex_reads_back(bytes: [u8; 32]) {
-            let hex: String = bytes.iter().map(|b| format!("{b:02X}")).collect();
-            prop_assert_eq!(FlagKey::from_hex(&format!(" {hex}\n")).unwrap().0, bytes);
+            let hex = hex::encode_upper(bytes);
+            prop_assert_eq!(*FlagKey::from_hex(&format!(" {hex}\n")).unwrap().0.expose_secret(), bytes);
         }
 
         #[test]

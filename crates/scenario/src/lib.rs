@@ -7,6 +7,7 @@
 mod archive;
 mod author;
 mod cache;
+mod digest;
 mod document;
 mod documents;
 mod files;
@@ -15,6 +16,7 @@ mod library;
 mod local;
 mod plan;
 mod registry;
+mod scenario_file;
 mod template;
 mod yaml;
 

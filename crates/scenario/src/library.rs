@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::Read as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -15,17 +14,22 @@ use futures::{
 use gauntlet_domain::{
     Additional, Error, Identity, LaunchPlan, Pinned, Placement, PreparedScenario, Result, Scenarios,
 };
-use tracing::{Instrument as _, field::Empty};
+use tracing::{
+    Instrument as _,
+    field::{Empty, display},
+};
 
 use crate::{
     cache::{Cache, Evicted},
+    digest::Digest,
     document::Document,
     documents::Documents,
-    files::{FileError, FileLimits},
+    files::{FileError, FileLimits, blocking},
     flag::FlagKey,
     local, plan,
     registry::{Access, Registry},
-    yaml::{self, Problem},
+    scenario_file::{Unread, read_document},
+    yaml::Problem,
 };
 
 /// What a [`Library`] needs to know.
@@ -72,7 +76,7 @@ struct Inner {
     config: Config,
     registry: Registry,
     /// Fetches under way, by digest.
-    fetches: Mutex<BTreeMap<String, WeakShared<Fetch>>>,
+    fetches: Mutex<BTreeMap<Digest, WeakShared<Fetch>>>,
 }
 
 type Fetch = BoxFuture<'static, Result<PathBuf>>;
@@ -115,96 +119,93 @@ impl Library {
         blocking(move || cache.evict(limit, &in_use).map_err(unusable)).await
     }
 
-    async fn resolve_local(&self, reference: &str) -> Result<(String, PathBuf)> {
+    async fn resolve_local(&self, reference: &str) -> Result<(Digest, PathBuf)> {
         let (library, owned) = (self.clone(), reference.to_owned());
         blocking(move || {
             let Inner { cache, config, .. } = &*library.inner;
             let dir = local::locate(&owned, config.local_root.as_deref())?;
-            local::snapshot(&dir, cache, &config.limits).map_err(|error| unfit(&owned, error))
+            local::snapshot(&dir, cache, &config.limits).map_err(|error| error.of_scenario(&owned))
         })
         .await
     }
 
-    async fn resolve_registry(&self, reference: &str) -> Result<(String, PathBuf)> {
-        let target = crate::registry::parse(reference)?;
+    async fn resolve_registry(&self, reference: &str) -> Result<(Digest, PathBuf)> {
+        let (target, digest) = crate::registry::parse(reference)?;
         let span = pull_span(reference);
         let resolved = async {
-            let digest = match target.digest() {
-                Some(digest) => digest.to_owned(),
+            let digest = match digest {
+                Some(digest) => digest,
                 None => self.inner.registry.head(reference, &target).await?,
             };
-            let dir = self.fetch(reference, target, &digest).await?;
+            let dir = self.fetch(reference, target, digest).await?;
             Ok((digest, dir))
         };
         noted(resolved, span).await
     }
 
     /// The directory of that digest: kept, being fetched, or fetched now.
-    async fn fetch(&self, reference: &str, target: oci_client::Reference, digest: &str) -> Result<PathBuf> {
-        let kept = self.kept(reference, digest)?;
-        tracing::Span::current().record("scenario.digest", digest).record("cache.hit", kept.is_some());
+    async fn fetch(&self, reference: &str, target: oci_client::Reference, digest: Digest) -> Result<PathBuf> {
+        let kept = self.inner.cache.find(digest);
+        tracing::Span::current().record("scenario.digest", display(digest)).record("cache.hit", kept.is_some());
         if let Some(dir) = kept {
             return Ok(dir);
         }
         let fetch = {
             let mut fetches = self.inner.fetches.lock().unwrap_or_else(PoisonError::into_inner);
             fetches.retain(|_, fetch| fetch.upgrade().is_some());
-            let under_way = fetches.get(digest).and_then(WeakShared::upgrade);
+            let under_way = fetches.get(&digest).and_then(WeakShared::upgrade);
             under_way.unwrap_or_else(|| {
-                let fetch = self.clone().pull(reference.to_owned(), target, digest.to_owned()).boxed().shared();
-                fetches.extend(fetch.downgrade().map(|weak| (digest.to_owned(), weak)));
+                let fetch = self.clone().pull(reference.to_owned(), target, digest).boxed().shared();
+                fetches.extend(fetch.downgrade().map(|weak| (digest, weak)));
                 fetch
             })
         };
         fetch.await
     }
 
-    async fn pull(self, reference: String, target: oci_client::Reference, digest: String) -> Result<PathBuf> {
+    async fn pull(self, reference: String, target: oci_client::Reference, digest: Digest) -> Result<PathBuf> {
         // Between the look into the cache and this, another fetch may have ended.
-        if let Some(dir) = self.kept(&reference, &digest)? {
+        if let Some(dir) = self.inner.cache.find(digest) {
             return Ok(dir);
         }
         let Inner { registry, cache, config, .. } = &*self.inner;
-        registry.pull(&reference, &target, &digest, cache, &config.limits).await
-    }
-
-    fn kept(&self, reference: &str, digest: &str) -> Result<Option<PathBuf>> {
-        self.inner.cache.find(digest).map_err(|error| unfit(reference, error))
+        registry.pull(&reference, &target, digest, cache, &config.limits).await
     }
 
     /// The directory that was pinned; fetched again if it is no longer kept.
-    async fn directory(&self, pinned: &Pinned) -> Result<PathBuf> {
-        if let Some(dir) = self.kept(&pinned.reference, &pinned.digest)? {
+    async fn directory(&self, pinned: &Pinned, digest: Digest) -> Result<PathBuf> {
+        if let Some(dir) = self.inner.cache.find(digest) {
             return Ok(dir);
         }
         if pinned.reference.starts_with(local::SCHEME) {
-            let (digest, dir) = self.resolve_local(&pinned.reference).await?;
-            if digest == pinned.digest {
+            let (found, dir) = self.resolve_local(&pinned.reference).await?;
+            if found == digest {
                 return Ok(dir);
             }
-            let problem = format!("what is there now is {digest}, {} is no longer kept", pinned.digest);
+            let problem = format!("what is there now is {found}, {digest} is no longer kept");
             return Err(Error::ScenarioNotFound { reference: pinned.reference.clone(), problem });
         }
-        let target = crate::registry::parse(&pinned.reference)?.clone_with_digest(pinned.digest.clone());
-        noted(self.fetch(&pinned.reference, target, &pinned.digest), pull_span(&pinned.reference)).await
+        let (target, _) = crate::registry::parse(&pinned.reference)?;
+        let target = target.clone_with_digest(digest.to_string());
+        noted(self.fetch(&pinned.reference, target, digest), pull_span(&pinned.reference)).await
     }
 
     /// The document of a cached scenario, from memory if it is there.
-    async fn document(&self, scenario: &Pinned, dir: &Path) -> Result<Arc<Document>> {
-        match self.inner.documents.get(&scenario.digest) {
+    async fn document(&self, reference: &str, digest: Digest, dir: &Path) -> Result<Arc<Document>> {
+        match self.inner.documents.get(digest) {
             Some(document) => Ok(document),
-            None => self.read(&scenario.reference, &scenario.digest, dir).await,
+            None => self.read(reference, digest, dir).await,
         }
     }
 
     /// Reads and checks the document of a cached scenario, and keeps it in memory.
-    async fn read(&self, reference: &str, digest: &str, dir: &Path) -> Result<Arc<Document>> {
+    async fn read(&self, reference: &str, digest: Digest, dir: &Path) -> Result<Arc<Document>> {
         let span = tracing::info_span!(
             "scenario.validate",
             otel.kind = "internal",
             otel.status_code = Empty,
             error.type = Empty,
-            scenario.digest = digest,
+            scenario.digest = %digest,
         );
         let (owned, dir) = (reference.to_owned(), dir.to_owned());
         let read = blocking(move || {
@@ -227,8 +228,8 @@ impl Scenarios for Library {
         } else {
             self.resolve_registry(reference).await?
         };
-        self.read(reference, &digest, &dir).await?;
-        Ok(Pinned { reference: reference.to_owned(), digest })
+        self.read(reference, digest, &dir).await?;
+        Ok(Pinned { reference: reference.to_owned(), digest: digest.to_string() })
     }
 
     async fn prepare(
@@ -237,53 +238,26 @@ impl Scenarios for Library {
         identity: &Identity,
         additional: &Additional,
     ) -> Result<PreparedScenario> {
-        let files = self.directory(scenario).await?;
-        let document = self.document(scenario, &files).await?;
+        let digest = pinned_digest(scenario)?;
+        let files = self.directory(scenario, digest).await?;
+        let document = self.document(&scenario.reference, digest, &files).await?;
         let flags = plan::flags(&scenario.reference, &document, &self.inner.config.flag_key, identity, additional)?;
         let ports = document.ports.clone();
         Ok(PreparedScenario { files, ports, flags, ..PreparedScenario::new(scenario, identity, additional) })
     }
 
     async fn render(&self, prepared: &PreparedScenario, placement: &Placement) -> Result<LaunchPlan> {
-        let document = self.document(&prepared.scenario, &prepared.files).await?;
+        let PreparedScenario { scenario, files, .. } = prepared;
+        let document = self.document(&scenario.reference, pinned_digest(scenario)?, files).await?;
         plan::render(&document, prepared, placement)
     }
 }
 
-/// Why a directory is no scenario.
-pub(crate) enum Unread {
-    /// Its author's fault.
-    Invalid(Vec<Problem>),
-    /// The machine's fault.
-    Io(std::io::Error),
-}
-
-/// Reads and checks the `scenario.yaml` of a directory. Blocks on the file system.
-pub(crate) fn read_document(dir: &Path) -> Result<Document, Unread> {
-    let file = match std::fs::File::open(dir.join("scenario.yaml")) {
-        Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(unread(other_kind(dir))),
-        Err(error) => return Err(Unread::Io(error)),
-    };
-    let mut bytes = Vec::new();
-    file.take(yaml::MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(Unread::Io)?;
-    let text = String::from_utf8(bytes).map_err(|_| unread("scenario.yaml is not UTF-8"))?;
-    Document::parse(&text).map_err(Unread::Invalid)
-}
-
-fn unread(text: &str) -> Unread {
-    Unread::Invalid(vec![Problem { line: None, field: String::new(), text: text.to_owned() }])
-}
-
-fn other_kind(dir: &Path) -> &'static str {
-    let has = |name: &str| dir.join(name).exists();
-    if has("Pulumi.yaml") || has("Pulumi.yml") {
-        "is a Pulumi scenario (Pulumi.yaml); this release runs scenarios with a scenario.yaml, Pulumi scenarios come with a later one"
-    } else if has("scenario.yml") {
-        "has scenario.yml; rename it to scenario.yaml"
-    } else {
-        "has neither scenario.yaml nor Pulumi.yaml at its top"
-    }
+fn pinned_digest(scenario: &Pinned) -> Result<Digest> {
+    scenario.digest.parse().map_err(|error| Error::ScenarioInvalid {
+        reference: scenario.reference.clone(),
+        problem: format!("digest {:?} {error}", scenario.digest),
+    })
 }
 
 /// The first mistakes, on one line.
@@ -298,22 +272,6 @@ fn summary(problems: &[Problem]) -> String {
 
 fn unusable(error: FileError) -> Error {
     Error::Internal(format!("scenario cache: {error}"))
-}
-
-/// What a client or an operator hears of files that do not fit.
-pub(crate) fn unfit(reference: &str, error: FileError) -> Error {
-    match error {
-        FileError::Refused(problem) => Error::ScenarioInvalid { reference: reference.to_owned(), problem },
-        FileError::Io(..) => Error::Internal(format!("scenario {reference:?}: {error}")),
-    }
-}
-
-/// Work on the file system, bounded by the limits on files. Not waited for when the caller goes away: it ends by itself and drops its
-/// draft.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let span = tracing::Span::current();
-    let work = tokio::task::spawn_blocking(move || span.in_scope(work));
-    work.await.unwrap_or_else(|error| Err(Error::Internal(format!("scenario files: {error}"))))
 }
 
 fn pull_span(reference: &str) -> tracing::Span {

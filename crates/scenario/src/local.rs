@@ -6,6 +6,7 @@ use gauntlet_domain::{Error, Result};
 
 use crate::{
     cache::Cache,
+    digest::Digest,
     files::{self, FileError, FileLimits, TreeDigest},
 };
 
@@ -36,7 +37,7 @@ pub(crate) fn locate(reference: &str, root: Option<&Path>) -> Result<PathBuf> {
 }
 
 /// Copies a directory into the cache and answers the digest of its content and where it is kept.
-pub(crate) fn snapshot(dir: &Path, cache: &Cache, limits: &FileLimits) -> Result<(String, PathBuf), FileError> {
+pub(crate) fn snapshot(dir: &Path, cache: &Cache, limits: &FileLimits) -> Result<(Digest, PathBuf), FileError> {
     let mut draft = cache.draft(limits)?;
     let mut digest = TreeDigest::new();
     for listed in files::list(dir, limits)? {
@@ -44,7 +45,7 @@ pub(crate) fn snapshot(dir: &Path, cache: &Cache, limits: &FileLimits) -> Result
         digest.add(&listed.path, listed.size, content);
     }
     let digest = digest.finish();
-    let place = cache.place(&digest)?;
+    let place = cache.place(digest);
     draft.keep(&place)?;
     Ok((digest, place))
 }

@@ -1,6 +1,6 @@
 //! Scenarios in OCI registries.
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use futures::StreamExt as _;
 use gauntlet_domain::{Error, Result};
@@ -12,14 +12,15 @@ use oci_client::{
     secrets::RegistryAuth,
 };
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
+use secrecy::{ExposeSecret as _, SecretString};
 use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncWriteExt as _;
 
 use crate::{
     archive,
     cache::Cache,
-    files::{Draft, FileError, FileLimits, digest_text, refused},
-    library::{blocking, unfit},
+    digest::Digest,
+    files::{Draft, FileError, FileLimits, blocking, refused},
 };
 
 /// The artifact type of a scenario.
@@ -65,7 +66,7 @@ impl Default for Access {
 }
 
 /// A name and a password for registries. Its `Debug` hides the password.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Credentials {
     /// The one registry (`host` or `host:port`) that they are for. `None` gives them to whichever registry a reference names: only where
     /// everybody who may name one is trusted with them.
@@ -73,20 +74,11 @@ pub struct Credentials {
     /// The name.
     pub username: String,
     /// The password.
-    pub password: String,
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credentials")
-            .field("registry", &self.registry)
-            .field("username", &self.username)
-            .finish_non_exhaustive()
-    }
+    pub password: SecretString,
 }
 
 /// Reads an OCI reference: `registry/repository`, then a tag, a digest (sha256), both or neither (`latest`).
-pub(crate) fn parse(reference: &str) -> Result<Reference> {
+pub(crate) fn parse(reference: &str) -> Result<(Reference, Option<Digest>)> {
     let wrong = |problem: String| Err(Error::ReferenceMalformed { reference: reference.to_owned(), problem });
     let form = "must be registry/repository[:tag][@sha256:digest]";
     // Without a host in front, clients disagree on which registry is meant.
@@ -97,15 +89,13 @@ pub(crate) fn parse(reference: &str) -> Result<Reference> {
     if reference.len() > 1024 {
         return wrong(format!("{form}, at most 1024 bytes"));
     }
-    match Reference::try_from(reference) {
-        Ok(parsed) => match parsed.digest() {
-            Some(digest) if !digest.starts_with("sha256:") => wrong("the digest must be sha256".into()),
-            Some(digest) if digest.bytes().any(|b| b.is_ascii_uppercase()) => {
-                wrong("the digest must be lower case".into())
-            }
-            _ => Ok(parsed),
-        },
-        Err(error) => wrong(format!("{form}: {error}")),
+    let parsed = match Reference::try_from(reference) {
+        Ok(parsed) => parsed,
+        Err(error) => return wrong(format!("{form}: {error}")),
+    };
+    match parsed.digest().map(str::parse).transpose() {
+        Ok(digest) => Ok((parsed, digest)),
+        Err(error) => wrong(format!("the digest {error}")),
     }
 }
 
@@ -145,7 +135,7 @@ impl Registry {
             Some(Credentials { registry, username, password })
                 if registry.as_deref().is_none_or(|registry| registry == target.registry()) =>
             {
-                RegistryAuth::Basic(username.clone(), password.clone())
+                RegistryAuth::Basic(username.clone(), password.expose_secret().to_owned())
             }
             _ => RegistryAuth::Anonymous,
         }
@@ -160,18 +150,15 @@ impl Registry {
     }
 
     /// The digest that a tag names now.
-    pub(crate) async fn head(&self, reference: &str, target: &Reference) -> Result<String> {
+    pub(crate) async fn head(&self, reference: &str, target: &Reference) -> Result<Digest> {
         let auth = self.auth(target);
         let look =
             async { self.client.fetch_manifest_digest(target, &auth).await.map_err(|error| failed(reference, &error)) };
         let digest = self.in_time(reference, look).await?;
-        match digest.strip_prefix("sha256:") {
-            Some(hex) if hex.len() == 64 => Ok(digest),
-            _ => {
-                let detail = "the registry names the manifest by another digest than sha256".to_owned();
-                Err(Error::Registry { reference: reference.to_owned(), detail })
-            }
-        }
+        digest.parse().map_err(|error| {
+            let detail = format!("the digest that the registry gives the manifest, {digest:?}, {error}");
+            Error::Registry { reference: reference.to_owned(), detail }
+        })
     }
 
     /// Fetches an artifact by digest, checks it and keeps it.
@@ -179,25 +166,25 @@ impl Registry {
         &self,
         reference: &str,
         target: &Reference,
-        digest: &str,
+        digest: Digest,
         cache: &Cache,
         limits: &FileLimits,
     ) -> Result<PathBuf> {
-        let target = target.clone_with_digest(digest.to_owned());
+        let target = target.clone_with_digest(digest.to_string());
         self.in_time(reference, async {
             let manifest = self.manifest(reference, &target, digest).await?;
-            let layers = layers(&manifest, limits).map_err(|error| unfit(reference, error))?;
+            let layers = layers(&manifest, limits).map_err(|error| error.of_scenario(reference))?;
             let mut draft = {
                 let (cache, limits) = (cache.clone(), limits.clone());
                 let reference = reference.to_owned();
-                blocking(move || cache.draft(&limits).map_err(|error| unfit(&reference, error))).await?
+                blocking(move || cache.draft(&limits).map_err(|error| error.of_scenario(&reference))).await?
             };
             for layer in layers {
                 draft = self.layer(reference, &target, layer, draft, cache).await?;
             }
-            let place = cache.place(digest).map_err(|error| unfit(reference, error))?;
+            let place = cache.place(digest);
             let reference = reference.to_owned();
-            blocking(move || draft.keep(&place).map(|()| place).map_err(|error| unfit(&reference, error))).await
+            blocking(move || draft.keep(&place).map(|()| place).map_err(|error| error.of_scenario(&reference))).await
         })
         .await
     }
@@ -226,12 +213,12 @@ impl Registry {
         Ok(())
     }
 
-    async fn manifest(&self, reference: &str, target: &Reference, digest: &str) -> Result<OciImageManifest> {
+    async fn manifest(&self, reference: &str, target: &Reference, digest: Digest) -> Result<OciImageManifest> {
         // An index is asked for too, to say what is wrong with it.
         let accepted = [OCI_IMAGE_MEDIA_TYPE, OCI_IMAGE_INDEX_MEDIA_TYPE];
         let pulled = self.client.pull_manifest_raw(target, &self.auth(target), &accepted).await;
         let (bytes, _) = pulled.map_err(|error| failed(reference, &error))?;
-        if digest_text(Sha256::digest(&bytes).into()) != digest {
+        if Digest::of(&bytes) != digest {
             return Err(corrupt(reference, "the manifest"));
         }
         let invalid = |problem: String| Error::ScenarioInvalid { reference: reference.to_owned(), problem };
@@ -254,7 +241,7 @@ impl Registry {
         draft: Draft,
         cache: &Cache,
     ) -> Result<Draft> {
-        let broken = |error| unfit(reference, error);
+        let broken = |error: FileError| error.of_scenario(reference);
         let mut draft = draft;
         let (file, archive) = if layer.archive {
             let scratch = cache.scratch().map_err(broken)?;
@@ -264,7 +251,7 @@ impl Registry {
             let (title, size) = (layer.title.clone(), layer.size);
             let owned = reference.to_owned();
             let (back, file) = blocking(move || {
-                let file = draft.create(&title, size).map_err(|error| unfit(&owned, error))?;
+                let file = draft.create(&title, size).map_err(|error| error.of_scenario(&owned))?;
                 Ok((draft, file))
             })
             .await?;
@@ -277,7 +264,8 @@ impl Registry {
             Some(archive) => {
                 let reference = reference.to_owned();
                 blocking(move || {
-                    archive::unpack(archive, &layer.title, &mut draft).map_err(|error| unfit(&reference, error))?;
+                    archive::unpack(archive, &layer.title, &mut draft)
+                        .map_err(|error| error.of_scenario(&reference))?;
                     Ok(draft)
                 })
                 .await
@@ -296,7 +284,7 @@ impl Registry {
             .map_err(|error| failed(reference, &error))?
             .stream;
         let mut file = tokio::fs::File::from_std(file);
-        let local = |error| unfit(reference, FileError::Io(cache_name(), error));
+        let local = |error| FileError::Io(cache_name(), error).of_scenario(reference);
         let (mut hash, mut size) = (Sha256::new(), 0u64);
         while let Some(chunk) = stream.next().await {
             let chunk =
@@ -309,7 +297,7 @@ impl Registry {
             file.write_all(&chunk).await.map_err(local)?;
         }
         file.flush().await.map_err(local)?;
-        if size != layer.size || digest_text(hash.finalize().into()) != layer.descriptor.digest {
+        if size != layer.size || Digest::finish(hash).to_string() != layer.descriptor.digest {
             return Err(corrupt(reference, &layer.title));
         }
         Ok(())

@@ -287,23 +287,10 @@ pub(crate) fn join(field: &str, name: &str) -> String {
 /// The one of `known` that is most like `name`, if any is like it.
 pub(crate) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
     let far = (name.chars().count() / 2).clamp(1, 3);
-    known.iter().map(|known| (distance(name, known), *known)).min().filter(|(d, _)| *d <= far).map(|(_, known)| known)
-}
-
-/// Insertions, deletions and substitutions from one text to the other.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().take(64).enumerate() {
-        let mut before = row.first().copied().unwrap_or_default();
-        let mut left = i + 1;
-        for (slot, y) in row.iter_mut().skip(1).zip(&b) {
-            let cost = (before + usize::from(x != *y)).min(left + 1).min(*slot + 1);
-            before = *slot;
-            *slot = cost;
-            left = cost;
-        }
-        row.first_mut().into_iter().for_each(|slot| *slot = i + 1);
-    }
-    row.last().copied().unwrap_or_default()
+    known
+        .iter()
+        .map(|known| (strsim::levenshtein(name, known), *known))
+        .min()
+        .filter(|(d, _)| *d <= far)
+        .map(|(_, known)| known)
 }

@@ -82,7 +82,7 @@ fn credentials(push: &Push) -> Result<Option<Credentials>, Failure> {
         return Err(Failure::Usage("--username has no password; set OCI_PASSWORD, or give --password-stdin"));
     }
     let registry = push.reference.split_once('/').map(|(registry, _)| registry.to_owned());
-    Ok(Some(Credentials { registry, username, password }))
+    Ok(Some(Credentials { registry, username, password: password.into() }))
 }
 
 fn warn(report: &Report) {

@@ -1,11 +1,12 @@
 //! How to reach an etcd cluster.
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use gauntlet_domain::Error;
+use secrecy::SecretString;
 
 /// How to reach an etcd cluster.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct EtcdConfig {
     /// The members of one cluster: `http://host:port`, `https://host:port` or `host:port`; at least one. An endpoint without a scheme uses
     /// https if TLS files are configured. It is rejected if a password is set and no TLS file is.
@@ -13,7 +14,7 @@ pub struct EtcdConfig {
     /// The user to authenticate as, if the cluster has authentication enabled.
     pub username: Option<String>,
     /// The user's password. `Debug` hides it.
-    pub password: Option<String>,
+    pub password: Option<SecretString>,
     /// TLS files. An `https` endpoint needs none if the system trusts the authority that signed its certificate.
     pub tls: Option<EtcdTls>,
     /// The prefix of every key.
@@ -45,20 +46,6 @@ impl EtcdConfig {
             lease_ttl: Duration::from_secs(10),
             deadline: Duration::from_secs(5),
         }
-    }
-}
-
-impl fmt::Debug for EtcdConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EtcdConfig")
-            .field("endpoints", &self.endpoints)
-            .field("username", &self.username)
-            .field("password", &self.password.as_ref().map(|_| "hidden"))
-            .field("tls", &self.tls)
-            .field("prefix", &self.prefix)
-            .field("lease_ttl", &self.lease_ttl)
-            .field("deadline", &self.deadline)
-            .finish()
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
 
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use gauntlet_domain::Error;
+use secrecy::ExposeSecret as _;
 use tokio::{sync::OnceCell, time::Instant};
 
 use super::config::{EtcdConfig, EtcdTls, invalid};
@@ -68,7 +69,7 @@ impl Connections {
             .with_require_leader(true)
             .with_auto_token_refresh(true);
         match (&config.username, &config.password) {
-            (Some(username), Some(password)) => options = options.with_user(username, password),
+            (Some(username), Some(password)) => options = options.with_user(username, password.expose_secret()),
             (None, None) => {}
             _ => {
                 return Err(invalid(

@@ -185,7 +185,7 @@ async fn authenticates_and_reports_a_wrong_password() {
     admin.auth_enable().await.unwrap();
     let config = |password: &str| EtcdConfig {
         username: Some("root".to_owned()),
-        password: Some(password.to_owned()),
+        password: Some(password.into()),
         ..EtcdConfig::new([server.url()])
     };
     let store = replica(config("hunter2")).await;
@@ -275,7 +275,7 @@ fn invalid_configuration_is_named() {
 fn password_without_tls_needs_an_explicit_scheme() {
     let login = |url: &str| EtcdConfig {
         username: Some("root".to_owned()),
-        password: Some("hunter2".to_owned()),
+        password: Some("hunter2".into()),
         ..EtcdConfig::new([url.to_owned()])
     };
     let text = refused(&login("a:2379"));
@@ -311,7 +311,7 @@ async fn replicas_start_at_different_endpoints() {
 fn debug_hides_the_password() {
     let config = EtcdConfig {
         username: Some("root".to_owned()),
-        password: Some("hunter2".to_owned()),
+        password: Some("hunter2".into()),
         ..EtcdConfig::new(["http://a:1".to_owned()])
     };
     assert!(!format!("{config:?}").contains("hunter2"));
