@@ -34,7 +34,7 @@ pub(crate) const HELP: &str = "\
 
 #[derive(Debug, Args)]
 pub(crate) struct Faults {
-    /// Minutes to run; the current round is finished first
+    /// Minutes to run, plus the time to finish the last round
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     minutes: u64,
     /// Seed for the choice of faults; each run prints its seed
