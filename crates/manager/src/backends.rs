@@ -21,8 +21,9 @@ pub(crate) fn replica_name() -> String {
 
 /// Scenarios from registries and, with `--scenario-root`, from a local directory.
 pub(crate) fn scenarios(config: &Config) -> Result<Library> {
-    std::fs::create_dir_all(&config.dir)
-        .with_context(|| format!("cannot create {}; pass a writable directory as --dir (DIR)", config.dir.display()))?;
+    std::fs::create_dir_all(&config.dir).map_err(|error| {
+        anyhow!("cannot create {}: {error}; pass a writable directory as --dir (DIR)", config.dir.display())
+    })?;
     let key_file = config.flag_key_file.clone().unwrap_or_else(|| config.dir.join("flag.key"));
     let key = FlagKey::load_or_create(&key_file)
         .with_context(|| format!("cannot use the flag key {}", key_file.display()))?;

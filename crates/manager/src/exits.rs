@@ -33,7 +33,8 @@ pub(crate) fn start(tasks: &Tasks, gauntlet: &Gauntlet, signals: &Signals, mut e
     });
 }
 
-/// Restarts the instance if its record says that it should run. Checks twice if need be: one that exited as soon as it was ready may not be recorded as ready yet.
+/// Restarts the instance if its record says that it should run. Checks a second time if the first check had nothing to do: an instance that exited
+/// as soon as it was ready may not be recorded as ready yet.
 async fn restart(gauntlet: &Gauntlet, instance: ProvisionedInstance) -> Result<ReconcileReport> {
     let report = gauntlet.reconcile_instance(&call_now(), instance.clone()).await?;
     if report.restarted + report.orphans_removed + report.failures.len() > 0 {
