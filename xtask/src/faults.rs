@@ -17,7 +17,7 @@ use crate::command::{cargo, run};
 use crate::console::say;
 use crate::test_binary;
 
-const STORM: &str = "faults::storm::nothing_acknowledged_is_lost_nothing_is_doubled_and_nothing_is_left_over";
+const STORM: &str = "faults::storm::random_faults_lose_duplicate_and_leak_nothing";
 /// How long to wait for killed processes to exit.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 

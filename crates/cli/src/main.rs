@@ -1,4 +1,4 @@
-//! `gauntlet`: everything in one command.
+//! `gauntlet`: the command line of the project, and manager and janitor in one process.
 
 mod client;
 mod dev;
@@ -7,18 +7,18 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Runs challenge instances on demand, and makes every step of it observable.
+/// Runs challenge instances on demand and makes every step observable.
 #[derive(Debug, Parser)]
 #[command(name = "gauntlet", version, about, long_about, disable_help_subcommand = true)]
 #[command(
-    after_help = "It exits with 0, with 1 on a failure, with 64 on wrong usage, with 69 when what it needs does not answer."
+    after_help = "Exit codes: 0 on success, 1 on failure, 64 for a wrong flag or variable, 69 if the server does not answer."
 )]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
-/// Each brings its own runtime and telemetry.
+/// Each command sets up its own runtime and telemetry.
 #[derive(Debug, Subcommand)]
 enum Command {
     Dev(dev::Dev),

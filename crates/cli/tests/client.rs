@@ -1,4 +1,4 @@
-//! The client commands of the real binary, against a server of the v1 API in this process.
+//! The client commands of the real binary, against a fake v1 server in this process.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
@@ -8,7 +8,7 @@ use gauntlet_api::{json, v1::challenge as pbc, v1::instance as pbi};
 use gauntlet_testing::api::{FakeApi, Serving};
 use tokio::{io::AsyncWriteExt as _, process::Command};
 
-/// A server with the challenges "web-1" and "web-2", each with an instance of source 42.
+/// A server with the challenges "web-1", which has an instance of source 42, and "web-2", which has one of source 43.
 struct Api {
     fake: FakeApi,
     serving: Serving,
@@ -16,7 +16,10 @@ struct Api {
 
 impl Api {
     async fn start() -> Self {
-        let fake = FakeApi::new(vec![challenge("web-1"), challenge("web-2")]);
+        let fake = FakeApi::new(vec![
+            challenge("web-1"),
+            pbc::Challenge { instances: vec![instance("web-2", "43")], ..challenge("web-2") },
+        ]);
         Self { serving: fake.serve().await, fake }
     }
 
@@ -54,10 +57,12 @@ fn gauntlet<'a>(arguments: impl Iterator<Item = &'a str>) -> Command {
 /// Runs a command to its end with this standard input.
 async fn run(mut command: Command, input: &str) -> Exited {
     let mut child = command.spawn().unwrap();
-    // One that does not read its input is free to.
+    // Writing fails if the command exits without reading its input.
     let _ = child.stdin.take().unwrap().write_all(input.as_bytes()).await;
-    let output =
-        tokio::time::timeout(Duration::from_secs(30), child.wait_with_output()).await.expect("it never ended").unwrap();
+    let output = tokio::time::timeout(Duration::from_secs(30), child.wait_with_output())
+        .await
+        .expect("the command is still running")
+        .unwrap();
     Exited {
         code: output.status.code().expect("no signal"),
         out: String::from_utf8(output.stdout).unwrap(),
@@ -90,7 +95,7 @@ fn instance(challenge: &str, source: &str) -> pbi::Instance {
 }
 
 #[tokio::test]
-async fn what_flags_become() {
+async fn flags_become_requests() {
     let server = Api::start().await;
     for line in [
         "challenge create web-1 --scenario r.lan/web:1 --timeout 1m30s --until 2026-01-31T19:00:00+01:00 --additional a=b=c --min 2 --max 10",
@@ -114,12 +119,12 @@ async fn what_flags_become() {
 }
 
 #[tokio::test]
-async fn json_is_that_of_the_api() {
+async fn json_output_equals_the_rest_api() {
     let server = Api::start().await;
     let exited = server.run("challenge get web-1 --output json").await;
     assert_eq!(exited.out, json::to_string(&challenge("web-1")).unwrap() + "\n");
     let exited = server.run("-o json challenge list").await;
-    assert_eq!(exited.code, 64, "the options belong to the command");
+    assert_eq!(exited.code, 64, "the options belong to the subcommand");
     let exited = server.run("challenge -o json list").await;
     let ids: Vec<_> = exited
         .out
@@ -134,7 +139,7 @@ async fn json_is_that_of_the_api() {
 }
 
 #[tokio::test]
-async fn tables_are_plain_off_a_terminal() {
+async fn tables_are_plain_without_a_terminal() {
     let server = Api::start().await;
     insta::assert_snapshot!(server.run("challenge list").await.out, @"
     ID     INSTANCES  POOL     TIMEOUT  UNTIL  SCENARIO
@@ -151,7 +156,7 @@ async fn tables_are_plain_off_a_terminal() {
 }
 
 #[tokio::test]
-async fn failures_say_what_to_do() {
+async fn errors_include_what_to_do() {
     let server = Api::start().await;
     let exited = server.run("challenge get web-3").await;
     assert_eq!((exited.code, exited.out.as_str()), (1, ""));
@@ -159,7 +164,7 @@ async fn failures_say_what_to_do() {
     error: Challenge not found.
       reason: CHALLENGE_NOT_FOUND (id: web-3)
       Challenge web-3: No challenge has this id.
-      fix: `gauntlet challenge list` shows those there are
+      fix: list the challenges with `gauntlet challenge list`
     ");
     let exited = server.run("challenge create web-1 --scenario a --min -1").await;
     assert_eq!(exited.code, 1);
@@ -179,19 +184,20 @@ async fn failures_say_what_to_do() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_away_is_69() {
+async fn unreachable_server_exits_with_69() {
     let exited = run(gauntlet("challenge list --url 127.0.0.1:1".split(' ')), "").await;
     assert_eq!(exited.code, 69);
     let refused = "error: tcp connect error: Connection refused (os error 111)";
     assert!(
-        exited.err.contains(refused) && exited.err.contains("fix: is a manager listening at http://127.0.0.1:1?"),
+        exited.err.contains(refused)
+            && exited.err.contains("fix: check that a manager is listening at http://127.0.0.1:1;"),
         "{}",
         exited.err
     );
 }
 
 #[tokio::test]
-async fn a_collector_that_is_away_changes_nothing() {
+async fn unreachable_collector_does_not_fail_a_command() {
     let server = Api::start().await;
     let mut command = gauntlet("instance renew web-1 42".split(' '));
     command.env("URL", server.address()).env("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1");
@@ -201,7 +207,7 @@ async fn a_collector_that_is_away_changes_nothing() {
 }
 
 #[tokio::test]
-async fn wrong_usage_is_64_and_names_itself() {
+async fn wrong_usage_exits_with_64_and_is_named() {
     for (line, name) in [
         ("challenge create web-1", "--scenario"),
         ("challenge create web-1 --scenario a --timeout soon", "expected a duration above zero such as 30s"),
@@ -221,7 +227,7 @@ async fn wrong_usage_is_64_and_names_itself() {
 }
 
 #[tokio::test]
-async fn helps() {
+async fn help_texts() {
     let mut all = String::new();
     for line in [
         "--help",
@@ -241,7 +247,7 @@ async fn helps() {
     insta::assert_snapshot!(all);
 }
 
-const SOUND: &str = r#"
+const VALID: &str = r#"
 version: 1
 provisioner: process
 process:
@@ -261,34 +267,34 @@ fn scenario(document: &str) -> (tempfile::TempDir, String) {
 }
 
 #[tokio::test]
-async fn scenarios_are_checked() {
+async fn scenarios_are_validated() {
     let scenario_command = async |line: &str| run(gauntlet(line.split(' ')), "").await;
-    let (_dir, sound) = scenario(SOUND);
-    let exited = scenario_command(&format!("scenario validate {sound}")).await;
+    let (_dir, valid) = scenario(VALID);
+    let exited = scenario_command(&format!("scenario validate {valid}")).await;
     assert_eq!(exited.code, 0, "{}", exited.err);
     insta::assert_snapshot!(exited.out, @"
-    The scenario is sound: 1 file, 171 bytes.
+    The scenario is valid: 1 file, 171 bytes.
              171  scenario.yaml
     ");
-    let (_dir, unsound) = scenario("version: 1\nnonsense: true\n");
-    for line in [format!("scenario validate {unsound}"), format!("scenario push {unsound} r.lan/web:1")] {
+    let (_dir, invalid) = scenario("version: 1\nnonsense: true\n");
+    for line in [format!("scenario validate {invalid}"), format!("scenario push {invalid} r.lan/web:1")] {
         let exited = scenario_command(&line).await;
         assert_eq!((exited.code, exited.out.as_str()), (1, ""));
-        assert!(exited.err.starts_with("error: This is no sound scenario.\n  line 1: "), "{}", exited.err);
+        assert!(exited.err.starts_with("error: The scenario is invalid.\n  line 1: "), "{}", exited.err);
         assert!(exited.err.contains("line 2: nonsense") && exited.err.contains("fix: "), "{}", exited.err);
     }
-    let exited = scenario_command(&format!("scenario validate {sound}/none")).await;
+    let exited = scenario_command(&format!("scenario validate {valid}/none")).await;
     assert_eq!(exited.code, 1, "{}", exited.err);
     assert!(exited.err.contains("is not a directory"), "{}", exited.err);
-    let exited = scenario_command(&format!("scenario push {sound} web")).await;
+    let exited = scenario_command(&format!("scenario push {valid} web")).await;
     assert_eq!(exited.code, 1, "{}", exited.err);
     assert!(exited.err.contains("OCI_REFERENCE_MALFORMED") && exited.err.contains("fix: "), "{}", exited.err);
 }
 
 #[tokio::test]
-async fn a_registry_that_is_away_is_69_and_the_password_stays_out() {
-    let (_dir, sound) = scenario(SOUND);
-    let line = format!("scenario push {sound} 127.0.0.1:1/web:1 --insecure --username ci --password-stdin");
+async fn unreachable_registry_exits_with_69_without_the_password() {
+    let (_dir, valid) = scenario(VALID);
+    let line = format!("scenario push {valid} 127.0.0.1:1/web:1 --insecure --username ci --password-stdin");
     let exited = run(gauntlet(line.split(' ')), "hunter2\n").await;
     assert_eq!(exited.code, 69, "{}", exited.err);
     assert!(!exited.err.contains("hunter2") && exited.err.contains("127.0.0.1:1"), "{}", exited.err);

@@ -1,4 +1,4 @@
-//! A killed manager wakes somebody, and its return is told too.
+//! Alerts: a killed manager fires one, and its restart resolves it.
 
 use gauntlet_testing::webhook::{Notification, WebhookSink};
 use serde_json::Value;
@@ -14,26 +14,26 @@ fn alert<'a>(name: &'a str, status: &'a str) -> impl FnMut(&Notification) -> Opt
 }
 
 #[test]
-fn a_killed_manager_pages_and_its_return_resolves() {
+fn killed_manager_pages_and_restarted_manager_resolves() {
     let webhook = WebhookSink::start();
     let mut world = World::alerting(Backend::Embedded, Some(webhook.url().to_owned()));
     let mut manager = world.manager("m1");
-    eventually("the manager is seen", || {
+    eventually("the manager is scraped", || {
         let up = world.stack().prometheus.query("process_uptime_seconds{service_name=\"gauntlet-manager\"}");
         match up.map_err(|error| error.to_string())?.len() {
             0 => Err("not yet".to_owned()),
             _ => Ok(()),
         }
     });
-    // Before the manager was there the alert was right, too; while it runs nobody is woken.
-    eventually("the alert is quiet", || {
+    // The alert also fired before the manager started. It must resolve first.
+    eventually("the alert is resolved in Prometheus", || {
         let alerts = world.stack().prometheus.query("ALERTS{alertname=\"GauntletManagerDown\"}");
         match alerts.map_err(|error| error.to_string())?.len() {
             0 => Ok(()),
-            _ => Err("not quiet".to_owned()),
+            _ => Err("still firing".to_owned()),
         }
     });
-    eventually("Alertmanager has forgotten it", || {
+    eventually("the alert is resolved in Alertmanager", || {
         let alerts = world.stack().alertmanager.alerts().map_err(|error| error.to_string())?;
         let down =
             alerts.as_array().into_iter().flatten().any(|alert| alert["labels"]["alertname"] == "GauntletManagerDown");
@@ -54,5 +54,5 @@ fn a_killed_manager_pages_and_its_return_resolves() {
     assert!(page["annotations"]["runbook_url"].as_str().unwrap().contains("GauntletManagerDown"));
 
     manager.process.start().unwrap();
-    webhook.wait_for(SOON, "the all-clear", alert("GauntletManagerDown", "resolved"));
+    webhook.wait_for(SOON, "the resolved notification", alert("GauntletManagerDown", "resolved"));
 }

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::harness::{Backend, World, eventually, local};
 
 #[test]
-fn calls_go_on_without_it_and_spans_arrive_after_it() {
+fn calls_succeed_without_the_collector_and_spans_arrive_later() {
     let mut world = World::observed(Backend::Embedded);
     let mut manager = world.manager("m1");
     manager.create_challenge("web", &local("web"), &json!({}));

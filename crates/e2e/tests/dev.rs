@@ -1,4 +1,4 @@
-//! `gauntlet dev`: what a newcomer sees, and what is left when they leave.
+//! `gauntlet dev`: what a new user sees, and what is left after it exits.
 
 use std::{
     fs::File,
@@ -53,18 +53,18 @@ impl Dev {
         std::fs::read_to_string(&self.output).unwrap()
     }
 
-    /// By Ctrl-C.
-    fn end(&mut self) -> ExitStatus {
+    /// Stops it as Ctrl-C does, and waits until it has exited.
+    fn interrupt(&mut self) -> ExitStatus {
         kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
-        self.ended()
+        self.wait()
     }
 
-    fn ended(&mut self) -> ExitStatus {
+    fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + SOON;
         loop {
             match self.child.try_wait().unwrap() {
                 Some(status) => return status,
-                None if Instant::now() > deadline => panic!("it does not end:\n{}", self.said()),
+                None if Instant::now() > deadline => panic!("still running:\n{}", self.said()),
                 None => thread::sleep(Duration::from_millis(50)),
             }
         }
@@ -78,7 +78,7 @@ impl Drop for Dev {
     }
 }
 
-/// How often an operation ended, and how often it failed.
+/// Returns how often an operation ended, and how often it failed.
 fn count(state: &Value, name: &str) -> (u64, u64) {
     let rows = state["operations"].as_array().unwrap().iter().filter(|row| row["name"] == name);
     rows.fold((0, 0), |(count, errors), row| {
@@ -87,15 +87,15 @@ fn count(state: &Value, name: &str) -> (u64, u64) {
 }
 
 #[test]
-fn shows_a_whole_life_and_leaves_nothing_but_data() {
+fn shows_the_whole_lifecycle_and_leaves_only_data() {
     let world = World::bare(Backend::Embedded);
     let (data, ports) = (world.path("dev"), [Reserved::any().unwrap(), Reserved::any().unwrap()]);
     let mut first = dev(&data, world.path("first.log"), &ports);
 
-    // A seat of one's own, by hand as the terminal says, as soon as it says so.
-    let mine = eventually("an instance of one's own", || {
+    // An instance of another source, created as the intro describes.
+    let mine = eventually("an instance is created by hand", || {
         if let Some(status) = first.child.try_wait().unwrap() {
-            panic!("it ended ({status}):\n{}", first.said());
+            panic!("it exited ({status}):\n{}", first.said());
         }
         let body = json!({ "challengeId": "web", "sourceId": "me" });
         let answer = rest(&first.url, "POST", "/api/v1/instance", Some(body.to_string().as_bytes()))?;
@@ -103,7 +103,7 @@ fn shows_a_whole_life_and_leaves_nothing_but_data() {
     });
     let page = address(mine["connectionInfo"].as_str().unwrap()).to_owned();
     fetch(&page).unwrap();
-    let said = eventually("it says where everything is", || {
+    let said = eventually("the intro is printed", || {
         let said = first.said();
         if said.contains("Try it:") { Ok(said) } else { Err(said) }
     });
@@ -112,13 +112,13 @@ fn shows_a_whole_life_and_leaves_nothing_but_data() {
     }
     assert!(fetch(&first.debug).unwrap().contains("<html"));
 
-    // Nobody else takes its data or its port.
+    // A second process cannot use the same data or port.
     let elsewhere = [Reserved::any().unwrap(), Reserved::any().unwrap()];
     let mut same_data = dev(&data, world.path("same-data.log"), &elsewhere);
-    assert_eq!(same_data.ended().code(), Some(1));
+    assert_eq!(same_data.wait().code(), Some(1));
     assert!(same_data.said().contains("another gauntlet dev (process "), "{}", same_data.said());
     let mut same_port = dev(&world.path("other"), world.path("same-port.log"), &ports);
-    assert_eq!(same_port.ended().code(), Some(1));
+    assert_eq!(same_port.wait().code(), Some(1));
     assert!(same_port.said().contains("--port"), "{}", same_port.said());
 
     eventually("calls are served, instances expire and are swept", || {
@@ -132,16 +132,16 @@ fn shows_a_whole_life_and_leaves_nothing_but_data() {
     assert!(
         state["gauges"].as_array().unwrap().iter().any(|gauge| gauge["name"] == "challenges" && gauge["value"] == 3)
     );
-    assert!(state["exporters"].as_array().unwrap().is_empty(), "nobody listens, so nothing is sent: {state}");
+    assert!(state["exporters"].as_array().unwrap().is_empty(), "nothing is exported without an endpoint: {state}");
 
-    assert!(!processes::below(&data).is_empty(), "its instances run");
-    assert_eq!(first.end().code(), Some(0), "{}", first.said());
+    assert!(!processes::below(&data).is_empty(), "its instances are running");
+    assert_eq!(first.interrupt().code(), Some(0), "{}", first.said());
     assert_eq!(processes::below(&data), Vec::<i32>::new(), "{}", first.said());
     assert!(fetch(&page).is_err());
 
     let mut second = dev(&data, world.path("second.log"), &ports);
     let path = "/api/v1/instance/web/me";
-    let again = eventually("what was there is there again", || {
+    let again = eventually("the instance of the first run is running again", || {
         let answer = rest(&second.url, "GET", path, None)?;
         fetch(&page)?;
         if answer.status == 200 { Ok(answer.json()) } else { Err(answer.text) }
@@ -149,23 +149,23 @@ fn shows_a_whole_life_and_leaves_nothing_but_data() {
     assert_eq!(again, mine);
     let challenges = rest(&second.url, "GET", "/api/v1/challenge", None).unwrap().lines();
     assert_eq!(challenges.len(), 3);
-    // Twice, as those do who are in a hurry: it may have ended by then.
+    // Interrupted twice; by the second signal it may have exited already.
     kill_process(Pid::from_child(&second.child), Signal::INT).unwrap();
-    eventually("it is ending", || match second.said() {
-        said if said.contains("Ctrl-C again ends at once") => Ok(()),
+    eventually("it is stopping", || match second.said() {
+        said if said.contains("press Ctrl-C again") => Ok(()),
         said => Err(said),
     });
-    assert!(matches!(second.end().code(), Some(0 | 130)), "{}", second.said());
-    // Their supervisors end them, with nobody waiting.
-    eventually("nothing is left", || match processes::below(&data) {
+    assert!(matches!(second.interrupt().code(), Some(0 | 130)), "{}", second.said());
+    // The supervisors stop the instances after gauntlet has exited.
+    eventually("no process is left", || match processes::below(&data) {
         left if left.is_empty() => Ok(()),
         left => Err(format!("{left:?}\n{}", second.said())),
     });
 }
 
-/// As while `cargo xtask dev` builds the collector.
+/// The situation while `cargo xtask dev` builds the collector.
 #[test]
-fn a_collector_that_is_not_there_yet_is_no_problem() {
+fn export_waits_for_the_collector() {
     let world = World::bare(Backend::Embedded);
     let (ports, collector) = ([Reserved::any().unwrap(), Reserved::any().unwrap()], Reserved::any().unwrap());
     let (ready, endpoint) = (world.path("collector-ready"), format!("http://127.0.0.1:{}", collector.number()));
@@ -176,7 +176,7 @@ fn a_collector_that_is_not_there_yet_is_no_problem() {
         ("OTEL_BSP_SCHEDULE_DELAY", "200"),
     ];
     let mut dev = dev_with(&world.path("dev"), world.path("dev.log"), &ports, &environment);
-    let state = eventually("players are served and metrics were due several times", || {
+    let state = eventually("players are served and several metric exports were due", || {
         let state = dev.state()?;
         let (created, _) = count(&state, "api.v1.instance.InstanceManager/CreateInstance");
         let served = created > 0 && state["uptime"].as_u64().unwrap() >= 2;
@@ -192,12 +192,12 @@ fn a_collector_that_is_not_there_yet_is_no_problem() {
     }
     assert!(!dev.said().contains("telemetry is not exported"), "{}", dev.said());
 
-    // From now on it is expected to be there.
+    // From now on the collector is expected to be there.
     std::fs::write(&ready, "").unwrap();
-    eventually("export is tried", || {
+    eventually("an export is attempted", || {
         let state = dev.state()?;
         let tried = state["exporters"].as_array().unwrap().iter().any(|exporter| exporter["error"] != Value::Null);
         if tried { Ok(()) } else { Err(state["exporters"].to_string()) }
     });
-    assert_eq!(dev.end().code(), Some(0), "{}", dev.said());
+    assert_eq!(dev.interrupt().code(), Some(0), "{}", dev.said());
 }

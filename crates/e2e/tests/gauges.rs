@@ -32,7 +32,7 @@ fn agrees(world: &mut World, manager: &Manager, when: &str) {
 }
 
 #[test]
-fn agree_with_the_store_after_a_restart() {
+fn gauges_equal_the_store_after_a_restart() {
     let mut world = World::observed(Backend::Embedded);
     let mut manager = world.manager("m1");
     for id in ["one", "two"] {
@@ -55,7 +55,7 @@ fn agree_with_the_store_after_a_restart() {
 }
 
 #[test]
-fn are_one_series_with_two_managers() {
+fn gauges_of_two_managers_are_one_series() {
     let mut world = World::observed(Backend::Etcd);
     let (first, mut second) = (world.manager("m1"), world.manager("m2"));
     first.create_challenge("web", &local("web"), &json!({ "min": "1" }));

@@ -1,4 +1,4 @@
-//! One world per test: a directory, a stack, a backend, managers and a janitor; and how to talk to them.
+//! The environment of a test: a directory, an observability stack, a store, managers and a janitor, and clients for them.
 
 use std::{
     path::{Path, PathBuf},
@@ -16,22 +16,22 @@ use gauntlet_testing::{Poll, processes};
 use serde_json::{Value, json};
 use tonic::transport::Channel;
 
-/// How long anything that must come true may take.
+/// How long any condition that a test waits for may take.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 /// Most attempts are requests to real processes.
 pub(crate) const POLL: Poll = Poll::within(SOON).every(Duration::from_millis(100));
 
-/// What keeps telemetry in its process, where there is no collector.
+/// Variables that keep telemetry inside the process when there is no collector.
 const UNEXPORTED: [&str; 3] = ["OTEL_TRACES_EXPORTER", "OTEL_METRICS_EXPORTER", "OTEL_LOGS_EXPORTER"];
 
-/// Where state is kept.
+/// The store that managers use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Backend {
     Embedded,
     Etcd,
 }
 
-/// One test at a time: each has the machine, and its own stack, for itself.
+/// Tests run one at a time: each has the machine, and its own stack, to itself.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 pub(crate) struct World {
@@ -40,13 +40,13 @@ pub(crate) struct World {
     pub(crate) registry: Option<Registry>,
     pub(crate) runtime: tokio::runtime::Runtime,
     dir: tempfile::TempDir,
-    /// Of the instances.
+    /// The ports of instances.
     ports: Row,
     _alone: MutexGuard<'static, ()>,
 }
 
 impl World {
-    /// No stack: for what can be seen from the API alone.
+    /// Without an observability stack.
     pub(crate) fn bare(backend: Backend) -> Self {
         let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::tempdir().unwrap();
@@ -82,12 +82,12 @@ impl World {
         self.stack.as_mut().unwrap()
     }
 
-    /// A manager on the world's backend, ready.
+    /// Starts a manager on the store and waits until it is ready.
     pub(crate) fn manager(&self, name: &str) -> Manager {
         self.manager_with(name, &[])
     }
 
-    /// The same, with more in its environment.
+    /// The same with additional environment variables.
     pub(crate) fn manager_with(&self, name: &str, environment: &[(&str, String)]) -> Manager {
         let (api, debug) = (Reserved::any().unwrap(), Reserved::any().unwrap());
         let url = format!("http://127.0.0.1:{}", api.number());
@@ -140,7 +140,7 @@ impl World {
         command.output().unwrap()
     }
 
-    /// Pushes an example's scenario to the world's registry and answers the reference.
+    /// Pushes an example's scenario to the registry and returns the reference.
     pub(crate) fn push(&self, example: &str) -> String {
         let reference = format!("{}/examples/{example}:v1", self.registry.as_ref().unwrap().address());
         let scenario = self.path("scenarios").join(example);
@@ -156,7 +156,7 @@ impl World {
     }
 }
 
-/// The examples, and one that cannot start, below one directory.
+/// Writes the scenarios of the examples, and one that fails to start, below one directory.
 fn scenarios(root: &Path) {
     for example in ["web", "vault"] {
         let (from, to) =
@@ -176,7 +176,7 @@ fn scenarios(root: &Path) {
     .unwrap();
 }
 
-/// A local scenario, as a reference.
+/// Returns the reference of a local scenario.
 pub(crate) fn local(name: &str) -> String {
     format!("file://{name}")
 }
@@ -188,7 +188,7 @@ pub(crate) struct Manager {
     _ports: [Reserved; 2],
 }
 
-/// What REST answered.
+/// A response of the REST API.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -206,7 +206,7 @@ impl Answer {
         self.json()
     }
 
-    /// The results of a stream.
+    /// Returns the results of a streamed response.
     pub(crate) fn lines(&self) -> Vec<Value> {
         assert_eq!(self.status, 200, "{}", self.text);
         self.text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["result"].clone()).collect()
@@ -255,7 +255,10 @@ impl Manager {
     }
 }
 
-/// What REST answers at `url`, or why nothing does.
+/// Calls the REST API at `url`.
+///
+/// # Errors
+/// When there is no response.
 pub(crate) fn rest(url: &str, method: &str, path: &str, body: Option<&[u8]>) -> Result<Answer, String> {
     let agent: ureq::Agent = ureq::Agent::config_builder()
         .timeout_global(Some(SOON))
@@ -277,20 +280,20 @@ pub(crate) fn rest(url: &str, method: &str, path: &str, body: Option<&[u8]>) -> 
     Ok(Answer { status: response.status().as_u16(), text, trace_parent })
 }
 
-/// The web address in a connection info.
+/// Returns the web address in a connection info.
 pub(crate) fn address(connection_info: &str) -> &str {
     let at = connection_info.find("http://").unwrap_or_else(|| panic!("no address in {connection_info:?}"));
     connection_info[at..].split([' ', ')']).next().unwrap()
 }
 
-/// A new sampled trace; the caller finds it in Jaeger by its id.
+/// Returns the traceparent of a new sampled trace, by whose id the caller finds it in Jaeger.
 fn trace_parent() -> String {
     use std::hash::{BuildHasher as _, RandomState};
     let random = || RandomState::new().hash_one(Instant::now());
     format!("00-{:016x}{:016x}-{:016x}-01", random(), random(), random() | 1)
 }
 
-/// The directory of the binaries built with this test.
+/// Returns the directory of the binaries built with this test.
 pub(crate) fn binaries() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     test.ancestors().nth(2).unwrap().to_path_buf()
@@ -308,7 +311,7 @@ pub(crate) fn eventually<T>(what: &str, attempt: impl FnMut() -> Result<T, Strin
     POLL.until_blocking(what, attempt)
 }
 
-/// What a player sees at an address, or why not.
+/// Returns the page that a player sees at an address.
 pub(crate) fn fetch(url: &str) -> Result<String, String> {
     let agent =
         ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(5))).proxy(None).build().new_agent();
@@ -317,7 +320,7 @@ pub(crate) fn fetch(url: &str) -> Result<String, String> {
 }
 
 impl World {
-    /// The directories of instances that are there; labels of those that are gone are kept for a while.
+    /// Counts the instances that have a working directory. The labels of deleted instances are kept for a while.
     pub(crate) fn instances(&self) -> usize {
         let homes = std::fs::read_dir(self.path("data/process/instances")).into_iter().flatten();
         homes.filter(|home| home.as_ref().is_ok_and(|home| home.path().join("work").exists())).count()
@@ -326,11 +329,11 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        // What a test left on purpose, or when it failed: instances outlive their manager.
+        // Instances outlive their manager. Some tests leave them running on purpose, and failed tests leave them, too.
         for pid in processes::below(self.dir.path()) {
             processes::kill(pid);
         }
-        // Their supervisors would have removed their control groups; an empty one can be once what was in it has ended.
+        // The killed supervisors cannot remove their control groups. A group can be removed once its processes have exited.
         let homes = std::fs::read_dir(self.path("data/process/instances")).into_iter().flatten().flatten();
         for group in homes.filter_map(|home| control_group(&home.path())) {
             let _ = POLL.try_until_blocking(|| match std::fs::remove_dir(&group) {
@@ -341,7 +344,7 @@ impl Drop for World {
     }
 }
 
-/// The control group of the instance of that directory.
+/// Returns the control group of the instance in that directory.
 fn control_group(home: &Path) -> Option<PathBuf> {
     let state: Value = serde_json::from_slice(&std::fs::read(home.join("state.json")).ok()?).ok()?;
     Some(state["cgroup"].as_str()?.into())

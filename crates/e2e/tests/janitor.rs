@@ -58,7 +58,7 @@ fn sweeps_etcd() {
 }
 
 #[test]
-fn a_janitor_that_can_do_nothing_says_so() {
+fn janitor_without_a_server_fails_with_the_cause() {
     let world = World::bare(Backend::Embedded);
     let mut manager = world.manager("m1");
     manager.process.stop().unwrap();

@@ -60,12 +60,12 @@ fn from_registry_to_gone(backend: Backend) {
 }
 
 #[test]
-fn from_registry_to_gone_embedded() {
+fn full_lifecycle_embedded() {
     from_registry_to_gone(Backend::Embedded);
 }
 
 #[test]
-fn from_registry_to_gone_etcd() {
+fn full_lifecycle_etcd() {
     from_registry_to_gone(Backend::Etcd);
 }
 
@@ -104,7 +104,7 @@ fn survives_a_killed_manager_etcd() {
 }
 
 #[test]
-fn an_instance_that_ends_is_brought_up_again_when_it_does() {
+fn exited_instance_is_restarted_at_once() {
     let world = World::bare(Backend::Embedded);
     // No pass of the reconciler comes in time.
     let manager = world.manager_with("m1", &[("RECONCILE_EVERY", "1h".to_owned())]);
@@ -127,7 +127,7 @@ fn an_instance_that_ends_is_brought_up_again_when_it_does() {
 }
 
 #[test]
-fn once_a_restarted_manager_is_healthy_what_it_hands_out_runs() {
+fn restarted_manager_is_healthy_once_its_instances_run() {
     let world = World::bare(Backend::Embedded);
     let mut manager = world.manager("m1");
     manager.create_challenge("web", &local("web"), &json!({ "min": "3", "max": "3" }));
@@ -198,7 +198,7 @@ fn pools_and_updates_etcd() {
 }
 
 #[test]
-fn a_scenario_that_does_not_start_leaves_nothing() {
+fn failed_scenario_leaves_no_processes() {
     let world = World::bare(Backend::Embedded);
     let manager = world.manager("m1");
     manager.create_challenge("broken", &local("broken"), &json!({}));
@@ -212,7 +212,7 @@ fn a_scenario_that_does_not_start_leaves_nothing() {
 }
 
 #[test]
-fn a_pulumi_scenario_is_refused_in_plain_words() {
+fn pulumi_scenario_is_refused_with_an_explanation() {
     let world = World::bare(Backend::Embedded);
     let manager = world.manager("m1");
     std::fs::create_dir_all(world.path("scenarios/pulumi")).unwrap();

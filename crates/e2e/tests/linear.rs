@@ -177,7 +177,7 @@ fn histories_are_linearizable_etcd() {
 
 /// The checker itself: what must not happen is found.
 #[test]
-fn a_history_that_cannot_be_is_refused() {
+fn impossible_history_is_not_linearizable() {
     use Step::{Free, GiveBack, Maybe, NotShown, Remove, Renew, Renewed, RenewedUnseen, Saw, Show, Take, Taken};
     let sequence = |calls: &[&[Step]]| {
         let mut history = History::default();

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::harness::{Backend, World, eventually, fetch, local};
 
 #[test]
-fn shows_what_goes_on_live() {
+fn debug_page_shows_live_operations() {
     // Nothing is exported, everything is seen.
     let world = World::bare(Backend::Embedded);
     let manager = world.manager("m1");

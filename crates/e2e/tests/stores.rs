@@ -32,7 +32,7 @@ fn on_etcd(
 }
 
 #[test]
-fn a_directory_of_another_store_is_refused() {
+fn directory_of_another_store_is_refused() {
     let world = World::bare(Backend::Embedded);
     let etcd = Etcd::start(world.path("etcd")).unwrap();
     let manager = world.manager("embedded");
@@ -57,7 +57,7 @@ fn a_directory_of_another_store_is_refused() {
 }
 
 #[test]
-fn a_manager_that_is_there_before_its_etcd_serves_from_when_it_is_there() {
+fn manager_started_before_etcd_serves_once_etcd_is_up() {
     let world = World::bare(Backend::Embedded);
     // Another store's, which cannot be known before the store is there.
     drop(world.manager("embedded"));

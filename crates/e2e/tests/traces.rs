@@ -172,11 +172,11 @@ fn refusals_have_codes(world: &mut World, manager: &Manager) {
 }
 
 #[test]
-fn a_create_is_one_tree_embedded() {
+fn create_is_one_trace_embedded() {
     a_create_is_one_tree(Backend::Embedded);
 }
 
 #[test]
-fn a_create_is_one_tree_etcd() {
+fn create_is_one_trace_etcd() {
     a_create_is_one_tree(Backend::Etcd);
 }

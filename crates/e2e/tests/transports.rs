@@ -25,7 +25,7 @@ async fn reflect(manager: &Manager, request: MessageRequest) -> MessageResponse 
 }
 
 #[test]
-fn reflection_tells_what_is_served() {
+fn reflection_lists_the_services() {
     let world = World::bare(Backend::Embedded);
     let manager = world.manager("m1");
     world.runtime.block_on(async {
@@ -66,7 +66,7 @@ fn settles_at(world: &World, manager: &Manager, status: ServingStatus) {
 }
 
 #[test]
-fn health_follows_etcd_and_calls_fail_at_once_without_it() {
+fn health_follows_etcd_and_calls_fail_fast_without_it() {
     let mut world = World::bare(Backend::Etcd);
     let manager = world.manager("m1");
     manager.create_challenge("web", &local("web"), &json!({}));

@@ -1,4 +1,4 @@
-//! Flags and environment, checked before anything starts.
+//! Flags and environment.
 
 use std::{num::NonZeroUsize, time::Duration};
 
@@ -7,39 +7,40 @@ use gauntlet_client::ServerAddress;
 use gauntlet_startup::duration;
 use tracing::level_filters::LevelFilter;
 
-/// Not `Option` by name, so that clap hands the parser an empty text too.
-type Every = Option<Duration>;
+/// An alias, because clap treats a field of type `Option` as optional and would not pass an empty value to the parser.
+type Interval = Option<Duration>;
 
 /// Deletes expired instances through the API of a manager.
 ///
-/// It sweeps once and ends, which suits a CronJob; with --every it stays and sweeps on that beat. It exits with 0 when it did what there was to
-/// do, also when some deletions failed: the next run tries them again. It exits with 1 when something failed and nothing was
-/// deleted, with 64 on a wrong flag or variable. OpenTelemetry is configured by the standard OTEL_* environment.
+/// By default it sweeps once and exits, which suits a CronJob. With --every it keeps running and sweeps periodically.
+///
+/// Exit codes: 0 if the sweep succeeded, even if some deletions failed (the next sweep tries them again); 1 if something failed and nothing
+/// was deleted; 64 if a flag or variable is wrong. OpenTelemetry is configured by the standard OTEL_* variables.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "gauntlet-janitor", version, about, long_about)]
 pub struct Config {
-    /// The manager's API, as host:port, http://host:port or https://host.
+    /// The address of the manager's API: host:port, http://host:port or https://host.
     #[arg(long, env = "URL", default_value = "localhost:8080", value_name = "URL")]
     pub url: ServerAddress,
-    /// Stay, and sweep this often, such as 30s or 1m30s; empty sweeps once.
-    #[arg(long, env = "TICKER", visible_alias = "ticker", default_value = "", hide_default_value = true, value_parser = every, value_name = "DURATION")]
-    pub every: Every,
-    /// How many deletions run at once.
+    /// Keep running and sweep at this interval, such as 30s or 1m30s; empty sweeps once.
+    #[arg(long, env = "TICKER", visible_alias = "ticker", default_value = "", hide_default_value = true, value_parser = interval, value_name = "DURATION")]
+    pub every: Interval,
+    /// The number of deletions that run at once.
     #[arg(long, default_value = "4", value_name = "COUNT")]
     pub concurrency: NonZeroUsize,
-    /// How long a call may take.
+    /// The deadline of each call.
     #[arg(long, default_value = "30s", value_parser = duration, value_name = "DURATION")]
     pub timeout: Duration,
-    /// Never ask for the list of what has expired (gauntlet.v1), which other servers of the v1 API lack: read all instances.
+    /// Use the v1 API alone: read all instances, instead of asking the server for the expired ones (gauntlet.v1).
     #[arg(long)]
     pub v1_only: bool,
-    /// What to log: error, warn, info, debug or trace, or a list such as info,gauntlet_janitor=debug.
+    /// The log level: error, warn, info, debug or trace, or a list such as info,gauntlet_janitor=debug.
     #[arg(long, env = "LOG_LEVEL", default_value = "info", value_parser = log_level, value_name = "LEVEL")]
     pub log_level: String,
 }
 
 impl Config {
-    /// The defaults, for the API at `url`: one sweep, four deletions at once, 30 s a call.
+    /// Returns the defaults for the API at `url`: one sweep, four deletions at once, 30 seconds for each call.
     #[must_use]
     pub fn new(url: ServerAddress) -> Self {
         Self {
@@ -53,7 +54,7 @@ impl Config {
     }
 }
 
-fn every(text: &str) -> Result<Every, String> {
+fn interval(text: &str) -> Result<Interval, String> {
     if text.is_empty() { Ok(None) } else { duration(text).map(Some) }
 }
 
@@ -84,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn one_sweep_unless_a_beat_is_given() {
+    fn empty_interval_sweeps_once() {
         assert_eq!(parse(&[]).unwrap().every, None);
         assert_eq!(parse(&["--every", ""]).unwrap().every, None);
         assert_eq!(parse(&["--every", "30s"]).unwrap().every, Some(Duration::from_secs(30)));
@@ -92,17 +93,17 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_are_one() {
+    fn flags_and_new_have_the_same_defaults() {
         let parsed = parse(&[]).unwrap();
         assert_eq!(format!("{parsed:?}"), format!("{:?}", Config::new("localhost:8080".parse().unwrap())));
     }
 
     #[test]
-    fn wrong_values_name_themselves_and_the_fix() {
+    fn invalid_value_names_its_flag_and_the_expected_form() {
         for (arguments, part) in [
             (["--every", "soon"], "expected a duration above zero such as 30s or 1m30s; got \"soon\""),
             (["--url", "localhost"], "localhost:8080"),
-            (["--concurrency", "0"], "\'0\'"),
+            (["--concurrency", "0"], "'0'"),
             (["--timeout", "0s"], "got \"0s\""),
             (["--log-level", "loud"], "got \"loud\""),
         ] {
@@ -112,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn help() {
+    fn help_text() {
         insta::assert_snapshot!(
             Config::command().term_width(100).mut_args(|arg| arg.hide_env_values(true)).render_long_help().to_string()
         );

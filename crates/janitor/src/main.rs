@@ -1,4 +1,4 @@
-//! `gauntlet-janitor`: deletes what has expired.
+//! `gauntlet-janitor`: deletes expired instances.
 
 use std::process::ExitCode;
 
@@ -17,14 +17,15 @@ fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: the runtime cannot be started: {error}");
+            eprintln!("error: cannot start the runtime: {error}");
             return ExitCode::FAILURE;
         }
     };
-    runtime.block_on(sweep(&config))
+    runtime.block_on(run_observed(&config))
 }
 
-async fn sweep(config: &Config) -> ExitCode {
+/// Runs the janitor with telemetry, until it is done or a signal stops it.
+async fn run_observed(config: &Config) -> ExitCode {
     let settings = Settings {
         log_filter: config.log_level.clone(),
         ..Settings::new("gauntlet-janitor", env!("CARGO_PKG_VERSION"))
@@ -45,13 +46,13 @@ async fn sweep(config: &Config) -> ExitCode {
             match result {
                 Ok(_) => ExitCode::SUCCESS,
                 Err(error) => {
-                    tracing::error!("Nothing done: {error}");
+                    tracing::error!("Nothing was deleted: {error}");
                     ExitCode::FAILURE
                 }
             }
         }
         Err(error) => {
-            tracing::error!("Signals cannot be listened for: {error}");
+            tracing::error!("Cannot listen for signals: {error}");
             ExitCode::FAILURE
         }
     };
@@ -67,7 +68,7 @@ fn cancel_on_signal(stop: CancellationToken) -> std::io::Result<JoinHandle<()>> 
     let mut shutdown = ShutdownSignals::listen()?;
     Ok(tokio::spawn(async move {
         shutdown.recv().await;
-        tracing::info!("Stopping: deletions under way may end; a second signal ends at once");
+        tracing::info!("Stopping once the deletions under way have ended; a second signal stops at once");
         stop.cancel();
     }))
 }

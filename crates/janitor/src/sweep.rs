@@ -1,4 +1,4 @@
-//! One sweep: read what has expired, delete it.
+//! One sweep: reads the expired instances and deletes them.
 
 use std::{
     pin::pin,
@@ -22,39 +22,39 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 use tracing::{Instrument as _, Span, field::Empty};
 
-/// How long deletions under way may go on once the janitor is told to stop: with the rest of its shutdown less than the 10 s that Docker
-/// gives. The manager finishes those that take longer.
-pub const FINISH_WITHIN: Duration = Duration::from_secs(5);
+/// How long deletions under way may take to end once the janitor is stopped. Together with the rest of its shutdown this is less than the
+/// 10 seconds that Docker allows. The manager finishes deletions that take longer.
+pub const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A server that lacks `ListExpired` may be replaced by one that has it, without a connection lost: it is asked again this often.
-const ASK_AGAIN: Duration = Duration::from_secs(300);
+/// How often to try `ListExpired` again on a server that lacked it: a newer server may replace it without breaking the connection.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(300);
 
-/// What a sweep, or all sweeps of a service, came to, in instances.
+/// The outcome of one sweep or of many, in numbers of instances.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Read from the API: all there are, or what has expired where the server lists that.
+    /// Read from the API: the expired ones if the server lists them, otherwise all.
     pub seen: u64,
-    /// Past their end when they were read.
+    /// Expired when they were read.
     pub expired: u64,
     /// Deleted.
     pub deleted: u64,
-    /// Deleted by somebody else meanwhile.
+    /// Deleted by somebody else in the meantime.
     pub gone: u64,
-    /// Given more time, or begun anew, meanwhile; left alone.
+    /// Renewed, or created again, in the meantime. They were left alone.
     pub renewed: u64,
-    /// Not deleted because the API, or the way to it, failed.
+    /// Not deleted because a call failed.
     pub failed: u64,
 }
 
 impl Summary {
-    /// Expired ones that a stop left for the next sweep.
+    /// Returns the number of expired instances that were left for the next sweep because the janitor was stopped.
     #[must_use]
     pub fn left(&self) -> u64 {
         self.expired.saturating_sub(self.deleted + self.gone + self.renewed + self.failed)
     }
 
-    /// Whether something was brought to its end.
-    pub(crate) fn did_something(&self) -> bool {
+    /// Whether at least one expired instance needs no further work.
+    pub(crate) fn made_progress(&self) -> bool {
         self.deleted + self.gone + self.renewed > 0
     }
 
@@ -77,13 +77,13 @@ impl Summary {
     }
 }
 
-/// What a sweep came to, and what went wrong.
+/// The result of one sweep.
 #[derive(Debug, Default)]
 pub(crate) struct Sweep {
     pub(crate) summary: Summary,
-    /// Why not everything could be read. What was read before counts.
-    pub(crate) unread: Option<Status>,
-    /// Why the first of the deletions that failed did.
+    /// The error that ended reading early. Instances read before it are in the summary.
+    pub(crate) read_error: Option<Status>,
+    /// The error of the first deletion that failed.
     pub(crate) first_failure: Option<Status>,
 }
 
@@ -118,24 +118,24 @@ impl Outcome {
     }
 }
 
-/// An instance past its end.
+/// An expired instance.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Expired {
     challenge: String,
     source: String,
-    /// When it was created or claimed, as the server says: tells it from one that is created later for the same source.
+    /// When the instance was created or claimed, by the server. Distinguishes it from a later instance of the same source.
     since: Option<prost_types::Timestamp>,
-    /// When it should have ended.
+    /// When the instance expired.
     until: Timestamp,
-    /// The end that its challenge sets, where its own does not heed that.
+    /// The end of its challenge, if the instance's own `until` does not include that.
     challenge_until: Option<Timestamp>,
-    /// By `gauntlet.v1`, which also deletes.
+    /// Whether it was listed by `gauntlet.v1`, which can also delete it.
     listed: bool,
 }
 
 impl Expired {
-    /// None without an end that a clock can reach: nothing that has expired is without.
-    fn listed(listed: ExpiredInstance) -> Option<Self> {
+    /// Returns `None` if the message has no valid end, which an expired instance always has.
+    fn from_listed(listed: ExpiredInstance) -> Option<Self> {
         let ExpiredInstance { challenge_id, source_id, until, since } = listed;
         Some(Self {
             challenge: challenge_id,
@@ -148,23 +148,23 @@ impl Expired {
     }
 }
 
-/// Whether a server has `ListExpired`.
+/// Whether the server has `ListExpired`, as far as is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Offered {
-    /// It did, or was not asked.
-    Perhaps,
-    /// It did not, when it was asked then.
-    NotAt(Instant),
-    /// It is not to be asked.
-    Never,
+enum ListSupport {
+    /// It had it at the last call, or has not been called yet.
+    Assumed,
+    /// It lacked it at this time.
+    MissingSince(Instant),
+    /// Not to be used (`--v1-only`).
+    Disabled,
 }
 
-impl Offered {
-    fn worth_asking(self, again: Duration) -> bool {
+impl ListSupport {
+    fn should_try(self, recheck_interval: Duration) -> bool {
         match self {
-            Self::Perhaps => true,
-            Self::NotAt(asked) => asked.elapsed() >= again,
-            Self::Never => false,
+            Self::Assumed => true,
+            Self::MissingSince(time) => time.elapsed() >= recheck_interval,
+            Self::Disabled => false,
         }
     }
 }
@@ -172,15 +172,14 @@ impl Offered {
 /// Sweeps through one channel.
 #[derive(Clone, Debug)]
 pub(crate) struct Sweeper {
-    index: SweeperClient<Channel>,
-    /// Whether `index` is served, as far as is known.
-    offered: Offered,
+    sweeper: SweeperClient<Channel>,
+    list_support: ListSupport,
     challenges: ChallengeStoreClient<Channel>,
     instances: InstanceManagerClient<Channel>,
     instruments: instruments::Janitor,
     concurrency: usize,
     timeout: Duration,
-    ask_again: Duration,
+    recheck_interval: Duration,
 }
 
 impl Sweeper {
@@ -192,18 +191,18 @@ impl Sweeper {
         v1_only: bool,
     ) -> Self {
         Self {
-            index: SweeperClient::new(channel.clone()),
-            offered: if v1_only { Offered::Never } else { Offered::Perhaps },
+            sweeper: SweeperClient::new(channel.clone()),
+            list_support: if v1_only { ListSupport::Disabled } else { ListSupport::Assumed },
             challenges: challenge_store(channel.clone()),
             instances: InstanceManagerClient::new(channel),
             instruments,
             concurrency,
             timeout,
-            ask_again: ASK_AGAIN,
+            recheck_interval: RECHECK_INTERVAL,
         }
     }
 
-    /// Sweeps once. When `stop` is cancelled reading ends, no deletion begins, and those under way get [`FINISH_WITHIN`].
+    /// Sweeps once. When `stop` is cancelled, reading ends, no further deletion begins, and those under way have [`FINISH_TIMEOUT`] to end.
     pub(crate) async fn sweep(&mut self, stop: &CancellationToken) -> Sweep {
         let span = tracing::info_span!(
             parent: None,
@@ -216,7 +215,7 @@ impl Sweeper {
             error.type = Empty,
         );
         async {
-            let sweep = self.read_and_expire(stop).await;
+            let sweep = self.read_and_delete(stop).await;
             let Summary { seen, expired, deleted, failed, .. } = sweep.summary;
             let span = Span::current();
             span.record("janitor.scanned", seen);
@@ -224,10 +223,10 @@ impl Sweeper {
             span.record("janitor.deleted", deleted);
             span.record("janitor.failed", failed);
             let outcome = match &sweep {
-                Sweep { unread: Some(status), .. } => {
-                    tracing::warn!(read = seen, "Not everything could be read: {}", said(status));
+                Sweep { read_error: Some(status), .. } => {
+                    tracing::warn!(read = seen, "Reading the expired instances failed: {}", describe(status));
                     span.record("error.type", error_type(status));
-                    context::fail_span("not everything could be read");
+                    context::fail_span("reading the expired instances failed");
                     "unread"
                 }
                 _ if failed > 0 => {
@@ -244,30 +243,30 @@ impl Sweeper {
         .await
     }
 
-    async fn read_and_expire(&mut self, stop: &CancellationToken) -> Sweep {
+    async fn read_and_delete(&mut self, stop: &CancellationToken) -> Sweep {
         let mut sweep = Sweep::default();
         let mut found = Vec::new();
         tokio::select! {
-            read = self.read(&mut sweep.summary.seen, &mut found) => sweep.unread = read.err(),
+            read = self.read(&mut sweep.summary.seen, &mut found) => sweep.read_error = read.err(),
             () = stop.cancelled() => {}
         }
-        // What is overdue longest goes first.
+        // The longest overdue is deleted first.
         found.sort_by_key(|expired| expired.until);
         sweep.summary.expired = u64::try_from(found.len()).unwrap_or(u64::MAX);
 
-        let mut ends = pin!(
+        let mut deletions = pin!(
             stream::iter(found)
                 .take_until(stop.cancelled())
-                .map(|expired| self.expire(expired))
+                .map(|expired| self.delete_observed(expired))
                 .buffer_unordered(self.concurrency)
         );
-        let mut too_late = pin!(async {
+        let mut finish_timeout = pin!(async {
             stop.cancelled().await;
-            tokio::time::sleep(FINISH_WITHIN).await;
+            tokio::time::sleep(FINISH_TIMEOUT).await;
         });
         loop {
             tokio::select! {
-                end = ends.next() => match end {
+                deleted = deletions.next() => match deleted {
                     Some(Ok(outcome)) => sweep.summary.count(outcome),
                     Some(Err(status)) => {
                         sweep.summary.count(Outcome::of_failure(status.code()));
@@ -275,41 +274,43 @@ impl Sweeper {
                     }
                     None => return sweep,
                 },
-                () = &mut too_late => return sweep,
+                () = &mut finish_timeout => return sweep,
             }
         }
     }
 
-    /// Reads what has expired, by the server's list of it or, where there is none, from among all there is. What was read before a
-    /// failure stays.
+    /// Reads the expired instances into `found`: from the server's list of them if it has one, otherwise from all instances. When reading
+    /// fails, the instances read before stay in `found`.
     async fn read(&mut self, seen: &mut u64, found: &mut Vec<Expired>) -> Result<(), Status> {
-        if self.offered.worth_asking(self.ask_again) {
+        if self.list_support.should_try(self.recheck_interval) {
             match self.list(seen, found).await {
                 Err(status) if status.code() == Code::Unimplemented => {
-                    tracing::debug!("The server does not list what has expired: all is read");
-                    self.offered = Offered::NotAt(Instant::now());
+                    tracing::debug!("The server does not list expired instances: reading all instances");
+                    self.list_support = ListSupport::MissingSince(Instant::now());
                 }
                 read => {
-                    self.offered = Offered::Perhaps;
+                    self.list_support = ListSupport::Assumed;
                     return read;
                 }
             }
         }
         let read = self.query(seen, found).await;
-        // Whoever answers when it is back may be another.
-        if self.offered != Offered::Never && read.as_ref().is_err_and(|status| status.code() == Code::Unavailable) {
-            self.offered = Offered::Perhaps;
+        // When the server is back, it may be another version.
+        if self.list_support != ListSupport::Disabled
+            && read.as_ref().is_err_and(|status| status.code() == Code::Unavailable)
+        {
+            self.list_support = ListSupport::Assumed;
         }
         read
     }
 
     async fn list(&self, seen: &mut u64, found: &mut Vec<Expired>) -> Result<(), Status> {
-        let mut client = self.index.clone();
+        let mut client = self.sweeper.clone();
         call_with_deadline(self.timeout, ListExpiredRequest::default(), async |request| {
             let mut answers = client.list_expired(request).await?.into_inner();
             while let Some(listed) = answers.message().await? {
                 *seen += 1;
-                found.extend(Expired::listed(listed));
+                found.extend(Expired::from_listed(listed));
             }
             Ok(())
         })
@@ -329,8 +330,8 @@ impl Sweeper {
         .await
     }
 
-    /// Brings one expired instance to its end, and says so: span, metric, log.
-    async fn expire(&self, expired: Expired) -> Result<Outcome, Status> {
+    /// Deletes one expired instance, with its span, metric and log.
+    async fn delete_observed(&self, expired: Expired) -> Result<Outcome, Status> {
         let span = tracing::info_span!(
             names::JANITOR_EXPIRE.name,
             challenge.id = expired.challenge,
@@ -339,7 +340,7 @@ impl Sweeper {
             error.type = Empty,
         );
         async {
-            let result = self.end(&expired).await;
+            let result = self.delete(&expired).await;
             let outcome = match &result {
                 Ok(outcome) => *outcome,
                 Err(status) => {
@@ -348,8 +349,8 @@ impl Sweeper {
                     tracing::warn!(
                         challenge.id = expired.challenge,
                         source.id = expired.source,
-                        "An expired instance could not be deleted, the next sweep tries again: {}",
-                        said(status),
+                        "Deleting an expired instance failed, the next sweep tries again: {}",
+                        describe(status),
                     );
                     Outcome::of_failure(status.code())
                 }
@@ -363,25 +364,25 @@ impl Sweeper {
         .await
     }
 
-    /// Deletes it, unless it is another by now or has been given more time.
-    async fn end(&self, expired: &Expired) -> Result<Outcome, Status> {
-        let ended = match expired.since {
-            Some(since) if expired.listed => match self.end_listed(expired, since).await {
-                // A manager of before, behind the same address as the one that listed it.
-                Err(status) if status.code() == Code::Unimplemented => self.end_read(expired).await,
-                ended => ended,
+    /// Deletes the instance, unless it was renewed or replaced since it was read.
+    async fn delete(&self, expired: &Expired) -> Result<Outcome, Status> {
+        let result = match expired.since {
+            Some(since) if expired.listed => match self.delete_listed(expired, since).await {
+                // An older manager answered, behind the same address as the one that listed the instance.
+                Err(status) if status.code() == Code::Unimplemented => self.delete_read(expired).await,
+                result => result,
             },
-            _ => self.end_read(expired).await,
+            _ => self.delete_read(expired).await,
         };
-        match ended {
+        match result {
             Err(status) if status.code() == Code::NotFound => Ok(Outcome::Gone),
-            ended => ended,
+            result => result,
         }
     }
 
-    /// The server decides in one transaction whether it is still the one that expired.
-    async fn end_listed(&self, expired: &Expired, since: prost_types::Timestamp) -> Result<Outcome, Status> {
-        let mut client = self.index.clone();
+    /// Deletes by `gauntlet.v1`: the server checks in one transaction whether the instance is still the one that expired.
+    async fn delete_listed(&self, expired: &Expired, since: prost_types::Timestamp) -> Result<Outcome, Status> {
+        let mut client = self.sweeper.clone();
         let request = DeleteExpiredRequest {
             challenge_id: expired.challenge.clone(),
             source_id: expired.source.clone(),
@@ -392,17 +393,17 @@ impl Sweeper {
         Ok(if answer.get_ref().deleted { Outcome::Deleted } else { Outcome::Renewed })
     }
 
-    /// v1 deletes whatever is there: all that can be done is to look just before.
-    async fn end_read(&self, expired: &Expired) -> Result<Outcome, Status> {
+    /// Deletes by v1, which deletes whatever instance the source has. The best that can be done is to read it again just before.
+    async fn delete_read(&self, expired: &Expired) -> Result<Outcome, Status> {
         let (challenge_id, source_id) = (expired.challenge.clone(), expired.source.clone());
         let mut client = self.instances.clone();
         let request = RetrieveInstanceRequest { challenge_id: challenge_id.clone(), source_id: source_id.clone() };
         let answer =
             call_with_deadline(self.timeout, request, async |request| client.retrieve_instance(request).await).await?;
         let (since, until) = (answer.get_ref().since, earliest(time(answer.get_ref().until), expired.challenge_until));
-        // The server's clock, by which it was listed, may be ahead of ours.
-        let passed = Timestamp::now().max(expired.until);
-        if since != expired.since || until.is_none_or(|until| until > passed) {
+        // The server's clock, by which the instance was listed, may be ahead of this one.
+        let now = Timestamp::now().max(expired.until);
+        if since != expired.since || until.is_none_or(|until| until > now) {
             return Ok(Outcome::Renewed);
         }
         let request = DeleteInstanceRequest { challenge_id, source_id };
@@ -411,7 +412,7 @@ impl Sweeper {
     }
 }
 
-/// The instances of `challenge` whose end, or whose challenge's end, is not after `now`.
+/// Returns the instances of `challenge` whose end, or whose challenge's end, is not after `now`.
 fn expired(challenge: Challenge, now: Timestamp) -> impl Iterator<Item = Expired> {
     let challenge_until = time(challenge.until);
     challenge.instances.into_iter().filter_map(move |instance| {
@@ -431,18 +432,18 @@ fn earliest(one: Option<Timestamp>, other: Option<Timestamp>) -> Option<Timestam
     one.into_iter().chain(other).min()
 }
 
-/// None for what is unset, and for what no clock will reach.
+/// Returns `None` for a time that is unset or out of range.
 fn time(timestamp: Option<prost_types::Timestamp>) -> Option<Timestamp> {
     timestamp.and_then(|timestamp| Timestamp::new(timestamp.seconds, timestamp.nanos).ok())
 }
 
-/// What clients match on: the reason, or the code where there is none.
+/// Returns the reason of the v1 contract, or the code if the status has none.
 fn error_type(status: &Status) -> String {
     reason(status).unwrap_or_else(|| code_name(status.code()).to_owned())
 }
 
-/// An error for operators.
-pub(crate) fn said(status: &Status) -> String {
+/// Returns the message and the error type.
+pub(crate) fn describe(status: &Status) -> String {
     format!("{} ({})", status.message(), error_type(status))
 }
 

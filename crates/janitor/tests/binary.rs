@@ -34,9 +34,11 @@ fn janitor(arguments: &[&str], environment: &[(&str, &str)]) -> Command {
     command
 }
 
-async fn ended(command: &mut Command) -> (Option<i32>, String) {
-    let output: Output =
-        tokio::time::timeout(Duration::from_secs(30), command.output()).await.expect("it never ended").unwrap();
+async fn run(command: &mut Command) -> (Option<i32>, String) {
+    let output: Output = tokio::time::timeout(Duration::from_secs(30), command.output())
+        .await
+        .expect("the process is still running")
+        .unwrap();
     let text = String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
     (output.status.code(), text)
 }
@@ -46,52 +48,52 @@ fn one_expired() -> FakeApi {
 }
 
 #[tokio::test]
-async fn one_shot_sweeps_and_exits_with_0() {
+async fn single_sweep_exits_with_0() {
     let fake = one_expired();
     let server = fake.serve().await;
-    let (code, text) = ended(&mut janitor(&["--url", &server.url], &[])).await;
+    let (code, text) = run(&mut janitor(&["--url", &server.url], &[])).await;
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(fake.deleted(), ["1"]);
 }
 
 #[tokio::test]
-async fn the_environment_of_the_go_janitor_is_enough() {
+async fn environment_of_the_go_janitor_is_accepted() {
     let fake = one_expired();
     let server = fake.serve().await;
     let host_and_port = server.url.strip_prefix("http://").unwrap();
     let environment = [("URL", host_and_port), ("TICKER", ""), ("LOG_LEVEL", "debug")];
-    let (code, text) = ended(&mut janitor(&[], &environment)).await;
+    let (code, text) = run(&mut janitor(&[], &environment)).await;
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(fake.deleted(), ["1"]);
 }
 
 #[tokio::test]
-async fn either_way_does_and_v1_alone_on_request() {
+async fn v1_only_never_lists() {
     let fake = one_expired().extended();
     let server = fake.serve().await;
-    let (code, text) = ended(&mut janitor(&["--url", &server.url], &[])).await;
+    let (code, text) = run(&mut janitor(&["--url", &server.url], &[])).await;
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(fake.with(|state| (state.lists, state.queries)), (1, 0));
-    let (code, text) = ended(&mut janitor(&["--url", &server.url, "--v1-only"], &[])).await;
+    let (code, text) = run(&mut janitor(&["--url", &server.url, "--v1-only"], &[])).await;
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(fake.with(|state| (state.lists, state.queries)), (1, 1));
     assert_eq!(fake.deleted(), ["1"]);
 }
 
 #[tokio::test]
-async fn nothing_done_exits_with_1() {
+async fn sweep_that_deleted_nothing_exits_with_1() {
     let fake = one_expired().deletion("1", Deletion::Fails(Code::Internal));
     let server = fake.serve().await;
-    let (code, text) = ended(&mut janitor(&["--url", &server.url], &[])).await;
+    let (code, text) = run(&mut janitor(&["--url", &server.url], &[])).await;
     assert_eq!(code, Some(1), "{text}");
-    assert!(text.contains("none of 1 expired instances could be deleted"), "{text}");
-    let (code, text) = ended(&mut janitor(&["--url", "127.0.0.1:1"], &[])).await;
+    assert!(text.contains("cannot delete any of the 1 expired instances"), "{text}");
+    let (code, text) = run(&mut janitor(&["--url", "127.0.0.1:1"], &[])).await;
     assert_eq!(code, Some(1), "{text}");
-    assert!(text.contains("what has expired on http://127.0.0.1:1 could not be read"), "{text}");
+    assert!(text.contains("cannot read the expired instances from http://127.0.0.1:1"), "{text}");
 }
 
 #[tokio::test]
-async fn wrong_values_exit_with_64_and_name_themselves() {
+async fn invalid_value_exits_with_64_and_is_named() {
     for (arguments, environment, name) in [
         (&["--every", "soon"][..], ("A", ""), "--every"),
         (&[], ("TICKER", "soon"), "soon"),
@@ -100,25 +102,25 @@ async fn wrong_values_exit_with_64_and_name_themselves() {
         (&["--log-level", "loud"], ("A", ""), "--log-level"),
         (&[], ("OTEL_BSP_MAX_QUEUE_SIZE", "many"), "OTEL_BSP_MAX_QUEUE_SIZE"),
     ] {
-        let (code, text) = ended(&mut janitor(arguments, &[environment])).await;
+        let (code, text) = run(&mut janitor(arguments, &[environment])).await;
         assert_eq!(code, Some(64), "{text}");
         assert!(text.contains(name), "{text}");
     }
     for argument in ["--help", "--version"] {
-        assert_eq!(ended(&mut janitor(&[argument], &[])).await.0, Some(0));
+        assert_eq!(run(&mut janitor(&[argument], &[])).await.0, Some(0));
     }
 }
 
 #[tokio::test]
-async fn a_collector_that_is_away_does_not_hold_up_the_exit() {
+async fn unreachable_collector_does_not_delay_the_exit() {
     let fake = one_expired();
     let server = fake.serve().await;
     let environment = [("OTEL_SDK_DISABLED", "false"), ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")];
-    let (code, text) = ended(&mut janitor(&["--url", &server.url], &environment)).await;
+    let (code, text) = run(&mut janitor(&["--url", &server.url], &environment)).await;
     assert_eq!(code, Some(0), "{text}");
 }
 
-/// A collector that keeps the names of spans, each with its service.
+/// A collector that keeps the names of spans and checks their service.
 #[derive(Clone, Default)]
 struct Collector(Arc<Mutex<Vec<String>>>);
 
@@ -139,7 +141,7 @@ impl TraceService for Collector {
 }
 
 #[tokio::test]
-async fn one_shot_sends_its_telemetry_before_it_ends() {
+async fn single_sweep_exports_its_telemetry_before_it_exits() {
     let fake = one_expired().extended();
     let server = fake.serve().await;
     let collector = Collector::default();
@@ -155,7 +157,7 @@ async fn one_shot_sends_its_telemetry_before_it_ends() {
         ("OTEL_METRICS_EXPORTER", "none"),
         ("OTEL_LOGS_EXPORTER", "none"),
     ];
-    let (code, text) = ended(&mut janitor(&["--url", &server.url], &environment)).await;
+    let (code, text) = run(&mut janitor(&["--url", &server.url], &environment)).await;
     assert_eq!(code, Some(0), "{text}");
     let mut names = collector.0.lock().unwrap().clone();
     names.sort();
@@ -167,26 +169,26 @@ async fn one_shot_sends_its_telemetry_before_it_ends() {
 }
 
 #[tokio::test]
-async fn a_collector_that_hangs_does_not_hold_up_the_exit() {
+async fn hanging_collector_does_not_delay_the_exit() {
     let fake = one_expired();
     let server = fake.serve().await;
-    // Connections wait in its queue for ever.
+    // Connections stay in its backlog: nothing accepts them.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", silent.local_addr().unwrap());
     let environment = [("OTEL_SDK_DISABLED", "false"), ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str())];
-    let (code, text) = ended(&mut janitor(&["--url", &server.url], &environment)).await;
+    let (code, text) = run(&mut janitor(&["--url", &server.url], &environment)).await;
     assert_eq!(code, Some(0), "{text}");
     assert!(text.contains("could not be flushed"), "{text}");
 }
 
-async fn terminated(mut child: Child) -> ExitStatus {
+async fn terminate(mut child: Child) -> ExitStatus {
     let id = rustix::process::Pid::from_raw(child.id().unwrap().try_into().unwrap()).unwrap();
     rustix::process::kill_process(id, rustix::process::Signal::TERM).unwrap();
-    tokio::time::timeout(Duration::from_secs(30), child.wait()).await.expect("it never ended").unwrap()
+    tokio::time::timeout(Duration::from_secs(30), child.wait()).await.expect("the process is still running").unwrap()
 }
 
 #[tokio::test]
-async fn a_service_stays_through_failures_and_stops_at_sigterm() {
+async fn service_survives_failures_and_exits_on_sigterm() {
     let fake = one_expired();
     fake.with(|state| state.breaks_after = Some(0));
     let server = fake.serve().await;
@@ -194,16 +196,16 @@ async fn a_service_stays_through_failures_and_stops_at_sigterm() {
     fake.wait_until("two failed queries", |state| state.queries >= 2).await;
     fake.with(|state| state.breaks_after = None);
     fake.wait_until("instance 1 is deleted", |state| state.deleted == ["1"]).await;
-    assert_eq!(terminated(child).await.code(), Some(0));
+    assert_eq!(terminate(child).await.code(), Some(0));
 }
 
 #[tokio::test]
-async fn sigterm_lets_a_deletion_under_way_end() {
+async fn sigterm_waits_for_the_deletion_under_way() {
     let fake = one_expired().deletion("1", Deletion::Waits);
     let server = fake.serve().await;
     let child = janitor(&["--url", &server.url], &[]).spawn().unwrap();
     fake.wait_until("a deletion is in flight", |state| state.in_flight == 1).await;
-    let ending = tokio::spawn(terminated(child));
+    let ending = tokio::spawn(terminate(child));
     fake.release.notify_one();
     assert_eq!(ending.await.unwrap().code(), Some(0));
     assert_eq!(fake.deleted(), ["1"]);
@@ -217,13 +219,13 @@ async fn second_signal_ends_at_once() {
     fake.wait_until("a deletion is in flight", |state| state.in_flight == 1).await;
     let id = rustix::process::Pid::from_raw(child.id().unwrap().try_into().unwrap()).unwrap();
     let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
-    // Signals that are sent too soon after another are one.
+    // Two signals sent in quick succession may be delivered as one.
     let status = loop {
         rustix::process::kill_process(id, rustix::process::Signal::TERM).unwrap();
         if let Ok(ended) = tokio::time::timeout(Duration::from_millis(20), child.wait()).await {
             break ended.unwrap();
         }
-        assert!(tokio::time::Instant::now() < deadline, "it does not end");
+        assert!(tokio::time::Instant::now() < deadline, "the process is still running");
     };
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(15));
 }

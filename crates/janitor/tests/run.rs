@@ -1,4 +1,4 @@
-//! The janitor against a server that fails as it is told.
+//! The janitor against a fake server that fails on request.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
@@ -18,12 +18,12 @@ async fn sweep(config: &Config) -> Result<Summary, Error> {
     run(config, &Instruments::noop(), CancellationToken::new()).await
 }
 
-fn past(sources: &[&'static str]) -> Vec<(&'static str, Option<prost_types::Timestamp>)> {
+fn expired(sources: &[&'static str]) -> Vec<(&'static str, Option<prost_types::Timestamp>)> {
     sources.iter().map(|source| (*source, from_now(-60))).collect()
 }
 
 #[tokio::test]
-async fn deletes_what_has_expired_and_nothing_else() {
+async fn only_expired_instances_are_deleted() {
     let fake = FakeApi::new(vec![
         challenge("a", None, &[("1", from_now(-60)), ("2", from_now(3600)), ("3", None)]),
         challenge("b", from_now(-60), &[("4", None), ("5", from_now(3600))]),
@@ -37,7 +37,7 @@ async fn deletes_what_has_expired_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn what_the_server_lists_is_all_that_is_read() {
+async fn listed_instances_are_read_without_a_query() {
     let fake = FakeApi::new(vec![
         challenge("a", None, &[("1", from_now(-60)), ("2", from_now(3600)), ("3", None)]),
         challenge("b", from_now(-60), &[("4", from_now(-60))]),
@@ -55,8 +55,8 @@ async fn what_the_server_lists_is_all_that_is_read() {
 }
 
 #[tokio::test]
-async fn a_list_that_breaks_or_hangs_is_no_reason_to_read_everything() {
-    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1", "2"]))]).extended();
+async fn broken_list_does_not_fall_back_to_a_query() {
+    let fake = FakeApi::new(vec![challenge("a", None, &expired(&["1", "2"]))]).extended();
     fake.with(|state| state.breaks_after = Some(1));
     let server = fake.serve().await;
     let config = Config { timeout: Duration::from_millis(500), ..config(&server) };
@@ -69,8 +69,8 @@ async fn a_list_that_breaks_or_hangs_is_no_reason_to_read_everything() {
 }
 
 #[tokio::test]
-async fn goes_on_past_failures() {
-    let fake = FakeApi::new(vec![challenge("a", None, &past(&["fails", "gone", "hangs", "ok", "refused"]))])
+async fn failed_deletions_do_not_stop_the_others() {
+    let fake = FakeApi::new(vec![challenge("a", None, &expired(&["fails", "gone", "hangs", "ok", "refused"]))])
         .deletion("fails", Deletion::Fails(Code::Internal))
         .deletion("refused", Deletion::Fails(Code::Unavailable))
         .deletion("hangs", Deletion::Hangs)
@@ -80,43 +80,44 @@ async fn goes_on_past_failures() {
     let summary = sweep(&config).await.unwrap();
     assert_eq!(summary, Summary { seen: 5, expired: 5, deleted: 1, gone: 1, failed: 3, ..Summary::default() });
     assert_eq!(fake.deleted(), ["ok"]);
-    assert!(fake.with(|state| state.timeouts.len()) >= 6, "every call tells its deadline");
+    assert!(fake.with(|state| state.timeouts.len()) >= 6, "every call carries its deadline");
 }
 
 #[tokio::test]
-async fn every_deletion_failing_is_an_error() {
-    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1", "2"]))])
+async fn sweep_fails_if_every_deletion_fails() {
+    let fake = FakeApi::new(vec![challenge("a", None, &expired(&["1", "2"]))])
         .deletion("1", Deletion::Fails(Code::Internal))
         .deletion("2", Deletion::Fails(Code::Internal));
     let server = fake.serve().await;
     let error = sweep(&config(&server)).await.unwrap_err();
-    insta::assert_snapshot!(error, @"none of 2 expired instances could be deleted; the first: injected (INTERNAL)");
+    insta::assert_snapshot!(error, @"cannot delete any of the 2 expired instances; first error: injected (INTERNAL)");
 }
 
 #[tokio::test]
-async fn only_gone_ones_are_success() {
-    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1"]))]).deletion("1", Deletion::NotFound);
+async fn instances_already_deleted_count_as_success() {
+    let fake = FakeApi::new(vec![challenge("a", None, &expired(&["1"]))]).deletion("1", Deletion::NotFound);
     let server = fake.serve().await;
     assert_eq!(sweep(&config(&server)).await.unwrap().gone, 1);
 }
 
 #[tokio::test]
-async fn what_was_read_before_the_stream_broke_is_swept() {
-    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1"])), challenge("b", None, &past(&["2"]))]);
+async fn instances_read_before_the_stream_broke_are_deleted() {
+    let fake = FakeApi::new(vec![challenge("a", None, &expired(&["1"])), challenge("b", None, &expired(&["2"]))]);
     fake.with(|state| state.breaks_after = Some(1));
     let server = fake.serve().await;
     let summary = sweep(&config(&server)).await.unwrap();
     assert_eq!(summary, Summary { seen: 1, expired: 1, deleted: 1, ..Summary::default() });
     let error = sweep(&config(&server)).await.unwrap_err().to_string();
     assert!(
-        error.starts_with("what has expired on http://127.0.0.1:") && error.ends_with("broke (INTERNAL)"),
+        error.starts_with("cannot read the expired instances from http://127.0.0.1:")
+            && error.ends_with("broke (INTERNAL)"),
         "{error}"
     );
 }
 
 #[tokio::test]
-async fn a_stream_that_hangs_is_given_up_and_what_it_gave_is_swept() {
-    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1"]))]);
+async fn hanging_stream_times_out_and_its_instances_are_deleted() {
+    let fake = FakeApi::new(vec![challenge("a", None, &expired(&["1"]))]);
     fake.with(|state| state.streams_hang = true);
     let server = fake.serve().await;
     let config = Config { timeout: Duration::from_millis(500), ..config(&server) };
@@ -126,7 +127,7 @@ async fn a_stream_that_hangs_is_given_up_and_what_it_gave_is_swept() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_away_is_an_error_that_says_why() {
+async fn unreachable_server_fails_with_the_cause() {
     let server = FakeApi::default().serve().await;
     let config = config(&server);
     drop(server);
@@ -136,11 +137,11 @@ async fn a_server_that_is_away_is_an_error_that_says_why() {
             break error.to_string();
         }
     };
-    assert!(error.contains("could not be read") && error.contains("(UNAVAILABLE)"), "{error}");
+    assert!(error.contains("cannot read") && error.contains("(UNAVAILABLE)"), "{error}");
 }
 
 #[tokio::test]
-async fn so_many_at_once_and_no_more() {
+async fn deletions_are_bounded_by_concurrency() {
     let sources: Vec<String> = (0..20).map(|source| source.to_string()).collect();
     let sources: Vec<_> = sources.iter().map(|source| (source.as_str(), from_now(-60))).collect();
     let fake = sources.iter().fold(FakeApi::new(vec![challenge("a", None, &sources)]), |fake, (source, _)| {
@@ -159,8 +160,8 @@ async fn so_many_at_once_and_no_more() {
 }
 
 #[tokio::test]
-async fn a_stop_lets_deletions_under_way_end_and_begins_none() {
-    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1", "2", "3"]))])
+async fn stop_finishes_deletions_under_way_and_begins_none() {
+    let fake = FakeApi::new(vec![challenge("a", None, &expired(&["1", "2", "3"]))])
         .deletion("1", Deletion::Waits)
         .deletion("2", Deletion::Waits)
         .deletion("3", Deletion::Waits);
@@ -179,8 +180,8 @@ async fn a_stop_lets_deletions_under_way_end_and_begins_none() {
 }
 
 #[tokio::test]
-async fn a_service_outlives_failures_and_sweeps_on_its_beat() {
-    let fake = FakeApi::new(vec![challenge("a", None, &past(&["1"]))]);
+async fn service_survives_failures_and_sweeps_periodically() {
+    let fake = FakeApi::new(vec![challenge("a", None, &expired(&["1"]))]);
     fake.with(|state| state.breaks_after = Some(0));
     let server = fake.serve().await;
     let config = Config { every: Some(Duration::from_millis(20)), ..config(&server) };
@@ -193,7 +194,7 @@ async fn a_service_outlives_failures_and_sweeps_on_its_beat() {
     fake.with(|state| state.breaks_after = None);
     fake.wait_until("instance 1 is deleted", |state| state.deleted == ["1"]).await;
     let before = fake.with(|state| {
-        state.challenges.push(challenge("b", None, &past(&["2"])));
+        state.challenges.push(challenge("b", None, &expired(&["2"])));
         state.queries
     });
     fake.wait_until("instance 2 is deleted by a later sweep", |state| {

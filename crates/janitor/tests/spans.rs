@@ -1,4 +1,4 @@
-//! A sweep as one trace that reaches the server, and its metrics.
+//! The trace of a sweep, across to the server, and its metrics.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
@@ -23,7 +23,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 const DELETE: &str = "gauntlet.v1.Sweeper/DeleteExpired";
 const LIST: &str = "gauntlet.v1.Sweeper/ListExpired";
 
-/// The tree below `parent`, a line for each span, indented, in the order of their text.
+/// Renders the spans below `parent` as an indented tree, siblings sorted by their text.
 fn tree(spans: &[SpanData], parent: SpanId, depth: usize) -> Vec<String> {
     let mut branches: Vec<Vec<String>> = spans
         .iter()
@@ -48,7 +48,7 @@ fn tree(spans: &[SpanData], parent: SpanId, depth: usize) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_sweep_is_one_trace_that_reaches_the_server() {
+async fn sweep_is_one_trace_that_includes_the_server() {
     opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
     let exporter = InMemorySpanExporter::default();
     let traces = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
@@ -86,7 +86,7 @@ async fn a_sweep_is_one_trace_that_reaches_the_server() {
     assert_eq!(roots.len(), 1, "one root: {roots:#?}");
     assert!(spans.iter().all(|span| span.span_context.trace_id() == roots[0].span_context.trace_id()));
     assert_eq!(spans.iter().filter(|span| span.span_kind == SpanKind::Server).count(), 4);
-    assert_eq!(fake.with(|state| state.traceparents.len()), 4, "every call carries its context");
+    assert_eq!(fake.with(|state| state.traceparents.len()), 4, "every call carries its trace context");
     insta::assert_snapshot!(tree(&spans, SpanId::INVALID, 0).join("\n"));
 
     metrics.force_flush().unwrap();

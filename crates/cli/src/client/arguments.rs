@@ -1,8 +1,8 @@
-//! Values of flags, read.
+//! Parsers for the values of flags.
 
 use jiff::Timestamp;
 
-/// What a setting is called and what it is.
+/// A key and its value.
 pub(super) type Setting = (String, String);
 
 pub(super) fn setting(text: &str) -> Result<Setting, String> {
@@ -12,17 +12,17 @@ pub(super) fn setting(text: &str) -> Result<Setting, String> {
     }
 }
 
-/// A length of time as the API carries it.
+/// Parses a duration into the form of the API.
 pub(super) fn timeout(text: &str) -> Result<prost_types::Duration, String> {
     let duration = gauntlet_startup::duration(text)?;
     prost_types::Duration::try_from(duration).map_err(|_| format!("expected at most 315576000000s; got {text:?}"))
 }
 
-/// A moment as the API carries it.
-pub(super) fn moment(text: &str) -> Result<prost_types::Timestamp, String> {
+/// Parses a time into the form of the API.
+pub(super) fn time(text: &str) -> Result<prost_types::Timestamp, String> {
     let at: Timestamp =
         text.parse().map_err(|_| format!("expected a time in RFC 3339 such as 2026-01-31T18:00:00Z; got {text:?}"))?;
-    // Protobuf's nanoseconds always count forward.
+    // Protobuf's nanoseconds count forward, also before 1970.
     let seconds = at.as_nanosecond().div_euclid(1_000_000_000);
     let nanos = at.as_nanosecond().rem_euclid(1_000_000_000);
     match (i64::try_from(seconds), i32::try_from(nanos)) {
@@ -37,23 +37,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings() {
+    fn setting_is_split_at_the_first_equals_sign() {
         assert_eq!(setting("a=b=c").unwrap(), ("a".to_owned(), "b=c".to_owned()));
         assert_eq!(setting("a=").unwrap(), ("a".to_owned(), String::new()));
         assert!(setting("=b").is_err() && setting("a").unwrap_err().contains("got \"a\""));
     }
 
     #[test]
-    fn moments() {
-        assert_eq!(
-            moment("1970-01-01T00:00:01.5Z").unwrap(),
-            prost_types::Timestamp { seconds: 1, nanos: 500_000_000 }
-        );
-        assert_eq!(
-            moment("1969-12-31T23:59:59.5Z").unwrap(),
-            prost_types::Timestamp { seconds: -1, nanos: 500_000_000 }
-        );
-        assert_eq!(moment("1970-01-01T01:00:00+01:00").unwrap(), prost_types::Timestamp::default());
-        assert!(moment("tomorrow").is_err());
+    fn time_is_converted_to_seconds_and_positive_nanoseconds() {
+        assert_eq!(time("1970-01-01T00:00:01.5Z").unwrap(), prost_types::Timestamp { seconds: 1, nanos: 500_000_000 });
+        assert_eq!(time("1969-12-31T23:59:59.5Z").unwrap(), prost_types::Timestamp { seconds: -1, nanos: 500_000_000 });
+        assert_eq!(time("1970-01-01T01:00:00+01:00").unwrap(), prost_types::Timestamp::default());
+        assert!(time("tomorrow").is_err());
     }
 }

@@ -9,7 +9,7 @@ use tonic::Request;
 
 use super::{
     Session,
-    arguments::{Setting, moment, setting, timeout},
+    arguments::{Setting, setting, time, timeout},
     failure::Failure,
     printable::printable,
 };
@@ -22,97 +22,97 @@ Examples:
   gauntlet challenge update web-1 --no-timeout --until 2026-01-31T18:00:00Z
   gauntlet challenge list --output json | jq -r .id";
 
-/// What to do with challenges.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Register a challenge and fill its pool.
+    /// Create a challenge and fill its pool.
     Create(Create),
     /// Show a challenge and its instances.
     Get {
-        /// The challenge.
+        /// The id of the challenge.
         id: String,
     },
-    /// Show every challenge.
+    /// List all challenges.
     List,
-    /// Change a challenge and bring its instances along; what is not named stays as it is.
+    /// Update a challenge and its instances; settings without a flag are left unchanged.
     Update(Update),
-    /// Remove a challenge and take its instances down.
+    /// Delete a challenge and its instances.
     Delete {
-        /// The challenge.
+        /// The id of the challenge.
         id: String,
     },
 }
 
-/// A challenge to register.
+/// The challenge to create.
 #[derive(Debug, Args)]
 pub(crate) struct Create {
-    /// What to call it: 1 to 256 bytes without control characters.
+    /// The id of the new challenge: 1 to 256 bytes without control characters.
     id: String,
-    /// Where its scenario is, as registry/repository:tag, with @sha256:... to pin it.
+    /// The reference of its scenario: registry/repository:tag, with @sha256:... to pin it.
     #[arg(long, value_name = "REF")]
     scenario: String,
-    /// How long an instance lives without renewal, such as 10m; without it there is no such limit.
+    /// How long an instance lives after its creation or renewal, such as 10m; unlimited by default.
     #[arg(long, value_parser = timeout, value_name = "DURATION")]
     timeout: Option<prost_types::Duration>,
-    /// When every instance ends at the latest, such as 2026-01-31T18:00:00Z.
-    #[arg(long, value_parser = moment, value_name = "TIME")]
+    /// When all instances expire at the latest, such as 2026-01-31T18:00:00Z.
+    #[arg(long, value_parser = time, value_name = "TIME")]
     until: Option<prost_types::Timestamp>,
-    /// A setting for the scenario; may be given again, and the last of a key counts.
+    /// A setting for the scenario. Can be repeated; if a key is repeated, its last value is used.
     #[arg(long, value_parser = setting, value_name = "KEY=VALUE")]
     additional: Vec<Setting>,
-    /// How many unclaimed instances the pool keeps ready.
+    /// The number of unclaimed instances that the pool keeps ready.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_name = "COUNT")]
     min: i64,
-    /// How many instances, claimed and pooled, the pool may bring about; 0 for no bound.
+    /// The pool is refilled only while there are fewer instances, claimed and pooled, than this; 0 for no bound.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_name = "COUNT")]
     max: i64,
 }
 
-/// What to change. Without a change the ends of its instances are worked out anew.
+/// The changes. Without any, only the expiry of each instance is computed again.
 #[derive(Debug, Args)]
 pub(crate) struct Update {
-    /// The challenge.
+    /// The id of the challenge.
     id: String,
-    /// Where its new scenario is.
+    /// The reference of the new scenario.
     #[arg(long, value_name = "REF")]
     scenario: Option<String>,
-    /// How running instances follow.
+    /// How running instances are updated.
     #[arg(long, value_name = "STRATEGY")]
     strategy: Option<Strategy>,
-    /// How long an instance lives without renewal.
+    /// How long an instance lives after its creation or renewal.
     #[arg(long, value_parser = timeout, value_name = "DURATION")]
     timeout: Option<prost_types::Duration>,
-    /// Let instances live without renewal.
+    /// Remove the timeout: instances need no renewal.
     #[arg(long, conflicts_with = "timeout")]
     no_timeout: bool,
-    /// When every instance ends at the latest.
-    #[arg(long, value_parser = moment, value_name = "TIME")]
+    /// When all instances expire at the latest.
+    #[arg(long, value_parser = time, value_name = "TIME")]
     until: Option<prost_types::Timestamp>,
-    /// Let instances live without such an end.
+    /// Remove the time when all instances expire.
     #[arg(long, conflicts_with = "until")]
     no_until: bool,
-    /// A setting for the scenario; those given replace all there were.
+    /// A setting for the scenario. Can be repeated; the settings given replace all existing ones.
     #[arg(long, value_parser = setting, value_name = "KEY=VALUE")]
     additional: Vec<Setting>,
-    /// Drop all settings.
+    /// Remove all settings.
     #[arg(long, conflicts_with = "additional")]
     no_additional: bool,
-    /// How many unclaimed instances the pool keeps ready.
+    /// The number of unclaimed instances that the pool keeps ready.
     #[arg(long, allow_negative_numbers = true, value_name = "COUNT")]
     min: Option<i64>,
-    /// How many instances, claimed and pooled, the pool may bring about; 0 for no bound.
+    /// The pool is refilled only while there are fewer instances, claimed and pooled, than this; 0 for no bound.
     #[arg(long, allow_negative_numbers = true, value_name = "COUNT")]
     max: Option<i64>,
 }
 
-/// How running instances follow a new scenario.
+/// How running instances are updated to a new scenario.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Strategy {
-    /// Change the resources where they run.
+    /// Update the running instance.
     InPlace,
-    /// Bring the new instance up, then take the old one down.
+    /// Start the new instance, then stop the old one.
     BlueGreen,
-    /// Take the old instance down, then bring the new one up.
+    /// Stop the old instance, then start the new one.
     Recreate,
 }
 
@@ -142,7 +142,7 @@ impl From<Create> for CreateChallengeRequest {
 
 impl From<Update> for UpdateChallengeRequest {
     fn from(update: Update) -> Self {
-        let named = [
+        let changed = [
             ("scenario", update.scenario.is_some()),
             ("timeout", update.timeout.is_some() || update.no_timeout),
             ("until", update.until.is_some() || update.no_until),
@@ -150,7 +150,8 @@ impl From<Update> for UpdateChallengeRequest {
             ("min", update.min.is_some()),
             ("max", update.max.is_some()),
         ];
-        let paths: Vec<_> = named.into_iter().filter(|(_, named)| *named).map(|(path, _)| path.to_owned()).collect();
+        let paths: Vec<_> =
+            changed.into_iter().filter(|(_, changed)| *changed).map(|(path, _)| path.to_owned()).collect();
         Self {
             id: update.id,
             scenario: update.scenario,

@@ -1,4 +1,4 @@
-//! What went wrong, in words that say what to do.
+//! Errors as users read them: what happened, the details, and what to do.
 
 use std::{fmt::Write as _, io, process::ExitCode};
 
@@ -13,22 +13,22 @@ use tonic_types::StatusExt as _;
 
 use super::printable::printable;
 
-/// Why a command failed.
+/// The error of a command.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// The API's answer, or the lack of one.
+    /// A call failed, or was not answered.
     Api { server: String, status: Box<Status> },
-    /// What was given does not do; says the fix.
+    /// The flags do not fit together. The text includes what to do.
     Usage(&'static str),
     /// TLS cannot be set up, whatever the server.
     Tls(TlsError),
-    /// The API's answer has no JSON form.
-    Answer(String),
-    /// The directory is no sound scenario.
-    Unsound(Report),
-    /// A scenario could not be checked or pushed.
+    /// A response cannot be converted to JSON.
+    Json(String),
+    /// The scenario is invalid.
+    Invalid(Report),
+    /// A scenario could not be validated or pushed.
     Scenario(Error),
-    /// Standard input or output, or the machine.
+    /// An error of standard input, standard output or the operating system.
     Io(io::Error),
 }
 
@@ -47,14 +47,14 @@ impl From<Error> for Failure {
 impl From<PushError> for Failure {
     fn from(error: PushError) -> Self {
         match error {
-            PushError::Unsound(report) => Self::Unsound(report),
+            PushError::Unsound(report) => Self::Invalid(report),
             PushError::Failed(error) => Self::Scenario(error),
         }
     }
 }
 
 impl Failure {
-    /// Says it on standard error; answers with the exit code.
+    /// Prints the error to standard error and returns the exit code.
     pub(super) fn report(&self) -> ExitCode {
         anstream::eprint!("{}", self.text());
         match self {
@@ -70,29 +70,29 @@ impl Failure {
     fn text(&self) -> String {
         match self {
             Self::Api { server, status } => api(server, status),
-            Self::Usage(problem) => said(problem, &[], None),
-            Self::Tls(error) => said(&error.to_string(), &[], None),
-            Self::Answer(why) => {
-                said("The answer cannot be shown as JSON.", std::slice::from_ref(why), Some("leave --output json out"))
+            Self::Usage(problem) => render(problem, &[], None),
+            Self::Tls(error) => render(&error.to_string(), &[], None),
+            Self::Json(why) => {
+                render("The response cannot be shown as JSON.", std::slice::from_ref(why), Some("omit --output json"))
             }
-            Self::Unsound(report) => said(
-                "This is no sound scenario.",
+            Self::Invalid(report) => render(
+                "The scenario is invalid.",
                 &report.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
                 Some("docs/scenarios.md describes the format"),
             ),
             Self::Scenario(error) => scenario(error),
-            Self::Io(error) => said(&error.to_string(), &[], None),
+            Self::Io(error) => render(&error.to_string(), &[], None),
         }
     }
 }
 
-/// An error, its particulars, each on a line, and the fix.
-fn said(error: &str, particulars: &[String], fix: Option<&str>) -> String {
+/// Renders an error, its details, one per line, and what to do.
+fn render(error: &str, details: &[String], fix: Option<&str>) -> String {
     let red = Style::new().bold().fg_color(Some(AnsiColor::Red.into()));
     let green = Style::new().fg_color(Some(AnsiColor::Green.into()));
     let mut text = format!("{red}error:{red:#} {}\n", printable(error));
-    for particular in particulars {
-        let _ = writeln!(text, "  {}", printable(particular));
+    for detail in details {
+        let _ = writeln!(text, "  {}", printable(detail));
     }
     if let Some(fix) = fix {
         let _ = writeln!(text, "  {green}fix:{green:#} {fix}");
@@ -101,68 +101,72 @@ fn said(error: &str, particulars: &[String], fix: Option<&str>) -> String {
 }
 
 fn api(server: &str, status: &Status) -> String {
-    let details = status.get_error_details();
-    let mut particulars = Vec::new();
+    let status_details = status.get_error_details();
+    let mut details = Vec::new();
     let mut reason = None;
-    match details.error_info() {
+    match status_details.error_info() {
         Some(info) => {
             let mut metadata: Vec<_> = info.metadata.iter().map(|(key, value)| format!("{key}: {value}")).collect();
             metadata.sort();
             let metadata = if metadata.is_empty() { String::new() } else { format!(" ({})", metadata.join(", ")) };
-            particulars.push(format!("reason: {}{metadata}", info.reason));
+            details.push(format!("reason: {}{metadata}", info.reason));
             reason = Some(info.reason.as_str());
         }
-        None => particulars.push(format!("code: {}", code_name(status.code()))),
+        None => details.push(format!("code: {}", code_name(status.code()))),
     }
-    if let Some(request) = details.bad_request() {
-        // A field that is refused may be named in the message already.
-        let news =
+    if let Some(request) = status_details.bad_request() {
+        // The message may contain the violation already.
+        let violations =
             request.field_violations.iter().filter(|violation| !status.message().contains(&violation.description));
-        particulars.extend(news.map(|violation| format!("{}: {}", violation.field, violation.description)));
+        details.extend(violations.map(|violation| format!("{}: {}", violation.field, violation.description)));
     }
-    if let Some(failure) = details.precondition_failure() {
-        particulars.extend(failure.violations.iter().map(|violation| violation.description.clone()));
+    if let Some(failure) = status_details.precondition_failure() {
+        details.extend(failure.violations.iter().map(|violation| violation.description.clone()));
     }
-    if let Some(resource) = details.resource_info() {
-        particulars.push(format!("{} {}: {}", resource.resource_type, resource.resource_name, resource.description));
+    if let Some(resource) = status_details.resource_info() {
+        details.push(format!("{} {}: {}", resource.resource_type, resource.resource_name, resource.description));
     }
-    if let Some(help) = details.help() {
-        particulars.extend(help.links.iter().map(|link| format!("see: {} {}", link.description, link.url)));
+    if let Some(help) = status_details.help() {
+        details.extend(help.links.iter().map(|link| format!("see: {} {}", link.description, link.url)));
     }
     let fix = match (reason, status.code()) {
         (Some(reason), _) => fix(reason).map(str::to_owned),
         (None, Code::Unavailable) => Some(format!(
-            "is a manager listening at {server}? start one with `gauntlet dev`, or name another with --url"
+            "check that a manager is listening at {server}; start one with `gauntlet dev`, or pass another address with --url"
         )),
-        (None, Code::DeadlineExceeded) => Some("give it more time with --deadline; it may still go through".into()),
-        (None, Code::Unimplemented) => Some(format!("is {server} a v1 API? name another with --url")),
+        (None, Code::DeadlineExceeded) => {
+            Some("allow more time with --deadline; the call may still have an effect".into())
+        }
+        (None, Code::Unimplemented) => {
+            Some(format!("check that {server} serves the v1 API; pass another address with --url"))
+        }
         _ => None,
     };
-    said(status.message(), &particulars, fix.as_deref())
+    render(status.message(), &details, fix.as_deref())
 }
 
-/// What to do about a reason of the v1 contract.
+/// Returns what to do about a reason of the v1 contract.
 fn fix(reason: &str) -> Option<&'static str> {
     Some(match reason {
-        "CHALLENGE_ALREADY_EXISTS" => "change it with `gauntlet challenge update`, or choose another id",
-        "CHALLENGE_NOT_FOUND" => "`gauntlet challenge list` shows those there are",
+        "CHALLENGE_ALREADY_EXISTS" => "update it with `gauntlet challenge update`, or choose another id",
+        "CHALLENGE_NOT_FOUND" => "list the challenges with `gauntlet challenge list`",
         "CHALLENGE_EXPIRED" => {
-            "move its end with `gauntlet challenge update ID --until TIME`, or drop it with --no-until"
+            "change its end with `gauntlet challenge update ID --until TIME`, or remove it with --no-until"
         }
-        "CHALLENGE_NO_RENEWAL" => "give it a timeout with `gauntlet challenge update ID --timeout 10m`",
-        "INSTANCE_ALREADY_EXISTS" => "give it more time with `gauntlet instance renew`, or delete it first",
-        "INSTANCE_NOT_FOUND" => "start one with `gauntlet instance create`",
+        "CHALLENGE_NO_RENEWAL" => "set a timeout with `gauntlet challenge update ID --timeout 10m`",
+        "INSTANCE_ALREADY_EXISTS" => "renew it with `gauntlet instance renew`, or delete it first",
+        "INSTANCE_NOT_FOUND" => "create one with `gauntlet instance create`",
         "INSTANCE_EXPIRED" => "delete it with `gauntlet instance delete` and create another",
-        "OCI_REFERENCE_MALFORMED" => "write it as registry/repository:tag, as in registry.lan:5000/web:1",
+        "OCI_REFERENCE_MALFORMED" => "use the form registry/repository:tag, such as registry.lan:5000/web:1",
         "OCI_REFERENCE_NOT_FOUND" => "push it with `gauntlet scenario push DIR REF`",
-        "SCENARIO_NON_MATCHING_SPECIFICATION" => "`gauntlet scenario validate DIR` names line and field",
-        "INTERNAL_ERROR" => "the manager's log and traces say more",
+        "SCENARIO_NON_MATCHING_SPECIFICATION" => "find the line and field with `gauntlet scenario validate DIR`",
+        "INTERNAL_ERROR" => "see the manager's log and traces",
         _ => return None,
     })
 }
 
 fn scenario(error: &Error) -> String {
-    said(&error.to_string(), &[format!("reason: {}", error.code())], fix(error.code()))
+    render(&error.to_string(), &[format!("reason: {}", error.code())], fix(error.code()))
 }
 
 #[cfg(test)]
@@ -178,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn texts() {
+    fn errors_as_users_read_them() {
         let all = [
             error::challenge_not_found("web-1"),
             error::challenge_no_renewal("web-1"),

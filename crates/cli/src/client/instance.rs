@@ -22,36 +22,36 @@ Examples:
   gauntlet instance get web-1 42 --output json | jq -r .connectionInfo
   gauntlet instance delete web-1 42 --url https://ctf.example.org";
 
-/// What to do with instances.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Give a source its instance of a challenge, from the pool where one waits.
+    /// Create an instance of a challenge for a source, from the pool if it has one ready.
     Create {
         #[command(flatten)]
-        slot: Slot,
-        /// A setting for the scenario, over those of the challenge; may be given again, and the last of a key counts.
+        key: Key,
+        /// A setting for the scenario, which overrides the challenge's. Can be repeated; if a key is repeated, its last value is used.
         #[arg(long, value_parser = setting, value_name = "KEY=VALUE")]
         additional: Vec<Setting>,
     },
-    /// Show an instance, with its flags.
-    Get(Slot),
-    /// Show the instances of a source, or of every source where the server allows that.
+    /// Show an instance and its flags.
+    Get(Key),
+    /// List the instances of a source, or of all sources if the server allows that.
     List {
-        /// The user or team.
+        /// The id of the user or team on the platform.
         source: Option<String>,
     },
-    /// Push the end of an instance back by its challenge's timeout.
-    Renew(Slot),
-    /// Take an instance down.
-    Delete(Slot),
+    /// Extend the life of an instance by its challenge's timeout.
+    Renew(Key),
+    /// Delete an instance.
+    Delete(Key),
 }
 
-/// Whose instance of what.
+/// Identifies an instance.
 #[derive(Debug, Args)]
-pub(crate) struct Slot {
-    /// The challenge.
+pub(crate) struct Key {
+    /// The id of the challenge.
     challenge: String,
-    /// The user or team, as the platform names it.
+    /// The id of the user or team on the platform.
     source: String,
 }
 
@@ -59,12 +59,12 @@ pub(super) async fn run(session: &Session, command: Command) -> Result<(), Failu
     let mut client = InstanceManagerClient::new(session.channel.clone());
     let output = session.output;
     match command {
-        Command::Create { slot: Slot { challenge: challenge_id, source: source_id }, additional } => {
+        Command::Create { key: Key { challenge: challenge_id, source: source_id }, additional } => {
             let additional = additional.into_iter().collect();
             let request = CreateInstanceRequest { challenge_id, source_id, additional };
             output.instance(&session.call(request, async |request| client.create_instance(request).await).await?)
         }
-        Command::Get(Slot { challenge: challenge_id, source: source_id }) => {
+        Command::Get(Key { challenge: challenge_id, source: source_id }) => {
             let request = RetrieveInstanceRequest { challenge_id, source_id };
             output.instance(&session.call(request, async |request| client.retrieve_instance(request).await).await?)
         }
@@ -73,11 +73,11 @@ pub(super) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let query = async |request: Request<QueryInstanceRequest>| client.query_instance(request).await;
             session.list(request, query, |found| output.instances(found)).await
         }
-        Command::Renew(Slot { challenge: challenge_id, source: source_id }) => {
+        Command::Renew(Key { challenge: challenge_id, source: source_id }) => {
             let request = RenewInstanceRequest { challenge_id, source_id };
             output.instance(&session.call(request, async |request| client.renew_instance(request).await).await?)
         }
-        Command::Delete(Slot { challenge: challenge_id, source: source_id }) => {
+        Command::Delete(Key { challenge: challenge_id, source: source_id }) => {
             let text = format!("Deleted instance {}/{}.", printable(&challenge_id), printable(&source_id));
             let request = DeleteInstanceRequest { challenge_id, source_id };
             session.call(request, async |request| client.delete_instance(request).await).await?;

@@ -1,4 +1,4 @@
-//! The commands that talk to a manager or a registry, and end.
+//! The commands that talk to a manager or a registry and exit.
 
 mod arguments;
 mod challenge;
@@ -22,16 +22,16 @@ use self::{
     output::{Format, Output},
 };
 
-const AGENT: &str = concat!("gauntlet/", env!("CARGO_PKG_VERSION"));
+const USER_AGENT: &str = concat!("gauntlet/", env!("CARGO_PKG_VERSION"));
 
-/// One of these in the environment asks a command to export telemetry, which otherwise it does not: it would wait for a collector.
-const ASKS_FOR_TELEMETRY: [&str; 3] =
+/// A command exports telemetry only if one of these variables is set: otherwise it would wait for a collector that nobody runs.
+const TELEMETRY_VARIABLES: [&str; 3] =
     ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_TRACES_EXPORTER"];
 
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Register, read, change and remove challenges.
+    /// Create, show, update and delete challenges.
     #[command(after_help = challenge::EXAMPLES)]
     Challenge {
         #[command(flatten)]
@@ -39,7 +39,7 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: challenge::Command,
     },
-    /// Start, read, renew and delete instances.
+    /// Create, show, renew and delete instances.
     #[command(after_help = instance::EXAMPLES)]
     Instance {
         #[command(flatten)]
@@ -47,7 +47,7 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: instance::Command,
     },
-    /// Check a scenario and push it to a registry.
+    /// Validate a scenario and push it to a registry.
     #[command(after_help = scenario::EXAMPLES)]
     Scenario {
         #[command(subcommand)]
@@ -55,22 +55,22 @@ pub(crate) enum Command {
     },
 }
 
-/// Which API, and how to show what it says.
+/// The API to call, and how to show its responses.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "API")]
 pub(crate) struct Api {
-    /// The manager's API, as host:port, http://host:port or https://host.
+    /// The address of the manager's API: host:port, http://host:port or https://host.
     #[arg(long, env = "URL", default_value = "localhost:8080", global = true, value_name = "URL")]
     url: ServerAddress,
-    /// How long a call may take.
+    /// The deadline of each call.
     #[arg(long, default_value = "2m", value_parser = gauntlet_startup::duration, global = true, value_name = "DURATION")]
     deadline: Duration,
-    /// A table for people, or the JSON of the REST API, one object a line.
+    /// A table, or the JSON of the REST API with one object per line.
     #[arg(long, short, default_value = "table", global = true, value_name = "FORMAT")]
     output: Format,
 }
 
-/// A way to the API, and what every call to it needs.
+/// A channel to the API, and the settings of every call.
 struct Session {
     server: ServerAddress,
     deadline: Duration,
@@ -79,7 +79,7 @@ struct Session {
 }
 
 impl Session {
-    /// One call, within the deadline.
+    /// Makes one call within the deadline.
     async fn call<Q, M>(
         &self,
         query: Q,
@@ -88,10 +88,11 @@ impl Session {
         call_with_deadline(self.deadline, query, call)
             .await
             .map(Response::into_inner)
-            .map_err(|status| self.failed(status))
+            .map_err(|status| self.failure(status))
     }
 
-    /// One call whose answer is a stream, shown: as it comes in JSON, at its end as a table. What came before a failure is shown.
+    /// Makes one call that returns a stream, and shows the messages: in JSON as they arrive, as a table at the end. When the stream fails, the
+    /// messages before the failure are shown.
     async fn list<Q, M: Message + Name + Default>(
         &self,
         query: Q,
@@ -102,12 +103,12 @@ impl Session {
         let mut found = Vec::new();
         let mut shown = Ok(());
         let read = call_with_deadline(self.deadline, query, async |request| {
-            let mut answers = call(request).await?.into_inner();
-            while let Some(answer) = answers.message().await? {
+            let mut messages = call(request).await?.into_inner();
+            while let Some(message) = messages.message().await? {
                 if !json {
-                    found.push(answer);
+                    found.push(message);
                 } else if shown.is_ok() {
-                    shown = self.output.json(&answer);
+                    shown = self.output.json(&message);
                 }
             }
             Ok(())
@@ -116,15 +117,15 @@ impl Session {
         if !json && (read.is_ok() || !found.is_empty()) {
             shown = table(&found);
         }
-        read.map_err(|status| self.failed(status)).and(shown)
+        read.map_err(|status| self.failure(status)).and(shown)
     }
 
-    fn failed(&self, status: Status) -> Failure {
+    fn failure(&self, status: Status) -> Failure {
         Failure::Api { server: self.server.to_string(), status: Box::new(status) }
     }
 }
 
-/// Runs one command to its end, on a runtime of its own.
+/// Runs one command on a runtime of its own, and returns the exit code.
 pub(crate) fn run(command: Command) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -132,7 +133,7 @@ pub(crate) fn run(command: Command) -> ExitCode {
     };
     runtime.block_on(async {
         let env = Env::process();
-        let telemetry = if ASKS_FOR_TELEMETRY.iter().any(|variable| env.get(variable).is_some()) {
+        let telemetry = if TELEMETRY_VARIABLES.iter().any(|variable| env.get(variable).is_some()) {
             let settings =
                 Settings { log_filter: "warn".into(), ..Settings::new("gauntlet", env!("CARGO_PKG_VERSION")) };
             match Telemetry::start(&settings, &env) {
@@ -160,7 +161,7 @@ pub(crate) fn run(command: Command) -> ExitCode {
 
 async fn execute(command: Command, instruments: &Instruments) -> Result<(), Failure> {
     let session = |api: Api| -> Result<Session, Failure> {
-        let channel = api.url.channel(AGENT, instruments)?;
+        let channel = api.url.channel(USER_AGENT, instruments)?;
         Ok(Session { server: api.url, deadline: api.deadline, channel, output: Output::new(api.output) })
     };
     match command {

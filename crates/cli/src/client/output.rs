@@ -1,4 +1,4 @@
-//! What commands say on standard output.
+//! What commands print to standard output.
 
 use std::io::{self, Write as _};
 
@@ -17,14 +17,14 @@ use super::{
     printable::{NONE, printable},
 };
 
-/// How answers are shown.
+/// The format of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Format {
     Table,
     Json,
 }
 
-/// Standard output in one format. Colour reaches terminals only.
+/// Standard output in one format. Only terminals get colours.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Output {
     format: Format,
@@ -39,12 +39,12 @@ impl Output {
         self.format == Format::Json
     }
 
-    /// One message as a line of JSON.
+    /// Prints a message as one line of JSON.
     pub(super) fn json<M: Message + Name>(self, message: &M) -> Result<(), Failure> {
-        write(&json::to_string(message).map_err(|error| Failure::Answer(error.to_string()))?)
+        write(&json::to_string(message).map_err(|error| Failure::Json(error.to_string()))?)
     }
 
-    /// That something was done and there is nothing to show: `{}` in JSON, as the API has it.
+    /// Prints that a call without a result succeeded: `text`, or `{}` in JSON, as in the REST API.
     pub(super) fn done(self, text: &str) -> Result<(), Failure> {
         write(if self.is_json() { "{}" } else { text })
     }
@@ -66,11 +66,11 @@ impl Output {
     }
 }
 
-/// Writes a text and a line end to standard output.
+/// Prints a text and a newline to standard output.
 pub(super) fn write(text: &str) -> Result<(), Failure> {
     let mut out = anstream::stdout().lock();
     match writeln!(out, "{text}").and_then(|()| out.flush()) {
-        // Whoever read it has read enough.
+        // The reader, such as `head`, needs no more.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result.map_err(Failure::Io),
     }
@@ -86,7 +86,7 @@ fn challenges_text(challenges: &[Challenge], now: Timestamp) -> String {
             challenge.instances.len().to_string(),
             pool(challenge),
             timeout(challenge.timeout),
-            moment(challenge.until, now),
+            time(challenge.until, now),
             challenge.scenario.clone(),
         ]
     });
@@ -101,7 +101,7 @@ fn instances_text(instances: &[Instance], now: Timestamp) -> String {
         vec![
             instance.challenge_id.clone(),
             instance.source_id.clone(),
-            moment(instance.until, now),
+            time(instance.until, now),
             instance.connection_info.clone(),
         ]
     });
@@ -113,7 +113,7 @@ fn challenge_text(challenge: &Challenge, now: Timestamp) -> String {
         ("Challenge", challenge.id.clone()),
         ("Scenario", challenge.scenario.clone()),
         ("Timeout", timeout(challenge.timeout)),
-        ("Until", moment(challenge.until, now)),
+        ("Until", time(challenge.until, now)),
         ("Pool", pool(challenge)),
     ];
     fields.extend(challenge.additional.iter().map(|(key, value)| ("Additional", format!("{key}={value}"))));
@@ -134,15 +134,15 @@ fn instance_text(instance: &Instance, now: Timestamp) -> String {
     ];
     fields.extend(instance.flags.iter().map(|flag| ("Flag", flag.clone())));
     fields.extend([
-        ("Since", moment(instance.since, now)),
-        ("Renewed", moment(instance.last_renew, now)),
-        ("Until", moment(instance.until, now)),
+        ("Since", time(instance.since, now)),
+        ("Renewed", time(instance.last_renew, now)),
+        ("Until", time(instance.until, now)),
     ]);
     fields.extend(instance.additional.iter().map(|(key, value)| ("Additional", format!("{key}={value}"))));
     record(fields)
 }
 
-/// Names in bold, each with its value.
+/// Renders one field per line, with its name in bold.
 fn record(fields: Vec<(&str, String)>) -> String {
     let bold = Style::new().bold();
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
@@ -153,7 +153,7 @@ fn record(fields: Vec<(&str, String)>) -> String {
     fields.into_iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// Columns as wide as they need to be, below a header in bold.
+/// Renders rows in columns as wide as their content, below a header in bold.
 fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header);
@@ -182,8 +182,8 @@ fn timeout(duration: Option<prost_types::Duration>) -> String {
         .map_or_else(|| NONE.into(), |duration| format!("{:#}", SignedDuration::new(duration.seconds, duration.nanos)))
 }
 
-/// A moment to the second, and how far it is.
-fn moment(timestamp: Option<prost_types::Timestamp>, now: Timestamp) -> String {
+/// Renders a time to the second, and its distance from now.
+fn time(timestamp: Option<prost_types::Timestamp>, now: Timestamp) -> String {
     let Some(timestamp) = timestamp else { return NONE.into() };
     let Ok(at) = Timestamp::new(timestamp.seconds, 0) else { return format!("{} s since 1970", timestamp.seconds) };
     let away = SignedDuration::from_secs(at.as_second().saturating_sub(now.as_second()));
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_challenge() {
+    fn challenge_as_text() {
         insta::assert_snapshot!(plain(&challenge_text(&challenge(), now())), @r"
         Challenge   web-1
         Scenario    registry.lan:5000/web:1@sha256:00
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn challenges() {
+    fn challenges_as_table() {
         let other = Challenge { id: "日本".into(), min: 1, until: at(0), ..Challenge::default() };
         insta::assert_snapshot!(plain(&challenges_text(&[challenge(), other], now())), @"
         ID     INSTANCES  POOL         TIMEOUT  UNTIL                          SCENARIO
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn an_instance() {
+    fn instance_as_text() {
         insta::assert_snapshot!(plain(&instance_text(&instance(), now())), @r"
         Challenge   web-1
         Source      42
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn instances() {
+    fn instances_as_table() {
         let other = Instance { source_id: "7".into(), ..Instance::default() };
         insta::assert_snapshot!(plain(&instances_text(&[instance(), other], now())), @r"
         CHALLENGE  SOURCE  UNTIL                             CONNECTION

@@ -1,4 +1,4 @@
-//! `gauntlet scenario`: the author's side.
+//! `gauntlet scenario`: for authors of scenarios.
 
 use std::{
     io::{IsTerminal as _, Read as _},
@@ -16,33 +16,33 @@ Examples:
   gauntlet scenario push ./web registry.lan:5000/web:1 --insecure
   gauntlet scenario push ./web ghcr.io/team/web:1 --username ci --password-stdin < password";
 
-/// A password is a line; what is longer is a mistake.
-const LONGEST_PASSWORD: u64 = 64 << 10;
+/// The most that is read from standard input as a password, in bytes: more is a mistake.
+const MAX_PASSWORD_SIZE: u64 = 64 << 10;
 
-/// What to do with a scenario.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Check a directory: its scenario.yaml, its templates, its files.
+    /// Validate a scenario: its scenario.yaml, templates and files.
     Validate {
         /// The scenario's directory.
         dir: PathBuf,
     },
-    /// Check a directory, push it, and print its reference with the digest.
+    /// Validate a scenario, push it, and print its reference with the digest.
     Push(Push),
 }
 
-/// What to push where.
+/// The scenario to push, and where to.
 #[derive(Debug, Args)]
 pub(crate) struct Push {
     /// The scenario's directory.
     dir: PathBuf,
-    /// Where it goes, as registry/repository:tag.
+    /// The reference to push to: registry/repository:tag.
     #[arg(value_name = "REF")]
     reference: String,
-    /// Speak plain HTTP with the registry.
+    /// Use plain HTTP for the registry.
     #[arg(long, env = "OCI_INSECURE", value_parser = clap::builder::BoolishValueParser::new(), default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set, value_name = "BOOL", hide_default_value = true)]
     insecure: bool,
-    /// The user of the registry; the password comes from OCI_PASSWORD or --password-stdin.
+    /// The user name for the registry. The password is read from OCI_PASSWORD or, with --password-stdin, from standard input.
     #[arg(long, env = "OCI_USERNAME", value_name = "NAME")]
     username: Option<String>,
     /// Read the password from standard input.
@@ -56,7 +56,7 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
             let report = gauntlet_scenario::validate(&dir)?;
             warn(&report);
             if !report.is_sound() {
-                return Err(Failure::Unsound(report));
+                return Err(Failure::Invalid(report));
             }
             write(&contents(&report))
         }
@@ -73,13 +73,13 @@ fn credentials(push: &Push) -> Result<Option<Credentials>, Failure> {
     let Some(username) = push.username.clone().filter(|username| !username.is_empty()) else { return Ok(None) };
     let password = if push.password_stdin {
         let mut text = String::new();
-        std::io::stdin().lock().take(LONGEST_PASSWORD).read_to_string(&mut text).map_err(Failure::Io)?;
+        std::io::stdin().lock().take(MAX_PASSWORD_SIZE).read_to_string(&mut text).map_err(Failure::Io)?;
         text.trim_end_matches(['\r', '\n']).to_owned()
     } else {
         std::env::var("OCI_PASSWORD").unwrap_or_default()
     };
     if password.is_empty() {
-        return Err(Failure::Usage("--username has no password; set OCI_PASSWORD, or give --password-stdin"));
+        return Err(Failure::Usage("--username needs a password; set OCI_PASSWORD or pass --password-stdin"));
     }
     let registry = push.reference.split_once('/').map(|(registry, _)| registry.to_owned());
     Ok(Some(Credentials { registry, username, password: password.into() }))
@@ -94,8 +94,8 @@ fn warn(report: &Report) {
 fn contents(report: &Report) -> String {
     let bytes: u64 = report.files.iter().map(|file| file.size).sum();
     let mut lines = vec![match report.files.len() {
-        1 => format!("The scenario is sound: 1 file, {bytes} bytes."),
-        files => format!("The scenario is sound: {files} files, {bytes} bytes."),
+        1 => format!("The scenario is valid: 1 file, {bytes} bytes."),
+        files => format!("The scenario is valid: {files} files, {bytes} bytes."),
     }];
     lines.extend(report.files.iter().map(|file| {
         let executable = if file.executable { "  executable" } else { "" };
@@ -104,14 +104,14 @@ fn contents(report: &Report) -> String {
     lines.join("\n")
 }
 
-/// Says how far it is, to people only.
+/// Prints progress to standard error if that is a terminal.
 fn progress(progress: Progress) {
     if !std::io::stderr().is_terminal() {
         return;
     }
     match progress {
         Progress::File { path, done, of, known } => {
-            let how = if known { "there already" } else { "sent" };
+            let how = if known { "already there" } else { "uploaded" };
             anstream::eprintln!("{done}/{of} {} {how}", printable(&path));
         }
         Progress::Manifest { digest } => anstream::eprintln!("pushed {digest}"),

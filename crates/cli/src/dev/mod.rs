@@ -1,6 +1,6 @@
-//! `gauntlet dev`: manager and janitor in one process, example challenges, a few players, and a live view.
+//! `gauntlet dev`: manager and janitor in one process, with example challenges, simulated players and a live view.
 
-mod ground;
+mod data_dir;
 mod players;
 mod screen;
 
@@ -20,37 +20,38 @@ use gauntlet_startup::{EX_USAGE, ShutdownSignals};
 use gauntlet_telemetry::{Env, ExportStart, Settings, Telemetry};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{ground::Ground, screen::Screen};
+use self::{data_dir::DataDir, screen::Screen};
 
-/// How long the players, the janitor and the screen may take to end.
-const END_WITHIN: Duration = Duration::from_secs(6);
-/// When asked a second time: how long telling the instances to end may take.
-const TELL_WITHIN: Duration = Duration::from_secs(1);
-/// What a process exits with that SIGINT ended, as shells have it.
-const AT_ONCE: i32 = 130;
-/// How long calls under way may take to end after that.
+/// How long the players, the janitor and the screen may take to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(6);
+/// After the second signal: how long to wait for the instances to stop.
+const HALT_TIMEOUT: Duration = Duration::from_secs(1);
+/// The exit code that shells report for a process ended by SIGINT.
+const INTERRUPTED: i32 = 130;
+/// How long calls under way may take to end at shutdown.
 const DRAIN: Duration = Duration::from_secs(5);
-/// How long to wait for instances of the run before.
-const SERVES_WITHIN: Duration = Duration::from_secs(15);
-/// How often to look for the file that starts export.
+/// How long to wait until the instances of the previous run answer.
+const READY_TIMEOUT: Duration = Duration::from_secs(15);
+/// How often to check for the file that starts the export of telemetry.
 const EXPORT_POLL: Duration = Duration::from_millis(500);
 /// How often the janitor sweeps.
-const SWEEP_EVERY: Duration = Duration::from_secs(5);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Run everything in this process: manager, janitor, example challenges and players that use them.
+/// Run everything in one process: manager, janitor, example challenges and simulated players.
 ///
-/// What it shows on the terminal is also a page, at the debug port. State and instances are kept below --data: the next run goes on
-/// with them. Ctrl-C ends every process that was started; a second one gives up calls under way, tells every instance to end, and does not wait. What is no flag here is configured by the environment of gauntlet-manager.
-/// Nothing is exported unless OTEL_EXPORTER_OTLP_ENDPOINT says where to.
+/// The live view on the terminal is also served as a page at the debug port. State and instances are kept below --data, and the next run
+/// continues with them. Ctrl-C stops every process that was started. A second Ctrl-C cancels the calls under way, tells every instance to
+/// stop, and exits without waiting. Settings without a flag here are read from the environment variables of gauntlet-manager. Telemetry is
+/// exported only if OTEL_EXPORTER_OTLP_ENDPOINT is set.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Dev {
-    /// Where state, scenarios, instances and the log are kept.
+    /// The directory for state, scenarios, instances and the log.
     #[arg(long, default_value = "gauntlet-dev", value_name = "DIR")]
     data: PathBuf,
-    /// Where state is kept: in a file below --data, or in the etcd of --etcd-endpoints.
+    /// The store: a file below --data, or the etcd of --etcd-endpoints.
     #[arg(long, value_enum, default_value_t = Backend::Embedded)]
     backend: Backend,
-    /// etcd, comma-separated.
+    /// The addresses of etcd, comma-separated.
     #[arg(
         long,
         env = "ETCD_ENDPOINTS",
@@ -59,10 +60,10 @@ pub(crate) struct Dev {
         value_name = "URL,..."
     )]
     etcd_endpoints: Vec<String>,
-    /// A directory of scenarios: each NAME/scenario below it is registered as challenge NAME. The built-in examples unless given.
+    /// A directory of scenarios: each NAME/scenario in it is registered as challenge NAME. The built-in examples by default.
     #[arg(long, value_name = "DIR")]
     scenarios: Option<PathBuf>,
-    /// Where to look for the programs of scenarios, before the directory of this program and PATH.
+    /// A directory to search for the programs of scenarios, before the directory of this program and PATH.
     #[arg(long, value_name = "DIR")]
     programs: Option<PathBuf>,
     /// The port of the API; 0 picks a free one.
@@ -71,13 +72,13 @@ pub(crate) struct Dev {
     /// The port of the debug page; 0 picks a free one.
     #[arg(long, default_value_t = 8081, value_name = "PORT")]
     debug_port: u16,
-    /// Only the manager and the janitor: no challenge is registered, nobody plays.
+    /// Start only the manager and the janitor, without challenges and players.
     #[arg(long)]
     bare: bool,
-    /// A file whose lines are shown as they are added.
+    /// A file whose lines are shown on the screen as they are appended.
     #[arg(long, env = "GAUNTLET_DEV_NOTICES", hide = true)]
     notices: Option<PathBuf>,
-    /// Nothing is exported before this file exists.
+    /// Telemetry is exported once this file exists.
     #[arg(long, env = "GAUNTLET_DEV_EXPORT_AFTER", hide = true, value_name = "FILE")]
     export_after: Option<PathBuf>,
 }
@@ -91,45 +92,45 @@ enum Backend {
 }
 
 impl Dev {
-    /// Runs until SIGINT, SIGTERM or SIGHUP.
+    /// Runs until SIGINT, SIGTERM or SIGHUP, and returns the exit code.
     pub(crate) fn run(&self) -> ExitCode {
-        let result = match self.manager() {
+        let result = match self.manager_config() {
             Ok(config) => self.prepare(config),
             Err(error) => {
-                // clap's texts say that they are errors.
-                tell(error.to_string().trim_end());
+                // clap's texts begin with "error:".
+                print_line(error.to_string().trim_end());
                 return EX_USAGE.into();
             }
         };
         match result {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                tell(&format!("error: {error:#}"));
+                print_line(&format!("error: {error:#}"));
                 ExitCode::FAILURE
             }
         }
     }
 
-    /// Checks what can be checked before anything starts, then serves.
+    /// Makes every check that is possible before anything starts, then serves.
     fn prepare(&self, mut config: gauntlet_manager::Config) -> Result<()> {
-        let ground = Ground::take(&self.data)?;
-        ground::is_free(self.port, "--port")?;
-        ground::is_free(self.debug_port, "--debug-port")?;
-        // Instances belong to one store: a run on the other backend has its own.
+        let data_dir = DataDir::lock(&self.data)?;
+        data_dir::check_port(self.port, "--port")?;
+        data_dir::check_port(self.debug_port, "--debug-port")?;
+        // Instances belong to one store, so each backend has its own directory.
         config.dir = match self.backend {
-            Backend::Embedded => ground.data().to_owned(),
-            Backend::Etcd => ground.data().join("on-etcd"),
+            Backend::Embedded => data_dir.path().to_owned(),
+            Backend::Etcd => data_dir.path().join("on-etcd"),
         };
-        let scenarios = self.scenarios(&ground)?;
+        let scenarios = self.scenarios(&data_dir)?;
         config.scenario_root.clone_from(&scenarios);
 
         let live = std::io::stdout().is_terminal();
         let mut hints = Vec::new();
         if live {
             // The terminal belongs to the live view.
-            let (path, file) = ground.log()?;
-            rustix::stdio::dup2_stderr(&file).context("redirect the log")?;
-            hints.push(format!("the log         {}", path.display()));
+            let (path, file) = data_dir.create_log()?;
+            rustix::stdio::dup2_stderr(&file).context("cannot redirect the log")?;
+            hints.push(format!("log             {}", path.display()));
         }
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let telemetry = {
@@ -139,20 +140,20 @@ impl Dev {
             if self.export_after.is_some() {
                 settings = settings.with_export_held();
             }
-            Telemetry::start(&settings, &environment(std::env::vars_os().filter_map(text)))?
+            Telemetry::start(&settings, &telemetry_environment(std::env::vars_os().filter_map(as_text)))?
         };
         let result = runtime.block_on(self.serve(config, &telemetry, live, hints, scenarios));
         if let Err(error) = telemetry.shutdown() {
-            tell(&format!("warning: {error}"));
+            print_line(&format!("warning: {error}"));
         }
         result
     }
 
-    /// The directory whose scenarios are registered, if any are.
-    fn scenarios(&self, ground: &Ground) -> Result<Option<PathBuf>> {
+    /// Returns the directory whose scenarios are registered, if any.
+    fn scenarios(&self, data_dir: &DataDir) -> Result<Option<PathBuf>> {
         if let Some(scenarios) = &self.scenarios {
-            let whole = scenarios.canonicalize();
-            return whole.map(Some).with_context(|| format!("--scenarios {}", scenarios.display()));
+            let absolute = scenarios.canonicalize();
+            return absolute.map(Some).with_context(|| format!("cannot read --scenarios {}", scenarios.display()));
         }
         if self.bare {
             return Ok(None);
@@ -161,7 +162,7 @@ impl Dev {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let path: Vec<_> =
             self.programs.clone().into_iter().chain(beside).chain(std::env::split_paths(&path)).collect();
-        ground.examples(&path)
+        data_dir.write_examples(&path)
     }
 
     async fn serve(
@@ -182,46 +183,46 @@ impl Dev {
         if let Some(file) = self.export_after.clone() {
             tasks.spawn(start_export(telemetry.export_start().clone(), file, stop.clone()));
         }
-        let began = tokio::select! {
-            began = self.begin(&manager, telemetry, scenarios.as_deref(), &mut hints, &stop, &tasks) => began.map(|()| true),
+        let started = tokio::select! {
+            started = self.start(&manager, telemetry, scenarios.as_deref(), &mut hints, &stop, &tasks) => started.map(|()| true),
             () = shutdown.recv() => Ok(false),
         };
-        if let Ok(true) = began {
+        if let Ok(true) = started {
             let page = manager.debug.map(|address| format!("http://127.0.0.1:{}/", address.port()));
             let screen = Screen::new(telemetry.debug().clone(), &url, page, &hints, self.notices.clone(), live);
             tasks.spawn(screen.show(stop.clone()));
             shutdown.recv().await;
         }
-        tell("\nending: the API, then the instances; Ctrl-C again ends at once");
+        print_line("\nstopping the API, then the instances; press Ctrl-C again to exit at once");
         stop.cancel();
         tasks.close();
-        let ended = async {
-            if tokio::time::timeout(END_WITHIN, tasks.wait()).await.is_err() {
-                tracing::warn!("players, janitor or screen do not end");
+        let shutdown_all = async {
+            if tokio::time::timeout(STOP_TIMEOUT, tasks.wait()).await.is_err() {
+                tracing::warn!("shutdown timed out: players, janitor or screen still running");
             }
             manager.stop_with_instances().await
         };
         let halted = tokio::select! {
-            halted = ended => halted?,
+            halted = shutdown_all => halted?,
             () = shutdown.recv() => {
-                // Their supervisors end them also when this process has gone.
-                let told = tokio::time::timeout(TELL_WITHIN, instances.halt()).await;
-                tell(match told {
-                    Ok(Ok(_)) => "ended at once: calls under way were given up, and every instance has ended",
-                    _ => "ended at once: calls under way were given up, and instances were told to end, which takes them a moment",
+                // The supervisors stop their instances also after this process has exited.
+                let halted = tokio::time::timeout(HALT_TIMEOUT, instances.halt()).await;
+                print_line(match halted {
+                    Ok(Ok(_)) => "exited at once: calls under way were cancelled, and all instances have stopped",
+                    _ => "exited at once: calls under way were cancelled, and the instances are still stopping",
                 });
-                std::process::exit(AT_ONCE);
+                std::process::exit(INTERRUPTED);
             }
         };
-        tell(&format!(
-            "ended {halted} instances; {} keeps what is stored, and the next run brings them back",
+        print_line(&format!(
+            "stopped {halted} instances; the state is kept in {}, and the next run starts them again",
             data.display()
         ));
-        began.map(drop)
+        started.map(drop)
     }
 
-    /// Starts the janitor and, unless bare, registers the challenges and lets the players in.
-    async fn begin(
+    /// Starts the janitor and, unless `--bare` is set, registers the challenges and starts the players.
+    async fn start(
         &self,
         manager: &Manager,
         telemetry: &Telemetry,
@@ -232,17 +233,17 @@ impl Dev {
     ) -> Result<()> {
         let url = url(manager);
         let janitor = gauntlet_janitor::Config {
-            every: Some(SWEEP_EVERY),
+            every: Some(SWEEP_INTERVAL),
             ..gauntlet_janitor::Config::new(url.parse().map_err(anyhow::Error::msg)?)
         };
-        // So that nobody is handed an instance that does not run yet.
-        if tokio::time::timeout(SERVES_WITHIN, manager.serving()).await.is_err() {
-            tracing::warn!("instances of the run before take long: some may not answer yet");
+        // Players should not be given an instance that does not run yet.
+        if tokio::time::timeout(READY_TIMEOUT, manager.serving()).await.is_err() {
+            tracing::warn!("some instances of the previous run are not ready yet");
         }
-        let (instruments, ending) = (telemetry.instruments().clone(), stop.clone());
+        let (instruments, stopped) = (telemetry.instruments().clone(), stop.clone());
         tasks.spawn(async move {
-            if let Err(error) = gauntlet_janitor::run(&janitor, &instruments, ending).await {
-                tracing::error!(%error, "the janitor ended");
+            if let Err(error) = gauntlet_janitor::run(&janitor, &instruments, stopped).await {
+                tracing::error!(%error, "the janitor failed");
             }
         });
         if self.bare {
@@ -250,7 +251,7 @@ impl Dev {
         }
         let Some(scenarios) = scenarios else {
             hints.push(
-                "no challenge    the programs of the examples are not here: give their directory with --programs"
+                "no challenges   the programs of the examples were not found; pass their directory with --programs"
                     .into(),
             );
             return Ok(());
@@ -259,13 +260,13 @@ impl Dev {
         for registered in players::register(&url, scenarios).await? {
             match registered {
                 Ok(challenge) => challenges.push(challenge),
-                Err(why) => hints.push(format!("not registered  {why}")),
+                Err(error) => hints.push(format!("not registered  {error}")),
             }
         }
         hints.push(format!("challenges      {}", challenges.join(", ")));
         if challenges.iter().any(|challenge| challenge == "flaky") {
             hints.push(
-                "                flaky fails about every third time on purpose, so that there is a failure to look at"
+                "                flaky fails about every third time on purpose, so that there are failures to look at"
                     .into(),
             );
         }
@@ -273,8 +274,8 @@ impl Dev {
         Ok(())
     }
 
-    /// The environment of the manager under the flags.
-    fn manager(&self) -> Result<gauntlet_manager::Config, clap::Error> {
+    /// Returns the manager's configuration: its environment, overridden by the flags of this command.
+    fn manager_config(&self) -> Result<gauntlet_manager::Config, clap::Error> {
         let mut config = gauntlet_manager::Config::from_environment()?;
         config.bind = Ipv4Addr::LOCALHOST.into();
         config.port = self.port;
@@ -287,7 +288,7 @@ impl Dev {
     }
 }
 
-/// Starts export once the file exists.
+/// Starts the export of telemetry once the file exists.
 async fn start_export(export: ExportStart, file: PathBuf, stop: CancellationToken) {
     while !file.exists() {
         tokio::select! {
@@ -298,27 +299,27 @@ async fn start_export(export: ExportStart, file: PathBuf, stop: CancellationToke
     export.start();
 }
 
-/// Where the API is.
+/// The address of the API.
 fn url(manager: &Manager) -> String {
     format!("http://127.0.0.1:{}", manager.api.port())
 }
 
-/// Says a line to whoever watches; a terminal that is gone is no reason to fail.
-fn tell(line: &str) {
+/// Prints a line to standard output. A closed terminal is not an error.
+fn print_line(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
-fn text((name, value): (std::ffi::OsString, std::ffi::OsString)) -> Option<(String, String)> {
+fn as_text((name, value): (std::ffi::OsString, std::ffi::OsString)) -> Option<(String, String)> {
     Some((name.into_string().ok()?, value.into_string().ok()?))
 }
 
-/// The environment as telemetry is to see it: lines for people, and no exporter where nobody said that somebody listens.
-fn environment(variables: impl Iterator<Item = (String, String)>) -> Env {
+/// Returns the environment for telemetry: logs for people by default, and no exporter for a signal without an endpoint.
+fn telemetry_environment(variables: impl Iterator<Item = (String, String)>) -> Env {
     let mut all: BTreeMap<String, String> = variables.collect();
     all.entry("LOG_FORMAT".to_owned()).or_insert_with(|| "human".to_owned());
     for signal in ["TRACES", "METRICS", "LOGS"] {
-        let told = ["OTEL_EXPORTER_OTLP_ENDPOINT".to_owned(), format!("OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")];
-        if !told.iter().any(|name| all.get(name).is_some_and(|endpoint| !endpoint.is_empty())) {
+        let endpoints = ["OTEL_EXPORTER_OTLP_ENDPOINT".to_owned(), format!("OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")];
+        if !endpoints.iter().any(|name| all.get(name).is_some_and(|endpoint| !endpoint.is_empty())) {
             all.entry(format!("OTEL_{signal}_EXPORTER")).or_insert_with(|| "none".to_owned());
         }
     }
@@ -330,9 +331,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_exported_unless_somebody_listens() {
+    fn signals_without_an_endpoint_are_not_exported() {
         let exporters = |variables: &[(&str, &str)]| {
-            let env = environment(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+            let env =
+                telemetry_environment(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
             ["OTEL_TRACES_EXPORTER", "OTEL_METRICS_EXPORTER", "OTEL_LOGS_EXPORTER"]
                 .map(|name| env.get(name).unwrap_or("otlp").to_owned())
         };

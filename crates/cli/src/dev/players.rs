@@ -15,28 +15,28 @@ use gauntlet_api::v1::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, transport::Channel};
 
-/// How many players there are.
+/// The number of players.
 const PLAYERS: usize = 4;
-/// Between two things a player does.
+/// The pause between two actions of a player.
 const PAUSE: Duration = Duration::from_millis(700);
-/// How long instances of a challenge live, so that some expire and are swept while one watches.
-const LIVES: [i64; 3] = [15, 20, 120];
-/// How many instances a challenge may have: the players', some of the pool, and some of whoever tries it.
-const MOST: i64 = 10;
+/// The timeouts of the challenges in seconds: short enough that some instances expire and are swept while somebody watches.
+const TIMEOUTS: [i64; 3] = [15, 20, 120];
+/// The upper bound of each pool: enough for the players, the pool and whoever tries the API by hand.
+const POOL_MAX: i64 = 10;
 
 async fn connect(url: &str) -> Result<Channel> {
     let endpoint =
         Channel::from_shared(url.to_owned())?.connect_timeout(Duration::from_secs(5)).timeout(Duration::from_secs(30));
-    endpoint.connect().await.with_context(|| format!("connect to {url}"))
+    endpoint.connect().await.with_context(|| format!("cannot connect to {url}"))
 }
 
-/// One challenge, or why it could not be registered.
+/// The id of a registered challenge, or the error.
 pub(super) type Registered = std::result::Result<String, String>;
 
-/// Registers each `NAME/scenario` below `scenarios` as challenge NAME; those of an earlier run are kept as they are.
+/// Registers each `NAME/scenario` below `scenarios` as challenge NAME. Challenges of an earlier run are left unchanged.
 pub(super) async fn register(url: &str, scenarios: &Path) -> Result<Vec<Registered>> {
     let mut names: Vec<String> = std::fs::read_dir(scenarios)
-        .with_context(|| format!("list {}", scenarios.display()))?
+        .with_context(|| format!("cannot list {}", scenarios.display()))?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.join("scenario").is_dir())
         .filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()))
@@ -44,14 +44,14 @@ pub(super) async fn register(url: &str, scenarios: &Path) -> Result<Vec<Register
     names.sort();
     let mut client = ChallengeStoreClient::new(connect(url).await?);
     let mut registered = Vec::with_capacity(names.len());
-    for (name, life) in names.into_iter().zip(LIVES.into_iter().cycle()) {
+    for (name, timeout) in names.into_iter().zip(TIMEOUTS.into_iter().cycle()) {
         let challenge = CreateChallengeRequest {
             id: name.clone(),
             scenario: format!("file://{name}/scenario"),
-            timeout: Some(prost_types::Duration { seconds: life, nanos: 0 }),
-            // What may not start is not kept ready.
+            timeout: Some(prost_types::Duration { seconds: timeout, nanos: 0 }),
+            // An example that often fails to start has no pool.
             min: i64::from(name != "flaky"),
-            max: MOST,
+            max: POOL_MAX,
             ..CreateChallengeRequest::default()
         };
         registered.push(match client.create_challenge(challenge).await {
@@ -63,30 +63,30 @@ pub(super) async fn register(url: &str, scenarios: &Path) -> Result<Vec<Register
     Ok(registered)
 }
 
-/// Plays until told to stop. What is refused is part of the game.
+/// Plays until `stop` is cancelled. Failed calls are part of the demonstration.
 pub(super) async fn play(url: String, challenges: Vec<String>, stop: CancellationToken) {
     let playing = async {
         let channel = connect(&url).await?;
-        let players = (0..PLAYERS).map(|player| one(channel.clone(), &challenges, player));
+        let players = (0..PLAYERS).map(|player| play_rounds(channel.clone(), &challenges, player));
         futures::future::join_all(players).await;
         anyhow::Ok(())
     };
     tokio::select! {
         () = stop.cancelled() => {}
         played = playing => if let Err(error) = played {
-            tracing::warn!(%error, "no players");
+            tracing::warn!(%error, "the players failed");
         },
     }
 }
 
-/// One round a challenge, without end.
-async fn one(channel: Channel, challenges: &[String], player: usize) {
+/// Plays one challenge after the other, without end.
+async fn play_rounds(channel: Channel, challenges: &[String], player: usize) {
     let client = InstanceManagerClient::new(channel);
     for (round, challenge) in challenges.iter().cycle().skip(player).enumerate() {
-        // Every other round they walk away, and the janitor finds the instance.
-        let stays = (round + player).is_multiple_of(2);
-        if let Err(status) = play_round(client.clone(), challenge, &format!("player-{}", player + 1), stays).await {
-            tracing::debug!(player, challenge, %status, "refused");
+        // In every other round the player leaves the instance to the janitor.
+        let deletes = (round + player).is_multiple_of(2);
+        if let Err(status) = play_round(client.clone(), challenge, &format!("player-{}", player + 1), deletes).await {
+            tracing::debug!(player, challenge, %status, "a call of a player failed");
             tokio::time::sleep(PAUSE).await;
         }
     }
@@ -96,11 +96,11 @@ async fn play_round(
     mut client: InstanceManagerClient<Channel>,
     challenge: &str,
     source: &str,
-    stays: bool,
+    deletes: bool,
 ) -> std::result::Result<(), Status> {
     let (challenge_id, source_id) = (challenge.to_owned(), source.to_owned());
     let retrieve = RetrieveInstanceRequest { challenge_id: challenge_id.clone(), source_id: source_id.clone() };
-    // They ask before they know that there is none.
+    // The platform also looks for an instance before it creates one.
     if client.retrieve_instance(retrieve.clone()).await.is_err() {
         tokio::time::sleep(PAUSE).await;
         let create = CreateInstanceRequest {
@@ -117,7 +117,7 @@ async fn play_round(
     let mine = client.query_instance(QueryInstanceRequest { source_id: source_id.clone() }).await?.into_inner();
     mine.try_for_each(async |_| Ok(())).await?;
     tokio::time::sleep(PAUSE).await;
-    if stays {
+    if deletes {
         let renew = RenewInstanceRequest { challenge_id: challenge_id.clone(), source_id: source_id.clone() };
         client.renew_instance(renew).await?;
         tokio::time::sleep(2 * PAUSE).await;

@@ -1,4 +1,4 @@
-//! What runs against what is stored.
+//! Compares the processes that run with the instances that are stored.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,11 +11,14 @@ use serde_json::Value;
 
 use super::load::{Broken, Kind};
 
-/// Stored instances, each with exactly one group of processes that runs: by seat (`challenge s source` or `challenge p identity`), the
-/// identity.
+/// The identities of the stored instances, each of which has exactly one process group, by assignment (`challenge s source` or
+/// `challenge p identity`).
 pub(super) type Census = BTreeMap<String, String>;
 
-/// Compares; the error is the first thing that is lost, doubled or left over, or not there yet.
+/// Takes the census.
+///
+/// # Errors
+/// The first instance that is lost, duplicated, left over or not ready yet.
 pub(super) fn take(dir: &Path, stored: &[(String, Vec<u8>)]) -> Result<Census, Broken> {
     let mut census = Census::new();
     for (key, value) in stored {
@@ -62,7 +65,7 @@ pub(super) fn take(dir: &Path, stored: &[(String, Vec<u8>)]) -> Result<Census, B
     Ok(census)
 }
 
-/// Whether something of that identity runs, or is being started, besides its supervisor.
+/// Whether a process of that instance runs, besides its supervisor.
 pub(super) fn runs(dir: &Path, identity: &str) -> bool {
     processes::of_instances(dir).iter().any(|process| process.identity == identity && !process.supervisor)
 }

@@ -1,4 +1,4 @@
-//! Managers on a cluster of etcd members, all real, and what can be done to them.
+//! Real managers on a real etcd cluster, and faults that can be injected into them.
 
 use std::{process::Command, time::Duration};
 
@@ -19,14 +19,14 @@ use super::{
 };
 use crate::harness::{Backend, Manager, POLL, World, eventually};
 
-/// How long a replica that went silent keeps what it owns.
+/// The TTL of replicas' leases.
 pub(super) const LEASE_TTL: Duration = Duration::from_secs(3);
 
-/// How members reach each other, and are reached.
+/// The network between the members and their clients.
 pub(super) enum Between {
-    /// On loopback, where nothing can be cut.
+    /// Loopback, on which connections cannot be cut.
     Loopback,
-    /// Each in a network namespace; where those cannot be made, on loopback. Said loudly.
+    /// One network namespace for each member. Falls back to loopback, with a loud message, where namespaces cannot be created.
     Namespaces,
 }
 
@@ -37,19 +37,19 @@ pub(super) struct Member {
     _reserved: Vec<Reserved>,
 }
 
-/// Dropped in this order: managers, then the instances that would outlive them, then what they stood on.
+/// Fields are dropped in this order: managers, then the instances, which would outlive them, then the store and the network.
 pub(super) struct Cluster {
     pub(super) managers: Vec<Manager>,
     _instances: KillInstances,
     pub(super) members: Vec<Member>,
-    /// What members can be cut off by; on loopback nothing, or why there is nothing.
+    /// The network by which members can be cut off, or why there is none.
     pub(super) network: Result<Network, String>,
     pub(super) store: Etcd,
     pub(super) world: World,
 }
 
 impl Cluster {
-    /// A cluster of that size with more arguments for each member, ready; no manager yet.
+    /// Starts a cluster of that size, with additional arguments for each member, and waits until it is ready. It has no managers yet.
     pub(super) fn start(size: usize, between: &Between, more: &[&str]) -> Cluster {
         let world = World::bare(Backend::Embedded);
         write_scenarios(&world);
@@ -70,12 +70,12 @@ impl Cluster {
         Cluster { managers: Vec::new(), _instances: instances, members, network, store, world }
     }
 
-    /// Starts managers: `m1`, `m2` and so on. Each is told of another member first, and stays with it while it answers.
+    /// Starts managers `m1`, `m2` and so on. Each has another member first in its endpoints, which it uses while that member answers.
     pub(super) fn with_managers(self, count: usize) -> Cluster {
         self.with_managers_of(count, &[])
     }
 
-    /// The same, with more in their environment.
+    /// The same with additional environment variables.
     pub(super) fn with_managers_of(mut self, count: usize, more: &[(&str, &str)]) -> Cluster {
         let (world, members) = (&self.world, &self.members);
         let start = |at: usize| {
@@ -95,23 +95,26 @@ impl Cluster {
         self
     }
 
-    /// The member that leads, once there is one.
+    /// Waits until the cluster has a leader, and returns it.
     pub(super) fn leader(&self) -> usize {
-        eventually("a member leads", || {
+        eventually("the cluster has a leader", || {
             let leads = |member: &Member| {
                 let status = post(&member.url, "/v3/maintenance/status", &json!({})).ok()?;
                 (status["leader"] == status["header"]["member_id"]).then_some(())
             };
-            self.members.iter().position(|member| leads(member).is_some()).ok_or_else(|| "none leads".to_owned())
+            self.members
+                .iter()
+                .position(|member| leads(member).is_some())
+                .ok_or_else(|| "no member is the leader".to_owned())
         })
     }
 
-    /// A member that does not lead.
+    /// Returns a member that is not the leader.
     pub(super) fn follower(&self) -> usize {
         (self.leader() + 1) % self.members.len()
     }
 
-    /// What is stored under these words of a key, and not in a lease's way: keys and values.
+    /// Returns the keys and values below the key prefix `gauntlet/{words}`.
     pub(super) fn stored(&self, words: &str) -> Result<Vec<(String, Vec<u8>)>, String> {
         let range = KeyRange::between(format!("gauntlet/{words} "), format!("gauntlet/{words}!"));
         let page = self.store.page(Get { range, limit: 0, keys_only: false }, None);
@@ -119,7 +122,7 @@ impl Cluster {
         Ok(page.kvs.into_iter().map(|kv| (kv.key, kv.value)).collect())
     }
 
-    /// The replica that owns an instance now.
+    /// Returns the replica that owns an instance now.
     pub(super) fn owner(&self, challenge: &str, source: &str) -> Result<Option<String>, String> {
         let wanted = format!("gauntlet/live owners {challenge} s {source}");
         let live = self.stored("live owners")?;
@@ -129,7 +132,7 @@ impl Cluster {
         }))
     }
 
-    /// Whether an instance is being brought up by that replica, which knows that it owns it: something runs already.
+    /// Whether that replica owns the instance and has started a process of it.
     pub(super) fn at_work(&self, replica: &str, challenge: &str, source: &str) -> Result<bool, String> {
         if self.owner(challenge, source)?.as_deref() != Some(replica) {
             return Ok(false);
@@ -142,21 +145,24 @@ impl Cluster {
         Ok(identity.is_some_and(|identity| census::runs(&self.world.path("data/process/instances"), &identity)))
     }
 
-    /// Whether every manager says that it is well.
-    pub(super) fn all_well(&self) -> Result<(), String> {
+    /// Fails if a manager is not healthy.
+    pub(super) fn all_healthy(&self) -> Result<(), String> {
         match self.managers.iter().find(|manager| !http::answers(&format!("{}/healthcheck", manager.url))) {
             None => Ok(()),
-            Some(manager) => Err(format!("{} is not well", manager.url)),
+            Some(manager) => Err(format!("{} is not healthy", manager.url)),
         }
     }
 
-    /// Waits until nothing is under way and what runs is exactly what is stored, several times in a row; the error is what is not so.
+    /// Waits until no work is under way and exactly the stored instances run, several times in a row.
+    ///
+    /// # Errors
+    /// The last difference, when the cluster does not settle.
     pub(super) fn settle(&self) -> Result<census::Census, Broken> {
         const IN_A_ROW: usize = 3;
         let dir = self.world.path("data/process/instances");
         let odd = |why| Broken(Kind::Odd, why);
         let look = || {
-            self.all_well().map_err(odd)?;
+            self.all_healthy().map_err(odd)?;
             for words in ["working", "live", "rollouts"] {
                 if let [(key, _), ..] = self.stored(words).map_err(odd)?.as_slice() {
                     return Err(odd(format!("under way: {key}")));
@@ -169,7 +175,7 @@ impl Cluster {
             Ok(census) if before + 1 == IN_A_ROW => Ok(census),
             Ok(_) => {
                 before += 1;
-                Err(odd("it was at rest, but not for long enough".to_owned()))
+                Err(odd("settled, but not for long enough".to_owned()))
             }
             Err(why) => {
                 before = 0;
@@ -178,7 +184,7 @@ impl Cluster {
         })
     }
 
-    /// Prints what does not come to rest, and the last that each manager has said.
+    /// Prints the work still under way and the end of each manager's log.
     pub(super) fn explain(&self) {
         for words in ["working", "live", "rollouts"] {
             for (key, value) in self.stored(words).unwrap_or_default() {
@@ -193,9 +199,9 @@ impl Cluster {
         }
     }
 
-    /// As [`Cluster::settle`], for what must come to rest.
+    /// As [`Cluster::settle`], but panics when the cluster does not settle.
     pub(super) fn at_rest(&self) -> census::Census {
-        self.settle().unwrap_or_else(|why| panic!("not at rest: {why:?}"))
+        self.settle().unwrap_or_else(|why| panic!("not settled: {why:?}"))
     }
 
     /// Runs etcd's command line against the cluster.
@@ -212,7 +218,7 @@ impl Cluster {
     }
 }
 
-/// What a manager's log has said since it had that length.
+/// Returns what was appended to a manager's log since it had that length.
 pub(super) fn said_since(manager: &Manager, length: usize) -> String {
     let log = std::fs::read(manager.process.log()).unwrap();
     String::from_utf8_lossy(&log[length.min(log.len())..]).into_owned()
@@ -253,7 +259,7 @@ fn members(world: &World, network: Option<&Network>, size: usize, more: &[&str])
         let dir = world.path(&format!("etcd-{at}"));
         std::fs::create_dir_all(&dir).unwrap();
         let url = format!("http://{client}");
-        // They are ready when a majority is there: asked below, when all are started.
+        // A member is ready only once a majority has started, so readiness is checked below.
         let mut spec = Spec::new(&format!("etcd m{at}"), &etcd, dir.join("etcd.log"), Ready::Spawned);
         for argument in [
             format!("--name=m{at}"),
@@ -264,7 +270,7 @@ fn members(world: &World, network: Option<&Network>, size: usize, more: &[&str])
             format!("--initial-advertise-peer-urls=http://{peer}"),
             format!("--initial-cluster={}", peers.join(",")),
             "--logger=zap".to_owned(),
-            // On loopback and a disk that is shared with everything else, elections need not be slow to be stable.
+            // Loopback is fast, so short timeouts are stable enough.
             "--heartbeat-interval=100".to_owned(),
             "--election-timeout=1000".to_owned(),
         ] {

@@ -1,4 +1,4 @@
-//! The embedded store, killed at any moment.
+//! The embedded store under SIGKILL at random moments.
 
 use std::{sync::atomic::AtomicBool, time::Duration};
 
@@ -16,7 +16,7 @@ use crate::harness::{Backend, POLL, World};
 const CYCLES: usize = 20;
 
 #[test]
-fn kill_9_at_any_moment_loses_nothing_acknowledged() {
+fn sigkill_loses_no_acknowledged_write() {
     let world = World::bare(Backend::Embedded);
     write_scenarios(&world);
     let dir = world.path("data/process/instances");
@@ -35,7 +35,7 @@ fn kill_9_at_any_moment_loses_nothing_acknowledged() {
             for driver in &mut drivers {
                 scope.spawn(|| driver.drive(&ledger, &stop));
             }
-            // Any moment of a call or between calls will do.
+            // A random moment, during a call or between calls.
             std::thread::sleep(Duration::from_millis(rng.random_range(20..400)));
             stop.store(true, std::sync::atomic::Ordering::Relaxed);
             manager.process.kill().unwrap();

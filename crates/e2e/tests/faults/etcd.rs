@@ -1,4 +1,4 @@
-//! What each way in which etcd can fail comes to, for callers, for health, and afterwards; always without a restart of a manager.
+//! The effects of each kind of etcd failure on callers and on health, and the recovery, always without restarting a manager.
 
 use std::{collections::BTreeSet, sync::atomic::AtomicBool, time::Duration};
 
@@ -25,16 +25,16 @@ fn health(cluster: &Cluster, manager: &Manager) -> i32 {
     })
 }
 
-fn healthy(cluster: &Cluster, manager: &Manager, wanted: i32) {
-    eventually("health is told", || {
+fn wait_for_health(cluster: &Cluster, manager: &Manager, wanted: i32) {
+    eventually("the expected health is reported", || {
         let (told, status) = (health(cluster, manager), manager.get("/healthcheck").status);
         let expected = if wanted == SERVING { 200 } else { 503 };
         if (told, status) == (wanted, expected) { Ok(()) } else { Err(format!("{told}, {status}")) }
     });
 }
 
-/// Unavailable, and not by the caller's own patience.
-fn unavailable(answer: &Reply) {
+/// Asserts that the call failed with UNAVAILABLE, and not by the caller's own timeout.
+fn assert_unavailable(answer: &Reply) {
     match answer {
         Reply::Said(503, body) => assert_eq!(body["code"], 14, "{body}"),
         Reply::Said(status, body) => panic!("{status} {body}"),
@@ -42,22 +42,22 @@ fn unavailable(answer: &Reply) {
     }
 }
 
-fn until_created(client: &mut Client, challenge: &str, source: &str) {
-    eventually("creates work", || match client.create(challenge, source) {
-        // Told twice is no harm: the first try may have come to pass after it was given up.
+fn wait_until_created(client: &mut Client, challenge: &str, source: &str) {
+    eventually("a create succeeds", || match client.create(challenge, source) {
+        // 409 is a success, too: an earlier attempt may have taken effect after it timed out.
         Reply::Said(200 | 409, _) => Ok(()),
         Reply::Said(status, body) => Err(format!("{status} {body}")),
         Reply::Nothing(why) => Err(why),
     });
 }
 
-/// Calls that are under way at once under load: the driver's, and one of a racer for each of three managers.
+/// The number of calls under way at once under load: one of the driver, and one of a racer for each of three managers.
 const AT_ONCE: u64 = 4;
 
-/// Runs clients until `faults` returns, then compares everything.
+/// Runs clients until `faults` returns, then compares the results with the store.
 fn under_load(cluster: &Cluster, ledger: &Ledger, faults: impl FnOnce()) {
     let urls: Vec<String> = cluster.managers.iter().map(|manager| manager.url.clone()).collect();
-    // Of this run alone: so are its seats.
+    // The ids of this run are unique, and so are its sources.
     let run: u32 = rand::random();
     let mut driver = Driver::new(&format!("driver-{run}"), &urls, run.into());
     let stop = AtomicBool::new(false);
@@ -82,32 +82,32 @@ fn with_challenges(cluster: Cluster) -> Cluster {
 }
 
 #[test]
-fn frozen_calls_fail_in_time_and_health_says_so() {
+fn calls_fail_in_time_and_health_reports_a_frozen_etcd() {
     let cluster = with_challenges(Cluster::start(1, &Between::Loopback, &[]).with_managers(1));
     let manager = &cluster.managers[0];
     manager.create_instance("plain", "before").ok();
-    healthy(&cluster, manager, SERVING);
+    wait_for_health(&cluster, manager, SERVING);
     let process = manager.process.id();
     cluster.members[0].process.signal(Signal::STOP);
     let client = || Client::new(std::slice::from_ref(&manager.url), 0);
     std::thread::scope(|scope| {
-        scope.spawn(|| unavailable(&client().create("plain", "during")));
-        scope.spawn(|| unavailable(&client().ask("GET", "/api/v1/instance/plain/before", &Value::Null)));
-        scope.spawn(|| unavailable(&client().ask("PATCH", "/api/v1/instance/plain/before", &json!({}))));
-        scope.spawn(|| unavailable(&client().ask("DELETE", "/api/v1/challenge/pooled", &Value::Null)));
+        scope.spawn(|| assert_unavailable(&client().create("plain", "during")));
+        scope.spawn(|| assert_unavailable(&client().ask("GET", "/api/v1/instance/plain/before", &Value::Null)));
+        scope.spawn(|| assert_unavailable(&client().ask("PATCH", "/api/v1/instance/plain/before", &json!({}))));
+        scope.spawn(|| assert_unavailable(&client().ask("DELETE", "/api/v1/challenge/pooled", &Value::Null)));
     });
-    healthy(&cluster, manager, NOT_SERVING);
+    wait_for_health(&cluster, manager, NOT_SERVING);
     cluster.members[0].process.signal(Signal::CONT);
-    healthy(&cluster, manager, SERVING);
+    wait_for_health(&cluster, manager, SERVING);
     manager.get("/api/v1/instance/plain/before").ok();
-    until_created(&mut client(), "plain", "after");
+    wait_until_created(&mut client(), "plain", "after");
     assert_eq!(manager.process.id(), process, "without a restart");
     let census = cluster.at_rest();
     assert!(census.contains_key("plain s before") && census.contains_key("plain s after"), "{census:?}");
 }
 
 #[test]
-fn leaders_change_under_load() {
+fn leader_changes_under_load_lose_nothing() {
     let cluster = with_challenges(Cluster::start(3, &Between::Loopback, &[]).with_managers(2));
     let ledger = Ledger::default();
     under_load(&cluster, &ledger, || {
@@ -129,7 +129,7 @@ fn leaders_change_under_load() {
 
 /// Each manager talks to another member: one of them to the one that is lost. What was asked of that one just then may fail.
 #[test]
-fn a_member_lost_out_of_three_fails_no_later_call() {
+fn losing_one_member_of_three_fails_no_later_call() {
     let cluster = with_challenges(Cluster::start(3, &Between::Loopback, &[]).with_managers(3));
     let ledger = Ledger::default();
     let acknowledged_more = |more| {
@@ -153,7 +153,7 @@ fn a_member_lost_out_of_three_fails_no_later_call() {
 }
 
 #[test]
-fn compaction_disturbs_nobody() {
+fn compaction_fails_no_call() {
     // No lease runs out here, and no patience: what fails would fail by the compaction.
     let environment = [("LEASE_TTL", "60s"), ("ETCD_DEADLINE", "30s")];
     let cluster = Cluster::start(1, &Between::Loopback, &[]).with_managers_of(2, &environment);
@@ -186,7 +186,7 @@ fn compaction_disturbs_nobody() {
 }
 
 #[test]
-fn restarted_with_all_leases_lost() {
+fn managers_recover_from_an_etcd_that_lost_all_leases() {
     let mut cluster = with_challenges(Cluster::start(1, &Between::Loopback, &[]).with_managers(2));
     let url = cluster.managers[0].url.clone();
     let caller = std::thread::spawn(move || Client::new(&[url], 0).patient(2 * SOON).create("gated", "a"));
@@ -214,13 +214,13 @@ fn restarted_with_all_leases_lost() {
     let census = cluster.at_rest();
     assert!(census.contains_key("gated s a"), "{census:?}");
     for manager in &cluster.managers {
-        until_created(&mut Client::new(std::slice::from_ref(&manager.url), 0), "plain", "after");
+        wait_until_created(&mut Client::new(std::slice::from_ref(&manager.url), 0), "plain", "after");
     }
     under_load(&cluster, &Ledger::default(), || std::thread::sleep(Duration::from_secs(1)));
 }
 
 #[test]
-fn out_of_space_reads_go_on_and_writes_resume_when_there_is_room() {
+fn full_etcd_serves_reads_and_resumes_writes_when_space_is_freed() {
     let cluster =
         with_challenges(Cluster::start(1, &Between::Loopback, &["--quota-backend-bytes=4194304"]).with_managers(1));
     let manager = &cluster.managers[0];
@@ -234,9 +234,9 @@ fn out_of_space_reads_go_on_and_writes_resume_when_there_is_room() {
     assert!((0..100).any(|number| put(number).is_err()), "etcd fills up");
     let mut client = Client::new(std::slice::from_ref(&manager.url), 0);
     let before = "/api/v1/instance/plain/before";
-    unavailable(&client.create("plain", "during"));
-    unavailable(&client.ask("PATCH", before, &json!({})));
-    unavailable(&client.ask("DELETE", before, &Value::Null));
+    assert_unavailable(&client.create("plain", "during"));
+    assert_unavailable(&client.ask("PATCH", before, &json!({})));
+    assert_unavailable(&client.ask("DELETE", before, &Value::Null));
     manager.get(before).ok();
     assert_eq!(manager.get("/api/v1/instance").lines().len(), 1);
     assert_eq!(manager.get("/api/v1/challenge").lines().len(), 3);
@@ -249,7 +249,7 @@ fn out_of_space_reads_go_on_and_writes_resume_when_there_is_room() {
     cluster.etcdctl(&["compaction", status["header"]["revision"].as_str().unwrap(), "--physical"]);
     cluster.etcdctl(&["defrag"]);
     cluster.etcdctl(&["alarm", "disarm"]);
-    until_created(&mut client, "plain", "after");
+    wait_until_created(&mut client, "plain", "after");
     manager.patch(before, &json!({})).ok();
     let census = cluster.at_rest();
     assert!(census.contains_key("plain s before") && !census.contains_key("plain s during"), "{census:?}");

@@ -33,7 +33,7 @@ const SEED: &str = "GAUNTLET_FAULTS_SEED";
 /// The faults to choose among, by name; one round of these when no time is set.
 const ONLY: &str = "GAUNTLET_FAULTS_ONLY";
 
-const STORM: &str = "faults::storm::nothing_acknowledged_is_lost_nothing_is_doubled_and_nothing_is_left_over";
+const STORM: &str = "faults::storm::random_faults_lose_duplicate_and_leak_nothing";
 const MANAGERS: usize = 3;
 const MEMBERS: usize = 3;
 /// Clients that go from manager to manager; beside them each manager has one that stays.
@@ -389,7 +389,7 @@ fn pause(cluster: &Cluster, victim: usize, round: usize) -> Result<(), String> {
 }
 
 #[test]
-fn nothing_acknowledged_is_lost_nothing_is_doubled_and_nothing_is_left_over() {
+fn random_faults_lose_duplicate_and_leak_nothing() {
     let number = |name| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
     let (minutes, seed) = (number(MINUTES), number(SEED).unwrap_or_else(|| rand::random::<u32>().into()));
     let only = std::env::var(ONLY).unwrap_or_default();
@@ -423,7 +423,7 @@ fn nothing_acknowledged_is_lost_nothing_is_doubled_and_nothing_is_left_over() {
 
 /// Without the privilege to make network namespaces, as in most containers, the storm does without partitions, and says so.
 #[test]
-fn where_nothing_can_be_cut_members_are_stopped_instead() {
+fn members_are_stopped_where_the_network_cannot_be_cut() {
     let alone = World::bare(Backend::Embedded);
     let this = std::env::current_exe().unwrap();
     let mut storm = if rustix::process::geteuid().is_root() {
