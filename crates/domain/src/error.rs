@@ -1,110 +1,110 @@
-//! What can go wrong, each with a stable code.
+//! The errors of use cases and ports. Each has a stable code.
 
 use crate::{ChallengeId, SourceId};
 
 /// The result of a use case or a port.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything a use case can answer other than success.
+/// Why a use case failed or was refused.
 ///
-/// `Display` is the operator's text and may name hosts, paths and causes; clients are answered from the variant alone. [`Error::code`] is
-/// stable: it is `error.type` on spans and metrics and the key of `docs/errors.md`.
+/// `Display` is for operators and may name hosts, paths and causes; what clients are told depends on the variant alone. [`Error::code`] is
+/// stable: it is `error.type` on spans and metrics, and the key in `docs/errors.md`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// A challenge of that id is stored already.
+    /// A challenge of this id exists, perhaps being deleted.
     #[error("challenge {0:?} already exists")]
     ChallengeExists(ChallengeId),
-    /// No challenge of that id is stored, or it is being deleted.
+    /// No challenge of this id exists, or it is being deleted.
     #[error("challenge {0:?} not found")]
     ChallengeNotFound(ChallengeId),
     /// The challenge's `until` has passed.
     #[error("challenge {0:?} has expired")]
     ChallengeExpired(ChallengeId),
-    /// The challenge has no timeout, so there is nothing to renew by.
+    /// The challenge has no timeout, so its instances cannot be renewed.
     #[error("challenge {0:?} has no timeout to renew by")]
     ChallengeNoRenewal(ChallengeId),
-    /// Pool bounds that cannot be met, or above what is allowed here.
+    /// The pool bounds contradict each other or exceed the limit.
     #[error("pool bounds out of range: min {min}, max {max}; at most {limit}")]
     PoolOutOfBounds {
-        /// The lower bound asked for.
+        /// The requested lower bound.
         min: i64,
-        /// The upper bound asked for; 0 is none.
+        /// The requested upper bound; 0 is none.
         max: i64,
-        /// What neither may exceed.
+        /// The highest value allowed for either bound.
         limit: i64,
     },
-    /// An update mask that names what cannot be updated; all its paths.
+    /// The update mask names paths that cannot be updated. Carries all paths of the mask.
     #[error("update mask names unknown paths: {}", .0.join(","))]
     InvalidUpdateMask(Vec<String>),
-    /// The source has an instance of this challenge already.
+    /// The source already has an instance of this challenge.
     #[error("instance {0:?}/{1:?} already exists")]
     InstanceExists(ChallengeId, SourceId),
     /// The source has no instance of this challenge.
     #[error("instance {0:?}/{1:?} not found")]
     InstanceNotFound(ChallengeId, SourceId),
-    /// The instance's `until` has passed.
+    /// The instance has expired.
     #[error("instance {0:?}/{1:?} has expired")]
     InstanceExpired(ChallengeId, SourceId),
-    /// A field of the request is wrong; `problem` names the value and the fix and is shown to the client.
+    /// A field of the request is invalid. `problem` is shown to the client.
     #[error("{field}: {problem}")]
     Invalid {
         /// The field, as the API names it.
         field: &'static str,
-        /// What is wrong with it and what would be right.
+        /// The value, and what would be valid.
         problem: String,
     },
-    /// The text is no OCI reference.
+    /// The text is not an OCI reference.
     #[error("scenario reference {reference:?} is malformed: {problem}")]
     ReferenceMalformed {
-        /// The reference as given.
+        /// The reference as the client gave it.
         reference: String,
         /// What is wrong with it.
         problem: String,
     },
-    /// The registry could not be reached, or refused.
+    /// The registry cannot be reached, or refused the request.
     #[error("registry of {reference:?}: {detail}")]
     Registry {
-        /// The reference as given.
+        /// The reference as the client gave it.
         reference: String,
-        /// The operator's text.
+        /// The cause, for operators.
         detail: String,
     },
     /// The registry has no such reference.
     #[error("registry does not contain {reference:?}")]
     ReferenceNotFound {
-        /// The reference as given.
+        /// The reference as the client gave it.
         reference: String,
     },
-    /// The scenario breaks its specification; `problem` names line, field and fix and is shown to the client.
+    /// The scenario does not match its specification. `problem` is shown to the client.
     #[error("scenario {reference:?}: {problem}")]
     ScenarioInvalid {
-        /// The reference as given.
+        /// The reference as the client gave it.
         reference: String,
-        /// What is wrong with it and what would be right.
+        /// The line, the field, and what would be valid.
         problem: String,
     },
-    /// The reference holds no scenario, or is not allowed here; `problem` is shown to the client.
+    /// The reference contains no scenario, or is not allowed here. `problem` is shown to the client.
     #[error("scenario {reference:?} not found: {problem}")]
     ScenarioNotFound {
-        /// The reference as given.
+        /// The reference as the client gave it.
         reference: String,
-        /// Where it was looked for, or why it was not.
+        /// Where the scenario was searched, or why it was not.
         problem: String,
     },
-    /// The scenario could not be prepared (unpacked, rendered); `problem` is shown to the client.
+    /// The scenario could not be unpacked or rendered. `problem` is shown to the client.
     #[error("scenario {reference:?} does not prepare: {problem}")]
     ScenarioPreprocessing {
-        /// The reference as given.
+        /// The reference as the client gave it.
         reference: String,
         /// What failed.
         problem: String,
     },
-    /// An instance could not be brought up, changed or taken down.
+    /// An instance could not be launched, updated or removed.
     #[error("provisioning failed at {step}: {detail}")]
     Provision {
-        /// The step that failed, of low cardinality.
+        /// The step that failed. Few different values: it is an attribute of metrics.
         step: &'static str,
-        /// The operator's text.
+        /// The cause, for operators.
         detail: String,
     },
     /// Another program took a reserved port before the instance could use it. A launch with another reservation may work.
@@ -112,34 +112,34 @@ pub enum Error {
     PortTaken {
         /// The port.
         port: u16,
-        /// The operator's text.
+        /// The cause, for operators.
         detail: String,
     },
-    /// What was read has changed since; the caller reads again. Never reaches a client unless retries run out.
+    /// The record has changed since it was read, so that the caller has to read again. Clients get it only after retries until the deadline.
     #[error("the stored state changed meanwhile")]
     Conflict,
-    /// Somebody else worked on it for longer than the caller would wait.
+    /// Another call held a lock for longer than this one could wait.
     #[error("{what} is busy: waited {waited_ms} ms behind {ahead}")]
     Busy {
-        /// What was waited for.
+        /// The lock.
         what: String,
-        /// How long, in milliseconds.
+        /// How long the call waited, in milliseconds.
         waited_ms: u64,
-        /// How many were ahead, the holder included.
+        /// The holder and the waiters ahead of this call.
         ahead: u64,
     },
-    /// The lease behind an ownership ran out, or somebody took over: the commit was refused.
+    /// The lease of a lock guard expired, or another replica took over, so that the commit was refused.
     #[error("ownership of {0} was lost before the commit")]
     Fenced(String),
-    /// A dependency (the store, the provisioner's host) does not answer; trying again later may work.
+    /// A dependency, such as the store or the provisioner's host, does not answer. A later attempt may succeed.
     #[error("{what} is unavailable: {detail}")]
     Unavailable {
         /// The dependency.
         what: &'static str,
-        /// The operator's text.
+        /// The cause, for operators.
         detail: String,
     },
-    /// A fault of ours, or data that does not parse.
+    /// A bug, or stored data that cannot be read.
     #[error("internal: {0}")]
     Internal(String),
 }
@@ -173,7 +173,7 @@ impl Error {
         }
     }
 
-    /// Whether the fault is on our side (the answer is in the 5xx range) rather than in the request.
+    /// Whether this is a fault of the server (5xx in REST) rather than of the request.
     pub fn is_fault(&self) -> bool {
         matches!(
             self,
@@ -190,7 +190,7 @@ impl Error {
 
 #[cfg(test)]
 mod tests {
-    /// Every code that the match above can answer, as written in this file.
+    /// Every code that `Error::code` can return, in the order of this file's source.
     fn codes() -> Vec<&'static str> {
         let source = include_str!("error.rs");
         let body =
@@ -202,6 +202,6 @@ mod tests {
     fn every_code_has_a_row_in_the_documentation() {
         let document = include_str!("../../../docs/errors.md");
         let rows: Vec<&str> = document.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
-        assert_eq!(rows, codes(), "docs/errors.md has one row for each code, in the order of the code");
+        assert_eq!(rows, codes(), "docs/errors.md has one row for each code, in the order of the source");
     }
 }

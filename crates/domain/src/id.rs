@@ -1,28 +1,28 @@
-//! Names of things: who asked, what for, and what runs.
+//! Identifiers of challenges, sources and running instances.
 
 use std::fmt;
 
-/// Why a text cannot be an identifier. The texts name the rule, not the field: the caller knows which field it read.
+/// Why a text is not a valid identifier. The messages name the rule and not the field, which only the caller knows.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidId {
-    /// No text at all.
+    /// The text is empty.
     #[error("must not be empty")]
     Empty,
-    /// More than [`MAX_BYTES`] bytes of UTF-8.
+    /// The text has more than [`MAX_BYTES`] bytes of UTF-8. Carries its length.
     #[error("must be at most {MAX_BYTES} bytes, got {0}")]
     TooLong(usize),
-    /// A control character, at this byte offset.
+    /// The text has a control character at this byte offset.
     #[error("must not contain control characters (found one at byte {0})")]
     Control(usize),
-    /// Not 16 lowercase hexadecimal characters.
+    /// The text is not 16 lowercase hexadecimal characters.
     #[error("must be 16 lowercase hexadecimal characters")]
     NotAnIdentity,
 }
 
-/// The longest identifier, in bytes of UTF-8.
+/// The maximum length of an identifier, in bytes of UTF-8.
 pub(crate) const MAX_BYTES: usize = 256;
 
-fn check(text: &str) -> Result<(), InvalidId> {
+fn validate(text: &str) -> Result<(), InvalidId> {
     if text.is_empty() {
         return Err(InvalidId::Empty);
     }
@@ -45,7 +45,7 @@ macro_rules! text_id {
             /// Accepts any text of 1 to 256 bytes without control characters.
             pub fn new(text: impl Into<String>) -> Result<Self, InvalidId> {
                 let text = text.into();
-                check(&text)?;
+                validate(&text)?;
                 Ok(Self(text))
             }
 
@@ -70,20 +70,21 @@ macro_rules! text_id {
 }
 
 text_id! {
-    /// What the platform calls a challenge. Any text; it never becomes part of a path as it is.
+    /// The platform's name of a challenge. Any text, so it must be escaped before it becomes part of a path.
     ChallengeId
 }
 text_id! {
-    /// Who an instance is for: a user or a team, as the platform names them. "0" is the shared instance by convention.
+    /// The user or team that an instance is for, as the platform names it. By convention, "0" is the shared instance.
     SourceId
 }
 
-/// What runs: 16 lowercase hexadecimal characters, random, usable as a DNS label. Scenarios see this and never the source.
+/// The random label of an instance's resources: 16 lowercase hexadecimal characters, usable as a DNS label. Scenarios see it and never the
+/// source.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Identity(String);
 
 impl Identity {
-    /// Writes 64 random bits as an identity.
+    /// Creates an identity from 64 random bits.
     pub fn from_bits(bits: u64) -> Self {
         Self(format!("{bits:016x}"))
     }
@@ -123,7 +124,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn refuses_what_no_platform_sends() {
+    fn refuses_empty_long_and_control_characters() {
         assert_eq!(ChallengeId::new(""), Err(InvalidId::Empty));
         assert_eq!(ChallengeId::new("a\nb"), Err(InvalidId::Control(1)));
         assert_eq!(SourceId::new("x".repeat(257)), Err(InvalidId::TooLong(257)));

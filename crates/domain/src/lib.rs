@@ -1,12 +1,12 @@
 //! Challenges, instances, pools: the use cases and the ports they need.
 //!
-//! This crate decides; it does not reach out. It knows no wire format, no environment, no clock and spawns nothing: time, randomness and
-//! the caller's trace come in with each [`Call`], side effects go out through the ports [`Store`], [`Provisioner`], [`Scenarios`] and
+//! This crate makes decisions and does no I/O of its own. It knows no wire format, reads no environment and no clock, and spawns nothing. Each
+//! [`Call`] brings time, randomness and the caller's trace. Side effects go through the ports [`Store`], [`Provisioner`], [`Scenarios`] and
 //! [`Facts`].
 //!
-//! Every change with a side effect is *intent, act, commit*: a transaction records what is about to happen and takes ownership, the
-//! provisioner acts (idempotently), and a second transaction, refused unless the ownership still stands, records the outcome. A crash in
-//! between leaves a record that [`Gauntlet::reconcile`] finds and finishes.
+//! Every change with a side effect has three steps: *intent, act, commit*. A transaction records the intent and takes ownership. The
+//! provisioner acts, idempotently. A second transaction records the outcome, and is refused if the ownership was lost. A crash in between leaves
+//! an unfinished record, which [`Gauntlet::reconcile`] finds and finishes.
 
 mod call;
 mod challenge;
