@@ -127,6 +127,7 @@ mod tests {
     fn refuses_empty_long_and_control_characters() {
         assert_eq!(ChallengeId::new(""), Err(InvalidId::Empty));
         assert_eq!(ChallengeId::new("a\nb"), Err(InvalidId::Control(1)));
+        assert!(SourceId::new("x".repeat(256)).is_ok());
         assert_eq!(SourceId::new("x".repeat(257)), Err(InvalidId::TooLong(257)));
         assert!(ChallengeId::new("../../etc/passwd").is_ok(), "an id is text, never a path");
     }

@@ -1,4 +1,4 @@
-//! A model of etcd: one map with revisions, leases, watches, compaction. It has no time and no faults of its own; both are handed in.
+//! A model of etcd: one map with revisions, leases, watches and compaction. The caller passes the time and injects the faults.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,7 +12,7 @@ use gauntlet_coordination::kv::{
 };
 use tokio::sync::mpsc::UnboundedSender;
 
-/// A key's value and where it stands in history.
+/// The value of a key, with its revisions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     pub create_revision: u64,
@@ -23,7 +23,7 @@ pub struct Entry {
 
 type Map = BTreeMap<Arc<str>, Entry>;
 
-/// What one step changed.
+/// The change of one key.
 #[derive(Debug, Clone)]
 pub struct Change {
     pub key: Arc<str>,
@@ -61,7 +61,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Runs a transaction; answers what it changed.
+    /// Runs a transaction and returns the changes.
     pub fn txn(&mut self, txn: &Txn) -> KvResult<(TxnResponse, Vec<Change>)> {
         let succeeded = txn.compare.iter().all(|compare| self.holds(compare));
         let branch = if succeeded { &txn.success } else { &txn.failure };
@@ -103,7 +103,7 @@ impl Server {
         Ok(range(&self.at(at)?.map, keys).count() as u64)
     }
 
-    /// Lists a range and has its changes sent from then on.
+    /// Lists a range, and sends later changes to the channel.
     pub fn list_and_watch(
         &mut self,
         range: &KeyRange,
@@ -126,7 +126,7 @@ impl Server {
         Ok(())
     }
 
-    /// Ends a lease; its keys go, all at one revision.
+    /// Revokes a lease and deletes its keys at one revision.
     pub fn revoke(&mut self, lease: LeaseId) -> Vec<Change> {
         let Some(lease) = self.leases.remove(&lease) else { return Vec::new() };
         let changes: Vec<Change> = lease.keys.iter().map(|key| self.remove(key)).collect();
@@ -134,18 +134,17 @@ impl Server {
         changes
     }
 
-    /// The leases whose time is over.
+    /// The expired leases.
     pub fn overdue(&self, now: Duration) -> Vec<LeaseId> {
         self.leases.iter().filter(|(_, lease)| lease.ends <= now).map(|(id, _)| *id).collect()
     }
 
-    /// The leases that live.
+    /// The live leases.
     pub fn leases(&self) -> Vec<LeaseId> {
         self.leases.keys().copied().collect()
     }
 
-    /// A new leader gives every lease its time again.
-    /// Answers how many watches end.
+    /// Elects a new leader, which extends every lease by its full TTL. Returns how many watches end.
     pub fn change_leader(&mut self, now: Duration) -> u64 {
         for lease in self.leases.values_mut() {
             lease.ends = now + lease.ttl;
@@ -153,8 +152,7 @@ impl Server {
         self.break_watches("the leader changed")
     }
 
-    /// Forgets history: older snapshots cannot be read, and watches must list again.
-    /// Answers how many watches end.
+    /// Compacts the history: older snapshots become unreadable and watches end. Returns how many watches end.
     pub fn compact(&mut self) -> u64 {
         self.compacted = self.revision;
         self.break_watches("the required revision has been compacted")
@@ -162,11 +160,12 @@ impl Server {
 
     fn break_watches(&mut self, why: &str) -> u64 {
         let watchers = std::mem::take(&mut self.watchers).into_iter();
-        let told = watchers.filter(|watcher| watcher.events.send(Err(KvError::Unavailable(why.to_owned()))).is_ok());
-        told.count() as u64
+        let notified =
+            watchers.filter(|watcher| watcher.events.send(Err(KvError::Unavailable(why.to_owned()))).is_ok());
+        notified.count() as u64
     }
 
-    /// All there is, in order.
+    /// All entries, ordered by key.
     pub fn entries(&self) -> impl Iterator<Item = (&Arc<str>, &Entry)> {
         self.map.iter()
     }
@@ -243,7 +242,7 @@ fn range<'a>(map: &'a Map, keys: &KeyRange) -> impl Iterator<Item = (&'a Arc<str
     let from = keys.start.as_str();
     let to = match keys.end.as_deref() {
         None => Bound::Included(from),
-        // An empty range, where the end is not after the beginning.
+        // An empty range: its end is not after its start.
         Some(to) => Bound::Excluded(to.max(from)),
     };
     let empty = matches!(to, Bound::Excluded(to) if to == from);

@@ -1,11 +1,5 @@
-//! One target: the simulation, the exhaustive models beside it, and properties against models.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::indexing_slicing,
-    unreachable_pub,
-    reason = "tests: what goes wrong ends them"
-)]
+//! One test target: the simulation, exhaustive models, and property tests against models.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, unreachable_pub, reason = "tests")]
 
 mod etcd;
 mod model;

@@ -22,6 +22,9 @@ async fn failed_deletion_keeps_the_instance_and_is_retried() {
     assert_eq!((failure.during, kept.identity.clone()), (Operation::Delete, before.identity));
     assert!(failure.reason.contains("down is refused"), "{failure:?}");
     assert_eq!(harness.provisioner.running().len(), 1);
+    assert_eq!(visible(&harness).await, (true, 1, 1, 1));
+    let alice = source_id(ALICE);
+    assert_eq!(harness.try_create(ALICE).await, Err(Error::InstanceExists(harness.web.clone(), alice)));
     // It is retried when it is due, not before, until it succeeds.
     assert_eq!(harness.gauntlet.reconcile(&harness.call).await.unwrap().recovered, 0);
     let due = Call { now: failure.retry_at, ..harness.call.clone() };
@@ -33,6 +36,19 @@ async fn failed_deletion_keeps_the_instance_and_is_retried() {
     harness.provisioner.refuse([]);
     let due = Call { now: again.retry_at, ..due };
     assert_eq!(harness.gauntlet.reconcile(&due).await.unwrap().recovered, 1);
+    assert_eq!((harness.stored(ALICE).await, harness.provisioner.running()), (None, Vec::new()));
+}
+
+#[tokio::test]
+async fn failed_deletion_of_a_challenge_is_resumed() {
+    let harness = Harness::with_instance().await;
+    harness.provisioner.refuse(["down"]);
+    let deleted = harness.gauntlet.delete_challenge(&harness.call, &harness.web).await;
+    assert!(matches!(deleted, Err(Error::Unavailable { .. })), "{deleted:?}");
+    assert!(harness.store.challenge(&harness.web).await.unwrap().unwrap().value.deleting);
+    harness.provisioner.refuse([]);
+    assert_eq!(harness.gauntlet.reconcile(&harness.call_at(10_000)).await.unwrap().resumed, 1);
+    assert_eq!(harness.store.challenge(&harness.web).await.unwrap(), None);
     assert_eq!((harness.stored(ALICE).await, harness.provisioner.running()), (None, Vec::new()));
 }
 

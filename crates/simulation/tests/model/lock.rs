@@ -1,5 +1,5 @@
-//! The lock: a key per acquisition, in order of creation, watched through a mirror that lags; handed on within a replica before
-//! the key of the last holder is gone.
+//! The lock: one key for each acquisition, in order of creation, observed through a watch cache that lags behind. Within a replica, the lock is
+//! handed over before the key of the last holder is removed.
 
 use stateright::{Model, Property};
 
@@ -7,7 +7,7 @@ use super::{breaks, check};
 
 const CLIENTS: usize = 3;
 
-/// In which replica each client is; and what is left out, to see that the check would notice.
+/// The replica of each client, and a flaw that the check has to find.
 #[derive(Clone)]
 struct Lock {
     replicas: [usize; CLIENTS],
@@ -16,20 +16,20 @@ struct Lock {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
-    /// The token in the commit.
+    /// The comparison of the token in the commit.
     Fence,
-    /// The keys of who is gone go with its lease.
+    /// The expiry of a crashed client's keys with its lease.
     Lease,
-    /// Who waits goes before who comes later.
+    /// The order of waiters.
     Queue,
-    /// Who is handed the lock within a replica is the next of all.
+    /// The rule that a handover within a replica goes to the next waiter of all replicas.
     Next,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq)]
 enum Client {
     Idle,
-    /// Its key, and the keys it waits for.
+    /// Its key, and the keys that it waits for.
     Waiting {
         own: u8,
         ahead: Vec<u8>,
@@ -37,11 +37,11 @@ enum Client {
     Held {
         own: u8,
     },
-    /// It gives the lock up without having written anything; its key is being removed.
+    /// It releases the lock without a write; its key is being removed.
     Leaving {
         own: u8,
     },
-    /// Committed, or refused, or aware that its lease is gone.
+    /// It has committed, was refused, or knows that its lease has expired.
     Done,
     Dead,
 }
@@ -49,18 +49,18 @@ enum Client {
 #[derive(Clone, Debug, Hash, PartialEq, Eq)]
 struct State {
     revision: u8,
-    /// What is stored: revision of creation, and whose.
+    /// The stored keys: create revision and client.
     keys: Vec<(u8, usize)>,
     /// Of each replica.
     leases: [bool; CLIENTS],
     clients: [Client; CLIENTS],
-    /// What each has seen through its mirror.
+    /// What each has seen through its watch cache.
     mirrors: [Vec<u8>; CLIENTS],
     crashes: u8,
     expiries: u8,
-    /// Somebody committed what it did not own.
+    /// A client committed without owning the lock.
     stale: bool,
-    /// Somebody came before one who had asked earlier.
+    /// A client overtook an earlier one.
     overtaken: bool,
 }
 
@@ -79,7 +79,7 @@ enum Action {
 }
 
 impl Lock {
-    /// Those of the stored keys that a new one would wait for.
+    /// The stored keys that a new acquisition would wait for.
     fn blocking(&self, state: &State) -> Vec<u8> {
         let blocks = |(created, of): &(u8, usize)| {
             let held = matches!(state.clients[*of], Client::Held { own } if own == *created);
@@ -92,7 +92,7 @@ impl Lock {
         (0..CLIENTS).find(|client| state.clients[*client] == Client::Leaving { own: key })
     }
 
-    /// Whether a client that waits goes on: what was ahead is gone as far as its mirror tells, or is leaving and of its own replica.
+    /// Whether a waiting client proceeds: according to its watch cache, the keys ahead are removed, or are being released by its own replica.
     fn goes_on(&self, state: &State, client: usize, ahead: &[u8]) -> bool {
         let here = |key: u8| Self::leaving(state, key).is_some_and(|of| self.replicas[of] == self.replicas[client]);
         let gone = |key: u8| !state.mirrors[client].contains(&key) || here(key);
@@ -107,7 +107,7 @@ impl Lock {
         (0..CLIENTS).filter(move |client| self.replicas[*client] == replica)
     }
 
-    /// Those who hold it as far as the store knows.
+    /// The holders according to the store.
     fn holders(state: &State) -> impl Iterator<Item = usize> {
         let holds = |client: &usize| matches!(state.clients[*client], Client::Held { own } if state.keys.contains(&(own, *client)));
         (0..CLIENTS).filter(holds)
@@ -179,7 +179,7 @@ impl Model for Lock {
                 state.revision += 1;
                 let own = state.revision;
                 state.keys.push((own, client));
-                // What was read in the same transaction; the mirror takes it from there.
+                // Read in the same transaction. The watch cache continues from there.
                 state.mirrors[client] = state.keys.iter().map(|(created, _)| *created).collect();
                 state.clients[client] =
                     if ahead.is_empty() { Client::Held { own } } else { Client::Waiting { own, ahead } };
@@ -227,7 +227,7 @@ impl Model for Lock {
         vec![
             Property::always("who holds it is alone", |_, state: &State| Self::holders(state).count() < 2),
             Property::always("nothing stale is committed", |_, state: &State| !state.stale),
-            Property::always("nobody is overtaken", |_, state: &State| !state.overtaken),
+            Property::always("no client is overtaken", |_, state: &State| !state.overtaken),
             Property::eventually("everybody is served", |_, state: &State| {
                 state.clients.iter().all(|client| matches!(client, Client::Done | Client::Dead))
             }),
@@ -236,13 +236,13 @@ impl Model for Lock {
 }
 
 impl Lock {
-    /// Whether a key is stored that was there before, of somebody who is not done with it.
+    /// Whether an older key of an unfinished client is stored.
     fn earlier(state: &State, own: u8) -> bool {
         state.keys.iter().any(|(created, _)| *created < own && Self::leaving(state, *created).is_none())
     }
 }
 
-/// Each client in a replica of its own; the first and the last in one; all in one.
+/// Each client in its own replica; the first and the last in one; all in one.
 const REPLICAS: [[usize; CLIENTS]; 3] = [[0, 1, 2], [0, 1, 0], [0, 0, 0]];
 
 #[test]
@@ -260,6 +260,6 @@ fn the_lock_needs_each_of_its_parts() {
     let (apart, shared) = ([0, 1, 2], [0, 1, 0]);
     assert!(breaks(apart, Part::Fence, "nothing stale is committed"));
     assert!(breaks(apart, Part::Lease, "everybody is served"));
-    assert!(breaks(apart, Part::Queue, "nobody is overtaken"));
+    assert!(breaks(apart, Part::Queue, "no client is overtaken"));
     assert!(breaks(shared, Part::Next, "who holds it is alone"));
 }

@@ -1,5 +1,4 @@
-//! The two protocols that all else stands on, as small as they can be said, in every order that three clients, one crash and one expired
-//! lease allow.
+//! Minimal models of the two basic protocols, checked exhaustively with three clients, one crash and one expired lease.
 
 mod lock;
 mod work;
@@ -8,7 +7,7 @@ use std::{fmt::Debug, hash::Hash};
 
 use stateright::{Checker as _, Model};
 
-/// Looks at every state there is; answers how many, or panics with the shortest way to one that breaks a property.
+/// Visits every reachable state and returns their number. Panics with the shortest path to a state that violates a property.
 fn check<M>(model: M) -> usize
 where
     M: Model + Send + Sync + 'static,
@@ -20,7 +19,7 @@ where
     checker.unique_state_count()
 }
 
-/// Whether a property is broken somewhere.
+/// Whether a reachable state violates the property.
 fn breaks<M>(model: M, property: &'static str) -> bool
 where
     M: Model + Send + Sync + 'static,

@@ -1,4 +1,4 @@
-//! Intent, act, commit on one seat: who begins it, who recovers it, what runs.
+//! Intent, act, commit on one instance: who begins the work, who recovers it, and what runs.
 
 use stateright::{Model, Property};
 
@@ -6,7 +6,7 @@ use super::{breaks, check};
 
 const CLIENTS: usize = 3;
 
-/// The protocol; and what is left out, to see that the check would notice.
+/// The protocol, and a flaw that the check has to find.
 #[derive(Clone)]
 struct Work {
     without: Option<Part>,
@@ -14,15 +14,15 @@ struct Work {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
-    /// The token in the commit.
+    /// The comparison of the token in the commit.
     Fence,
-    /// The token in orders to the machine.
+    /// The comparison of the token on the machine.
     Generation,
-    /// Somebody who finishes what a crash left.
+    /// The recovery of unfinished work.
     Recovery,
 }
 
-/// What an owner means to do.
+/// The intent of an owner.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 enum Aim {
     Up,
@@ -32,7 +32,7 @@ enum Aim {
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 enum Client {
     Idle,
-    /// It owns the seat, or thinks so: its token, whose instance, and what it does with it.
+    /// It owns the instance, or believes so: its token, the client that the instance is for, and its intent.
     Begun {
         token: u8,
         of: usize,
@@ -59,7 +59,7 @@ struct State {
     revision: u8,
     record: Record,
     owner: Option<(usize, u8)>,
-    /// Of each client's instance: the latest order, and whether it runs.
+    /// For each client's instance: the highest generation, and whether it runs.
     machine: [(u8, bool); CLIENTS],
     clients: [Client; CLIENTS],
     crashes: u8,

@@ -1,4 +1,4 @@
-//! The lock is a queue: whoever asked before goes first, and who gives up, is dropped or loses its lease leaves nothing behind.
+//! The lock is a first-in, first-out queue. An acquisition that times out, is dropped or loses its lease leaves nothing behind.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -12,7 +12,7 @@ use super::{Direct, Unanswered, histories, run};
 
 const REPLICAS: usize = 3;
 const KIND: LockKind = LockKind::Rollout;
-/// Some wait not at all, some for a while, some for as long as it takes.
+/// Some acquisitions do not wait, some wait for a while, some for as long as it takes.
 const PATIENCE: [Duration; 4] =
     [Duration::ZERO, Duration::from_secs(5), Duration::from_secs(3600), Duration::from_secs(3600)];
 
@@ -22,25 +22,25 @@ enum Command {
         replica: usize,
         patience: usize,
     },
-    /// Lets one who asks come a little further.
+    /// Lets an acquisition make some progress.
     Poll(Index),
-    /// Drops one who asks, wherever it has come to.
+    /// Drops an acquisition at whatever point it has reached.
     Cancel(Index),
     Release(Index),
-    /// Begins to release, and does not wait for the end.
+    /// Starts a release without waiting for its end.
     Abandon(Index),
-    /// Drops what is held.
+    /// Drops a guard.
     Drop(Index),
-    /// The lease goes, and its replica is not told.
+    /// Revokes a lease without the knowledge of its replica.
     LoseLease(usize),
-    /// The next write of a replica is not answered.
+    /// Loses the answer to the next write of a replica.
     Fault {
         replica: usize,
         done: bool,
     },
-    /// Time passes: replicas come to know of their lost leases, and the impatient give up.
+    /// Advances time: replicas notice lost leases, and acquisitions time out.
     Wait,
-    /// All that can go on does.
+    /// Runs all tasks until none can make progress.
     Settle,
 }
 
@@ -60,27 +60,27 @@ fn command() -> impl Strategy<Value = Command> {
     ]
 }
 
-/// How one who asked stands.
+/// The state of an acquisition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stand {
-    /// Waits, or holds.
+    /// It waits for the lock or holds it.
     Queued,
     Held,
-    /// Its owner is done with it.
+    /// Its owner has released it.
     Leaving,
-    /// Gone with its lease.
+    /// Its key was removed with its lease.
     Lost,
 }
 
-/// A place in the queue, as the model knows it.
+/// An entry of the queue in the model.
 #[derive(Debug, Clone)]
 struct Place {
     replica: usize,
     stand: Stand,
-    /// Its token, once it has one.
+    /// Its token, once its key is stored.
     created: Option<u64>,
     ends: Instant,
-    /// It may fail: its lease was lost, or one of its replica's writes was not answered.
+    /// Whether it may fail: its lease was lost, or the answer to a write of its replica was.
     excused: bool,
 }
 
@@ -89,7 +89,7 @@ type Asking = BoxFuture<'static, Result<LockGuard>>;
 struct History {
     replicas: Vec<(Direct, Arc<Coordination<Direct>>)>,
     id: ChallengeId,
-    /// In the order of asking, as far as they have a token.
+    /// The entries that have a token, in the order of acquisition.
     places: Vec<Place>,
     asking: BTreeMap<usize, Asking>,
     held: BTreeMap<usize, LockGuard>,
@@ -135,7 +135,7 @@ impl History {
                 match command {
                     Command::Release(_) => drop(tokio::spawn(released)),
                     Command::Abandon(_) => drop(futures::poll!(&mut released)),
-                    // Never begun, so that it is dropped with what was held.
+                    // Never polled, so that the guard is dropped with it.
                     _ => {}
                 }
             }
@@ -151,7 +151,7 @@ impl History {
             Command::Fault { replica, done } => {
                 let fault = if done { Unanswered::Done } else { Unanswered::NotDone };
                 let mut own = self.replicas[replica].0.own();
-                // One at a time: so that nobody has to try for long.
+                // One at a time, so that no write has to be repeated for long.
                 if own.faults.is_empty() {
                     own.faults.push_back(fault);
                 }
@@ -162,8 +162,8 @@ impl History {
                 tokio::time::sleep(Duration::from_secs(6)).await;
                 self.settle().await;
                 for (n, held) in &self.held {
-                    let told = held.lost().now_or_never().is_some();
-                    assert!(told || self.places[*n].stand == Stand::Held, "{n} is not told that its lease is gone");
+                    let knows = held.lost().now_or_never().is_some();
+                    assert!(knows || self.places[*n].stand == Stand::Held, "{n} does not know that its lease is lost");
                 }
             }
             Command::Settle => self.settle().await,
@@ -190,7 +190,7 @@ impl History {
         }
     }
 
-    /// What is stored: tokens, by who asked.
+    /// The stored tokens, by acquisition.
     fn stored(&self) -> BTreeMap<usize, u64> {
         let server = self.replicas[0].0.server();
         let live = KeyRange::between("p/live ", "p/live!");
@@ -201,7 +201,7 @@ impl History {
         stored.collect()
     }
 
-    /// Learns who has come to have a place.
+    /// Adds acquisitions whose keys were stored meanwhile.
     fn look(&mut self) {
         for (n, created) in self.stored() {
             let before = self.places[n].created.replace(created);
@@ -209,14 +209,14 @@ impl History {
         }
     }
 
-    /// Those who must go before this one.
+    /// The entries ahead of this one.
     fn ahead(&self, n: usize, stored: &BTreeMap<usize, u64>) -> Vec<usize> {
         let place = &self.places[n];
         let blocks = |(other, before): &(usize, &Place)| {
             before.created.is_some_and(|created| Some(created) < place.created)
                 && match before.stand {
                     Stand::Queued | Stand::Held => true,
-                    // Handed over within a replica; else it must be gone.
+                    // Handed over within the replica; otherwise its key must be removed.
                     Stand::Leaving => before.replica != place.replica && stored.contains_key(other),
                     Stand::Lost => false,
                 }
@@ -252,7 +252,7 @@ impl History {
         }
     }
 
-    /// Lets all go on that can, until nothing does; then compares.
+    /// Runs all tasks until none can make progress, then compares with the model.
     async fn settle(&mut self) {
         let mut unchanged = 0;
         while unchanged < 3 {
@@ -260,7 +260,7 @@ impl History {
             self.look();
             let before = (self.asking.len(), self.stored());
             for n in self.asking.keys().copied().collect::<Vec<_>>() {
-                // A few steps at once.
+                // A few steps for each poll.
                 for _ in 0..4 {
                     if self.asking.contains_key(&n) {
                         self.poll(n);
@@ -276,19 +276,19 @@ impl History {
                 Stand::Queued => {
                     assert!(stored.contains_key(&n), "{n} has lost its place");
                     let ahead = self.ahead(n, &stored);
-                    assert!(!ahead.is_empty(), "{n} waits for nobody: {:#?}", self.places);
+                    assert!(!ahead.is_empty(), "{n} waits though no entry is ahead: {:#?}", self.places);
                 }
                 Stand::Leaving | Stand::Lost => assert!(!stored.contains_key(&n), "{n} leaves something behind"),
             }
         }
     }
 
-    /// Everybody goes, and nothing is left.
+    /// Drops everything and checks that nothing is left.
     async fn end(mut self) {
         self.asking.clear();
         self.held.clear();
         self.replicas.iter().for_each(|(client, _)| client.own().faults.clear());
-        // What was not answered is looked for at once, and nothing comes late here.
+        // Unconfirmed writes are looked up at once, and no write is delayed here.
         tokio::time::sleep(Duration::from_secs(20)).await;
         let none = LockOptions::default();
         for (_, store) in &self.replicas {

@@ -1,4 +1,4 @@
-//! The lock and the store against models of a few lines, in ten thousand histories each, on the modelled etcd.
+//! Property tests: the lock and the store against small models, ten thousand histories each, on the modelled etcd.
 
 mod locks;
 mod records;
@@ -25,7 +25,7 @@ use crate::etcd::{Server, Snapshot};
 
 const LEASE: Duration = Duration::from_secs(10);
 
-/// Ten thousand, the same each time; `PROPTEST_CASES` and `PROPTEST_RNG_SEED` ask for others.
+/// Ten thousand cases, the same in every run. `PROPTEST_CASES` and `PROPTEST_RNG_SEED` override that.
 fn histories() -> ProptestConfig {
     let rng_algorithm = RngAlgorithm::XorShift;
     let mut config = ProptestConfig { failure_persistence: None, rng_algorithm, ..ProptestConfig::default() };
@@ -38,14 +38,14 @@ fn histories() -> ProptestConfig {
     config
 }
 
-/// What happens to a write that is not answered.
+/// The effect of a write whose answer is lost.
 #[derive(Debug, Clone, Copy)]
 enum Unanswered {
     Done,
     NotDone,
 }
 
-/// One replica's client of the modelled etcd. It takes no time: a write stops once before it is done and once before it is answered.
+/// The etcd client of one replica. Calls take no time. A write yields once before its effect and once before its answer.
 #[derive(Clone)]
 struct Direct {
     server: Arc<Mutex<Server>>,
@@ -53,12 +53,12 @@ struct Direct {
     own: Arc<Mutex<Own>>,
 }
 
-/// What is a client's own.
+/// The state of one client.
 #[derive(Default)]
 struct Own {
-    /// The lease granted last.
+    /// The last granted lease.
     lease: LeaseId,
-    /// What becomes of the next writes.
+    /// The faults of the next writes.
     faults: VecDeque<Unanswered>,
 }
 
@@ -75,20 +75,20 @@ impl Direct {
         self.own.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A replica, and its client.
+    /// Creates a replica and its client.
     fn replica(&self, name: &str) -> (Self, Arc<Coordination<Self>>) {
         let client = Self { own: Arc::default(), ..self.clone() };
         (client.clone(), Arc::new(Coordination::new(client, "p/", LEASE, name.to_owned())))
     }
 
-    /// Ends the lease behind the replica's back.
+    /// Revokes the lease without the replica's knowledge.
     fn lose_lease(&self) {
         let lease = self.own().lease;
         self.server().revoke(lease);
     }
 }
 
-/// Runs a history on simulated time, in the runtime of this thread.
+/// Runs a history on simulated time, on a runtime of this thread.
 fn run<T>(history: impl Future<Output = T>) -> T {
     thread_local! {
         static RUNTIME: Runtime =
@@ -97,7 +97,7 @@ fn run<T>(history: impl Future<Output = T>) -> T {
     RUNTIME.with(|runtime| runtime.block_on(history))
 }
 
-/// Lets everything go on that can.
+/// Runs all tasks until none can make progress.
 async fn settle() {
     tokio::time::sleep(Duration::from_millis(1)).await;
 }

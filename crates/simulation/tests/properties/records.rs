@@ -1,5 +1,5 @@
-//! The store is a map from seats to instances beside a challenge, whichever replica is asked; its indexes follow, and what somebody owns
-//! nobody else changes.
+//! The store behaves as a map from keys to instances beside a challenge, on every replica. Its indexes follow the map, and only the owner changes
+//! an instance.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -16,56 +16,56 @@ use proptest::{prelude::*, sample::Index, strategy::Strategy};
 use super::{Direct, Unanswered, histories, run, settle};
 
 const REPLICAS: usize = 2;
-/// The first seats are of sources, the others of the pool.
-const SEATS: usize = 4;
+/// The first keys belong to sources, the others to the pool.
+const KEYS: usize = 4;
 const SOURCES: usize = 2;
-/// When the store is looked at, in seconds.
+/// The time of the comparison, in seconds.
 const NOW: i64 = 150;
 
 #[derive(Debug, Clone)]
 enum Command {
-    /// By the challenge as it is, or as the replica remembers it.
+    /// With the current challenge, or the one in the replica cache.
     Create {
-        seat: usize,
-        remembered: bool,
+        index: usize,
+        cached: bool,
         then: Then,
     },
     Delete {
-        seat: usize,
+        index: usize,
         then: Then,
     },
     Update {
-        seat: usize,
+        index: usize,
         then: Then,
     },
     Recover {
-        seat: usize,
+        index: usize,
         then: Then,
     },
     Renew {
-        seat: usize,
+        index: usize,
         second: i64,
     },
-    /// With values of its own it has to be updated.
+    /// With `values` of its own, the instance has to be updated.
     Claim {
         pool: usize,
-        seat: usize,
+        index: usize,
         values: bool,
         then: Then,
     },
-    /// Ends what was kept, perhaps with an answer that is lost.
+    /// Finishes kept work, perhaps with a lost answer.
     End {
         kept: Index,
         then: Then,
         unanswered: Option<bool>,
     },
     Change,
-    /// Removes the challenge if it can be, and inserts it anew.
+    /// Removes the challenge if it has no instance, and creates it again.
     Remove,
     LoseLease,
 }
 
-/// What becomes of an ownership.
+/// What happens to a guard.
 #[derive(Debug, Clone, Copy)]
 enum Then {
     Ready,
@@ -73,7 +73,7 @@ enum Then {
         retry: i64,
     },
     Gone,
-    /// Nothing: it is dropped.
+    /// It is dropped without a commit.
     Drop,
     Keep,
 }
@@ -89,16 +89,16 @@ fn then() -> impl Strategy<Value = Then> {
 }
 
 fn command() -> impl Strategy<Value = Command> {
-    let seat = 0..SEATS;
+    let index = 0..KEYS;
     prop_oneof![
-        8 => (seat.clone(), any::<bool>(), then())
-            .prop_map(|(seat, remembered, then)| Command::Create { seat, remembered, then }),
-        3 => (seat.clone(), then()).prop_map(|(seat, then)| Command::Delete { seat, then }),
-        3 => (seat.clone(), then()).prop_map(|(seat, then)| Command::Update { seat, then }),
-        2 => (seat, then()).prop_map(|(seat, then)| Command::Recover { seat, then }),
-        2 => (0..SOURCES, 100..200i64).prop_map(|(seat, second)| Command::Renew { seat, second }),
-        3 => (SOURCES..SEATS, 0..SOURCES, any::<bool>(), then())
-            .prop_map(|(pool, seat, values, then)| Command::Claim { pool, seat, values, then }),
+        8 => (index.clone(), any::<bool>(), then())
+            .prop_map(|(index, cached, then)| Command::Create { index, cached, then }),
+        3 => (index.clone(), then()).prop_map(|(index, then)| Command::Delete { index, then }),
+        3 => (index.clone(), then()).prop_map(|(index, then)| Command::Update { index, then }),
+        2 => (index, then()).prop_map(|(index, then)| Command::Recover { index, then }),
+        2 => (0..SOURCES, 100..200i64).prop_map(|(index, second)| Command::Renew { index, second }),
+        3 => (SOURCES..KEYS, 0..SOURCES, any::<bool>(), then())
+            .prop_map(|(pool, index, values, then)| Command::Claim { pool, index, values, then }),
         3 => (any::<Index>(), then(), any::<Option<bool>>())
             .prop_map(|(kept, then, unanswered)| Command::End { kept, then, unanswered }),
         1 => Just(Command::Change),
@@ -107,7 +107,7 @@ fn command() -> impl Strategy<Value = Command> {
     ]
 }
 
-/// An instance, as the model knows it.
+/// An instance in the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Known {
     phase: PhaseName,
@@ -131,12 +131,12 @@ impl Known {
     }
 }
 
-/// An ownership that was kept.
+/// A guard that is kept for a later command.
 struct Kept {
     replica: usize,
     held: LockGuard,
     instance: Instance,
-    /// Its lease is gone.
+    /// Whether its lease was lost.
     lost: bool,
 }
 
@@ -154,7 +154,7 @@ fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).unwrap()
 }
 
-/// Nobody waits: who owns is told at once.
+/// Does not wait for owners.
 fn by() -> LockOptions {
     LockOptions::default()
 }
@@ -173,7 +173,7 @@ impl History {
         let length = commands.len();
         for (number, (replica, command)) in commands.into_iter().enumerate() {
             history.step(number, replica, command).await;
-            // What was dropped is given up by now.
+            // By then dropped guards have been released.
             settle().await;
         }
         history.compare(length % REPLICAS).await;
@@ -196,16 +196,16 @@ impl History {
         self.replicas[replica].1.insert_challenge(&challenge).await
     }
 
-    fn key(&self, seat: usize) -> InstanceKey {
-        let assignment = match seat {
-            0..SOURCES => Assignment::Source(SourceId::new(format!("s{seat}")).unwrap()),
-            _ => Assignment::Pool(Identity::from_bits(seat as u64)),
+    fn key(&self, index: usize) -> InstanceKey {
+        let assignment = match index {
+            0..SOURCES => Assignment::Source(SourceId::new(format!("s{index}")).unwrap()),
+            _ => Assignment::Pool(Identity::from_bits(index as u64)),
         };
         InstanceKey { challenge: self.id.clone(), assignment }
     }
 
-    fn fresh(&self, seat: usize, number: usize) -> Instance {
-        let key = self.key(seat);
+    fn fresh(&self, index: usize, number: usize) -> Instance {
+        let key = self.key(index);
         let identity = match &key.assignment {
             Assignment::Pool(identity) => identity.clone(),
             Assignment::Source(_) => Identity::from_bits(100 + number as u64),
@@ -236,18 +236,18 @@ impl History {
         let store = self.replicas[replica].1.clone();
         let now = store.challenge(&self.id).await.unwrap().unwrap();
         match command {
-            Command::Create { seat, remembered, then } => {
-                let intent = self.fresh(seat, number);
-                let remembered = intent.key.assignment.source().filter(|_| remembered);
-                // From before what this replica has just read.
+            Command::Create { index, cached, then } => {
+                let intent = self.fresh(index, number);
+                let cached = intent.key.assignment.source().filter(|_| cached);
+                // Older than the snapshot that this replica has just read.
                 let other = &self.replicas[(replica + 1) % REPLICAS].1;
-                let (store, snapshot) = match remembered {
+                let (store, snapshot) = match cached {
                     Some(source) => (other.clone(), other.cached_snapshot(&self.id, source)),
                     None => (store, None),
                 };
                 let challenge = snapshot.and_then(|snapshot| snapshot.challenge).unwrap_or(now.clone());
                 let free = challenge.version == now.version && !self.model.contains_key(&intent.key);
-                let replica = if remembered.is_some() { (replica + 1) % REPLICAS } else { replica };
+                let replica = if cached.is_some() { (replica + 1) % REPLICAS } else { replica };
                 match store.begin_create(&challenge, &intent, None, &by()).await {
                     Err(Error::Conflict) => assert!(!free),
                     Err(error) => panic!("{error}"),
@@ -257,19 +257,19 @@ impl History {
                     }
                 }
             }
-            Command::Delete { seat, then } => self.begin(replica, seat, Intent::Delete, then).await,
-            Command::Update { seat, then } => {
+            Command::Delete { index, then } => self.begin(replica, index, Intent::Delete, then).await,
+            Command::Update { index, then } => {
                 let target = Target {
                     identity: Identity::from_bits(1000 + number as u64),
                     scenario: pinned(),
                     revision: 1,
                     strategy: gauntlet_domain::Strategy::BlueGreen,
                 };
-                self.begin(replica, seat, Intent::Update(target), then).await;
+                self.begin(replica, index, Intent::Update(target), then).await;
             }
-            Command::Recover { seat, then } => self.begin(replica, seat, Intent::Recover, then).await,
-            Command::Renew { seat, second } => {
-                let key = self.key(seat);
+            Command::Recover { index, then } => self.begin(replica, index, Intent::Recover, then).await,
+            Command::Renew { index, second } => {
+                let key = self.key(index);
                 let Some(read) = store.instance(&key).await.unwrap() else {
                     assert!(!self.model.contains_key(&key));
                     return;
@@ -279,14 +279,14 @@ impl History {
                     Err(Error::Busy { .. }) => assert!(self.owned(&key)),
                     renewal => {
                         assert_eq!((renewal, self.owned(&key)), (Ok(()), false));
-                        // What was read first is of yesterday now.
+                        // The first read is stale now.
                         assert_eq!(store.rewrite(&read, &renewed, &by()).await, Err(Error::Conflict));
                         self.model.get_mut(&key).unwrap().until = Some(second);
                     }
                 }
             }
-            Command::Claim { pool, seat, values, then } => {
-                let (from, to) = (self.key(pool), self.fresh(seat, number));
+            Command::Claim { pool, index, values, then } => {
+                let (from, to) = (self.key(pool), self.fresh(index, number));
                 let pooled = store.instance(&from).await.unwrap();
                 let Some(pooled) = pooled.filter(|read| read.value.phase == Phase::Ready) else {
                     assert!(self.model.get(&from).is_none_or(|known| known.phase != PhaseName::Ready));
@@ -312,7 +312,7 @@ impl History {
                 self.revision += 1;
                 let changed = Challenge { revision: self.revision, ..now.value.clone() };
                 held.update_challenge(&changed).await.unwrap();
-                // What goes by the old settings is told so.
+                // A create with the old challenge conflicts.
                 let refused = store.begin_create(&now, &self.fresh(0, number), None, &by()).await;
                 assert_eq!(refused.err(), Some(Error::Conflict));
             }
@@ -333,8 +333,8 @@ impl History {
         }
     }
 
-    async fn begin(&mut self, replica: usize, seat: usize, begin: Intent, then: Then) {
-        let key = self.key(seat);
+    async fn begin(&mut self, replica: usize, index: usize, begin: Intent, then: Then) {
+        let key = self.key(index);
         let known = self.model.get(&key).cloned();
         let owned = self.owned(&key);
         let phase = known.as_ref().map(|known| known.phase);
@@ -398,7 +398,7 @@ impl History {
         }
     }
 
-    /// An ownership was taken.
+    /// A guard was acquired.
     async fn owns(&mut self, replica: usize, held: LockGuard, instance: Instance, then: Then) {
         self.model.insert(instance.key.clone(), Known::of(&instance));
         let kept = Kept { replica, held, instance, lost: false };
@@ -408,12 +408,12 @@ impl History {
         }
     }
 
-    /// Ends an ownership.
+    /// Finishes the work of a guard.
     async fn end(&mut self, kept: Kept, then: Then) {
         let Kept { held, mut instance, lost, .. } = kept;
         let key = instance.key.clone();
         let commit = match then {
-            // The second time it is not kept.
+            // Kept work is not kept a second time.
             Then::Drop | Then::Keep => return drop(held),
             Then::Gone => Outcome::Remove,
             Then::Ready => {
@@ -442,7 +442,7 @@ impl History {
         }
     }
 
-    /// All that a replica answers follows from the model.
+    /// Every answer of a replica matches the model.
     async fn compare(&self, replica: usize) {
         let (store, id, model) = (&self.replicas[replica].1, &self.id, &self.model);
         let known = |all: Vec<Instance>| -> BTreeMap<InstanceKey, Known> {
@@ -459,8 +459,8 @@ impl History {
 
         let claimed = store.instances_by_source(None).try_collect().await.unwrap();
         assert_eq!(known(claimed), only(&|key, _| !key.assignment.is_pooled()));
-        for seat in 0..SOURCES {
-            let key = self.key(seat);
+        for index in 0..SOURCES {
+            let key = self.key(index);
             let source = key.assignment.source().unwrap();
             let own = store.instances_by_source(Some(source)).try_collect().await.unwrap();
             assert_eq!(known(own), only(&|of, _| *of == key));

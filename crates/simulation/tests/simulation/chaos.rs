@@ -1,4 +1,4 @@
-//! What goes wrong by itself, beside the faults at each side effect.
+//! Random disturbances that are independent of any step.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,7 +7,7 @@ use tokio::time::sleep;
 
 use super::{Cluster, coverage::Event, world::World};
 
-/// Lets leases run out, as etcd does: up to half a second late.
+/// Expires leases, up to half a second late, as etcd does.
 pub async fn etcd(world: Arc<World>) {
     loop {
         sleep(Duration::from_millis(500)).await;
@@ -15,7 +15,7 @@ pub async fn etcd(world: Arc<World>) {
         let mut state = world.lock();
         for lease in state.etcd.overdue(now) {
             let gone = state.etcd.revoke(lease).len();
-            state.note(now, "etcd", format_args!("lease {lease} runs out, {gone} keys go"));
+            state.log(now, "etcd", format_args!("lease {lease} expires with {gone} keys"));
             state.count(Event::LeaseExpired);
             if gone > 0 {
                 state.count(Event::LeaseExpiredAtWork);
@@ -24,7 +24,7 @@ pub async fn etcd(world: Arc<World>) {
     }
 }
 
-/// Breaks something every now and then, until faults end; then mends all.
+/// Disturbs something at random intervals until faults end, then undoes partitions, pauses and outages.
 pub async fn chaos(cluster: Arc<Cluster>) {
     let world = cluster.world.clone();
     while world.lock().faulty {
@@ -33,11 +33,11 @@ pub async fn chaos(cluster: Arc<Cluster>) {
         let length = Duration::from_millis(world.between(300, 20_000));
         match world.between(0, 13) {
             0 | 1 => {
-                manager.process.cut(true);
+                manager.process.set_partitioned(true);
                 let process = manager.process.clone();
                 tokio::spawn(async move {
                     sleep(length).await;
-                    process.cut(false);
+                    process.set_partitioned(false);
                 });
                 world.lock().count(Event::Partition);
             }
@@ -54,7 +54,7 @@ pub async fn chaos(cluster: Arc<Cluster>) {
                 let gone = state.etcd.revoke(lease);
                 state.observer.lost_early(&gone);
                 let gone = gone.len();
-                state.note(now, "etcd", format_args!("lease {lease} is lost, {gone} keys go"));
+                state.log(now, "etcd", format_args!("lease {lease} is lost with {gone} keys"));
                 state.count(Event::LeaseLost);
                 if gone > 0 {
                     state.count(Event::LeaseLostAtWork);
@@ -64,7 +64,7 @@ pub async fn chaos(cluster: Arc<Cluster>) {
                 let now = world.now();
                 let mut state = world.lock();
                 let watches = state.etcd.change_leader(now);
-                state.note(now, "etcd", "the leader changes");
+                state.log(now, "etcd", "the leader changes");
                 state.count(Event::LeaderChange);
                 state.coverage.event(Event::WatchBroken, watches);
             }
@@ -72,26 +72,26 @@ pub async fn chaos(cluster: Arc<Cluster>) {
                 let now = world.now();
                 let mut state = world.lock();
                 let watches = state.etcd.compact();
-                state.note(now, "etcd", "is compacted");
+                state.log(now, "etcd", "is compacted");
                 state.count(Event::Compaction);
                 state.coverage.event(Event::WatchBroken, watches);
             }
             9 => {
                 world.lock().etcd_down = true;
-                world.note("etcd", format_args!("answers nobody for {:?}", length / 3));
+                world.log("etcd", format_args!("is down for {:?}", length / 3));
                 let world = world.clone();
                 tokio::spawn(async move {
                     sleep(length / 3).await;
                     world.lock().etcd_down = false;
-                    world.note("etcd", "answers again");
+                    world.log("etcd", "is up again");
                 });
                 cluster.world.lock().count(Event::Outage);
             }
             10 => {
                 let manager = manager.clone();
-                world.note(&manager.process.name, "shuts down");
+                world.log(&manager.process.name, "shuts down");
                 world.lock().count(Event::Restart);
-                tokio::spawn(manager.process.clone().paced(async move {
+                tokio::spawn(manager.process.clone().run_while_running(async move {
                     manager.store.shutdown().await;
                     manager.process.kill("shut down");
                 }));
@@ -100,14 +100,14 @@ pub async fn chaos(cluster: Arc<Cluster>) {
                 let now = world.now();
                 let mut state = world.lock();
                 let nth = state.rng.random();
-                let Some(identity) = state.homes.end(nth) else { continue };
-                state.note(now, "machine", format_args!("{identity} ends by itself"));
-                state.count(Event::Ended);
+                let Some(identity) = state.directories.exit(nth) else { continue };
+                state.log(now, "machine", format_args!("{identity} exits by itself"));
+                state.count(Event::Exited);
             }
         }
     }
     for manager in cluster.lives().iter() {
-        manager.process.cut(false);
+        manager.process.set_partitioned(false);
         manager.process.thaw();
     }
     world.lock().etcd_down = false;

@@ -1,5 +1,5 @@
-//! The invariants, checked after every step against what was stored and what runs. Reads the stored keys and records as `keys.rs` and
-//! `records.rs` of the coordination document them, by itself.
+//! The invariants, checked after every step against stored data and running instances. Parses keys and records on its own, as documented by
+//! `keys.rs` and `records.rs` of the coordination, so that it shares no code with what it checks.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,21 +11,21 @@ use gauntlet_domain::{ChallengeId, Identity};
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::{PREFIX, machine::Homes};
+use super::{PREFIX, machine::Directories};
 use crate::etcd::{Change, Entry, Server};
 
-/// A seat: challenge, `s` or `p`, and the name.
-pub type Seat = (String, String, String);
+/// The key of an instance: challenge, `s` (source) or `p` (pool), and name.
+pub type InstanceKey = (String, String, String);
 
 /// An instance as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     pub identity: String,
-    /// Of the record, and of the intent beside it.
+    /// The identities that the record's target and the recorded intent name.
     target: Option<String>,
     intent: Option<String>,
     pub phase: String,
-    /// By its phase, or by the intent beside it.
+    /// Whether its phase or its recorded intent is to delete it.
     deleting: bool,
     pub since: String,
     pub last_renew: Timestamp,
@@ -44,51 +44,51 @@ impl Record {
 /// A challenge as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Challenge {
-    pub closing: bool,
+    pub deleting: bool,
     pub min: i64,
     pub max: i64,
     pub revision: u64,
     pub rollout: bool,
 }
 
-/// What clients were told of one thing.
+/// What clients know about an instance or a challenge.
 #[derive(Debug, Default)]
-struct Told {
-    /// Acknowledged, and nobody has asked for its end since.
+struct ClientView {
+    /// Its creation was acknowledged, and no deletion has been requested since.
     acknowledged: bool,
-    /// Ends asked for and not answered yet.
-    ending: u32,
-    /// Until when an end that was asked for and not answered well may still come.
-    unsure: Duration,
-    /// And to which instance: the one that was there when its manager gave up. None that was begun since.
-    unsure_of: Option<String>,
-    /// How often an end was asked for.
-    ends: u64,
+    /// Deletions that are under way.
+    pending_deletions: u32,
+    /// Until when a failed deletion may still take effect.
+    uncertain_until: Duration,
+    /// The instance that such a deletion may affect: the one that existed when its manager gave up.
+    possible_victim: Option<String>,
+    /// How many deletions were requested.
+    deletions: u64,
 }
 
-/// How often an end had been asked for when something was begun; of the instance and of its challenge. `None` if one may still come.
+/// How many deletions of the instance and of its challenge had been requested when a create began. `None` if one may still take effect.
 pub type Begun = Option<(u64, u64)>;
 
-/// What is known besides what is stored.
+/// The model: stored records, and what clients know.
 #[derive(Default)]
 pub struct Checks {
-    pub records: BTreeMap<Seat, Record>,
+    pub records: BTreeMap<InstanceKey, Record>,
     pub challenges: BTreeMap<String, Challenge>,
-    /// Every identity ever recorded, and whether it was the first of a seat (not a replacement); by which challenge.
+    /// Every identity ever recorded, its challenge, and whether it was the first of its instance (not a replacement).
     known: BTreeMap<String, (String, bool)>,
-    seats: BTreeMap<(String, String), Told>,
-    created: BTreeMap<String, Told>,
-    /// Steps that were checked.
+    instances: BTreeMap<(String, String), ClientView>,
+    challenge_views: BTreeMap<String, ClientView>,
+    /// How many steps were checked.
     pub steps: u64,
 }
 
-/// Whether a transaction carries a token that no longer stands.
+/// Whether a transaction compares a token that is no longer valid.
 pub fn stale(etcd: &Server, txn: &Txn) -> bool {
     txn.compare.iter().any(|compare| matches!(compare.condition, Condition::CreateRevision(_)) && !etcd.holds(compare))
 }
 
-/// The seat of a key of an instance's record or intent, and which.
-fn seat_of(key: &str) -> Option<(Seat, bool)> {
+/// The instance that a stored key belongs to, and whether it is the key of its intent.
+fn instance_key_of(key: &str) -> Option<(InstanceKey, bool)> {
     match key.strip_prefix(PREFIX)?.split(' ').collect::<Vec<_>>().as_slice() {
         ["instances", c, kind, name] => Some((((*c).to_owned(), (*kind).to_owned(), (*name).to_owned()), false)),
         ["instances", c, kind, name, "intent"] => {
@@ -98,7 +98,7 @@ fn seat_of(key: &str) -> Option<(Seat, bool)> {
     }
 }
 
-fn challenge_of(key: &str) -> Option<&str> {
+fn challenge_id_of(key: &str) -> Option<&str> {
     let c = key.strip_prefix(PREFIX)?.strip_prefix("challenges ")?;
     (!c.contains(' ')).then_some(c)
 }
@@ -134,7 +134,7 @@ fn read_record(entry: &Entry) -> Record {
 fn read_challenge(entry: &Entry) -> Challenge {
     let value = json(entry);
     Challenge {
-        closing: value["closing"] == Value::Bool(true),
+        deleting: value["closing"] == Value::Bool(true),
         min: value["min"].as_i64().unwrap(),
         max: value["max"].as_i64().unwrap(),
         revision: value["revision"].as_u64().unwrap(),
@@ -143,11 +143,11 @@ fn read_challenge(entry: &Entry) -> Challenge {
 }
 
 impl Checks {
-    /// After a transaction.
-    pub fn written(
+    /// Checks a transaction.
+    pub fn check_transaction(
         &mut self,
         now: Duration,
-        homes: &Homes,
+        directories: &Directories,
         txn: &Txn,
         result: &TxnResponse,
         changes: &[Change],
@@ -156,21 +156,24 @@ impl Checks {
             return Ok(());
         }
         self.steps += 1;
-        if !changes.iter().any(|change| seat_of(&change.key).is_some() || challenge_of(&change.key).is_some()) {
+        if !changes
+            .iter()
+            .any(|change| instance_key_of(&change.key).is_some() || challenge_id_of(&change.key).is_some())
+        {
             return Ok(());
         }
         let before = (self.records.clone(), self.challenges.clone());
         for change in changes {
-            if let Some((seat, intent)) = seat_of(&change.key) {
-                // Invariant 6: whatever changes an instance says in the same transaction that nobody else owns it.
-                let owner = format!("{PREFIX}live owners {} {} {}", seat.0, seat.1, seat.2);
+            if let Some((key, intent)) = instance_key_of(&change.key) {
+                // Invariant 6: a transaction that changes an instance compares its owner key.
+                let owner = format!("{PREFIX}live owners {} {} {}", key.0, key.1, key.2);
                 let tested = txn.compare.iter().any(|compare| {
                     compare.range == KeyRange::key(&owner)
                         && matches!(compare.condition, Condition::Absent | Condition::CreateRevision(_))
                 });
-                ensure(result.succeeded && tested, || format!("6: {seat:?} changes without a test of its owner key"))?;
-                self.learn(&seat, intent, change.after.as_ref());
-            } else if let Some(id) = challenge_of(&change.key) {
+                ensure(result.succeeded && tested, || format!("6: {key:?} changes without comparing its owner key"))?;
+                self.apply_change(&key, intent, change.after.as_ref());
+            } else if let Some(id) = challenge_id_of(&change.key) {
                 let inserted = change.before.is_none();
                 let tested = txn.compare.iter().any(|compare| match compare.condition {
                     Condition::Absent => inserted && compare.range.start == *change.key,
@@ -186,31 +189,31 @@ impl Checks {
                 };
             }
         }
-        for id in changes.iter().filter_map(|change| challenge_of(&change.key)) {
-            self.challenge_changed(homes, id, before.1.get(id))?;
+        for id in changes.iter().filter_map(|change| challenge_id_of(&change.key)) {
+            self.check_challenge(directories, id, before.1.get(id))?;
         }
-        let seats: BTreeSet<Seat> =
-            changes.iter().filter_map(|change| seat_of(&change.key)).map(|(seat, _)| seat).collect();
-        for seat in &seats {
-            self.seat_changed(now, homes, seat, &before.0, txn)?;
+        let keys: BTreeSet<InstanceKey> =
+            changes.iter().filter_map(|change| instance_key_of(&change.key)).map(|(key, _)| key).collect();
+        for key in &keys {
+            self.check_instance(now, directories, key, &before.0, txn)?;
         }
-        self.one_seat_each()
+        self.check_identities_are_unique()
     }
 
-    fn learn(&mut self, seat: &Seat, intent: bool, after: Option<&Entry>) {
+    fn apply_change(&mut self, key: &InstanceKey, intent: bool, after: Option<&Entry>) {
         match (intent, after) {
             (false, None) => {
-                self.records.remove(seat);
+                self.records.remove(key);
             }
             (false, Some(entry)) => {
                 let mut record = read_record(entry);
-                if let Some(before) = self.records.get(seat) {
+                if let Some(before) = self.records.get(key) {
                     record.intent.clone_from(&before.intent);
                 }
-                self.records.insert(seat.clone(), record);
+                self.records.insert(key.clone(), record);
             }
             (true, after) => {
-                if let Some(record) = self.records.get_mut(seat) {
+                if let Some(record) = self.records.get_mut(key) {
                     record.intent = after.and_then(|entry| target(&json(entry)));
                     let intends = after.is_some_and(|entry| json(entry)["intent"] == "delete");
                     record.deleting = intends || record.phase == "deleting";
@@ -220,139 +223,150 @@ impl Checks {
     }
 
     /// Invariants 2 and 5 on a challenge.
-    fn challenge_changed(&self, homes: &Homes, id: &str, before: Option<&Challenge>) -> Result<(), String> {
+    fn check_challenge(&self, directories: &Directories, id: &str, before: Option<&Challenge>) -> Result<(), String> {
         match (before, self.challenges.get(id)) {
             (None, _) => {}
             (Some(before), Some(after)) => {
-                ensure(!before.closing || after.closing, || format!("2: challenge {id} reopens"))?;
+                ensure(!before.deleting || after.deleting, || format!("2: the deletion of challenge {id} is undone"))?;
                 ensure(before.revision <= after.revision, || {
-                    format!("5: challenge {id} goes back to an older revision")
+                    format!("5: challenge {id} returns to an older revision")
                 })?;
             }
             (Some(before), None) => {
-                ensure(before.closing, || format!("2: challenge {id} is removed though it was not closing"))?;
-                let left = self.records.keys().find(|seat| seat.0 == id);
-                ensure(left.is_none(), || format!("2: challenge {id} is removed and leaves {left:?}"))?;
-                let left = homes.there().find(|(challenge, ..)| challenge.as_str() == id);
-                ensure(left.is_none(), || format!("2: challenge {id} is removed and leaves resources {left:?}"))?;
-                let lost = self.created.get(id).is_some_and(|told| told.acknowledged);
-                ensure(!lost, || format!("5: challenge {id} was acknowledged and is gone, and nobody deleted it"))?;
+                ensure(before.deleting, || format!("2: challenge {id} is removed though it was not being deleted"))?;
+                let left = self.records.keys().find(|key| key.0 == id);
+                ensure(left.is_none(), || format!("2: challenge {id} is removed and its instance {left:?} is left"))?;
+                let left = directories.existing().find(|(challenge, ..)| challenge.as_str() == id);
+                ensure(left.is_none(), || {
+                    format!("2: challenge {id} is removed and these resources are left: {left:?}")
+                })?;
+                let lost = self.challenge_views.get(id).is_some_and(|view| view.acknowledged);
+                ensure(!lost, || format!("5: challenge {id} was acknowledged and has disappeared without a deletion"))?;
             }
         }
         Ok(())
     }
 
-    /// Invariants 1 to 5 on one seat.
-    fn seat_changed(
+    /// Invariants 1 to 5 on an instance.
+    fn check_instance(
         &mut self,
         now: Duration,
-        homes: &Homes,
-        seat: &Seat,
-        before: &BTreeMap<Seat, Record>,
+        directories: &Directories,
+        key: &InstanceKey,
+        before: &BTreeMap<InstanceKey, Record>,
         txn: &Txn,
     ) -> Result<(), String> {
-        let open = self.challenges.get(&seat.0).filter(|challenge| !challenge.closing);
-        match (before.get(seat), self.records.get(seat)) {
+        let open = self.challenges.get(&key.0).filter(|challenge| !challenge.deleting);
+        match (before.get(key), self.records.get(key)) {
             (None, Some(after)) => {
                 let Some(challenge) = open else {
-                    return Err(format!("2: {seat:?} begins on a challenge that is closing or gone"));
+                    return Err(format!("2: {key:?} is created for a challenge that is being deleted or removed"));
                 };
                 let from = before.iter().find(|(_, record)| record.identity == after.identity);
                 match from {
-                    // Invariant 3: claimed from a pool, once.
+                    // Invariant 3: a pooled instance is claimed once.
                     Some((from, record)) => {
-                        let once =
-                            from.0 == seat.0 && from.1 == "p" && seat.1 == "s" && !self.records.contains_key(from);
-                        ensure(once && record.phase == "ready", || format!("3: {seat:?} takes what {from:?} has"))?;
+                        let once = from.0 == key.0 && from.1 == "p" && key.1 == "s" && !self.records.contains_key(from);
+                        ensure(once && record.phase == "ready", || {
+                            format!("3: {key:?} takes the instance of {from:?}")
+                        })?;
                     }
                     None => {
                         let known = self.known.contains_key(&after.identity);
-                        ensure(!known, || format!("1: {seat:?} begins with an identity that was used before"))?;
+                        ensure(!known, || format!("1: {key:?} is created with an identity that was used before"))?;
                     }
                 }
-                if seat.1 == "p" {
+                if key.1 == "p" {
                     let of = |kind: &str| {
-                        let counts = |(of, record): &(&Seat, &Record)| {
-                            of.0 == seat.0 && of.1 == kind && !(kind == "p" && record.deleting)
+                        let counts = |(of, record): &(&InstanceKey, &Record)| {
+                            of.0 == key.0 && of.1 == kind && !(kind == "p" && record.deleting)
                         };
                         self.records.iter().filter(counts).count() as i64
                     };
                     let (claimed, pooled) = (of("s"), of("p"));
                     let within = pooled <= challenge.min && (challenge.max == 0 || claimed + pooled <= challenge.max);
                     ensure(within, || {
-                        let of: Vec<_> = self.records.iter().filter(|(of, _)| of.0 == seat.0).collect();
-                        format!("3: the pool of {} grows to {pooled} beside {claimed}: {challenge:?}, {of:?}", seat.0)
+                        let of: Vec<_> = self.records.iter().filter(|(of, _)| of.0 == key.0).collect();
+                        format!("3: the pool of {} grows to {pooled} beside {claimed}: {challenge:?}, {of:?}", key.0)
                     })?;
                 }
             }
             (Some(before), None) => {
                 let claimed = self.records.values().any(|record| record.identity == before.identity);
                 if !claimed {
-                    // Invariant 4: a record goes after its resources.
+                    // Invariant 4: a record is removed after its resources.
                     for identity in before.identities() {
-                        let left = homes.there().any(|(_, there, _)| there.as_str() == identity);
-                        ensure(!left, || format!("4: the record of {seat:?} goes and leaves {identity}"))?;
+                        let left = directories.existing().any(|(_, there, _)| there.as_str() == identity);
+                        ensure(!left, || format!("4: the record of {key:?} is removed and {identity} is left"))?;
                     }
-                    let told = self.seats.get(&(seat.0.clone(), seat.2.clone())).filter(|_| seat.1 == "s");
-                    ensure(!told.is_some_and(|told| told.acknowledged), || {
-                        format!("5: {seat:?} was acknowledged and is gone, and nobody deleted it")
+                    let view = self.instances.get(&(key.0.clone(), key.2.clone())).filter(|_| key.1 == "s");
+                    ensure(!view.is_some_and(|view| view.acknowledged), || {
+                        format!("5: {key:?} was acknowledged and has disappeared without a deletion")
                     })?;
                 }
             }
             (Some(before), Some(after)) if before.since == after.since => {
-                let may_come = |told: &Told| told.unsure > now && told.unsure_of.as_ref() == Some(&before.since);
-                let asked = |told: Option<&Told>| told.is_some_and(|told| told.ending > 0 || may_come(told));
+                let may_come = |view: &ClientView| {
+                    view.uncertain_until > now && view.possible_victim.as_ref() == Some(&before.since)
+                };
+                let may_be_deleted =
+                    |view: Option<&ClientView>| view.is_some_and(|view| view.pending_deletions > 0 || may_come(view));
                 let wanted = before.deleting
-                    || seat.1 == "p"
+                    || key.1 == "p"
                     || open.is_none()
-                    || asked(self.seats.get(&(seat.0.clone(), seat.2.clone())))
-                    // A deletion of the challenge that was answered with Unavailable may yet come.
-                    || self.created.get(&seat.0).is_some_and(|told| told.unsure > now);
-                ensure(wanted || !after.deleting, || format!("5: {seat:?} is ended, and nobody asked for it"))?;
-                ensure(before.last_renew <= after.last_renew, || format!("5: {seat:?} loses a renewal"))?;
-                ensure(seat.1 == "p" || !(before.phase == "ready" && after.phase == "provisioning"), || {
-                    format!("5: {seat:?} was ready and is begun again")
+                    || may_be_deleted(self.instances.get(&(key.0.clone(), key.2.clone())))
+                    // A deletion of the challenge that failed may still take effect.
+                    || self.challenge_views.get(&key.0).is_some_and(|view| view.uncertain_until > now);
+                ensure(wanted || !after.deleting, || format!("5: {key:?} is deleted without a request"))?;
+                ensure(before.last_renew <= after.last_renew, || format!("5: {key:?} loses a renewal"))?;
+                ensure(key.1 == "p" || !(before.phase == "ready" && after.phase == "provisioning"), || {
+                    format!("5: {key:?} was ready and is created again")
                 })?;
             }
             _ => {}
         }
-        // What becomes known.
-        if let Some(after) = self.records.get(seat) {
-            let first = !before.contains_key(seat);
+        // Remembers the identities.
+        if let Some(after) = self.records.get(key) {
+            let first = !before.contains_key(key);
             for identity in after.identities() {
                 let first = first && *identity == after.identity;
-                self.known.entry(identity.clone()).or_insert_with(|| (seat.0.clone(), first));
+                self.known.entry(identity.clone()).or_insert_with(|| (key.0.clone(), first));
             }
         }
         let deletes = txn.success.iter().filter(|op| matches!(op, Op::Delete(_))).count();
-        ensure(deletes <= 16, || format!("a transaction on {seat:?} deletes {deletes} keys"))
+        ensure(deletes <= 16, || format!("a transaction on {key:?} deletes {deletes} keys"))
     }
 
-    /// Invariants 1 and 3: no identity is of two seats.
-    fn one_seat_each(&self) -> Result<(), String> {
-        let mut of: BTreeMap<&String, &Seat> = BTreeMap::new();
-        for (seat, record) in &self.records {
+    /// Invariants 1 and 3: no identity belongs to two instances.
+    fn check_identities_are_unique(&self) -> Result<(), String> {
+        let mut of: BTreeMap<&String, &InstanceKey> = BTreeMap::new();
+        for (key, record) in &self.records {
             for identity in record.identities() {
-                if let Some(other) = of.insert(identity, seat) {
-                    return Err(format!("3: {identity} is of {other:?} and of {seat:?}"));
+                if let Some(other) = of.insert(identity, key) {
+                    return Err(format!("3: {identity} belongs to {other:?} and to {key:?}"));
                 }
             }
         }
         Ok(())
     }
 
-    /// After something was started on the machine: invariants 1 and 4.
-    pub fn started(&mut self, homes: &Homes, challenge: &ChallengeId, identity: &Identity) -> Result<(), String> {
+    /// Invariants 1 and 4 after an instance was started on the machine.
+    pub fn check_start(
+        &mut self,
+        directories: &Directories,
+        challenge: &ChallengeId,
+        identity: &Identity,
+    ) -> Result<(), String> {
         self.steps += 1;
         let (challenge, identity) = (challenge.as_str(), identity.as_str().to_owned());
         ensure(self.known.contains_key(&identity), || format!("4: {identity} runs and was never recorded"))?;
         ensure(self.challenges.contains_key(challenge), || {
-            format!("2: {identity} runs for {challenge}, which is gone")
+            format!("2: {identity} runs for {challenge}, which was removed")
         })?;
         let named = self.records.iter().find(|(_, record)| record.identities().any(|own| *own == identity));
-        ensure(named.is_some(), || format!("4: {identity} is started though no record names it any more"))?;
-        // What else runs is named by a record too, or is an orphan; an orphan that once had a seat to itself would be a double.
-        for (of, other, running) in homes.there() {
+        ensure(named.is_some(), || format!("4: {identity} is started though no record names it"))?;
+        // Other running instances have records too, or are orphans. An orphan that was the first of its instance would be a duplicate.
+        for (of, other, running) in directories.existing() {
             let first = self.known.get(other.as_str()).is_some_and(|(_, first)| *first);
             let stray = !self.records.values().any(|record| record.identities().any(|own| own == other.as_str()));
             ensure(!(running.is_some() && first && stray && of.as_str() == challenge), || {
@@ -362,66 +376,71 @@ impl Checks {
         Ok(())
     }
 
-    /// A client asks for an instance, or (without a source) for a challenge.
-    pub fn begin(&mut self, now: Duration, c: &str, s: Option<&str>) -> Begun {
-        let challenge = self.created.entry(c.to_owned()).or_default();
-        let (sure, ends) = (challenge.sure(now), challenge.ends);
+    /// A client starts to create an instance or, without a source, a challenge.
+    pub fn begin_create(&mut self, now: Duration, c: &str, s: Option<&str>) -> Begun {
+        let challenge = self.challenge_views.entry(c.to_owned()).or_default();
+        let (sure, ends) = (challenge.is_certain(now), challenge.deletions);
         let Some(s) = s else { return sure.then_some((0, ends)) };
-        let told = self.seats.entry((c.to_owned(), s.to_owned())).or_default();
-        (sure && told.ending == 0).then_some((told.ends, ends))
+        let view = self.instances.entry((c.to_owned(), s.to_owned())).or_default();
+        (sure && view.pending_deletions == 0).then_some((view.deletions, ends))
     }
 
-    /// A client was told that what it had asked for is there.
+    /// A client received the acknowledgement of its create.
     pub fn acknowledge(&mut self, begun: Begun, c: &str, s: Option<&str>) {
         let Some((ends, of_challenge)) = begun else { return };
-        let challenge = self.created.entry(c.to_owned()).or_default();
-        if challenge.ends != of_challenge {
+        let challenge = self.challenge_views.entry(c.to_owned()).or_default();
+        if challenge.deletions != of_challenge {
             return;
         }
         let Some(s) = s else {
             challenge.acknowledged = true;
             return;
         };
-        let told = self.seats.entry((c.to_owned(), s.to_owned())).or_default();
-        told.acknowledged = told.ends == ends;
+        let view = self.instances.entry((c.to_owned(), s.to_owned())).or_default();
+        view.acknowledged = view.deletions == ends;
     }
 
-    /// Whether a client may rely on the instance being there: how often the end of it, and of its challenge, was asked for before. The same
-    /// answer twice means that it was there all the time between.
-    pub fn relied_on(&self, c: &str, s: &str) -> Option<(u64, u64)> {
-        let told = self.seats.get(&(c.to_owned(), s.to_owned())).filter(|told| told.acknowledged)?;
-        Some((told.ends, self.created.get(c).map_or(0, |challenge| challenge.ends)))
+    /// How many deletions of the instance and its challenge were requested, if a client may rely on the instance. Two equal values mean that the
+    /// instance existed all the time in between.
+    pub fn guaranteed(&self, c: &str, s: &str) -> Option<(u64, u64)> {
+        let view = self.instances.get(&(c.to_owned(), s.to_owned())).filter(|view| view.acknowledged)?;
+        Some((view.deletions, self.challenge_views.get(c).map_or(0, |challenge| challenge.deletions)))
     }
 
-    /// A client asks for the end of an instance, or (without a source) of a challenge.
-    pub fn ending(&mut self, c: &str, s: Option<&str>) {
+    /// A client starts to delete an instance or, without a source, a challenge.
+    pub fn begin_delete(&mut self, c: &str, s: Option<&str>) {
         match s {
-            Some(s) => self.seats.entry((c.to_owned(), s.to_owned())).or_default().end(),
+            Some(s) => self.instances.entry((c.to_owned(), s.to_owned())).or_default().request_deletion(),
             None => {
-                self.created.entry(c.to_owned()).or_default().end();
-                for (_, told) in self.seats.iter_mut().filter(|((of, _), _)| of == c) {
-                    told.acknowledged = false;
+                self.challenge_views.entry(c.to_owned()).or_default().request_deletion();
+                for (_, view) in self.instances.iter_mut().filter(|((of, _), _)| of == c) {
+                    view.acknowledged = false;
                 }
             }
         }
     }
 
-    /// The answer to that came, or never will; `sure` if nothing of it can happen any more.
-    pub fn ended(&mut self, now: Duration, c: &str, s: Option<&str>, sure: bool) {
+    /// A deletion was answered, or never will be; `sure` if it can have no further effect.
+    pub fn end_delete(&mut self, now: Duration, c: &str, s: Option<&str>, sure: bool) {
         let there = s.and_then(|s| self.records.get(&(c.to_owned(), "s".to_owned(), s.to_owned())));
         let there = there.map(|record| record.since.clone());
-        let told = match s {
-            Some(s) => self.seats.entry((c.to_owned(), s.to_owned())).or_default(),
-            None => self.created.entry(c.to_owned()).or_default(),
+        let view = match s {
+            Some(s) => self.instances.entry((c.to_owned(), s.to_owned())).or_default(),
+            None => self.challenge_views.entry(c.to_owned()).or_default(),
         };
-        told.ending -= 1;
+        view.pending_deletions -= 1;
         if !sure {
-            (told.unsure, told.unsure_of) = (now + Duration::from_secs(15), there);
+            (view.uncertain_until, view.possible_victim) = (now + Duration::from_secs(15), there);
         }
     }
 
-    /// When nothing goes wrong any more and nothing is under way: invariants 3 to 5 as they stand at rest.
-    pub fn at_rest(&self, etcd: &Server, homes: &Homes, expired: impl Fn(&str) -> bool) -> Result<(), String> {
+    /// Invariants 3 to 5 of a system at rest: no faults are injected, and nothing is under way.
+    pub fn check_at_rest(
+        &self,
+        etcd: &Server,
+        directories: &Directories,
+        expired: impl Fn(&str) -> bool,
+    ) -> Result<(), String> {
         let all = |what: &str| {
             let begin = format!("{PREFIX}{what} ");
             etcd.entries()
@@ -434,8 +453,8 @@ impl Checks {
             ensure(left.is_empty(), || format!("at rest: {left:?}"))?;
         }
         for (id, challenge) in &self.challenges {
-            ensure(!challenge.closing && !challenge.rollout, || format!("at rest: {id} is {challenge:?}"))?;
-            let of = |kind: &str| self.records.keys().filter(|seat| seat.0 == *id && seat.1 == kind).count() as i64;
+            ensure(!challenge.deleting && !challenge.rollout, || format!("at rest: {id} is {challenge:?}"))?;
+            let of = |kind: &str| self.records.keys().filter(|key| key.0 == *id && key.1 == kind).count() as i64;
             let (claimed, pooled) = (of("s"), of("p"));
             let room = if challenge.max == 0 { challenge.min } else { (challenge.max - claimed).max(0) };
             let wanted = challenge.min.min(room);
@@ -444,54 +463,51 @@ impl Checks {
             })?;
         }
         let running: BTreeMap<_, _> =
-            homes.there().map(|(c, i, content)| (i.as_str(), (c.as_str(), content))).collect();
-        for (seat, record) in &self.records {
-            ensure(record.phase == "ready" && record.intent.is_none(), || format!("at rest: {seat:?} is {record:?}"))?;
+            directories.existing().map(|(c, i, content)| (i.as_str(), (c.as_str(), content))).collect();
+        for (key, record) in &self.records {
+            ensure(record.phase == "ready" && record.intent.is_none(), || format!("at rest: {key:?} is {record:?}"))?;
             let content = running.get(record.identity.as_str()).and_then(|(_, content)| *content);
             let is_lapsed = record.until.as_deref().is_some_and(&expired);
             match content {
-                None => ensure(is_lapsed, || format!("5: at rest {seat:?} has a record and does not run"))?,
+                None => ensure(is_lapsed, || format!("5: at rest {key:?} has a record and is not running"))?,
                 Some((digest, _)) => ensure(*digest == record.digest, || {
-                    format!("5: at rest {seat:?} runs {digest} and its record says {}", record.digest)
+                    format!("5: at rest {key:?} runs {digest} and its record says {}", record.digest)
                 })?,
             }
         }
         for (identity, (challenge, _)) in &running {
             let named = self.records.values().any(|record| record.identity == **identity);
-            ensure(named, || format!("4: at rest {identity} of {challenge} is there without a record"))?;
+            ensure(named, || format!("4: at rest {identity} of {challenge} exists without a record"))?;
         }
-        for ((c, s), told) in &self.seats {
+        for ((c, s), view) in &self.instances {
             let there = self.records.contains_key(&(c.clone(), "s".to_owned(), s.clone()));
-            ensure(there || !told.acknowledged, || format!("5: {c} {s} was acknowledged and is not there"))?;
+            ensure(there || !view.acknowledged, || format!("5: {c} {s} was acknowledged and does not exist"))?;
         }
-        for (c, told) in &self.created {
+        for (c, view) in &self.challenge_views {
             let there = self.challenges.contains_key(c);
-            ensure(there || !told.acknowledged, || format!("5: challenge {c} was acknowledged and is not there"))?;
+            ensure(there || !view.acknowledged, || format!("5: challenge {c} was acknowledged and does not exist"))?;
         }
-        // The indexes hold what follows from the records, and nothing else.
-        let sources = self
-            .records
-            .keys()
-            .filter(|seat| seat.1 == "s")
-            .map(|seat| format!("{PREFIX}by-source {} {}", seat.2, seat.0));
+        // The indexes match the records.
+        let sources =
+            self.records.keys().filter(|key| key.1 == "s").map(|key| format!("{PREFIX}by-source {} {}", key.2, key.0));
         let sources: BTreeSet<String> = sources.collect();
         let found: BTreeSet<String> = all("by-source").into_iter().collect();
         ensure(sources == found, || format!("at rest the index by source is {found:?}, not {sources:?}"))?;
-        let lapsing = self.records.iter().filter(|(seat, record)| seat.1 == "s" && record.until.is_some()).count();
+        let lapsing = self.records.iter().filter(|(key, record)| key.1 == "s" && record.until.is_some()).count();
         let found = all("by-expiry");
         ensure(found.len() == lapsing, || format!("at rest the index by expiry has {found:?}, not {lapsing}"))
     }
 }
 
-impl Told {
-    fn end(&mut self) {
+impl ClientView {
+    fn request_deletion(&mut self) {
         self.acknowledged = false;
-        self.ending += 1;
-        self.ends += 1;
+        self.pending_deletions += 1;
+        self.deletions += 1;
     }
 
-    fn sure(&self, now: Duration) -> bool {
-        self.ending == 0 && self.unsure <= now
+    fn is_certain(&self, now: Duration) -> bool {
+        self.pending_deletions == 0 && self.uncertain_until <= now
     }
 }
 

@@ -1,4 +1,4 @@
-//! Those who use managers: players, an administrator, the janitor; and what they were told.
+//! The clients of the managers: players, an administrator and the janitor.
 
 use std::{future::pending, sync::Arc, time::Duration};
 
@@ -13,10 +13,10 @@ use tokio::time::{sleep, timeout};
 use super::{Cluster, coverage::Event, manager::Manager, world::World};
 
 /// How long a client waits for an answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 const SOURCES: [&str; 4] = ["a", "b", "c", "d"];
 
-/// The challenges there are: name, timeout in seconds, bounds of the pool.
+/// The challenges: id, timeout in seconds, `min` and `max` of the pool.
 pub const CHALLENGES: [(&str, Option<u64>, i64, i64); 3] =
     [("plain", Some(30), 0, 0), ("pool", None, 2, 4), ("free", Some(60), 1, 0)];
 
@@ -28,16 +28,16 @@ fn source(text: &str) -> SourceId {
     SourceId::new(text).unwrap()
 }
 
-/// What became of a call.
+/// The outcome of a call.
 pub enum Answer<T> {
-    Told(Result<T>),
+    Received(Result<T>),
     /// The manager ended, or did not answer in time.
-    Silence,
+    Lost,
 }
 
-/// Runs a use case in a manager, which goes on with it also if nobody waits any more. `finally` is told whether nothing of it can happen
-/// any more.
-async fn ask<T: Send + 'static, F>(
+/// Calls a use case in a manager, which continues even if the client gives up waiting. `finally` receives whether the call can have no further
+/// effect.
+async fn call<T: Send + 'static, F>(
     manager: Arc<Manager>,
     what: String,
     work: impl FnOnce(Arc<Manager>) -> F + Send + 'static,
@@ -49,9 +49,9 @@ where
     let world = manager.process.world.clone();
     let name = manager.process.name.clone();
     world.lock().count(Event::Operation);
-    world.note("client", format_args!("asks {name}: {what}"));
+    world.log("client", format_args!("calls {name}: {what}"));
     let (answer, answered) = tokio::sync::oneshot::channel();
-    // The connection goes, and the call with it, wherever it has come to.
+    // The connection breaks, and the call is dropped at whatever point it has reached.
     let dropped = {
         let mut state = world.lock();
         let drops = state.faulty && state.rng.random_ratio(1, 15);
@@ -69,11 +69,11 @@ where
             biased;
             () = process.ended() => None,
             () = gone => {
-                process.world.note(&process.name, "a call is dropped");
+                process.world.log(&process.name, "a call is dropped");
                 process.world.lock().count(Event::Dropped);
                 None
             }
-            result = process.clone().paced(async { work(manager).await }) => Some(result),
+            result = process.clone().run_while_running(async { work(manager).await }) => Some(result),
         };
         finally(
             &process.world,
@@ -81,32 +81,32 @@ where
         );
         let _ = answer.send(result);
     });
-    match timeout(PATIENCE, answered).await {
+    match timeout(CALL_TIMEOUT, answered).await {
         Ok(Ok(Some(result))) => {
             let text = result.as_ref().err().map_or("ok", Error::code);
-            world.note("client", format_args!("hears from {name}: {what}: {text}"));
+            world.log("client", format_args!("receives from {name}: {what}: {text}"));
             world.lock().count(if result.is_ok() { Event::Acknowledged } else { Event::Refused });
-            Answer::Told(result)
+            Answer::Received(result)
         }
         _ => {
-            world.note("client", format_args!("hears nothing from {name}: {what}"));
+            world.log("client", format_args!("receives nothing from {name}: {what}"));
             world.lock().count(Event::Unanswered);
-            Answer::Silence
+            Answer::Lost
         }
     }
 }
 
-/// Ends an instance on somebody's behalf.
+/// Deletes an instance.
 pub async fn delete(manager: Arc<Manager>, c: &'static str, s: String) -> Answer<()> {
-    end(manager, c, s, None).await
+    delete_instance(manager, c, s, None).await
 }
 
-/// Ends an instance, if given the one that began then and has expired.
-async fn end(manager: Arc<Manager>, c: &'static str, s: String, since: Option<Timestamp>) -> Answer<()> {
+/// Deletes an instance; with `since`, only if it is the expired one that was created then.
+async fn delete_instance(manager: Arc<Manager>, c: &'static str, s: String, since: Option<Timestamp>) -> Answer<()> {
     let world = manager.process.world.clone();
-    world.lock().checks.ending(c, Some(&s));
+    world.lock().checks.begin_delete(c, Some(&s));
     let ending = s.clone();
-    ask(
+    call(
         manager,
         format!("delete {c} {s}"),
         move |manager| async move {
@@ -118,16 +118,16 @@ async fn end(manager: Arc<Manager>, c: &'static str, s: String, since: Option<Ti
             manager.after(&result, None);
             result
         },
-        move |world, sure| world.lock().checks.ended(world.now(), c, Some(&ending), sure),
+        move |world, sure| world.lock().checks.end_delete(world.now(), c, Some(&ending), sure),
     )
     .await
 }
 
-/// Ends a challenge.
+/// Deletes a challenge.
 pub async fn delete_challenge(manager: Arc<Manager>, c: &'static str) -> Answer<()> {
     let world = manager.process.world.clone();
-    world.lock().checks.ending(c, None);
-    ask(
+    world.lock().checks.begin_delete(c, None);
+    call(
         manager,
         format!("delete challenge {c}"),
         move |manager| async move {
@@ -135,7 +135,7 @@ pub async fn delete_challenge(manager: Arc<Manager>, c: &'static str) -> Answer<
             manager.after(&result, None);
             result
         },
-        move |world, sure| world.lock().checks.ended(world.now(), c, None, sure),
+        move |world, sure| world.lock().checks.end_delete(world.now(), c, None, sure),
     )
     .await
 }
@@ -143,7 +143,7 @@ pub async fn delete_challenge(manager: Arc<Manager>, c: &'static str) -> Answer<
 async fn create_challenge(manager: Arc<Manager>, which: usize) {
     let (c, seconds, min, max) = CHALLENGES[which];
     let world = manager.process.world.clone();
-    let begun = world.lock().checks.begin(world.now(), c, None);
+    let begun = world.lock().checks.begin_create(world.now(), c, None);
     let new = NewChallenge {
         id: id(c),
         scenario: "v1".to_owned(),
@@ -158,7 +158,7 @@ async fn create_challenge(manager: Arc<Manager>, which: usize) {
         manager.after(&result, Some(&id(c)));
         result
     };
-    if let Answer::Told(Ok(_)) = ask(manager, format!("create challenge {c}"), work, |_, _| {}).await {
+    if let Answer::Received(Ok(_)) = call(manager, format!("create challenge {c}"), work, |_, _| {}).await {
         world.lock().checks.acknowledge(begun, c, None);
     }
 }
@@ -183,12 +183,12 @@ async fn update_challenge(manager: Arc<Manager>, which: usize) {
         manager.after(&result, Some(&id(c)));
         result.map(|_| ())
     };
-    ask(manager, what, work, |_, _| {}).await;
+    call(manager, what, work, |_, _| {}).await;
 }
 
 async fn create(manager: Arc<Manager>, c: &'static str, s: &'static str) {
     let world = manager.process.world.clone();
-    let begun = world.lock().checks.begin(world.now(), c, Some(s));
+    let begun = world.lock().checks.begin_create(world.now(), c, Some(s));
     let mut own = Additional::new();
     if world.chance(4) {
         own.insert("own".to_owned(), world.between(0, 100).to_string());
@@ -198,25 +198,25 @@ async fn create(manager: Arc<Manager>, c: &'static str, s: &'static str) {
         manager.after(&result, Some(&id(c)));
         result
     };
-    if let Answer::Told(Ok(instance)) = ask(manager, format!("create {c} {s}"), work, |_, _| {}).await {
+    if let Answer::Received(Ok(instance)) = call(manager, format!("create {c} {s}"), work, |_, _| {}).await {
         world.lock().checks.acknowledge(begun, c, Some(s));
         if instance.connection_info != instance.identity.as_str() {
-            world.violated(format!("1: {c} {s} is answered as {instance:?}, which is not what runs"));
+            world.report_violation(format!("1: {c} {s} returns {instance:?}, which is not what runs"));
         }
     }
 }
 
 async fn retrieve(manager: Arc<Manager>, c: &'static str, s: &'static str) {
     let world = manager.process.world.clone();
-    let relied_on = |world: &World| world.lock().checks.relied_on(c, s);
-    let before = relied_on(&world);
+    let guaranteed = |world: &World| world.lock().checks.guaranteed(c, s);
+    let before = guaranteed(&world);
     let work = move |manager: Arc<Manager>| async move { manager.gauntlet.retrieve_instance(&id(c), &source(s)).await };
-    let answer = ask(manager, format!("retrieve {c} {s}"), work, |_, _| {}).await;
+    let answer = call(manager, format!("retrieve {c} {s}"), work, |_, _| {}).await;
     if before.is_some()
-        && before == relied_on(&world)
-        && let Answer::Told(Err(error @ (Error::InstanceNotFound(..) | Error::ChallengeNotFound(_)))) = answer
+        && before == guaranteed(&world)
+        && let Answer::Received(Err(error @ (Error::InstanceNotFound(..) | Error::ChallengeNotFound(_)))) = answer
     {
-        world.violated(format!("5: {c} {s} was acknowledged, and a client that looks is told {error}"));
+        world.report_violation(format!("5: {c} {s} was acknowledged, and retrieving it fails: {error}"));
     }
 }
 
@@ -226,15 +226,15 @@ async fn renew(manager: Arc<Manager>, c: &'static str, s: &'static str) {
         manager.after(&result, None);
         result
     };
-    ask(manager, format!("renew {c} {s}"), work, |_, _| {}).await;
+    call(manager, format!("renew {c} {s}"), work, |_, _| {}).await;
 }
 
-/// What clients do in one run, how often, and to what: runs that differ reach what an average one does not.
+/// What clients do in one run, how often, and to which challenges. Runs with different mixes reach states that an average run does not.
 pub struct Mix {
     pub clients: usize,
     /// The longest pause between two calls, in milliseconds.
     pause: u64,
-    /// How likely each call is, in the order of [`client`].
+    /// The relative frequency of each call, in the order of [`client`].
     weights: [u64; 7],
     challenges: Vec<usize>,
     sources: usize,
@@ -249,14 +249,14 @@ impl Mix {
             clients: world.between(2, 8) as usize,
             pause: [150, 1200][world.between(0, 2) as usize],
             weights: if create == 0 { [45, 17, 10, 12, 7, 4, 5] } else { weights },
-            // All, or one alone.
+            // All of them, or a single one.
             challenges: if which < CHALLENGES.len() { vec![which] } else { (0..CHALLENGES.len()).collect() },
             sources: world.between(1, SOURCES.len() as u64 + 1) as usize,
         }
     }
 }
 
-/// One who asks for this and that until the faults end.
+/// A client that makes random calls until faults end.
 pub async fn client(cluster: Arc<Cluster>, mix: Arc<Mix>) {
     let world = cluster.world.clone();
     while world.lock().faulty {
@@ -267,7 +267,7 @@ pub async fn client(cluster: Arc<Cluster>, mix: Arc<Mix>) {
         }
         let which = mix.challenges[world.between(0, mix.challenges.len() as u64) as usize];
         let (c, s) = (CHALLENGES[which].0, SOURCES[world.between(0, mix.sources as u64) as usize]);
-        // What is not there is asked for in vain, now and then.
+        // Some calls go to a challenge that does not exist.
         let there = world.lock().checks.challenges.contains_key(c);
         if !there && world.chance(3) {
             create_challenge(manager, which).await;
@@ -293,7 +293,7 @@ pub async fn client(cluster: Arc<Cluster>, mix: Arc<Mix>) {
     }
 }
 
-/// One who ends what is past its end.
+/// Deletes expired instances.
 pub async fn janitor(cluster: Arc<Cluster>) {
     let world = cluster.world.clone();
     while world.lock().faulty {
@@ -302,17 +302,19 @@ pub async fn janitor(cluster: Arc<Cluster>) {
         let work = |manager: Arc<Manager>| async move {
             manager.gauntlet.query_instances(None).try_collect::<Vec<Instance>>().await
         };
-        let Answer::Told(Ok(instances)) = ask(manager, "query".to_owned(), work, |_, _| {}).await else { continue };
+        let Answer::Received(Ok(instances)) = call(manager, "query".to_owned(), work, |_, _| {}).await else {
+            continue;
+        };
         for instance in instances.into_iter().filter(|instance| instance.is_expired(world.timestamp())) {
             let known = CHALLENGES.iter().find(|(c, ..)| *c == instance.key.challenge.as_str());
             if let (Some((c, ..)), Some(source)) = (known, instance.key.assignment.source()) {
-                end(cluster.any(), c, source.to_string(), Some(instance.since)).await;
+                delete_instance(cluster.any(), c, source.to_string(), Some(instance.since)).await;
             }
         }
     }
 }
 
-/// Registers all challenges, however often it takes.
+/// Creates all challenges. Calls may fail; clients create what is missing later.
 pub async fn prepare(cluster: &Cluster) {
     for which in 0..CHALLENGES.len() {
         create_challenge(cluster.any(), which).await;

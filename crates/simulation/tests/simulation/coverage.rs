@@ -1,5 +1,4 @@
-//! What a run goes through: each step that has an effect, the faults it can meet, and what else happens. Counted, so that it can be
-//! seen, and tested, that nothing is left out.
+//! Coverage: counts how often each step meets each fault, and other events, so that a test can check that nothing is left out.
 
 use std::fmt::Write as _;
 
@@ -7,7 +6,7 @@ use gauntlet_coordination::kv::{Condition, Op, Txn};
 
 use super::PREFIX;
 
-/// A table of its variants, each with its name in the report.
+/// An enum with a list of its variants and their names in the report.
 macro_rules! named {
     ($(#[$doc:meta])* $type:ident { $($(#[$of:meta])* $variant:ident = $name:literal,)+ }) => {
         $(#[$doc])*
@@ -25,10 +24,10 @@ macro_rules! named {
 }
 
 named! {
-    /// A step with an effect outside of the manager, which a fault can meet before or after it.
+    /// A step with an effect outside the manager. Faults are injected before or after it.
     Step {
         Lock = "lock: take",
-        Release = "lock: give back",
+        Release = "lock: release",
         Insert = "challenge: insert",
         Change = "challenge: change",
         Remove = "challenge: remove",
@@ -40,7 +39,7 @@ named! {
         Read = "read",
         Watch = "watch",
         Lease = "lease",
-        Order = "machine: order",
+        LockDirectory = "machine: lock directory",
         Allocate = "machine: allocate",
         Stop = "machine: stop",
         Start = "machine: start",
@@ -51,27 +50,27 @@ named! {
 named! {
     /// What a fault does at a step.
     Fault {
-        /// Refused: nothing is done.
+        /// Refused: the step has no effect.
         ErrorBefore = "refused",
-        /// Not done, and nobody knows.
+        /// The request is lost: no effect, no answer.
         LostRequest = "lost",
-        /// Done, and nobody knows; on the machine, done and reported as failed.
+        /// The answer is lost. On the machine, the step reports a failure after its effect.
         LostAnswer = "unanswered",
-        /// Given up by the caller, and done later.
+        /// The effect comes after the caller has given up.
         Late = "late",
-        /// The manager ends before it is done.
+        /// The manager is killed before the effect.
         AbortBefore = "end before",
-        /// The manager ends once it is done.
+        /// The manager is killed after the effect.
         AbortAfter = "end after",
-        /// The manager stands still before it is done; it is done when the manager goes on.
+        /// The manager is paused before the effect, which comes when the manager resumes.
         HangBefore = "hang before",
-        /// The manager stands still once it is done.
+        /// The manager is paused after the effect.
         HangAfter = "hang after",
     }
 }
 
 named! {
-    /// What else happens.
+    /// Another event.
     Event {
         Partition = "managers cut off from etcd",
         Pause = "managers paused",
@@ -79,33 +78,33 @@ named! {
         PauseBeyondLeaseAtWork = "... which owned an instance or a lock",
         Kill = "managers killed",
         Restart = "managers shut down, and started again",
-        Outage = "etcd answers nobody",
+        Outage = "outages of etcd",
         LeaderChange = "etcd's leader changes",
         Compaction = "etcd is compacted",
         WatchBroken = "watches broken by that or a new leader",
-        WatchStalled = "watches that stand still",
+        WatchStalled = "watches that stalled",
         LeaseLost = "leases lost early",
         LeaseLostAtWork = "... with something owned",
-        LeaseExpired = "leases that run out",
+        LeaseExpired = "leases that expired",
         LeaseExpiredAtWork = "... with something owned",
         AmbiguousDone = "writes of unknown outcome, done",
         AmbiguousNotDone = "writes of unknown outcome, not done",
         DoneLate = "writes done after their caller gave up",
         StaleToken = "stale tokens refused by etcd",
-        StaleOrder = "stale orders refused by the machine",
-        Told = "locks that a manager was told it holds",
-        ToldBehind = "... while one that stood still or had ended held it until then",
-        Ended = "instances that end by themselves",
-        NeverReady = "instances that never become ready",
-        Recovered = "stranded instances recovered",
+        StaleGeneration = "stale generations refused by the machine",
+        Acquired = "locks that a manager acquired",
+        AcquiredBehind = "... after a manager that was paused or had ended",
+        Exited = "instances that exited by themselves",
+        NeverReady = "instances that never became ready",
+        Recovered = "unfinished instances recovered",
         Resumed = "updates and deletions resumed",
-        Revived = "instances revived",
-        Orphan = "orphans taken down",
+        Restarted = "instances restarted",
+        Orphan = "orphans removed",
         Operation = "calls of clients",
         Acknowledged = "... acknowledged",
         Refused = "... refused or failed",
         Unanswered = "... never answered",
-        Dropped = "... dropped half way",
+        Dropped = "... dropped midway",
         Checked = "steps at which every invariant was checked",
     }
 }
@@ -121,7 +120,7 @@ const ON_MACHINE: &[Fault] = &[
 ];
 
 impl Step {
-    /// What a transaction of the coordination is for, by the keys it touches.
+    /// Returns the step that a transaction of the coordination performs, by the keys that it touches.
     pub fn of(txn: &Txn) -> Self {
         let starts = |key: &str, what: &str| key.strip_prefix(PREFIX).is_some_and(|key| key.starts_with(what));
         let puts = |what: &str| txn.success.iter().any(|op| matches!(op, Op::Put { key, .. } if starts(key, what)));
@@ -165,7 +164,7 @@ impl Step {
     }
 
     fn is_on_machine(self) -> bool {
-        matches!(self, Self::Order | Self::Allocate | Self::Stop | Self::Start | Self::TakeDown)
+        matches!(self, Self::LockDirectory | Self::Allocate | Self::Stop | Self::Start | Self::TakeDown)
     }
 
     /// Whether it is simply done again if it was not answered: its outcome is of no interest.
@@ -183,7 +182,7 @@ impl Step {
         match self {
             Self::Read | Self::Lease => 240,
             Self::Lock | Self::Release | Self::Create | Self::Commit => 60,
-            Self::Order | Self::Stop => 40,
+            Self::LockDirectory | Self::Stop => 40,
             Self::Change | Self::Allocate | Self::Start => 25,
             Self::Claim | Self::Rewrite | Self::TakeDown => 15,
             Self::Insert | Self::Watch | Self::Begin => 12,

@@ -1,5 +1,5 @@
-//! The machine that instances run on, shared by all managers, with the fencing of the process backend: each instance's directory is
-//! locked by one manager at a time and remembers the latest order, also once the instance is gone.
+//! The machine that runs instances, shared by all managers, with the fencing of the process backend: one manager at a time locks an instance's
+//! directory, which records the highest generation even after the instance is removed.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -16,57 +16,61 @@ use super::{
     world::{State, World},
 };
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
 type Key = (ChallengeId, Identity);
 
-/// What the directories hold.
+/// All instance directories.
 #[derive(Default)]
-pub struct Homes {
-    homes: BTreeMap<Key, Home>,
+pub struct Directories {
+    by_key: BTreeMap<Key, Directory>,
     locks: u64,
 }
 
-/// One directory.
+/// An instance directory.
 #[derive(Debug, Default)]
-struct Home {
+struct Directory {
     generation: u64,
-    there: bool,
-    /// What runs: the digest and the values it was rendered with.
+    exists: bool,
+    /// What runs, if anything.
     running: Option<Content>,
-    /// The number of the lock, and the life of the manager that has it.
+    /// The number of the lock, and the life of the manager that holds it.
     locked: Option<(u64, u64)>,
 }
 
-/// What an instance was rendered from.
+/// The digest and the template values that an instance was rendered from.
 pub type Content = (String, Additional);
 
-impl Homes {
-    /// Ends the locks of a life that has ended.
-    pub fn free(&mut self, life: u64) {
-        for home in self.homes.values_mut() {
-            if home.locked.is_some_and(|(_, by)| by == life) {
-                home.locked = None;
+impl Directories {
+    /// Releases the locks of a life that has ended.
+    pub fn release_locks(&mut self, life: u64) {
+        for directory in self.by_key.values_mut() {
+            if directory.locked.is_some_and(|(_, by)| by == life) {
+                directory.locked = None;
             }
         }
     }
 
-    /// What is there, running or not.
-    pub fn there(&self) -> impl Iterator<Item = (&ChallengeId, &Identity, Option<&Content>)> {
-        self.homes.iter().filter(|(_, home)| home.there).map(|((c, i), home)| (c, i, home.running.as_ref()))
+    /// The instances that have resources, running or not.
+    pub fn existing(&self) -> impl Iterator<Item = (&ChallengeId, &Identity, Option<&Content>)> {
+        self.by_key
+            .iter()
+            .filter(|(_, directory)| directory.exists)
+            .map(|((c, i), directory)| (c, i, directory.running.as_ref()))
     }
 
-    /// Ends one running instance by itself.
-    pub fn end(&mut self, nth: u64) -> Option<Identity> {
-        let count = self.homes.values().filter(|home| home.running.is_some()).count() as u64;
+    /// Makes a running instance exit by itself.
+    pub fn exit(&mut self, nth: u64) -> Option<Identity> {
+        let count = self.by_key.values().filter(|directory| directory.running.is_some()).count() as u64;
         let nth = usize::try_from(nth.checked_rem(count)?).unwrap();
-        let ((_, identity), home) = self.homes.iter_mut().filter(|(_, home)| home.running.is_some()).nth(nth)?;
-        home.running = None;
+        let ((_, identity), directory) =
+            self.by_key.iter_mut().filter(|(_, directory)| directory.running.is_some()).nth(nth)?;
+        directory.running = None;
         Some(identity.clone())
     }
 }
 
-/// A directory's lock.
+/// The lock of a directory.
 struct Lock {
     world: Arc<World>,
     key: Key,
@@ -75,61 +79,66 @@ struct Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        if let Some(home) = self.world.lock().homes.homes.get_mut(&self.key)
-            && home.locked.is_some_and(|(number, _)| number == self.number)
+        if let Some(directory) = self.world.lock().directories.by_key.get_mut(&self.key)
+            && directory.locked.is_some_and(|(number, _)| number == self.number)
         {
-            home.locked = None;
+            directory.locked = None;
         }
     }
 }
 
-/// One manager's provisioner.
+/// The provisioner of one manager.
 pub struct Machine(pub Arc<Process>);
 
 impl Machine {
-    /// Locks a directory and records the order; what is older than the order recorded is refused.
-    async fn enter(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<Arc<Lock>> {
+    /// Locks a directory and records the generation. Refuses a generation below the recorded one.
+    async fn lock_directory(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<Arc<Lock>> {
         let (process, world) = (&self.0, &self.0.world);
         let key = (challenge.clone(), identity.clone());
         let began = world.now();
         loop {
-            process.gate().await;
+            process.wait_until_running().await;
             let locked = {
                 let now = world.now();
                 let mut state = world.lock();
-                let number = state.homes.locks + 1;
-                let home = state.homes.homes.entry(key.clone()).or_default();
-                if home.locked.is_none() {
-                    if home.generation > generation {
-                        let there = home.generation;
-                        state.count(Event::StaleOrder);
-                        state.note(
+                let number = state.directories.locks + 1;
+                let directory = state.directories.by_key.entry(key.clone()).or_default();
+                if directory.locked.is_none() {
+                    if directory.generation > generation {
+                        let there = directory.generation;
+                        state.count(Event::StaleGeneration);
+                        state.log(
                             now,
                             &process.name,
-                            format_args!("order {generation} on {identity} refused ({there})"),
+                            format_args!("generation {generation} for {identity} refused ({there})"),
                         );
                         return Err(Error::Fenced(format!("instance {identity}: {generation} is older than {there}")));
                     }
-                    home.locked = Some((number, process.life));
-                    state.homes.locks = number;
+                    directory.locked = Some((number, process.life));
+                    state.directories.locks = number;
                     Some(Arc::new(Lock { world: world.clone(), key: key.clone(), number }))
                 } else {
                     None
                 }
             };
             if let Some(lock) = locked {
-                self.step(&lock, Step::Order, move |home| home.generation = generation).await?;
+                self.step(&lock, Step::LockDirectory, move |directory| directory.generation = generation).await?;
                 return Ok(lock);
             }
-            if world.now() - began > PATIENCE {
+            if world.now() - began > LOCK_TIMEOUT {
                 return Err(Error::Busy { what: format!("directory of {identity}"), waited_ms: 10_000, ahead: 1 });
             }
             sleep(Duration::from_millis(40)).await;
         }
     }
 
-    /// One step of work on a locked directory, which is done to its end also if its caller goes away.
-    async fn step(&self, lock: &Arc<Lock>, what: Step, change: impl FnOnce(&mut Home) + Send + 'static) -> Result<()> {
+    /// Runs one step on a locked directory. The step completes even if its caller is dropped.
+    async fn step(
+        &self,
+        lock: &Arc<Lock>,
+        what: Step,
+        change: impl FnOnce(&mut Directory) + Send + 'static,
+    ) -> Result<()> {
         let (process, lock) = (self.0.clone(), lock.clone());
         let step = tokio::spawn(async move {
             let world = &process.world;
@@ -137,7 +146,7 @@ impl Machine {
                 let mut state = world.lock();
                 let fault = state.fault(what);
                 if let Some(fault) = fault {
-                    state.note(world.now(), &process.name, format_args!("{fault:?} at {what:?} {}", lock.key.1));
+                    state.log(world.now(), &process.name, format_args!("{fault:?} at {what:?} {}", lock.key.1));
                 }
                 (state.latency(), fault)
             };
@@ -150,17 +159,17 @@ impl Machine {
                 _ => {}
             }
             sleep(pause).await;
-            process.gate().await;
+            process.wait_until_running().await;
             {
                 let now = world.now();
                 let mut state = world.lock();
-                let State { homes, checks, .. } = &mut *state;
-                let home = homes.homes.entry(lock.key.clone()).or_default();
-                let ran = home.running.is_some();
-                change(home);
-                let (started, generation) = (home.running.is_some() && !ran, home.generation);
-                let checked = if started { checks.started(homes, &lock.key.0, &lock.key.1) } else { Ok(()) };
-                state.note(now, &process.name, format_args!("{what:?} {} by order {generation}", lock.key.1));
+                let State { directories, checks, .. } = &mut *state;
+                let directory = directories.by_key.entry(lock.key.clone()).or_default();
+                let ran = directory.running.is_some();
+                change(directory);
+                let (started, generation) = (directory.running.is_some() && !ran, directory.generation);
+                let checked = if started { checks.check_start(directories, &lock.key.0, &lock.key.1) } else { Ok(()) };
+                state.log(now, &process.name, format_args!("{what:?} {} by generation {generation}", lock.key.1));
                 drop(state);
                 world.check(checked);
             }
@@ -170,33 +179,36 @@ impl Machine {
                 Some(Fault::HangAfter) => process.freeze(long, "after a step on the machine"),
                 _ => {}
             }
-            process.gate().await;
+            process.wait_until_running().await;
             Ok(())
         });
         step.await.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
     }
 
-    async fn bring(&self, request: &LaunchRequest, replace: bool) -> Result<Outputs> {
-        let lock = self.enter(&request.challenge, &request.identity, request.generation).await?;
+    async fn launch(&self, request: &LaunchRequest, replace: bool) -> Result<Outputs> {
+        let lock = self.lock_directory(&request.challenge, &request.identity, request.generation).await?;
         let content = (request.plan.command.concat(), request.plan.env.clone());
         let runs = {
             let mut state = self.0.world.lock();
-            state.homes.homes.entry(lock.key.clone()).or_default().running.is_some()
+            state.directories.by_key.entry(lock.key.clone()).or_default().running.is_some()
         };
         if replace || !runs {
-            self.step(&lock, Step::Stop, |home| home.running = None).await?;
-            self.step(&lock, Step::Start, move |home| (home.there, home.running) = (true, Some(content))).await?;
+            self.step(&lock, Step::Stop, |directory| directory.running = None).await?;
+            self.step(&lock, Step::Start, move |directory| {
+                (directory.exists, directory.running) = (true, Some(content))
+            })
+            .await?;
         }
         let ready = self.0.world.between(20, 1500);
         sleep(Duration::from_millis(ready)).await;
-        self.0.gate().await;
+        self.0.wait_until_running().await;
         let never = {
             let mut state = self.0.world.lock();
             state.faulty && rand::RngExt::random_ratio(&mut state.rng, 1, 25)
         };
         if never {
             self.0.world.lock().count(Event::NeverReady);
-            self.step(&lock, Step::Stop, |home| home.running = None).await?;
+            self.step(&lock, Step::Stop, |directory| directory.running = None).await?;
             return Err(Error::Provision { step: "ready", detail: "injected: never ready".to_owned() });
         }
         Ok(Outputs { connection_info: request.identity.to_string(), flags: vec![request.identity.to_string()] })
@@ -216,41 +228,41 @@ impl Provisioner for Machine {
         generation: u64,
         _: &[PortSpec],
     ) -> Result<Placement> {
-        let lock = self.enter(challenge, identity, generation).await?;
-        self.step(&lock, Step::Allocate, |home| home.there = true).await?;
+        let lock = self.lock_directory(challenge, identity, generation).await?;
+        self.step(&lock, Step::Allocate, |directory| directory.exists = true).await?;
         Ok(Placement::default())
     }
 
     async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
-        self.bring(request, false).await
+        self.launch(request, false).await
     }
 
     async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
-        self.bring(request, true).await
+        self.launch(request, true).await
     }
 
     async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
-        let lock = self.enter(challenge, identity, generation).await?;
-        self.step(&lock, Step::Stop, |home| home.running = None).await?;
-        self.step(&lock, Step::TakeDown, |home| home.there = false).await
+        let lock = self.lock_directory(challenge, identity, generation).await?;
+        self.step(&lock, Step::Stop, |directory| directory.running = None).await?;
+        self.step(&lock, Step::TakeDown, |directory| directory.exists = false).await
     }
 
     async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
-        self.0.gate().await;
+        self.0.wait_until_running().await;
         let state = self.0.world.lock();
-        let there = state.homes.homes.iter().filter(|(_, home)| home.there);
+        let there = state.directories.by_key.iter().filter(|(_, directory)| directory.exists);
         Ok(there
-            .map(|((challenge, identity), home)| ProvisionedInstance {
+            .map(|((challenge, identity), directory)| ProvisionedInstance {
                 challenge: challenge.clone(),
                 identity: identity.clone(),
-                generation: home.generation,
-                alive: home.running.is_some(),
+                generation: directory.generation,
+                alive: directory.running.is_some(),
             })
             .collect())
     }
 }
 
-/// Scenarios whose digest is their reference.
+/// Scenarios whose digest equals their reference.
 pub struct Catalogue;
 
 #[async_trait]

@@ -1,4 +1,4 @@
-//! One life of a manager: the use cases over its own coordination, and its background work.
+//! One life of a manager: the use cases over a coordination of its own, and background tasks.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -6,7 +6,8 @@ use std::{
 };
 
 use gauntlet_coordination::Coordination;
-use gauntlet_domain::{Call, ChallengeId, Entropy, Error, Fact, Facts, Gauntlet, Layered, Settings};
+use gauntlet_domain::{Call, ChallengeId, Entropy, Error, Gauntlet, Layered, Settings};
+use gauntlet_testing::fakes::IgnoredFacts;
 use rand::{Rng as _, RngExt as _, SeedableRng as _, rngs::SmallRng};
 use tokio::{
     sync::{Notify, mpsc},
@@ -26,7 +27,7 @@ use super::{
 pub const LEASE: Duration = Duration::from_secs(10);
 const RECONCILE: Duration = Duration::from_secs(4);
 
-/// A manager that runs.
+/// A manager.
 pub struct Manager {
     pub process: Arc<Process>,
     pub gauntlet: Gauntlet,
@@ -44,18 +45,12 @@ impl Entropy for Chance {
     }
 }
 
-struct Unnoted;
-
-impl Facts for Unnoted {
-    fn record(&self, _: Fact) {}
-}
-
 impl Manager {
     pub fn start(world: &Arc<World>, name: &str, life: u64) -> Arc<Self> {
         let process = Process::new(world, name, life);
         let (store, background) =
             Coordination::with_background(Client(process.clone()), PREFIX, LEASE, name.to_owned());
-        tokio::spawn(process.clone().paced(background));
+        tokio::spawn(process.clone().run_while_running(background));
         let settings = Settings {
             lock_timeout: Duration::from_secs(8),
             concurrency: 4,
@@ -66,9 +61,9 @@ impl Manager {
         let machine = Arc::new(Machine(process.clone()));
         let store = Arc::new(store);
         let observed = Arc::new(Layered::new(ObservedLocks(process.clone()), store.clone()));
-        let gauntlet = Gauntlet::new(observed, machine, Arc::new(Catalogue), Arc::new(Unnoted), settings);
+        let gauntlet = Gauntlet::new(observed, machine, Arc::new(Catalogue), Arc::new(IgnoredFacts), settings);
         let seed = world.lock().rng.random();
-        let (pools, mut asked) = mpsc::unbounded_channel();
+        let (pools, mut pool_requests) = mpsc::unbounded_channel();
         let manager = Arc::new(Self {
             process,
             gauntlet,
@@ -77,11 +72,11 @@ impl Manager {
             reconcile: Notify::new(),
             pools,
         });
-        world.note(name, format_args!("starts, life {life}"));
+        world.log(name, format_args!("starts, life {life}"));
         let reconciler = manager.clone();
-        tokio::spawn(manager.process.clone().paced(async move {
+        tokio::spawn(manager.process.clone().run_while_running(async move {
             loop {
-                reconciler.process.gate().await;
+                reconciler.process.wait_until_running().await;
                 let call = reconciler.call();
                 let done = reconciler.gauntlet.reconcile(&call).await;
                 for id in done.iter().flat_map(|done| &done.pools) {
@@ -93,12 +88,12 @@ impl Manager {
                     let failures: Vec<_> = done.failures.iter().map(Error::code).collect();
                     let counts = (done.recovered, done.resumed, done.restarted, done.orphans_removed);
                     let world = &reconciler.process.world;
-                    world.note(&reconciler.process.name, format_args!("reconciled {counts:?} {failures:?}"));
+                    world.log(&reconciler.process.name, format_args!("reconciled {counts:?} {failures:?}"));
                     let coverage = &mut world.lock().coverage;
                     for (event, count) in [
                         (Event::Recovered, done.recovered),
                         (Event::Resumed, done.resumed),
-                        (Event::Revived, done.restarted),
+                        (Event::Restarted, done.restarted),
                         (Event::Orphan, done.orphans_removed),
                     ] {
                         coverage.event(event, count as u64);
@@ -106,21 +101,21 @@ impl Manager {
                 }
                 let pause = RECONCILE.mul_f64(reconciler.process.world.between(75, 125) as f64 / 100.0);
                 let _ = timeout(pause, reconciler.reconcile.notified()).await;
-                // Signals come in bursts.
+                // Coalesces bursts of signals.
                 sleep(Duration::from_millis(100)).await;
             }
         }));
-        let tender = manager.clone();
-        tokio::spawn(manager.process.clone().paced(async move {
-            while let Some(id) = asked.recv().await {
-                tender.process.gate().await;
-                let _ = gauntlet_testing::maintain_pool(&tender.gauntlet, &tender.call(), &id).await;
+        let pool_manager = manager.clone();
+        tokio::spawn(manager.process.clone().run_while_running(async move {
+            while let Some(id) = pool_requests.recv().await {
+                pool_manager.process.wait_until_running().await;
+                let _ = gauntlet_testing::maintain_pool(&pool_manager.gauntlet, &pool_manager.call(), &id).await;
             }
         }));
         manager
     }
 
-    /// A call that happens now.
+    /// The context of a call that happens now.
     pub fn call(&self) -> Call {
         Call {
             now: self.process.world.timestamp(),
@@ -130,7 +125,7 @@ impl Manager {
         }
     }
 
-    /// What the transports do after a use case: look after the pool, and for what a failure left.
+    /// What the manager's operations do after a use case: maintain the pool, and reconcile after a fault.
     pub fn after<T>(&self, result: &Result<T, Error>, pool: Option<&ChallengeId>) {
         match (result, pool) {
             (Ok(_), Some(id)) => drop(self.pools.send(id.clone())),

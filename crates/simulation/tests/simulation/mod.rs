@@ -1,6 +1,6 @@
-//! Managers, an etcd, a machine and their users, in one thread on simulated time, with a seed for every choice.
+//! Managers, etcd, a machine and clients in one thread on simulated time. A seed determines every random choice.
 //!
-//! `GAUNTLET_SEEDS` says how many seeds to run (500), `GAUNTLET_FROM` the first (0), `GAUNTLET_TRACE` prints each event.
+//! `GAUNTLET_SEEDS` is the number of seeds to run (500), `GAUNTLET_FROM` the first one (0). `GAUNTLET_TRACE` prints each event.
 //! `cargo xtask chaos` sets them.
 
 mod chaos;
@@ -36,22 +36,22 @@ use self::{
     world::World,
 };
 
-/// What every key begins with.
+/// The prefix of all keys.
 const PREFIX: &str = "gauntlet/";
 const MANAGERS: u64 = 5;
-/// How long things go wrong, and how long after that everything must be at rest.
+/// How long faults are injected, and how long the managers then have to come to rest.
 const FAULTY: Duration = Duration::from_secs(30);
-const REST: Duration = Duration::from_secs(240);
-/// How long it takes at most until a manager that is ended, or shuts down, is there again.
-const UP: Duration = Duration::from_secs(12);
-/// So many seeds are run unless told otherwise, and meet every fault at every step.
-const ENOUGH: u64 = 500;
+const REST_TIMEOUT: Duration = Duration::from_secs(240);
+/// The longest time from the end or shutdown of a manager until it runs again.
+const RESTART_TIME: Duration = Duration::from_secs(12);
+/// The default number of seeds. So many seeds have to meet every fault at every step.
+const DEFAULT_SEEDS: u64 = 500;
 
-/// The managers that there are, whichever life they are in.
+/// The managers, each in its current life.
 pub struct Cluster {
     pub world: Arc<World>,
     lives: Mutex<Vec<Arc<Manager>>>,
-    /// What has ended is kept: its tasks stand still for ever.
+    /// Kept, because their tasks still exist. They never make progress again.
     ended: Mutex<Vec<Arc<Manager>>>,
     next: AtomicU64,
 }
@@ -64,7 +64,7 @@ impl Cluster {
         for at in 0..usize::try_from(managers).unwrap() {
             let manager = cluster.begin(at);
             cluster.lives().push(manager);
-            tokio::spawn(cluster.clone().revive(at));
+            tokio::spawn(cluster.clone().keep_running(at));
         }
         cluster
     }
@@ -73,14 +73,14 @@ impl Cluster {
         Manager::start(&self.world, &format!("m{at}"), self.next.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Starts a manager anew whenever it ends.
-    async fn revive(self: Arc<Self>, at: usize) {
+    /// Restarts a manager whenever it ends.
+    async fn keep_running(self: Arc<Self>, at: usize) {
         loop {
             let manager = self.lives()[at].clone();
             manager.process.ended().await;
             sleep(Duration::from_millis(self.world.between(100, 6000))).await;
-            let anew = self.begin(at);
-            let before = std::mem::replace(&mut self.lives()[at], anew);
+            let restarted = self.begin(at);
+            let before = std::mem::replace(&mut self.lives()[at], restarted);
             self.ended.lock().unwrap_or_else(PoisonError::into_inner).push(before);
         }
     }
@@ -89,7 +89,7 @@ impl Cluster {
         self.lives.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Any of the managers that run, or else any.
+    /// Returns a random running manager, or any random one if none runs.
     pub fn any(&self) -> Arc<Manager> {
         let lives = self.lives();
         let mut running: Vec<_> = lives.iter().filter(|manager| manager.process.runs()).collect();
@@ -101,8 +101,8 @@ impl Cluster {
     }
 }
 
-/// What one seed came to.
-struct Outcome {
+/// The result of one seed.
+struct SeedResult {
     violation: Option<String>,
     last: String,
     digest: (u64, u64),
@@ -110,27 +110,27 @@ struct Outcome {
 }
 
 thread_local! {
-    /// Whether this thread runs a seed, and what has panicked in it: a task's panic ends nobody but the task.
+    /// The panics of the seed that this thread runs, if it runs one. The panic of a task ends only that task, so it has to be collected here.
     static RUN: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
 }
 
-/// Has panics within a run noted instead of printed.
-fn note_panics() {
+/// Collects panics within a run instead of printing them.
+fn collect_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let otherwise = panic::take_hook();
+        let default_hook = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
-            let noted = RUN.with_borrow_mut(|run| run.as_mut().map(|panics| panics.push(info.to_string())));
-            if noted.is_none() {
-                otherwise(info);
+            let collected = RUN.with_borrow_mut(|run| run.as_mut().map(|panics| panics.push(info.to_string())));
+            if collected.is_none() {
+                default_hook(info);
             }
         }));
     });
 }
 
 /// Runs one seed.
-fn run(seed: u64, trace: bool) -> Outcome {
-    note_panics();
+fn run(seed: u64, trace: bool) -> SeedResult {
+    collect_panics();
     RUN.set(Some(Vec::new()));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     let world = {
@@ -141,7 +141,7 @@ fn run(seed: u64, trace: bool) -> Outcome {
         runtime.block_on(async {
             tokio::select! {
                 biased;
-                () = world.over.notified() => {}
+                () = world.violation_found.notified() => {}
                 () = scenario(&world) => {}
             }
         });
@@ -149,13 +149,16 @@ fn run(seed: u64, trace: bool) -> Outcome {
     }));
     let panics = RUN.take().unwrap_or_default();
     let mut state = world.lock();
-    // It knows processes, and they know the world.
+    // Breaks a reference cycle: the observer refers to processes, and they refer to the world.
     drop(std::mem::take(&mut state.observer));
     let steps = state.checks.steps;
     state.coverage.event(Event::Checked, steps);
-    let panicked = panics.into_iter().next().or_else(|| ran.is_err().then(|| "somewhere".to_owned()));
-    Outcome {
-        violation: state.violation.clone().or_else(|| panicked.map(|what| format!("no invariant, but {what}"))),
+    let panicked = panics.into_iter().next().or_else(|| ran.is_err().then(|| "an unknown panic".to_owned()));
+    SeedResult {
+        violation: state
+            .violation
+            .clone()
+            .or_else(|| panicked.map(|what| format!("no invariant, but a task panicked: {what}"))),
         last: state.last(),
         digest: state.digest(),
         coverage: state.coverage.clone(),
@@ -177,16 +180,16 @@ async fn scenario(world: &Arc<World>) {
     for task in busy {
         let _ = task.await;
     }
-    world.note("world", "no more faults");
-    // Until all managers are up that were ended, or are being ended.
-    sleep(UP).await;
-    rest(&cluster).await;
-    end(&cluster).await;
+    world.log("world", "faults end");
+    // By then all managers that have ended, or are shutting down, run again.
+    sleep(RESTART_TIME).await;
+    wait_until_at_rest(&cluster).await;
+    delete_everything(&cluster).await;
     etcd.abort();
 }
 
-/// Waits until all is at rest as it should be.
-async fn rest(cluster: &Cluster) {
+/// Waits until the invariants for a system at rest hold.
+async fn wait_until_at_rest(cluster: &Cluster) {
     let world = &cluster.world;
     let began = world.now();
     loop {
@@ -195,45 +198,46 @@ async fn rest(cluster: &Cluster) {
         let result = {
             let state = world.lock();
             let lapsed = |until: &str| until.parse::<jiff::Timestamp>().is_ok_and(|until| until <= now);
-            state.checks.at_rest(&state.etcd, &state.homes, lapsed)
+            state.checks.check_at_rest(&state.etcd, &state.directories, lapsed)
         };
         match result {
             Ok(()) => return,
-            Err(what) if world.now() - began > REST => return world.violated(what),
+            Err(what) if world.now() - began > REST_TIMEOUT => return world.report_violation(what),
             Err(_) => {}
         }
     }
 }
 
-/// Everything can be deleted, and leaves nothing.
-async fn end(cluster: &Cluster) {
+/// Deletes everything, and checks that nothing is left.
+async fn delete_everything(cluster: &Cluster) {
     let world = &cluster.world;
     for (c, ..) in CHALLENGES {
         let there = world.lock().checks.challenges.contains_key(c);
-        if there && let Answer::Told(Err(error)) = clients::delete_challenge(cluster.any(), c).await {
-            world.violated(format!("5: challenge {c} cannot be deleted: {error}"));
+        if there && let Answer::Received(Err(error)) = clients::delete_challenge(cluster.any(), c).await {
+            world.report_violation(format!("5: challenge {c} cannot be deleted: {error}"));
         }
     }
     sleep(Duration::from_secs(20)).await;
     let state = world.lock();
     let keys: Vec<_> = state.etcd.entries().map(|(key, _)| key.to_string()).collect();
-    let there: Vec<_> = state.homes.there().map(|(c, i, _)| format!("{c} {i}")).collect();
+    let there: Vec<_> = state.directories.existing().map(|(c, i, _)| format!("{c} {i}")).collect();
     drop(state);
     if !keys.is_empty() || !there.is_empty() {
-        world.violated(format!("4: everything was deleted, and there is left: {keys:?} {there:?}"));
+        world.report_violation(format!("4: after everything was deleted, these are left: {keys:?} {there:?}"));
     }
 }
 
 fn number(name: &str, otherwise: u64) -> u64 {
-    env::var(name).ok().map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+    env::var(name)
+        .ok()
+        .map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
-/// Runs seeds on all processors until all have run or one has failed; answers how many ran, what they went through, and the first that
-/// failed.
-fn run_all(from: u64, count: u64, trace: bool) -> (u64, Coverage, Option<(u64, Outcome)>) {
+/// Runs seeds on all processors until all have run or one has failed. Returns how many ran, their coverage, and the first failure.
+fn run_all(from: u64, count: u64, trace: bool) -> (u64, Coverage, Option<(u64, SeedResult)>) {
     let (next, stop) = (AtomicU64::new(from), AtomicBool::new(false));
     let all: Mutex<(u64, Coverage)> = Mutex::default();
-    let failures: Mutex<Vec<(u64, Outcome)>> = Mutex::default();
+    let failures: Mutex<Vec<(u64, SeedResult)>> = Mutex::default();
     let began = Instant::now();
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
@@ -255,14 +259,14 @@ fn run_all(from: u64, count: u64, trace: bool) -> (u64, Coverage, Option<(u64, O
                 }
             });
         }
-        let mut said = Instant::now();
+        let mut reported = Instant::now();
         while !stop.load(Ordering::Relaxed) {
             thread::sleep(Duration::from_millis(20));
-            if said.elapsed() >= Duration::from_secs(5) {
-                said = Instant::now();
+            if reported.elapsed() >= Duration::from_secs(5) {
+                reported = Instant::now();
                 let (ran, took) = (all.lock().unwrap().0, began.elapsed().as_secs_f64());
                 let left = took / ran.max(1) as f64 * (count - ran) as f64;
-                println!("{ran} of {count} seeds in {took:.0} s, {left:.0} s to go");
+                println!("{ran} of {count} seeds in {took:.0} s, {left:.0} s left");
             }
         }
     });
@@ -271,10 +275,10 @@ fn run_all(from: u64, count: u64, trace: bool) -> (u64, Coverage, Option<(u64, O
     (ran, coverage, failures.into_inner().unwrap().into_iter().min_by_key(|(seed, _)| *seed))
 }
 
-/// The invariants hold, whatever happens; and everything does happen.
+/// The invariants hold under every fault, and every fault occurs.
 #[test]
 fn seeds() {
-    let (from, count) = (number("GAUNTLET_FROM", 0), number("GAUNTLET_SEEDS", ENOUGH));
+    let (from, count) = (number("GAUNTLET_FROM", 0), number("GAUNTLET_SEEDS", DEFAULT_SEEDS));
     let trace = env::var_os("GAUNTLET_TRACE").is_some();
     let (ran, coverage, failure) = run_all(from, count, trace);
     if let Some((seed, outcome)) = failure {
@@ -285,14 +289,14 @@ fn seeds() {
         panic!("seed {seed} violates {violation}\n\nreplay it with: cargo xtask chaos --replay {seed}\n");
     }
     let missing = coverage.missing();
-    assert!(ran < ENOUGH || missing.is_empty(), "in {ran} seeds this never happened: {missing:?}");
+    assert!(ran < DEFAULT_SEEDS || missing.is_empty(), "these never occurred in {ran} seeds: {missing:?}");
 }
 
-/// A seed does the same each time: or else it could not be replayed.
+/// Otherwise a failing seed could not be replayed.
 #[test]
 fn a_seed_does_the_same_twice() {
     for seed in 0..6 {
         let (once, again) = (run(seed, false), run(seed, false));
-        assert_eq!(once.digest, again.digest, "seed {seed}\n{}\n\nand again\n{}", once.last, again.last);
+        assert_eq!(once.digest, again.digest, "seed {seed}\n{}\n\nsecond run\n{}", once.last, again.last);
     }
 }

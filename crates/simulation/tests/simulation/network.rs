@@ -1,4 +1,4 @@
-//! The way from one manager to etcd: it delays, reorders, loses, and is cut.
+//! The network between one manager and etcd. It delays, reorders and loses messages, and can be partitioned.
 
 use std::{
     sync::{
@@ -28,8 +28,9 @@ use crate::etcd::Snapshot;
 
 const DEADLINE: Duration = Duration::from_secs(5);
 /// How long after it was sent a request may still arrive.
-const LATEST: Duration = Duration::from_secs(10);
-/// A manager's client of the modelled etcd.
+const MAX_DELIVERY_DELAY: Duration = Duration::from_secs(10);
+
+/// The etcd client of one manager.
 pub struct Client(pub Arc<Process>);
 
 impl Client {
@@ -40,12 +41,12 @@ impl Client {
         apply: impl FnOnce(&mut State, Duration) -> KvResult<T> + Send + 'static,
     ) -> KvResult<T> {
         let (process, world) = (&self.0, &self.0.world);
-        process.gate().await;
+        process.wait_until_running().await;
         let fault = {
             let mut state = world.lock();
             let fault = state.fault(step);
             if let Some(fault) = fault {
-                state.note(world.now(), &process.name, format_args!("{fault:?} at {what}"));
+                state.log(world.now(), &process.name, format_args!("{fault:?} at {what}"));
             }
             fault
         };
@@ -60,9 +61,9 @@ impl Client {
         }
         let (answer, answered) = oneshot::channel();
         let done = Arc::new(AtomicBool::new(false));
-        tokio::spawn(carry(process.clone(), fault, what, apply, (answer, done.clone())));
+        tokio::spawn(deliver(process.clone(), fault, what, apply, (answer, done.clone())));
         let answered = timeout(DEADLINE, answered).await;
-        process.gate().await;
+        process.wait_until_running().await;
         match answered {
             Ok(Ok(answer)) => answer,
             _ if step.may_be_repeated() => Err(KvError::Unavailable("no answer in time".to_owned())),
@@ -75,8 +76,8 @@ impl Client {
     }
 }
 
-/// Carries one request to etcd and its answer back, whether or not anybody still waits.
-async fn carry<T: Send + 'static>(
+/// Delivers one request to etcd and the response back, whether or not the caller still waits.
+async fn deliver<T: Send + 'static>(
     process: Arc<Process>,
     fault: Option<Fault>,
     what: String,
@@ -85,22 +86,22 @@ async fn carry<T: Send + 'static>(
 ) {
     let world = process.world.clone();
     if fault == Some(Fault::HangBefore) {
-        process.gate().await;
+        process.wait_until_running().await;
     }
     if process.is_dead() {
         return;
     }
     let delay = match fault {
-        Some(Fault::LostRequest) => return lose(answer).await,
-        Some(Fault::Late) => Duration::from_millis(world.between(5000, LATEST.as_millis() as u64)),
+        Some(Fault::LostRequest) => return lose_response(answer).await,
+        Some(Fault::Late) => Duration::from_millis(world.between(5000, MAX_DELIVERY_DELAY.as_millis() as u64)),
         _ => world.lock().latency(),
     };
     sleep(delay).await;
     let sent = world.now();
-    // What is cut off arrives when it no longer is, if that is soon enough.
-    while process.is_cut() || world.lock().etcd_down {
-        if world.now() - sent + delay > LATEST || world.chance(20) {
-            return lose(answer).await;
+    // A request delayed by a partition arrives after it, if that is soon enough.
+    while process.is_partitioned() || world.lock().etcd_down {
+        if world.now() - sent + delay > MAX_DELIVERY_DELAY || world.chance(20) {
+            return lose_response(answer).await;
         }
         sleep(Duration::from_millis(250)).await;
     }
@@ -112,7 +113,7 @@ async fn carry<T: Send + 'static>(
             Ok(_) => "",
             Err(_) => " refused",
         };
-        state.note(now, &process.name, format_args!("{what}{outcome}"));
+        state.log(now, &process.name, format_args!("{what}{outcome}"));
         if answer.is_closed() && result.is_ok() {
             state.count(Event::DoneLate);
         }
@@ -120,10 +121,10 @@ async fn carry<T: Send + 'static>(
         result
     };
     if world.lock().violation.is_some() {
-        world.over.notify_one();
+        world.violation_found.notify_one();
     }
     match fault {
-        Some(Fault::LostAnswer) => return lose(answer).await,
+        Some(Fault::LostAnswer) => return lose_response(answer).await,
         Some(Fault::AbortAfter) => process.kill("after a call to etcd"),
         Some(Fault::HangAfter) => {
             let length = world.between(500, 25_000);
@@ -133,19 +134,19 @@ async fn carry<T: Send + 'static>(
     }
     let delay = world.lock().latency();
     sleep(delay).await;
-    if process.is_cut() {
-        return lose(answer).await;
+    if process.is_partitioned() {
+        return lose_response(answer).await;
     }
     let _ = answer.send(result);
 }
 
-/// Nobody is answered; who waits gives up at its deadline.
-async fn lose<T>(answer: oneshot::Sender<T>) {
+/// Loses a response: the caller gives up at its deadline.
+async fn lose_response<T>(answer: oneshot::Sender<T>) {
     sleep(DEADLINE).await;
     drop(answer);
 }
 
-/// A transaction in a few words, without what differs from one run to the next.
+/// Summarizes a transaction, without anything that differs between two runs of a seed.
 fn describe(txn: &Txn) -> String {
     let short = |key: &str| key.strip_prefix(PREFIX).unwrap_or(key).to_owned();
     let ops = txn.success.iter().map(|op| match op {
@@ -177,11 +178,11 @@ impl Kv for Client {
                 state.count(Event::StaleToken);
             }
             if !changes.is_empty() {
-                state.note(now, "etcd", format_args!("revision {}", result.revision));
+                state.log(now, "etcd", format_args!("revision {}", result.revision));
             }
-            let State { checks, homes, .. } = state;
-            if let Err(what) = checks.written(now, homes, &txn, &result, &changes) {
-                state.note(now, "VIOLATED", &what);
+            let State { checks, directories, .. } = state;
+            if let Err(what) = checks.check_transaction(now, directories, &txn, &result, &changes) {
+                state.log(now, "VIOLATED", &what);
                 state.violation.get_or_insert(what);
             }
             Ok(result)
@@ -201,7 +202,7 @@ impl Kv for Client {
     async fn list_and_watch(&self, range: KeyRange) -> KvResult<Watch> {
         let (send, receive) = mpsc::unbounded_channel();
         let followed =
-            self.call(Step::Watch, "follow".to_owned(), move |state, _| Ok(state.etcd.list_and_watch(&range, send)));
+            self.call(Step::Watch, "watch".to_owned(), move |state, _| Ok(state.etcd.list_and_watch(&range, send)));
         let (revision, keys) = followed.await?;
         Ok(Watch { revision, keys, events: Box::new(Watching { process: self.0.clone(), receive, ready: None }) })
     }
@@ -229,7 +230,7 @@ impl Kv for Client {
 struct Watching {
     process: Arc<Process>,
     receive: mpsc::UnboundedReceiver<KvResult<Vec<Change>>>,
-    /// Received, and on its way.
+    /// Received by the network, not yet delivered.
     ready: Option<KvResult<Vec<Change>>>,
 }
 
@@ -244,15 +245,15 @@ impl EventStream for Watching {
                 if state.faulty && state.rng.random_ratio(1, 20) { state.latency() * 10 } else { state.latency() }
             };
             sleep(delay.min(DEADLINE)).await;
-            self.process.gate().await;
-            // A watch that brings nothing any more is noticed when the ping is not answered.
+            self.process.wait_until_running().await;
+            // A stalled watch is noticed when its ping is not answered.
             if delay > DEADLINE {
                 self.process.world.lock().count(Event::WatchStalled);
-                return Err(KvError::Unavailable("the watch stands still".to_owned()));
+                return Err(KvError::Unavailable("the watch stalled".to_owned()));
             }
-            if self.process.is_cut() {
+            if self.process.is_partitioned() {
                 sleep(DEADLINE).await;
-                return Err(KvError::Unavailable("the watch is cut off".to_owned()));
+                return Err(KvError::Unavailable("the watch is partitioned".to_owned()));
             }
             self.ready.take().unwrap_or_else(|| Err(KvError::Unavailable("the watch ended".to_owned())))
         }

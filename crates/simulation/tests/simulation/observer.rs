@@ -61,7 +61,7 @@ impl Observer {
             if knows || self.lost_early.contains(before) {
                 continue;
             }
-            if other.process.runs() && !other.process.goes_on_now() {
+            if other.process.runs() && !other.process.resumed_now() {
                 return Err(format!("{:?} is held by {name} ({token}) and by {other_name} ({before})", holder.lock));
             }
             // A paused manager cannot learn anything, but its lease must have expired.
@@ -119,9 +119,9 @@ impl ObservedLocks {
             let mut state = world.lock();
             let State { observer, etcd, .. } = &mut *state;
             let acquired = observer.acquired(etcd, token, holder);
-            state.count(Event::Told);
+            state.count(Event::Acquired);
             if acquired == Ok(true) {
-                state.count(Event::ToldBehind);
+                state.count(Event::AcquiredBehind);
             }
             acquired
         };

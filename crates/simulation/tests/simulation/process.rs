@@ -1,5 +1,5 @@
-//! One life of a manager's process: it runs, stands still, or has ended. What has ended never does anything again; what it had sent
-//! before may still arrive.
+//! One life of a manager's process. It runs, is paused, or has ended. A process that has ended never does anything again, but messages that it
+//! has sent may still arrive.
 
 use std::{
     future::poll_fn,
@@ -26,17 +26,17 @@ enum Status {
 
 /// One life.
 pub struct Process {
-    /// Told apart from every other life.
+    /// Unique among all lives.
     pub life: u64,
     pub name: String,
     pub world: Arc<World>,
     status: Mutex<(Status, bool)>,
-    /// When it last went on.
-    went_on: Mutex<Option<Duration>>,
+    /// When it was last resumed.
+    resumed_at: Mutex<Option<Duration>>,
     changed: Notify,
 }
 
-/// Its timers stand still while it does.
+/// Timers of a paused process do not fire.
 #[async_trait]
 impl Clock for Process {
     fn elapsed(&self) -> Duration {
@@ -45,7 +45,7 @@ impl Clock for Process {
 
     async fn sleep(&self, pause: Duration) {
         sleep(pause).await;
-        self.gate().await;
+        self.wait_until_running().await;
     }
 }
 
@@ -53,20 +53,19 @@ impl Process {
     pub fn new(world: &Arc<World>, name: &str, life: u64) -> Arc<Self> {
         let (name, world) = (name.to_owned(), world.clone());
         let status = Mutex::new((Status::Running, false));
-        Arc::new(Self { life, name, world, status, went_on: Mutex::default(), changed: Notify::new() })
+        Arc::new(Self { life, name, world, status, resumed_at: Mutex::default(), changed: Notify::new() })
     }
 
-    /// Returns at once if it runs, when it goes on if it stands still, and never if it has ended.
-    pub async fn gate(&self) {
-        self.becomes(Status::Running).await;
+    /// Waits until the process runs: not at all if it runs now, and forever if it has ended.
+    pub async fn wait_until_running(&self) {
+        self.wait_for(Status::Running).await;
     }
 
-    /// Runs something of this process. While it stands still nothing of that goes on, whichever timer fires; once it has ended nothing ever
-    /// does.
-    pub async fn paced<T>(self: Arc<Self>, work: impl Future<Output = T>) -> T {
+    /// Runs work of this process. The work makes progress only while the process runs, whichever of its timers fire.
+    pub async fn run_while_running<T>(self: Arc<Self>, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         loop {
-            self.gate().await;
+            self.wait_until_running().await;
             let step =
                 poll_fn(|context| if self.runs() { work.as_mut().poll(context).map(Some) } else { Poll::Ready(None) });
             if let Some(done) = step.await {
@@ -75,13 +74,13 @@ impl Process {
         }
     }
 
-    /// Returns when it has ended.
+    /// Waits until the process has ended.
     pub async fn ended(&self) {
-        self.becomes(Status::Dead).await;
+        self.wait_for(Status::Dead).await;
     }
 
-    /// Wakes in the order of waiting: so that a seed does the same twice.
-    async fn becomes(&self, wanted: Status) {
+    /// Waiters wake in the order of waiting, so that a seed is reproducible.
+    async fn wait_for(&self, wanted: Status) {
         loop {
             let changed = self.changed.notified();
             if self.status().0 == wanted {
@@ -95,8 +94,8 @@ impl Process {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Goes from one of these to another status; answers whether it was one of these.
-    fn turn(&self, from: &[Status], to: Status) -> bool {
+    /// Changes the status if it is one of `from`, and returns whether it was.
+    fn transition(&self, from: &[Status], to: Status) -> bool {
         let mut status = self.status();
         let turns = from.contains(&status.0);
         if turns {
@@ -110,43 +109,43 @@ impl Process {
         self.status().0 == Status::Running
     }
 
-    /// Whether it goes on in this moment: not all of it has come to see what time it is.
-    pub fn goes_on_now(&self) -> bool {
-        *self.went_on.lock().unwrap_or_else(PoisonError::into_inner) == Some(self.world.now())
+    /// Whether it was resumed at this very moment, so that some of its tasks have not seen the new time yet.
+    pub fn resumed_now(&self) -> bool {
+        *self.resumed_at.lock().unwrap_or_else(PoisonError::into_inner) == Some(self.world.now())
     }
 
     pub fn is_dead(&self) -> bool {
         self.status().0 == Status::Dead
     }
 
-    /// Whether it is cut off from etcd.
-    pub fn is_cut(&self) -> bool {
+    /// Whether the network between it and etcd is partitioned.
+    pub fn is_partitioned(&self) -> bool {
         self.status().1
     }
 
-    pub fn cut(&self, cut: bool) {
-        let before = std::mem::replace(&mut self.status().1, cut);
-        if before != cut {
-            self.world.note(&self.name, if cut { "is cut off from etcd" } else { "reaches etcd again" });
+    pub fn set_partitioned(&self, partitioned: bool) {
+        let before = std::mem::replace(&mut self.status().1, partitioned);
+        if before != partitioned {
+            self.world.log(&self.name, if partitioned { "is partitioned from etcd" } else { "reaches etcd again" });
         }
     }
 
-    /// Ends it, as a kill does: what it has locked on the machine is free at once.
+    /// Kills it. Its locks on the machine are released at once.
     pub fn kill(&self, why: &str) {
-        if self.turn(&[Status::Running, Status::Frozen], Status::Dead) {
-            self.world.note(&self.name, format_args!("is killed: {why}"));
+        if self.transition(&[Status::Running, Status::Frozen], Status::Dead) {
+            self.world.log(&self.name, format_args!("is killed: {why}"));
             let mut state = self.world.lock();
             state.count(Event::Kill);
-            state.homes.free(self.life);
+            state.directories.release_locks(self.life);
         }
     }
 
-    /// Holds it up for a while.
+    /// Pauses it for a while.
     pub fn freeze(self: &Arc<Self>, length: Duration, why: &str) {
-        if !self.turn(&[Status::Running], Status::Frozen) {
+        if !self.transition(&[Status::Running], Status::Frozen) {
             return;
         }
-        self.world.note(&self.name, format_args!("stands still for {length:?}: {why}"));
+        self.world.log(&self.name, format_args!("is paused for {length:?}: {why}"));
         {
             let mut state = self.world.lock();
             state.count(Event::Pause);
@@ -168,9 +167,9 @@ impl Process {
     }
 
     pub fn thaw(&self) {
-        if self.turn(&[Status::Frozen], Status::Running) {
-            *self.went_on.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.world.now());
-            self.world.note(&self.name, "goes on");
+        if self.transition(&[Status::Frozen], Status::Running) {
+            *self.resumed_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.world.now());
+            self.world.log(&self.name, "resumes");
         }
     }
 }

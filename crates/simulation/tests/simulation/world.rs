@@ -1,4 +1,4 @@
-//! What there is in one run: the etcd, the machine, chance, what has been seen, and the log.
+//! The shared state of one run: etcd, the machine, the random generator, the checks and the log.
 
 use std::{
     collections::VecDeque,
@@ -15,29 +15,29 @@ use tokio::{sync::Notify, time::Instant};
 use super::{
     checks::Checks,
     coverage::{self, Coverage, Event, Fault, Step},
-    machine::Homes,
+    machine::Directories,
     observer::Observer,
 };
 use crate::etcd::Server;
 
-/// Events kept to be shown with a failure.
+/// How many events are kept to be printed with a failure.
 const LAST: usize = 120;
-/// How often a run meets the fault that it is about.
+/// How often a run injects the fault that it focuses on.
 const FOCUSED: u32 = 3;
 
-/// All that changes.
+/// Everything that changes during a run.
 pub struct State {
     pub rng: SmallRng,
     pub etcd: Server,
-    pub homes: Homes,
+    pub directories: Directories,
     pub checks: Checks,
     pub observer: Observer,
-    /// Whether anything may go wrong still.
+    /// Whether faults are still injected.
     pub faulty: bool,
-    /// Etcd answers nobody.
+    /// Whether etcd answers no requests.
     pub etcd_down: bool,
     pub coverage: Coverage,
-    /// What goes wrong in this run above all, and how often still.
+    /// The step and the fault that this run focuses on, and how often to inject it still.
     focus: (Step, Fault, u32),
     pub violation: Option<String>,
     last: VecDeque<String>,
@@ -46,16 +46,16 @@ pub struct State {
     trace: bool,
 }
 
-/// Shared by all that takes part in a run.
+/// Shared by everything that takes part in a run.
 pub struct World {
     state: Mutex<State>,
     began: Instant,
-    /// An invariant was violated: the run is over.
-    pub over: Notify,
+    /// Notified when an invariant is violated, which ends the run.
+    pub violation_found: Notify,
 }
 
 impl World {
-    /// To be made within a runtime whose time is paused.
+    /// Must be called within a runtime whose time is paused.
     pub fn new(seed: u64, trace: bool) -> Arc<Self> {
         let pairs: Vec<(Step, Fault)> = coverage::pairs().collect();
         let (step, fault) = pairs[usize::try_from(seed % pairs.len() as u64).unwrap()];
@@ -63,7 +63,7 @@ impl World {
         let state = State {
             rng: SmallRng::seed_from_u64(seed),
             etcd: Server::default(),
-            homes: Homes::default(),
+            directories: Directories::default(),
             checks: Checks::default(),
             observer: Observer::default(),
             faulty: true,
@@ -76,44 +76,44 @@ impl World {
             events: 0,
             trace,
         };
-        Arc::new(Self { state: Mutex::new(state), began: Instant::now(), over: Notify::new() })
+        Arc::new(Self { state: Mutex::new(state), began: Instant::now(), violation_found: Notify::new() })
     }
 
     pub fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Since the beginning of the run.
+    /// Returns the time since the start of the run.
     pub fn now(&self) -> Duration {
         self.began.elapsed()
     }
 
-    /// The time as managers see it.
+    /// Returns the wall-clock time, the same for all managers.
     pub fn timestamp(&self) -> Timestamp {
         let begin = Timestamp::from_second(1_767_225_600).unwrap();
         begin.checked_add(SignedDuration::try_from(self.now()).unwrap()).unwrap()
     }
 
     /// Writes an event to the log.
-    pub fn note(&self, who: &str, what: impl Display) {
+    pub fn log(&self, who: &str, what: impl Display) {
         let now = self.now();
-        self.lock().note(now, who, what);
+        self.lock().log(now, who, what);
     }
 
-    /// Ends the run.
-    pub fn violated(&self, what: String) {
+    /// Records a violated invariant and ends the run.
+    pub fn report_violation(&self, what: String) {
         let now = self.now();
         let mut state = self.lock();
-        state.note(now, "VIOLATED", &what);
+        state.log(now, "VIOLATED", &what);
         state.violation.get_or_insert(what);
         drop(state);
-        self.over.notify_one();
+        self.violation_found.notify_one();
     }
 
-    /// Any of the results of a check.
+    /// Reports the failure of a check.
     pub fn check(&self, result: Result<(), String>) {
         if let Err(what) = result {
-            self.violated(what);
+            self.report_violation(what);
         }
     }
 
@@ -127,7 +127,7 @@ impl World {
 }
 
 impl State {
-    pub fn note(&mut self, now: Duration, who: &str, what: impl Display) {
+    pub fn log(&mut self, now: Duration, who: &str, what: impl Display) {
         let line = format!("{:>8.3} {who:<7} {what}", now.as_secs_f64());
         line.hash(&mut self.hash);
         self.events += 1;
@@ -144,7 +144,7 @@ impl State {
         self.coverage.event(event, 1);
     }
 
-    /// Counts a step, and answers the fault that it meets, now and then; most of the time none.
+    /// Counts a step, and returns the fault to inject at it, if any.
     pub fn fault(&mut self, step: Step) -> Option<Fault> {
         let fault = self.draw(step);
         self.coverage.step(step, fault);
@@ -165,17 +165,17 @@ impl State {
         }
         let faults = step.faults();
         let fault = faults[self.rng.random_range(0..faults.len())];
-        // What ends a manager or holds it up is felt for long; the rest more often.
+        // Faults that end or pause a manager have long effects, so they are rarer than others.
         (!fault.is_heavy() || self.rng.random_ratio(1, 2)).then_some(fault)
     }
 
-    /// How long one way through the network takes.
+    /// Returns how long a message takes one way.
     pub fn latency(&mut self) -> Duration {
         let long = self.faulty && self.rng.random_ratio(1, 50);
         Duration::from_millis(if long { self.rng.random_range(50..3000) } else { self.rng.random_range(0..6) })
     }
 
-    /// The log in one number, and how many events it has.
+    /// A hash of the log, and its number of events.
     pub fn digest(&self) -> (u64, u64) {
         (self.hash.finish(), self.events)
     }
