@@ -24,7 +24,7 @@ enum Part {
 
 /// The intent of an owner.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
-enum Aim {
+enum Intent {
     Up,
     Down,
 }
@@ -36,12 +36,12 @@ enum Client {
     Begun {
         token: u8,
         of: usize,
-        aim: Aim,
+        intent: Intent,
     },
     Acted {
         token: u8,
         of: usize,
-        aim: Aim,
+        intent: Intent,
     },
     Done,
     Dead,
@@ -70,7 +70,7 @@ struct State {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Action {
     Create(usize),
-    Recover(usize, Aim),
+    Recover(usize, Intent),
     Act(usize),
     Commit(usize),
     Crash(usize),
@@ -111,7 +111,7 @@ impl Model for Work {
                 Client::Done | Client::Dead => {}
             }
             if state.clients[client] == Client::Done && stranded && self.without != Some(Part::Recovery) {
-                actions.extend([Action::Recover(client, Aim::Up), Action::Recover(client, Aim::Down)]);
+                actions.extend([Action::Recover(client, Intent::Up), Action::Recover(client, Intent::Down)]);
             }
             let works = matches!(state.clients[client], Client::Begun { .. } | Client::Acted { .. });
             if works && state.crashes > 0 {
@@ -136,31 +136,31 @@ impl Model for Work {
                 let token = state.revision;
                 state.record = Record::Provisioning(client);
                 state.owner = Some((client, token));
-                state.clients[client] = Client::Begun { token, of: client, aim: Aim::Up };
+                state.clients[client] = Client::Begun { token, of: client, intent: Intent::Up };
             }
-            Action::Recover(client, aim) => {
+            Action::Recover(client, intent) => {
                 let Record::Provisioning(of) = state.record else { return None };
                 state.revision += 1;
                 let token = state.revision;
                 state.owner = Some((client, token));
-                state.clients[client] = Client::Begun { token, of, aim };
+                state.clients[client] = Client::Begun { token, of, intent };
             }
             Action::Act(client) => {
-                let Client::Begun { token, of, aim } = state.clients[client] else { return None };
+                let Client::Begun { token, of, intent } = state.clients[client] else { return None };
                 if state.machine[of].0 > token && self.without != Some(Part::Generation) {
                     state.clients[client] = Client::Done;
                 } else {
-                    state.machine[of] = (token.max(state.machine[of].0), aim == Aim::Up);
-                    state.clients[client] = Client::Acted { token, of, aim };
+                    state.machine[of] = (token.max(state.machine[of].0), intent == Intent::Up);
+                    state.clients[client] = Client::Acted { token, of, intent };
                 }
             }
             Action::Commit(client) => {
-                let Client::Acted { token, of, aim } = state.clients[client] else { return None };
+                let Client::Acted { token, of, intent } = state.clients[client] else { return None };
                 state.clients[client] = Client::Done;
                 let owns = state.owner == Some((client, token));
                 if owns || self.without == Some(Part::Fence) {
                     state.stale |= !owns;
-                    state.record = if aim == Aim::Up { Record::Ready(of) } else { Record::Absent };
+                    state.record = if intent == Intent::Up { Record::Ready(of) } else { Record::Absent };
                     state.owner = state.owner.filter(|_| !owns);
                 }
             }

@@ -13,14 +13,14 @@ use super::{Direct, Unanswered, histories, run};
 const REPLICAS: usize = 3;
 const KIND: LockKind = LockKind::Rollout;
 /// Some acquisitions do not wait, some wait for a while, some for as long as it takes.
-const PATIENCE: [Duration; 4] =
+const TIMEOUTS: [Duration; 4] =
     [Duration::ZERO, Duration::from_secs(5), Duration::from_secs(3600), Duration::from_secs(3600)];
 
 #[derive(Debug, Clone)]
 enum Command {
     Acquire {
         replica: usize,
-        patience: usize,
+        timeout: usize,
     },
     /// Lets an acquisition make some progress.
     Poll(Index),
@@ -47,7 +47,7 @@ enum Command {
 fn command() -> impl Strategy<Value = Command> {
     let index = any::<Index>;
     prop_oneof![
-        8 => (0..REPLICAS, 0..PATIENCE.len()).prop_map(|(replica, patience)| Command::Acquire { replica, patience }),
+        8 => (0..REPLICAS, 0..TIMEOUTS.len()).prop_map(|(replica, timeout)| Command::Acquire { replica, timeout }),
         10 => index().prop_map(Command::Poll),
         2 => index().prop_map(Command::Cancel),
         4 => index().prop_map(Command::Release),
@@ -62,7 +62,7 @@ fn command() -> impl Strategy<Value = Command> {
 
 /// The state of an acquisition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stand {
+enum EntryState {
     /// It waits for the lock or holds it.
     Queued,
     Held,
@@ -74,9 +74,9 @@ enum Stand {
 
 /// An entry of the queue in the model.
 #[derive(Debug, Clone)]
-struct Place {
+struct QueueEntry {
     replica: usize,
-    stand: Stand,
+    state: EntryState,
     /// Its token, once its key is stored.
     created: Option<u64>,
     ends: Instant,
@@ -84,14 +84,14 @@ struct Place {
     excused: bool,
 }
 
-type Asking = BoxFuture<'static, Result<LockGuard>>;
+type Acquiring = BoxFuture<'static, Result<LockGuard>>;
 
 struct History {
     replicas: Vec<(Direct, Arc<Coordination<Direct>>)>,
     id: ChallengeId,
     /// The entries that have a token, in the order of acquisition.
-    places: Vec<Place>,
-    asking: BTreeMap<usize, Asking>,
+    entries: Vec<QueueEntry>,
+    acquiring: BTreeMap<usize, Acquiring>,
     held: BTreeMap<usize, LockGuard>,
 }
 
@@ -100,30 +100,30 @@ impl History {
         let etcd = Direct::new();
         let replicas = (0..REPLICAS).map(|n| etcd.replica(&format!("r{n}"))).collect();
         let id = ChallengeId::new("c").unwrap();
-        Self { replicas, id, places: Vec::new(), asking: BTreeMap::new(), held: BTreeMap::new() }
+        Self { replicas, id, entries: Vec::new(), acquiring: BTreeMap::new(), held: BTreeMap::new() }
     }
 
     async fn run(mut self, commands: Vec<Command>) {
         self.settle().await;
         for command in commands {
             self.step(command).await;
-            self.look();
+            self.observe();
         }
-        self.end().await;
+        self.finish().await;
     }
 
     async fn step(&mut self, command: Command) {
         let picked = |map: &BTreeMap<usize, _>, index: Index| nth(map.keys(), index);
         match command {
-            Command::Acquire { replica, patience } => self.ask(replica, PATIENCE[patience]),
+            Command::Acquire { replica, timeout } => self.acquire(replica, TIMEOUTS[timeout]),
             Command::Poll(index) => {
-                if let Some(n) = picked(&self.asking, index) {
+                if let Some(n) = picked(&self.acquiring, index) {
                     self.poll(n);
                 }
             }
             Command::Cancel(index) => {
-                if let Some(n) = picked(&self.asking, index) {
-                    self.asking.remove(&n);
+                if let Some(n) = picked(&self.acquiring, index) {
+                    self.acquiring.remove(&n);
                     self.leave(n);
                 }
             }
@@ -141,10 +141,10 @@ impl History {
             }
             Command::LoseLease(replica) => {
                 self.replicas[replica].0.lose_lease();
-                for place in self.places.iter_mut().filter(|place| place.replica == replica) {
-                    place.excused = true;
-                    if place.created.is_some() {
-                        place.stand = Stand::Lost;
+                for entry in self.entries.iter_mut().filter(|entry| entry.replica == replica) {
+                    entry.excused = true;
+                    if entry.created.is_some() {
+                        entry.state = EntryState::Lost;
                     }
                 }
             }
@@ -156,37 +156,40 @@ impl History {
                     own.faults.push_back(fault);
                 }
                 drop(own);
-                self.places.iter_mut().filter(|place| place.replica == replica).for_each(|place| place.excused = true);
+                self.entries.iter_mut().filter(|entry| entry.replica == replica).for_each(|entry| entry.excused = true);
             }
             Command::Wait => {
                 tokio::time::sleep(Duration::from_secs(6)).await;
                 self.settle().await;
                 for (n, held) in &self.held {
                     let knows = held.lost().now_or_never().is_some();
-                    assert!(knows || self.places[*n].stand == Stand::Held, "{n} does not know that its lease is lost");
+                    assert!(
+                        knows || self.entries[*n].state == EntryState::Held,
+                        "{n} does not know that its lease is lost"
+                    );
                 }
             }
             Command::Settle => self.settle().await,
         }
     }
 
-    fn ask(&mut self, replica: usize, patience: Duration) {
+    fn acquire(&mut self, replica: usize, timeout: Duration) {
         let (client, store) = &self.replicas[replica];
-        let (store, id, n) = (store.clone(), self.id.clone(), self.places.len());
-        let by = LockOptions { traceparent: Some(n.to_string()), timeout: patience };
-        self.asking.insert(n, async move { store.lock(KIND, &id, &by).await }.boxed());
-        self.places.push(Place {
+        let (store, id, n) = (store.clone(), self.id.clone(), self.entries.len());
+        let options = LockOptions { traceparent: Some(n.to_string()), timeout };
+        self.acquiring.insert(n, async move { store.lock(KIND, &id, &options).await }.boxed());
+        self.entries.push(QueueEntry {
             replica,
-            stand: Stand::Queued,
+            state: EntryState::Queued,
             created: None,
-            ends: Instant::now() + patience,
+            ends: Instant::now() + timeout,
             excused: !client.own().faults.is_empty(),
         });
     }
 
     fn leave(&mut self, n: usize) {
-        if self.places[n].stand != Stand::Lost {
-            self.places[n].stand = Stand::Leaving;
+        if self.entries[n].state != EntryState::Lost {
+            self.entries[n].state = EntryState::Leaving;
         }
     }
 
@@ -202,50 +205,50 @@ impl History {
     }
 
     /// Adds acquisitions whose keys were stored meanwhile.
-    fn look(&mut self) {
+    fn observe(&mut self) {
         for (n, created) in self.stored() {
-            let before = self.places[n].created.replace(created);
-            assert!(before.is_none_or(|before| before == created), "{n} has a second place");
+            let before = self.entries[n].created.replace(created);
+            assert!(before.is_none_or(|before| before == created), "{n} has a second entry");
         }
     }
 
     /// The entries ahead of this one.
     fn ahead(&self, n: usize, stored: &BTreeMap<usize, u64>) -> Vec<usize> {
-        let place = &self.places[n];
-        let blocks = |(other, before): &(usize, &Place)| {
-            before.created.is_some_and(|created| Some(created) < place.created)
-                && match before.stand {
-                    Stand::Queued | Stand::Held => true,
+        let entry = &self.entries[n];
+        let blocks = |(other, before): &(usize, &QueueEntry)| {
+            before.created.is_some_and(|created| Some(created) < entry.created)
+                && match before.state {
+                    EntryState::Queued | EntryState::Held => true,
                     // Handed over within the replica; otherwise its key must be removed.
-                    Stand::Leaving => before.replica != place.replica && stored.contains_key(other),
-                    Stand::Lost => false,
+                    EntryState::Leaving => before.replica != entry.replica && stored.contains_key(other),
+                    EntryState::Lost => false,
                 }
         };
-        self.places.iter().enumerate().filter(blocks).map(|(other, _)| other).collect()
+        self.entries.iter().enumerate().filter(blocks).map(|(other, _)| other).collect()
     }
 
     fn poll(&mut self, n: usize) {
-        let Some(answer) = self.asking.get_mut(&n).unwrap().now_or_never() else { return self.look() };
-        self.asking.remove(&n);
-        self.look();
+        let Some(answer) = self.acquiring.get_mut(&n).unwrap().now_or_never() else { return self.observe() };
+        self.acquiring.remove(&n);
+        self.observe();
         let stored = self.stored();
-        let place = self.places[n].clone();
+        let entry = self.entries[n].clone();
         match answer {
             Ok(held) => {
-                assert!(place.stand == Stand::Lost || place.created == Some(held.token), "{n} has another token");
-                if place.stand == Stand::Queued {
+                assert!(entry.state == EntryState::Lost || entry.created == Some(held.token), "{n} has another token");
+                if entry.state == EntryState::Queued {
                     let ahead = self.ahead(n, &stored);
-                    assert!(ahead.is_empty(), "{n} comes in before {ahead:?}: {:#?}", self.places);
-                    self.places[n].stand = Stand::Held;
+                    assert!(ahead.is_empty(), "{n} comes in before {ahead:?}: {:#?}", self.entries);
+                    self.entries[n].state = EntryState::Held;
                 }
                 self.held.insert(n, held);
             }
             Err(Error::Busy { .. }) => {
-                assert!(Instant::now() >= place.ends, "{n} gives up too early");
+                assert!(Instant::now() >= entry.ends, "{n} gives up too early");
                 self.leave(n);
             }
             Err(Error::Unavailable { .. }) => {
-                assert!(place.excused, "{n} fails for no reason");
+                assert!(entry.excused, "{n} fails for no reason");
                 self.leave(n);
             }
             Err(error) => panic!("{n}: {error}"),
@@ -257,35 +260,39 @@ impl History {
         let mut unchanged = 0;
         while unchanged < 3 {
             tokio::time::sleep(Duration::from_millis(100)).await;
-            self.look();
-            let before = (self.asking.len(), self.stored());
-            for n in self.asking.keys().copied().collect::<Vec<_>>() {
+            self.observe();
+            let before = (self.acquiring.len(), self.stored());
+            for n in self.acquiring.keys().copied().collect::<Vec<_>>() {
                 // A few steps for each poll.
                 for _ in 0..4 {
-                    if self.asking.contains_key(&n) {
+                    if self.acquiring.contains_key(&n) {
                         self.poll(n);
                     }
                 }
             }
-            unchanged = if (self.asking.len(), self.stored()) == before { unchanged + 1 } else { 0 };
+            unchanged = if (self.acquiring.len(), self.stored()) == before { unchanged + 1 } else { 0 };
         }
         let stored = self.stored();
-        for (n, place) in self.places.iter().enumerate() {
-            match place.stand {
-                Stand::Held => assert!(stored.contains_key(&n), "{n} holds what is not there: {:#?}", self.places),
-                Stand::Queued => {
-                    assert!(stored.contains_key(&n), "{n} has lost its place");
-                    let ahead = self.ahead(n, &stored);
-                    assert!(!ahead.is_empty(), "{n} waits though no entry is ahead: {:#?}", self.places);
+        for (n, entry) in self.entries.iter().enumerate() {
+            match entry.state {
+                EntryState::Held => {
+                    assert!(stored.contains_key(&n), "{n} holds what is not there: {:#?}", self.entries)
                 }
-                Stand::Leaving | Stand::Lost => assert!(!stored.contains_key(&n), "{n} leaves something behind"),
+                EntryState::Queued => {
+                    assert!(stored.contains_key(&n), "{n} has lost its entry");
+                    let ahead = self.ahead(n, &stored);
+                    assert!(!ahead.is_empty(), "{n} waits though no entry is ahead: {:#?}", self.entries);
+                }
+                EntryState::Leaving | EntryState::Lost => {
+                    assert!(!stored.contains_key(&n), "{n} leaves something behind")
+                }
             }
         }
     }
 
     /// Drops everything and checks that nothing is left.
-    async fn end(mut self) {
-        self.asking.clear();
+    async fn finish(mut self) {
+        self.acquiring.clear();
         self.held.clear();
         self.replicas.iter().for_each(|(client, _)| client.own().faults.clear());
         // Unconfirmed writes are looked up at once, and no write is delayed here.
@@ -295,7 +302,7 @@ impl History {
             assert_eq!(store.waits(1).0, 0);
             assert_eq!(store.queue(KIND, &self.id).await.unwrap(), []);
             let held = store.lock(KIND, &self.id, &none).await.unwrap();
-            let last = self.places.iter().filter_map(|place| place.created).max();
+            let last = self.entries.iter().filter_map(|entry| entry.created).max();
             assert!(last.is_none_or(|last| held.token > last), "tokens grow");
             held.release().await.unwrap();
         }

@@ -1,5 +1,5 @@
 //! The store behaves as a map from keys to instances beside a challenge, on every replica. Its indexes follow the map, and only the owner changes
-//! an instance.
+//! an instance. One file, because commands, model and comparison only make sense together.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -155,7 +155,7 @@ fn at(second: i64) -> Timestamp {
 }
 
 /// Does not wait for owners.
-fn by() -> LockOptions {
+fn no_wait() -> LockOptions {
     LockOptions::default()
 }
 
@@ -248,7 +248,7 @@ impl History {
                 let challenge = snapshot.and_then(|snapshot| snapshot.challenge).unwrap_or(now.clone());
                 let free = challenge.version == now.version && !self.model.contains_key(&intent.key);
                 let replica = if cached.is_some() { (replica + 1) % REPLICAS } else { replica };
-                match store.begin_create(&challenge, &intent, None, &by()).await {
+                match store.begin_create(&challenge, &intent, None, &no_wait()).await {
                     Err(Error::Conflict) => assert!(!free),
                     Err(error) => panic!("{error}"),
                     Ok(held) => {
@@ -275,12 +275,12 @@ impl History {
                     return;
                 };
                 let renewed = Instance { until: Some(at(second)), ..read.value.clone() };
-                match store.rewrite(&read, &renewed, &by()).await {
+                match store.rewrite(&read, &renewed, &no_wait()).await {
                     Err(Error::Busy { .. }) => assert!(self.owned(&key)),
                     renewal => {
                         assert_eq!((renewal, self.owned(&key)), (Ok(()), false));
                         // The first read is stale now.
-                        assert_eq!(store.rewrite(&read, &renewed, &by()).await, Err(Error::Conflict));
+                        assert_eq!(store.rewrite(&read, &renewed, &no_wait()).await, Err(Error::Conflict));
                         self.model.get_mut(&key).unwrap().until = Some(second);
                     }
                 }
@@ -308,16 +308,16 @@ impl History {
             }
             Command::Change => {
                 assert_eq!(self.insert(replica).await, Err(Error::ChallengeExists(self.id.clone())));
-                let held = store.lock(LockKind::Challenge, &self.id, &by()).await.unwrap();
+                let held = store.lock(LockKind::Challenge, &self.id, &no_wait()).await.unwrap();
                 self.revision += 1;
                 let changed = Challenge { revision: self.revision, ..now.value.clone() };
                 held.update_challenge(&changed).await.unwrap();
                 // A create with the old challenge conflicts.
-                let refused = store.begin_create(&now, &self.fresh(0, number), None, &by()).await;
+                let refused = store.begin_create(&now, &self.fresh(0, number), None, &no_wait()).await;
                 assert_eq!(refused.err(), Some(Error::Conflict));
             }
             Command::Remove => {
-                let held = store.lock(LockKind::Challenge, &self.id, &by()).await.unwrap();
+                let held = store.lock(LockKind::Challenge, &self.id, &no_wait()).await.unwrap();
                 let removed = held.remove_challenge().await;
                 assert_eq!(removed, if self.model.is_empty() { Ok(()) } else { Err(Error::Conflict) });
                 if removed.is_ok() {
@@ -343,7 +343,7 @@ impl History {
             Intent::Update(_) => phase.is_some_and(|phase| phase != PhaseName::Deleting),
             Intent::Delete => phase.is_some(),
         };
-        match self.replicas[replica].1.begin(&key, begin.clone(), &by()).await {
+        match self.replicas[replica].1.begin(&key, begin.clone(), &no_wait()).await {
             Err(Error::Busy { .. }) => assert!(owned),
             Err(Error::Conflict) => assert!(!allowed || (owned && begin == Intent::Recover), "{begin:?} {known:?}"),
             Err(error) => panic!("{error}"),
@@ -384,7 +384,7 @@ impl History {
         };
         let phase = if values { Phase::Updating } else { Phase::Ready };
         let claimed = Instance { identity, phase, target: values.then_some(target), ..to };
-        match self.replicas[replica].1.claim(challenge, pooled, &claimed, &by()).await {
+        match self.replicas[replica].1.claim(challenge, pooled, &claimed, &no_wait()).await {
             Err(Error::Conflict) => assert!(self.model.contains_key(&claimed.key)),
             Err(error) => panic!("{error}"),
             Ok(held) => {

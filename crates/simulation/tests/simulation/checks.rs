@@ -1,5 +1,4 @@
-//! The invariants, checked after every step against stored data and running instances. Parses keys and records on its own, as documented by
-//! `keys.rs` and `records.rs` of the coordination, so that it shares no code with what it checks.
+//! The invariants, checked after every step against stored data and running instances.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,48 +7,15 @@ use std::{
 
 use gauntlet_coordination::kv::{Condition, KeyRange, Op, Txn, TxnResponse};
 use gauntlet_domain::{ChallengeId, Identity};
-use jiff::Timestamp;
-use serde_json::Value;
 
-use super::{PREFIX, machine::Directories};
+use super::{
+    PREFIX,
+    machine::Directories,
+    stored::{
+        Challenge, InstanceKey, Record, challenge_id_of, instance_key_of, json, read_challenge, read_record, target,
+    },
+};
 use crate::etcd::{Change, Entry, Server};
-
-/// The key of an instance: challenge, `s` (source) or `p` (pool), and name.
-pub type InstanceKey = (String, String, String);
-
-/// An instance as stored.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Record {
-    pub identity: String,
-    /// The identities that the record's target and the recorded intent name.
-    target: Option<String>,
-    intent: Option<String>,
-    pub phase: String,
-    /// Whether its phase or its recorded intent is to delete it.
-    deleting: bool,
-    pub since: String,
-    pub last_renew: Timestamp,
-    pub until: Option<String>,
-    pub digest: String,
-}
-
-impl Record {
-    pub fn identities(&self) -> impl Iterator<Item = &String> {
-        let all: BTreeSet<&String> =
-            [Some(&self.identity), self.target.as_ref(), self.intent.as_ref()].into_iter().flatten().collect();
-        all.into_iter()
-    }
-}
-
-/// A challenge as stored.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Challenge {
-    pub deleting: bool,
-    pub min: i64,
-    pub max: i64,
-    pub revision: u64,
-    pub rollout: bool,
-}
 
 /// What clients know about an instance or a challenge.
 #[derive(Debug, Default)]
@@ -85,61 +51,6 @@ pub struct Checks {
 /// Whether a transaction compares a token that is no longer valid.
 pub fn stale(etcd: &Server, txn: &Txn) -> bool {
     txn.compare.iter().any(|compare| matches!(compare.condition, Condition::CreateRevision(_)) && !etcd.holds(compare))
-}
-
-/// The instance that a stored key belongs to, and whether it is the key of its intent.
-fn instance_key_of(key: &str) -> Option<(InstanceKey, bool)> {
-    match key.strip_prefix(PREFIX)?.split(' ').collect::<Vec<_>>().as_slice() {
-        ["instances", c, kind, name] => Some((((*c).to_owned(), (*kind).to_owned(), (*name).to_owned()), false)),
-        ["instances", c, kind, name, "intent"] => {
-            Some((((*c).to_owned(), (*kind).to_owned(), (*name).to_owned()), true))
-        }
-        _ => None,
-    }
-}
-
-fn challenge_id_of(key: &str) -> Option<&str> {
-    let c = key.strip_prefix(PREFIX)?.strip_prefix("challenges ")?;
-    (!c.contains(' ')).then_some(c)
-}
-
-fn text(value: &Value) -> String {
-    value.as_str().unwrap_or_default().to_owned()
-}
-
-fn json(entry: &Entry) -> Value {
-    serde_json::from_slice(&entry.value).expect("records are JSON")
-}
-
-fn target(value: &Value) -> Option<String> {
-    Some(value["target"].as_object()?.get("identity")?.as_str()?.to_owned())
-}
-
-fn read_record(entry: &Entry) -> Record {
-    let value = json(entry);
-    let deleting = value["phase"]["name"] == "deleting";
-    Record {
-        deleting,
-        identity: text(&value["identity"]),
-        target: target(&value),
-        phase: text(&value["phase"]["name"]),
-        since: text(&value["since"]),
-        last_renew: text(&value["last_renew"]).parse().expect("a record has its times"),
-        until: value["until"].as_str().map(str::to_owned),
-        digest: text(&value["scenario"]["digest"]),
-        intent: None,
-    }
-}
-
-fn read_challenge(entry: &Entry) -> Challenge {
-    let value = json(entry);
-    Challenge {
-        deleting: value["closing"] == Value::Bool(true),
-        min: value["min"].as_i64().unwrap(),
-        max: value["max"].as_i64().unwrap(),
-        revision: value["revision"].as_u64().unwrap(),
-        rollout: !value["rollout"].is_null(),
-    }
 }
 
 impl Checks {

@@ -12,6 +12,7 @@ mod manager;
 mod network;
 mod observer;
 mod process;
+mod stored;
 mod world;
 
 use std::{
