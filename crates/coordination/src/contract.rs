@@ -1,17 +1,21 @@
-//! What the store promises, as tests that run on every backend.
+//! The contract of the store: tests that run on every backend.
+//!
+//! A backend implements [`fixture::Fixture`] and gets a module in the `contract!` macro below, which runs every test on it. There is no list of
+//! exceptions: a backend keeps the whole contract.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 mod budget;
 mod faults;
+mod faulty_kv;
+mod fixture;
 mod instances;
 mod locks;
 #[path = "../../simulation/tests/etcd.rs"]
 #[allow(dead_code, unreachable_pub, reason = "the simulation uses the rest")]
 mod model;
-#[path = "../benches/coordination/nothing.rs"]
-pub(crate) mod nothing;
+#[path = "../benches/coordination/noop.rs"]
+pub(crate) mod noop;
 mod queries;
-mod rig;
 mod versions;
 
 use std::{
@@ -19,14 +23,19 @@ use std::{
     time::Duration,
 };
 
+use faulty_kv::{Fault, TestKv};
+use fixture::Fixture;
 use futures::TryStreamExt as _;
 use gauntlet_domain::{
     Assignment, Challenge, ChallengeId, Error, Failure, Identity, Instance, InstanceKey, Intent, LockKind, LockOptions,
-    Operation, Outcome, Phase, PhaseName, Pinned, PoolBounds, Rollout, SourceId, Store as _, Stored, Strategy, Target,
-    Unfinished, Version,
+    Operation, Outcome, Phase, PhaseName, PoolBounds, Rollout, Store as _, Stored, Strategy, Target, Unfinished,
+    Version,
+};
+use gauntlet_testing::{
+    eventually,
+    fixtures::{REFERENCE, challenge, challenge_id, instance, pinned, pool_key, source_id, source_key, timestamp},
 };
 use jiff::Timestamp;
-use rig::{Fault, Rig, Tested};
 
 use crate::{Coordination, kv::Kv as _, kv::Op, kv::Txn, records, scan::Scan};
 
@@ -37,16 +46,16 @@ macro_rules! contract {
             $($(
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn $name() {
-                    super::$area::$name(&super::rig::EmbeddedRig::start()).await;
+                    super::$area::$name(&super::fixture::EmbeddedFixture::start()).await;
                 }
             )+)+
         }
-        /// On the etcd that managers are simulated on.
+        /// The model of etcd that the simulation runs managers on.
         mod simulated {
             $($(
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn $name() {
-                    super::$area::$name(&super::rig::SimulatedRig::start()).await;
+                    super::$area::$name(&super::fixture::SimulatedFixture::start()).await;
                 }
             )+)+
         }
@@ -54,7 +63,7 @@ macro_rules! contract {
             $($(
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn $name() {
-                    super::$area::$name(&super::rig::EtcdRig::start()).await;
+                    super::$area::$name(&super::fixture::EtcdFixture::start()).await;
                 }
             )+)+
         }
@@ -63,230 +72,169 @@ macro_rules! contract {
 
 contract! {
     locks {
-        a_free_lock_is_taken_at_once,
-        a_lock_is_handed_on_in_order_of_asking,
-        a_lock_never_reenters,
-        locks_of_different_challenges_and_kinds_do_not_meet,
-        who_waits_learns_who_held,
-        who_waits_can_be_asked,
-        patience_ends_with_busy_and_leaves_no_key,
-        names_are_used_again,
-        a_lock_goes_on_here_while_its_key_is_removed,
-        without_patience_nothing_queues,
-        a_cancelled_acquire_leaves_nothing,
-        a_dropped_lock_is_given_up,
-        a_lock_is_shared_by_replicas,
-        fences_grow,
-        who_holds_a_contended_lock_is_alone,
+        free_lock_is_acquired_without_waiting,
+        lock_is_granted_in_request_order,
+        lock_is_not_reentrant,
+        locks_of_other_challenges_and_kinds_are_independent,
+        waiter_learns_the_previous_holder,
+        waits_and_queue_list_the_waiters,
+        lock_timeout_returns_busy_and_leaves_no_key,
+        key_slots_are_reused,
+        local_waiter_gets_the_lock_before_its_key_is_removed,
+        zero_lock_timeout_does_not_queue,
+        cancelled_acquire_leaves_no_key,
+        dropped_lock_is_released,
+        lock_excludes_other_replicas,
+        fencing_tokens_increase,
+        contended_lock_has_one_holder,
     }
     instances {
-        a_seat_is_taken_once,
-        a_changed_challenge_conflicts,
-        a_create_waits_for_the_challenge_lock,
-        an_instance_begins_only_in_the_pool_that_was_counted,
-        creates_beside_a_pool_without_an_upper_bound_do_not_hold_it_up,
-        a_create_that_waits_reads_some_of_those_ahead,
-        closing_and_creating_never_miss_each_other,
-        a_pooled_instance_is_claimed_once,
-        a_claim_with_values_is_owned,
-        a_claim_of_what_changed_conflicts,
-        a_delete_takes_the_instance_as_it_is,
-        an_update_sets_the_target,
-        an_owner_is_waited_for,
-        what_an_owner_left_is_kept_by_the_next,
-        what_was_being_deleted_is_not_updated,
-        a_rewrite_needs_the_version_it_read,
-        a_rewrite_waits_for_the_owner,
-        nothing_begins_where_nothing_is,
-        a_dropped_ownership_is_given_up,
-        a_cancelled_begin_leaves_no_owner,
+        instance_key_is_created_once,
+        create_with_a_stale_challenge_conflicts,
+        create_waits_for_the_challenge_lock,
+        refill_with_a_stale_count_conflicts,
+        create_beside_an_unbounded_pool_keeps_its_version,
+        waiting_create_reads_a_bounded_part_of_the_queue,
+        deletion_and_create_never_miss_each_other,
+        pooled_instance_is_claimed_once,
+        claim_with_an_update_is_owned,
+        claim_of_a_changed_instance_conflicts,
+        delete_returns_the_current_instance,
+        update_sets_the_target,
+        begin_waits_for_the_owner,
+        next_owner_keeps_the_abandoned_intent,
+        instance_being_deleted_rejects_updates,
+        rewrite_with_a_stale_version_conflicts,
+        rewrite_waits_for_the_owner,
+        begin_without_an_instance_conflicts,
+        dropped_ownership_is_released,
+        cancelled_begin_leaves_no_owner,
     }
     queries {
-        a_challenge_is_inserted_once,
-        a_challenge_changes_under_its_lock,
-        a_challenge_with_instances_is_not_removed,
-        a_survey_answers_all_at_once,
-        a_survey_finds_the_ready_behind_the_others,
-        all_is_listed_over_many_pages,
-        challenges_come_in_order_with_their_instances,
-        a_source_finds_its_own,
-        the_expired_are_found,
-        a_list_is_of_one_revision,
-        a_list_goes_on_where_its_revision_is_compacted,
-        a_census_counts,
-        pools_are_found,
-        a_pool_is_counted_by_its_keys,
-        the_unreadable_hides_no_other,
-        a_hundred_pages_are_listed_one_at_a_time,
-        any_text_is_an_id,
-        a_sweep_costs_what_has_expired,
-        a_store_is_named_once,
+        challenge_is_inserted_once,
+        challenge_is_updated_under_its_lock,
+        challenge_with_instances_is_not_removed,
+        snapshot_reads_challenge_instance_and_pool,
+        snapshot_finds_ready_instances_behind_others,
+        instances_are_listed_over_many_pages,
+        challenges_are_listed_in_order_with_their_instances,
+        source_lists_only_its_own_instances,
+        expired_instances_are_found,
+        listing_reads_one_revision,
+        listing_continues_after_compaction,
+        census_counts_by_challenge_phase_and_pool,
+        pools_are_listed,
+        pool_is_counted_by_its_keys,
+        unreadable_records_hide_no_others,
+        listing_of_many_pages_holds_one_at_a_time,
+        any_text_is_a_valid_id,
+        sweep_cost_depends_on_expired_instances_only,
+        store_id_is_set_once,
     }
     versions {
-        a_newer_instance_is_left_alone,
-        a_newer_pooled_instance_counts,
-        a_newer_challenge_is_left_alone,
+        newer_instance_record_is_left_alone,
+        newer_pooled_instance_record_counts,
+        newer_challenge_record_is_left_alone,
     }
     faults {
-        a_lost_lease_cannot_commit,
-        a_lost_lease_is_noticed_and_replaced,
-        the_first_to_meet_a_lost_lease_goes_on_under_the_next,
-        a_crash_leaves_work_that_is_found,
-        a_failure_is_found_when_it_is_due,
-        an_unfinished_rollout_is_found,
-        an_unknown_commit_is_resolved,
-        a_commit_that_stays_unknown_is_left_to_recovery,
-        an_unknown_acquisition_is_given_up,
-        an_acquisition_that_comes_to_be_late_is_given_up,
-        a_late_deletion_leaves_what_was_created_since,
-        a_guard_commits_only_what_it_locks,
-        shutdown_gives_up_what_is_owned,
-        a_dropped_store_gives_up_what_it_owned,
-        a_lease_that_is_not_kept_alive_runs_out,
-        what_a_lost_lease_holds_goes_though_no_revoke_succeeds,
-        a_lost_lease_is_replaced_while_it_is_revoked,
-        shutdown_does_not_wait_for_a_hung_keep_alive,
-        shutdown_waits_for_writes_under_way,
+        lost_lease_rejects_commits,
+        lost_lease_is_noticed_and_replaced,
+        acquire_under_a_lost_lease_retries_under_the_next,
+        unfinished_work_of_a_crash_is_found,
+        failed_instance_is_unfinished_once_its_retry_is_due,
+        unfinished_rollout_is_found,
+        ambiguous_commit_is_resolved,
+        commit_that_stays_ambiguous_is_left_to_recovery,
+        ambiguous_acquisition_is_released,
+        late_acquisition_is_released,
+        late_deletion_spares_a_newer_instance,
+        guard_commits_only_what_it_locks,
+        shutdown_releases_ownerships,
+        dropped_store_releases_ownerships,
+        lease_without_keepalive_expires,
+        keys_of_a_lost_lease_expire_although_revoking_fails,
+        lost_lease_is_replaced_before_its_revocation_returns,
+        shutdown_does_not_wait_for_a_hung_keepalive,
+        shutdown_waits_for_writes_in_progress,
     }
     budget {
-        each_operation_keeps_its_budget,
-        each_use_case_keeps_its_budget,
-        a_commit_that_was_resolved_costs_nothing_later,
-        what_is_remembered_is_never_trusted,
-        a_thousand_waiters_share_one_watch,
+        operations_stay_within_budget,
+        use_cases_stay_within_budget,
+        resolved_commit_adds_no_later_calls,
+        stale_cache_is_never_trusted,
+        waiters_share_one_watch,
     }
 }
 
-pub(crate) fn id(text: &str) -> ChallengeId {
-    ChallengeId::new(text).unwrap()
-}
-
-fn source(text: &str) -> SourceId {
-    SourceId::new(text).unwrap()
-}
-
-pub(crate) fn at(second: i64) -> Timestamp {
-    Timestamp::from_second(second).unwrap()
-}
-
-fn pinned() -> Pinned {
-    Pinned { reference: "registry.test/web:1".to_owned(), digest: format!("sha256:{}", "ab".repeat(32)) }
-}
-
-pub(crate) fn challenge(name: &str) -> Challenge {
-    Challenge {
-        id: id(name),
-        scenario: pinned(),
-        timeout: Some(Duration::from_secs(60)),
-        until: None,
-        additional: BTreeMap::new(),
-        bounds: PoolBounds::default(),
-        revision: 1,
-        content_revision: 1,
-        rollout: None,
-        deleting: false,
-        traceparent: None,
-    }
-}
-
-pub(crate) fn instance_key(challenge: &str, name: &str) -> InstanceKey {
-    InstanceKey { challenge: id(challenge), assignment: Assignment::Source(source(name)) }
-}
-
-fn pooled_key(challenge: &str, bits: u64) -> InstanceKey {
-    InstanceKey { challenge: id(challenge), assignment: Assignment::Pool(Identity::from_bits(bits)) }
-}
-
-pub(crate) fn instance(key: InstanceKey, phase: Phase) -> Instance {
-    let identity = match &key.assignment {
-        Assignment::Pool(identity) => identity.clone(),
-        Assignment::Source(_) => Identity::from_bits(7),
-    };
-    Instance {
-        key,
-        identity,
-        phase,
-        since: at(10),
-        last_renew: at(10),
-        until: Some(at(70)),
-        scenario: pinned(),
-        applied_revision: 1,
-        additional: BTreeMap::new(),
-        connection_info: String::new(),
-        flags: Vec::new(),
-        target: None,
-        traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned()),
-    }
-}
-
+/// An update to the scenario of [`REFERENCE`].
 fn target(bits: u64) -> Target {
-    Target { identity: Identity::from_bits(bits), scenario: pinned(), revision: 2, strategy: Strategy::BlueGreen }
+    Target {
+        identity: Identity::from_bits(bits),
+        scenario: pinned(REFERENCE),
+        revision: 2,
+        strategy: Strategy::BlueGreen,
+    }
 }
 
-/// Waits no longer than a test may take.
-fn patient() -> LockOptions {
+/// A lock timeout that no test reaches.
+fn long_timeout() -> LockOptions {
     LockOptions {
         traceparent: Some("00-11111111111111111111111111111111-2222222222222222-01".to_owned()),
         timeout: Duration::from_secs(30),
     }
 }
 
-fn at_once() -> LockOptions {
+/// No waiting at all.
+fn no_timeout() -> LockOptions {
     LockOptions::default()
 }
 
-fn short() -> LockOptions {
+/// A lock timeout that ends soon.
+fn short_timeout() -> LockOptions {
     LockOptions { traceparent: None, timeout: Duration::from_millis(50) }
 }
 
-/// Polls until it holds; fails when it does not within half a minute.
-async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
-    while !holds().await {
-        assert!(tokio::time::Instant::now() < deadline, "never came true: {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
-
-#[expect(private_bounds, reason = "for the tests here alone")]
-impl<T: Tested> Coordination<T> {
-    /// Every key there is.
+#[expect(private_bounds, reason = "used by these tests only")]
+impl<T: TestKv> Coordination<T> {
+    /// Every stored key.
     async fn all_keys(&self) -> Vec<String> {
         let all = Scan::keys(&self.core, self.core.layout.all_keys(), None).all().await.unwrap();
         all.into_iter().map(|kv| kv.key).collect()
     }
 
-    /// The keys of who owns or waits.
+    /// The keys of owners and waiters.
     async fn live_keys(&self) -> Vec<String> {
         let all = Scan::keys(&self.core, self.core.layout.live(), None).all().await.unwrap();
         all.into_iter().map(|kv| kv.key).collect()
     }
 
-    async fn stored(&self, name: &str) -> Stored<Challenge> {
-        self.challenge(&id(name)).await.unwrap().unwrap()
+    async fn stored_challenge(&self, name: &str) -> Stored<Challenge> {
+        self.challenge(&challenge_id(name)).await.unwrap().unwrap()
     }
 
-    async fn at(&self, key: &InstanceKey) -> Stored<Instance> {
+    async fn stored_instance(&self, key: &InstanceKey) -> Stored<Instance> {
         self.instance(key).await.unwrap().unwrap()
     }
 
-    /// A challenge, stored.
-    async fn with(&self, name: &str) -> Stored<Challenge> {
+    /// Stores a challenge.
+    async fn add_challenge(&self, name: &str) -> Stored<Challenge> {
         self.insert_challenge(&challenge(name)).await.unwrap();
-        self.stored(name).await
+        self.stored_challenge(name).await
     }
 
-    /// An instance, through its whole creation.
-    async fn ready(&self, challenge: &Stored<Challenge>, key: InstanceKey) -> Stored<Instance> {
-        let held =
-            self.begin_create(challenge, &instance(key.clone(), Phase::Provisioning), None, &patient()).await.unwrap();
+    /// Creates an instance, with all the steps of a create.
+    async fn add_ready_instance(&self, challenge: &Stored<Challenge>, key: InstanceKey) -> Stored<Instance> {
+        let guard = self
+            .begin_create(challenge, &instance(key.clone(), Phase::Provisioning), None, &long_timeout())
+            .await
+            .unwrap();
         let ready = instance(key.clone(), Phase::Ready);
-        held.commit(Outcome::Put(Box::new(ready))).await.unwrap();
-        self.at(&key).await
+        guard.commit(Outcome::Put(Box::new(ready))).await.unwrap();
+        self.stored_instance(&key).await
     }
 
-    /// Stores instances as they are, and their index keys, without the steps.
-    async fn put(&self, instances: &[Instance]) {
+    /// Stores instances and their index keys directly, without the steps of a create.
+    async fn put_instances(&self, instances: &[Instance]) {
         for some in instances.chunks(30) {
             let layout = &self.core.layout;
             let mut success = Vec::new();
@@ -298,19 +246,19 @@ impl<T: Tested> Coordination<T> {
         }
     }
 
-    /// Puts raw bytes in a key's place.
-    async fn garble(&self, key: String, value: &str) {
+    /// Overwrites a key with raw bytes.
+    async fn put_raw(&self, key: String, value: &str) {
         self.core.kv.txn(Txn { success: vec![Op::put(key, value)], ..Txn::default() }).await.unwrap();
     }
 
-    /// Ends the lease behind the store's back, as if it had run out.
-    async fn revoke(&self) {
+    /// Revokes the lease without the replica's knowledge, as if it had expired.
+    async fn revoke_lease(&self) {
         let lease = self.core.lease().await.unwrap();
         self.core.kv.revoke(lease.id).await.unwrap();
     }
 
-    /// The index is what follows from the records, no more and no less; and nothing is owned.
-    async fn check(&self) {
+    /// Asserts that no ownership is left and that the index matches the records exactly.
+    async fn check_invariants(&self) {
         eventually("nothing is owned", || async { self.live_keys().await.is_empty() }).await;
         let layout = &self.core.layout;
         let mut expected = BTreeSet::new();

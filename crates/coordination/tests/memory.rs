@@ -1,8 +1,8 @@
-//! What is held in memory, counted at the allocator: so much for each who waits, and a page of what is listed.
+//! Memory use, measured at the allocator: per waiter of a lock, and of a listing.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
-#[path = "../benches/coordination/nothing.rs"]
-mod nothing;
+#[path = "../benches/coordination/noop.rs"]
+mod noop;
 
 use std::{
     collections::BTreeMap,
@@ -13,47 +13,45 @@ use std::{
 use dhat::{HeapStats, Profiler};
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use gauntlet_coordination::{Coordination, Etcd, EtcdConfig, kv::Kv};
-use gauntlet_domain::{ChallengeId, LockKind, LockOptions, NewChallenge, SourceId, Store as _};
+use gauntlet_domain::{LockKind, LockOptions, Store as _};
 use gauntlet_stack::Etcd as Server;
 use gauntlet_telemetry::{Instruments, db::Database};
+use gauntlet_testing::fixtures::{challenge_id, new_challenge, source_id};
 
 #[global_allocator]
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
 
-/// There is one allocator: one test at a time.
-static ALONE: Mutex<()> = Mutex::new(());
-
-fn id(text: &str) -> ChallengeId {
-    ChallengeId::new(text).unwrap()
-}
+/// The profiler is global, so the tests run one at a time.
+static PROFILING: Mutex<()> = Mutex::new(());
 
 async fn etcd(server: &Server) -> Coordination<Etcd> {
     let database = Database::etcd(&Instruments::noop());
-    // However slow the machine is, no lease runs out and no call is given up.
+    // Long enough that no lease expires and no call times out on a slow machine.
     let long = Duration::from_secs(60);
     let config = EtcdConfig { lease_ttl: long, deadline: long, ..EtcdConfig::new([server.url()]) };
     Coordination::etcd(config, "a".to_owned(), database).await.unwrap()
 }
 
-/// The bytes that each of so many waiters takes.
-async fn each_of<K: Kv>(store: &Coordination<K>, count: usize) -> usize {
-    let (web, by) = (id(&format!("web-{count}")), LockOptions { traceparent: None, timeout: Duration::from_secs(600) });
-    let acquire = || store.lock(LockKind::Challenge, &web, &by);
-    let held = acquire().await.unwrap();
-    // What the first one sets up for all.
+/// Returns the bytes per waiter among `count` waiters of one lock.
+async fn bytes_per_waiter<K: Kv>(store: &Coordination<K>, count: usize) -> usize {
+    let (web, options) =
+        (challenge_id(&format!("web-{count}")), LockOptions { traceparent: None, timeout: Duration::from_secs(600) });
+    let acquire = || store.lock(LockKind::Challenge, &web, &options);
+    let guard = acquire().await.unwrap();
+    // The first waiter sets up the watch, which the others share.
     let mut first = acquire();
-    waiting(store, 1, std::slice::from_mut(&mut first)).await;
+    wait_until_queued(store, 1, std::slice::from_mut(&mut first)).await;
     let before = HeapStats::get().curr_bytes;
     let mut waiters: Vec<_> = (0..count).map(|_| acquire()).collect();
-    waiting(store, count + 1, &mut waiters).await;
+    wait_until_queued(store, count + 1, &mut waiters).await;
     let taken = HeapStats::get().curr_bytes - before;
     drop((first, waiters));
-    held.release().await.unwrap();
+    guard.release().await.unwrap();
     taken / count
 }
 
-/// Polls the waiters until all are in the queue, and the watch has seen them.
-async fn waiting<K: Kv, F: Future + Unpin>(store: &Coordination<K>, count: usize, waiters: &mut [F]) {
+/// Polls the waiters until all of them are in the queue and the watch has seen them.
+async fn wait_until_queued<K: Kv, F: Future + Unpin>(store: &Coordination<K>, count: usize, waiters: &mut [F]) {
     let deadline = Instant::now() + Duration::from_secs(120);
     loop {
         assert!(waiters.iter_mut().all(|waiter| waiter.now_or_never().is_none()));
@@ -66,51 +64,42 @@ async fn waiting<K: Kv, F: Future + Unpin>(store: &Coordination<K>, count: usize
     }
 }
 
-async fn waiters_are_flat<K: Kv>(store: &Coordination<K>) {
+async fn assert_flat_waiters<K: Kv>(store: &Coordination<K>) {
     let _profiler = Profiler::builder().testing().build();
-    let (few, many) = (each_of(store, 100).await, each_of(store, 500).await);
-    println!("{}: {few} bytes for each of 100 who wait, {many} for each of 500", store.backend());
-    assert!(many < few * 5 / 4, "{few} bytes for each of 100 who wait, {many} for each of 500");
+    let (few, many) = (bytes_per_waiter(store, 100).await, bytes_per_waiter(store, 500).await);
+    println!("{}: {few} bytes per waiter among 100, {many} among 500", store.backend());
+    assert!(many < few * 5 / 4, "{few} bytes per waiter among 100, {many} among 500");
 }
 
 #[test]
-fn what_a_waiter_takes_is_the_same_beside_many() {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+fn memory_per_waiter_does_not_grow_with_their_number() {
+    let _profiling = PROFILING.lock().unwrap_or_else(PoisonError::into_inner);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let dir = tempfile::tempdir().unwrap();
     runtime.block_on(async {
-        waiters_are_flat(&Coordination::embedded(&dir.path().join("store"), "a".to_owned()).await.unwrap()).await;
-        waiters_are_flat(&etcd(&Server::start(dir.path()).unwrap()).await).await;
+        assert_flat_waiters(&Coordination::embedded(&dir.path().join("store"), "a".to_owned()).await.unwrap()).await;
+        assert_flat_waiters(&etcd(&Server::start(dir.path()).unwrap()).await).await;
     });
 }
 
-/// The bytes taken at most while all there is is listed, above what was taken before.
-async fn listing_takes<K: Kv>(store: &Arc<Coordination<K>>, challenges: usize) -> usize {
+/// Adds challenges, lists everything, and returns the peak of bytes allocated by the listing.
+async fn peak_bytes_of_listing<K: Kv>(store: &Arc<Coordination<K>>, challenges: usize) -> usize {
     const EACH: usize = 2;
-    let gauntlet = nothing::gauntlet(store.clone());
-    let made: Vec<_> = (0..challenges)
+    let gauntlet = noop::gauntlet(store.clone());
+    let creates: Vec<_> = (0..challenges)
         .map(|at| {
             let gauntlet = gauntlet.clone();
             async move {
-                let challenge = id(&format!("{challenges:05}-{at:05}"));
-                let new = NewChallenge {
-                    id: challenge.clone(),
-                    scenario: "registry.test/web:1".to_owned(),
-                    timeout: Some(Duration::from_secs(3600)),
-                    until: None,
-                    additional: BTreeMap::new(),
-                    min: 0,
-                    max: 0,
-                };
-                gauntlet.create_challenge(&nothing::call(), new).await.unwrap();
+                let challenge = challenge_id(&format!("{challenges:05}-{at:05}"));
+                gauntlet.create_challenge(&noop::call_now(), new_challenge(challenge.as_str(), 0)).await.unwrap();
                 for team in 0..EACH {
-                    let source = SourceId::new(format!("team-{team}")).unwrap();
-                    gauntlet.create_instance(&nothing::call(), &challenge, &source, BTreeMap::new()).await.unwrap();
+                    let source = source_id(&format!("team-{team}"));
+                    gauntlet.create_instance(&noop::call_now(), &challenge, &source, BTreeMap::new()).await.unwrap();
                 }
             }
         })
         .collect();
-    futures::stream::iter(made).for_each_concurrent(64, |one| one).await;
+    futures::stream::iter(creates).for_each_concurrent(64, |one| one).await;
     let profiler = Profiler::builder().testing().build();
     let mut listed = (0, 0);
     let mut all = gauntlet.query_challenges();
@@ -124,26 +113,26 @@ async fn listing_takes<K: Kv>(store: &Arc<Coordination<K>>, challenges: usize) -
         instances += 1;
     }
     assert_eq!(instances, listed.1);
-    let most = HeapStats::get().max_bytes;
+    let peak = HeapStats::get().max_bytes;
     drop(profiler);
-    most
+    peak
 }
 
-async fn listings_are_bounded<K: Kv>(store: Coordination<K>) {
+async fn assert_bounded_listings<K: Kv>(store: Coordination<K>) {
     let store = Arc::new(store);
-    // Both are longer than a page.
-    let (few, many) = (listing_takes(&store, 300).await, listing_takes(&store, 600).await);
+    // Both listings are longer than a page.
+    let (few, many) = (peak_bytes_of_listing(&store, 300).await, peak_bytes_of_listing(&store, 600).await);
     println!("{}: listing 300 challenges takes {few} bytes, 900 {many}", store.backend());
     assert!(many < few * 3 / 2, "{few} bytes for 300 challenges, {many} for 900");
 }
 
 #[test]
-fn what_a_list_takes_does_not_grow_with_it() {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+fn memory_of_a_listing_does_not_grow_with_its_length() {
+    let _profiling = PROFILING.lock().unwrap_or_else(PoisonError::into_inner);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let dir = tempfile::tempdir().unwrap();
     runtime.block_on(async {
-        listings_are_bounded(Coordination::embedded(&dir.path().join("store"), "a".to_owned()).await.unwrap()).await;
-        listings_are_bounded(etcd(&Server::start(dir.path()).unwrap()).await).await;
+        assert_bounded_listings(Coordination::embedded(&dir.path().join("store"), "a".to_owned()).await.unwrap()).await;
+        assert_bounded_listings(etcd(&Server::start(dir.path()).unwrap()).await).await;
     });
 }

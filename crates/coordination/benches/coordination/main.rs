@@ -1,12 +1,13 @@
-//! What coordination costs beside one raw transaction of the store below it. `cargo xtask bench coordination` runs it.
+//! Compares coordination with one raw transaction of its store. `cargo xtask bench coordination` runs it.
 #![allow(clippy::expect_used, reason = "a bench")]
 
 mod measure;
-mod nothing;
+mod noop;
 mod store;
-mod work;
+mod workloads;
 
 use std::{
+    num::{ParseFloatError, ParseIntError},
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -16,13 +17,13 @@ use measure::Row;
 use store::Backend;
 
 const HELP: &str = "\
-Measures coordination beside one raw transaction of its store (a compare, a put of 256 bytes, a get), in the same run, turn by turn
+Compares coordination with one raw transaction of its store (a compare, a put of 256 bytes, a get). Both run in turns.
 
   --backend etcd|embedded   The store [default: etcd]
-  --seconds N               How long each of the two is measured, for each row [default: 8]
-  --only NAME               Only the rows whose name begins so
-  --listing CHALLENGES      Lists so many challenges of ten instances each instead, and counts them
-  --json FILE               Where the rows go [default: target/bench/coordination.json]
+  --seconds N               How long to measure each of the two, per row [default: 8]
+  --only NAME               Measures only the rows whose name starts with NAME
+  --listing CHALLENGES      Instead measures listings of this many challenges with ten instances each
+  --json FILE               Where to write the rows [default: target/bench/coordination.json]
 ";
 
 struct Arguments {
@@ -34,68 +35,59 @@ struct Arguments {
 }
 
 impl Arguments {
-    fn read(mut from: impl Iterator<Item = String>) -> Result<Self, String> {
-        let workspace = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
-        let json = workspace.join("target/bench/coordination.json");
-        let mut read = Self { backend: Backend::Etcd, seconds: 8.0, only: String::new(), listing: None, json };
-        while let Some(name) = from.next() {
-            // What `cargo bench` adds.
-            if name == "--bench" {
-                continue;
-            }
-            let value = from.next().ok_or_else(|| HELP.to_owned())?;
-            let wrong = |problem: String| format!("{name} {value}: {problem}\n\n{HELP}");
-            match name.as_str() {
-                "--backend" => {
-                    read.backend = match value.as_str() {
-                        "etcd" => Backend::Etcd,
-                        "embedded" => Backend::Embedded,
-                        _ => return Err(wrong("it is neither etcd nor embedded".to_owned())),
-                    }
-                }
-                "--seconds" => {
-                    read.seconds = value.parse().map_err(|error: std::num::ParseFloatError| wrong(error.to_string()))?
-                }
-                "--only" => read.only = value,
-                "--listing" => {
-                    let count = value.parse().map_err(|error: std::num::ParseIntError| wrong(error.to_string()))?;
-                    read.listing = Some(count);
-                }
-                "--json" => read.json = value.into(),
-                _ => return Err(HELP.to_owned()),
-            }
+    fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self, String> {
+        let json = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/bench/coordination.json").into();
+        let mut parsed = Self { backend: Backend::Etcd, seconds: 8.0, only: String::new(), listing: None, json };
+        // `cargo bench` passes `--bench`.
+        while let Some(name) = arguments.find(|argument| argument != "--bench") {
+            let value = arguments.next().ok_or(HELP)?;
+            parsed.set(&name, value).map_err(|problem| format!("{name}: {problem}\n\n{HELP}"))?;
         }
-        Ok(read)
+        Ok(parsed)
+    }
+
+    fn set(&mut self, name: &str, value: String) -> Result<(), String> {
+        match name {
+            "--backend" => self.backend = Backend::parse(&value).ok_or("must be etcd or embedded")?,
+            "--seconds" => self.seconds = value.parse().map_err(|error: ParseFloatError| error.to_string())?,
+            "--only" => self.only = value,
+            "--listing" => self.listing = Some(value.parse().map_err(|error: ParseIntError| error.to_string())?),
+            "--json" => self.json = value.into(),
+            _ => return Err("unknown option".to_owned()),
+        }
+        Ok(())
     }
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let arguments = match Arguments::read(std::env::args().skip(1)) {
-        Ok(arguments) => arguments,
-        Err(help) => {
-            eprintln!("{help}");
-            return ExitCode::FAILURE;
-        }
+    let result = match Arguments::parse(std::env::args().skip(1)) {
+        Ok(arguments) => run(arguments).await,
+        Err(usage) => Err(usage),
     };
-    if let Some(challenges) = arguments.listing {
-        work::listing(arguments.backend, challenges).await;
-        return ExitCode::SUCCESS;
-    }
-    let rows = work::all(arguments.backend, Duration::from_secs_f64(arguments.seconds), &arguments.only).await;
-    Row::print(&rows);
-    match write(&rows, &arguments.json) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{}: {error}", arguments.json.display());
+    result.map_or_else(
+        |message| {
+            eprintln!("{message}");
             ExitCode::FAILURE
-        }
-    }
+        },
+        |()| ExitCode::SUCCESS,
+    )
 }
 
-fn write(rows: &[Row], to: &Path) -> std::io::Result<()> {
-    if let Some(dir) = to.parent() {
+async fn run(arguments: Arguments) -> Result<(), String> {
+    if let Some(challenges) = arguments.listing {
+        workloads::listing(arguments.backend, challenges).await;
+        return Ok(());
+    }
+    let time = Duration::from_secs_f64(arguments.seconds);
+    let rows = workloads::all(arguments.backend, time, &arguments.only).await;
+    Row::print(&rows);
+    write(&rows, &arguments.json).map_err(|error| format!("cannot write {}: {error}", arguments.json.display()))
+}
+
+fn write(rows: &[Row], path: &Path) -> std::io::Result<()> {
+    if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
     }
-    std::fs::write(to, serde_json::to_vec_pretty(rows)?)
+    std::fs::write(path, serde_json::to_vec_pretty(rows)?)
 }

@@ -1,4 +1,4 @@
-//! Two things measured by turns, so that whatever else the machine does meets both.
+//! Measures two workloads in turns, so that other load on the machine affects both.
 
 use std::{
     sync::{
@@ -11,40 +11,40 @@ use std::{
 use futures::future::BoxFuture;
 use serde::Serialize;
 
-/// How often the two take turns.
+/// The number of turns of each workload.
 const TURNS: u32 = 8;
 
-/// What is measured; it is given the number of the client, and one that no other call is given.
-pub(crate) type Work = Arc<dyn Fn(usize, u64) -> BoxFuture<'static, ()> + Send + Sync>;
+/// A workload; called with the client's number and a number that is unique to the call.
+pub(crate) type Workload = Arc<dyn Fn(usize, u64) -> BoxFuture<'static, ()> + Send + Sync>;
 
-/// One thing beside the raw transaction.
+/// A workload's rate compared with the raw transaction's.
 #[derive(Debug, Serialize)]
 pub(crate) struct Row {
-    /// What was measured.
+    /// The workload.
     pub(crate) name: &'static str,
-    /// How many did it at once.
+    /// The number of concurrent clients.
     pub(crate) clients: usize,
-    /// How often it was done in a second.
+    /// Calls of the workload per second.
     pub(crate) ours_per_s: f64,
-    /// How often the raw transaction was, by as many.
+    /// Raw transactions per second with the same number of clients.
     pub(crate) raw_per_s: f64,
-    /// The first over the second.
+    /// `ours_per_s` divided by `raw_per_s`.
     pub(crate) ratio: f64,
-    /// What the ratio should be at least, where there is a target.
+    /// The lowest acceptable ratio, if there is a target.
     pub(crate) target: Option<f64>,
 }
 
-/// Measures `ours` beside `raw`, each for about `each` in all.
-pub(crate) async fn beside(
+/// Compares `ours` with `raw`; measures each for about `time` in total.
+pub(crate) async fn compare(
     name: &'static str,
     clients: usize,
     target: Option<f64>,
-    each: Duration,
-    ours: Work,
-    raw: Work,
+    time: Duration,
+    ours: Workload,
+    raw: Workload,
 ) -> Row {
-    let turn = each / TURNS;
-    // Connections and caches.
+    let turn = time / TURNS;
+    // Warm-up: connections and caches.
     run(clients, turn / 4, &raw).await;
     run(clients, turn / 4, &ours).await;
     let (mut done_ours, mut done_raw) = ((0, Duration::ZERO), (0, Duration::ZERO));
@@ -59,17 +59,17 @@ pub(crate) async fn beside(
     Row { name, clients, ours_per_s, raw_per_s, ratio: ours_per_s / raw_per_s, target }
 }
 
-/// Has so many clients do it over and over, each a task of its own and at least once; answers how often it was done, in what time.
-pub(crate) async fn run(clients: usize, time: Duration, work: &Work) -> (u64, Duration) {
+/// Runs a workload in a loop on concurrent clients for `time`, at least once each. Returns the number of calls and the elapsed time.
+pub(crate) async fn run(clients: usize, time: Duration, workload: &Workload) -> (u64, Duration) {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let stop = Arc::new(AtomicBool::new(false));
     let started = Instant::now();
     let clients = (0..clients).map(|client| {
-        let (work, stop) = (work.clone(), stop.clone());
+        let (workload, stop) = (workload.clone(), stop.clone());
         tokio::spawn(async move {
             let mut done = 0;
             loop {
-                work(client, NUMBER.fetch_add(1, Ordering::Relaxed)).await;
+                workload(client, NUMBER.fetch_add(1, Ordering::Relaxed)).await;
                 done += 1;
                 if stop.load(Ordering::Relaxed) {
                     return done;

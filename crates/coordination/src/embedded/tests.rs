@@ -4,12 +4,14 @@
 mod disk;
 mod power;
 
-use gauntlet_domain::{Intent, LockKind, LockOptions, Outcome, Store as _, Unfinished};
+use gauntlet_domain::{
+    Challenge, Instance, InstanceKey, Intent, LockKind, LockOptions, Outcome, Pinned, Store as _, Unfinished,
+};
+use gauntlet_testing::fixtures::{REFERENCE, challenge, challenge_id, instance, source_key, timestamp};
 
 use super::*;
 use crate::{
     Coordination,
-    contract::{at, challenge, id, instance, instance_key},
     kv::{Compare, Condition},
 };
 
@@ -160,17 +162,21 @@ fn open_error_names_the_path() {
 async fn version_1_file_opens_and_stays_usable() {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/embedded/tests/version-1.redb");
     let open = |path: PathBuf| async move { Coordination::embedded(&path, "a".to_owned()).await.unwrap() };
-    let (by, alice, bob) = (LockOptions::default(), instance_key("web", "alice"), instance_key("web", "bob"));
-    let ready = instance(alice.clone(), gauntlet_domain::Phase::Ready);
-    let begun = instance(bob.clone(), gauntlet_domain::Phase::Provisioning);
+    let (options, alice, bob) = (LockOptions::default(), source_key("web", "alice"), source_key("web", "bob"));
+    // The file's own digest, which the shared fixtures don't use.
+    let scenario = Pinned { reference: REFERENCE.to_owned(), digest: format!("sha256:{}", "ab".repeat(32)) };
+    let challenge = Challenge { scenario: scenario.clone(), ..challenge("web") };
+    let with_phase = |key: &InstanceKey, phase| Instance { scenario: scenario.clone(), ..instance(key.clone(), phase) };
+    let ready = with_phase(&alice, gauntlet_domain::Phase::Ready);
+    let begun = with_phase(&bob, gauntlet_domain::Phase::Provisioning);
     if !fixture.exists() {
         let store = open(fixture.clone()).await;
-        store.insert_challenge(&challenge("web")).await.unwrap();
-        let web = store.challenge(&id("web")).await.unwrap().unwrap();
-        let creating = instance(alice.clone(), gauntlet_domain::Phase::Provisioning);
-        let held = store.begin_create(&web, &creating, None, &by).await.unwrap();
-        held.commit(Outcome::Put(Box::new(ready.clone()))).await.unwrap();
-        let _interrupted = store.begin_create(&web, &begun, None, &by).await.unwrap();
+        store.insert_challenge(&challenge).await.unwrap();
+        let web = store.challenge(&challenge.id).await.unwrap().unwrap();
+        let creating = with_phase(&alice, gauntlet_domain::Phase::Provisioning);
+        let guard = store.begin_create(&web, &creating, None, &options).await.unwrap();
+        guard.commit(Outcome::Put(Box::new(ready.clone()))).await.unwrap();
+        let _interrupted = store.begin_create(&web, &begun, None, &options).await.unwrap();
         store.core.kv.close().await;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -178,14 +184,14 @@ async fn version_1_file_opens_and_stays_usable() {
     std::fs::copy(&fixture, &path).unwrap();
     for _ in 0..2 {
         let store = open(path.clone()).await;
-        assert_eq!(store.challenge(&id("web")).await.unwrap().unwrap().value, challenge("web"));
+        assert_eq!(store.challenge(&challenge.id).await.unwrap().unwrap().value, challenge);
         let stored = store.instance(&alice).await.unwrap().unwrap();
         assert_eq!(stored.value, ready);
-        store.rewrite(&stored, &ready, &by).await.unwrap();
-        if store.unfinished(at(0)).await.unwrap() == [Unfinished::Instance(bob.clone())] {
-            let (held, left) = store.begin(&bob, Intent::Recover, &by).await.unwrap();
+        store.rewrite(&stored, &ready, &options).await.unwrap();
+        if store.unfinished(timestamp(0)).await.unwrap() == [Unfinished::Instance(bob.clone())] {
+            let (guard, left) = store.begin(&bob, Intent::Recover, &options).await.unwrap();
             assert_eq!(left, begun);
-            held.commit(Outcome::Remove).await.unwrap();
+            guard.commit(Outcome::Remove).await.unwrap();
         }
         assert_eq!(store.instance(&bob).await.unwrap(), None);
         store.shutdown().await;
@@ -306,24 +312,24 @@ async fn restart_keeps_records_and_finds_unfinished_work() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     let open = || async { Coordination::embedded(&path, "a".to_owned()).await.unwrap() };
-    let (by, key) = (LockOptions::default(), instance_key("web", "alice"));
+    let (options, key) = (LockOptions::default(), source_key("web", "alice"));
     let store = open().await;
     store.insert_challenge(&challenge("web")).await.unwrap();
-    let web = store.challenge(&id("web")).await.unwrap().unwrap();
+    let web = store.challenge(&challenge_id("web")).await.unwrap().unwrap();
     let intent = instance(key.clone(), gauntlet_domain::Phase::Provisioning);
-    let owner = store.begin_create(&web, &intent, None, &by).await.unwrap();
-    let lock = store.lock(LockKind::Rollout, &id("web"), &by).await.unwrap();
+    let owner = store.begin_create(&web, &intent, None, &options).await.unwrap();
+    let lock = store.lock(LockKind::Rollout, &challenge_id("web"), &options).await.unwrap();
     // Like a crash: nothing is released.
     store.core.kv.close().await;
     drop(store);
     let store = open().await;
-    assert_eq!(store.challenge(&id("web")).await.unwrap().unwrap(), web);
-    assert_eq!(store.unfinished(at(0)).await.unwrap(), vec![Unfinished::Instance(key.clone())]);
-    let again = store.lock(LockKind::Rollout, &id("web"), &by).await.unwrap();
+    assert_eq!(store.challenge(&challenge_id("web")).await.unwrap().unwrap(), web);
+    assert_eq!(store.unfinished(timestamp(0)).await.unwrap(), vec![Unfinished::Instance(key.clone())]);
+    let again = store.lock(LockKind::Rollout, &challenge_id("web"), &options).await.unwrap();
     assert!(again.token > lock.token && again.token > owner.token);
-    let (held, left) = store.begin(&key, Intent::Recover, &by).await.unwrap();
+    let (guard, left) = store.begin(&key, Intent::Recover, &options).await.unwrap();
     assert_eq!(left, intent);
-    held.commit(Outcome::Remove).await.unwrap();
+    guard.commit(Outcome::Remove).await.unwrap();
     store.shutdown().await;
     assert!(store.ping().await.is_err());
     assert!(store.insert_challenge(&challenge("late")).await.is_err());
@@ -339,14 +345,14 @@ async fn broken_watch_is_listed_again_and_wakes_waiters() {
     let dir = tempfile::tempdir().unwrap();
     let store = Coordination::embedded(&dir.path().join("store"), "a".to_owned()).await.unwrap();
     let kv = store.core.kv.clone();
-    let by = LockOptions { timeout: Duration::from_secs(30), ..LockOptions::default() };
-    let web = id("web");
-    let first = store.lock(LockKind::Rollout, &web, &by).await.unwrap();
+    let options = LockOptions { timeout: Duration::from_secs(30), ..LockOptions::default() };
+    let web = challenge_id("web");
+    let first = store.lock(LockKind::Rollout, &web, &options).await.unwrap();
     // The lock was handed over, so the watch is running.
-    let (held, released) = tokio::join!(store.lock(LockKind::Rollout, &web, &by), first.release());
+    let (guard, released) = tokio::join!(store.lock(LockKind::Rollout, &web, &options), first.release());
     released.unwrap();
-    let held = held.unwrap();
-    let mut waiting = Box::pin(store.lock(LockKind::Rollout, &web, &by));
+    let guard = guard.unwrap();
+    let mut waiting = Box::pin(store.lock(LockKind::Rollout, &web, &options));
     let queue = Get { range: store.core.layout.queue(LockKind::Rollout, &web), limit: 0, keys_only: true };
     let queued = async {
         while kv.page(queue.clone(), None).await.unwrap().kvs.len() < 2 {
@@ -355,8 +361,8 @@ async fn broken_watch_is_listed_again_and_wakes_waiters() {
     };
     tokio::select! { biased; taken = &mut waiting => panic!("{taken:?}"), () = queued => {} }
     let holder =
-        kv.page(queue.clone(), None).await.unwrap().kvs.into_iter().find(|kv| kv.create_revision == held.token);
-    let compare = vec![Compare::create_revision(&holder.as_ref().unwrap().key, held.token)];
+        kv.page(queue.clone(), None).await.unwrap().kvs.into_iter().find(|kv| kv.create_revision == guard.token);
+    let compare = vec![Compare::create_revision(&holder.as_ref().unwrap().key, guard.token)];
     let success = vec![Op::delete(&holder.unwrap().key)];
     let (deletion, commits) = (Txn { compare, success, failure: Vec::new() }, kv.clone());
     let other_thread = std::thread::spawn(move || {
@@ -371,6 +377,6 @@ async fn broken_watch_is_listed_again_and_wakes_waiters() {
     });
     other_thread.join().unwrap();
     let next = waiting.await.unwrap();
-    assert!(next.token > held.token);
+    assert!(next.token > guard.token);
     next.release().await.unwrap();
 }

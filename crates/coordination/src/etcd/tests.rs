@@ -1,8 +1,12 @@
 //! A cluster that is stopped, frozen or refuses calls, and the configuration errors.
 #![allow(clippy::unwrap_used, reason = "tests")]
-use gauntlet_domain::{ChallengeId, LockKind, LockOptions, Store as _};
+use gauntlet_domain::{LockKind, LockOptions, Store as _};
 use gauntlet_stack::{Etcd as Server, Process, Ready, Spec, Tool, Tools};
 use gauntlet_telemetry::Instruments;
+use gauntlet_testing::{
+    eventually,
+    fixtures::{challenge, challenge_id, instance, new_challenge, source_id, source_key},
+};
 
 use std::path::{Path, PathBuf};
 
@@ -17,18 +21,7 @@ async fn replica(config: EtcdConfig) -> Coordination<Etcd> {
     Coordination::etcd(config, "a".to_owned(), database()).await.unwrap()
 }
 
-async fn until_ok<T, F: Future<Output = Result<T, Error>>>(mut call: impl FnMut() -> F) -> T {
-    let ends = Instant::now() + Duration::from_secs(30);
-    loop {
-        match call().await {
-            Ok(answer) => return answer,
-            Err(error) => assert!(Instant::now() < ends, "{error}"),
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-fn by() -> LockOptions {
+fn lock_options() -> LockOptions {
     LockOptions { traceparent: None, timeout: Duration::from_secs(30) }
 }
 
@@ -38,23 +31,23 @@ async fn stopped_etcd_is_reported_and_reconnected() {
     let mut server = Server::start(dir.path()).unwrap();
     let deadline = Duration::from_secs(2);
     let store = replica(EtcdConfig { deadline, ..EtcdConfig::new([server.url()]) }).await;
-    let (web, by) = (ChallengeId::new("web").unwrap(), by());
-    let held = until_ok(|| store.lock(LockKind::Challenge, &web, &by)).await;
-    held.release().await.unwrap();
+    let (web, options) = (challenge_id("web"), lock_options());
+    let guard = eventually("the lock is acquired", || store.lock(LockKind::Challenge, &web, &options)).await;
+    guard.release().await.unwrap();
     for _ in 0..2 {
         server.process.kill().unwrap();
         for _ in 0..3 {
             let error = store.challenge(&web).await.unwrap_err();
             assert!(matches!(&error, Error::Unavailable { what: "etcd", .. }), "{error}");
-            let error = store.lock(LockKind::Challenge, &web, &by).await.unwrap_err();
+            let error = store.lock(LockKind::Challenge, &web, &options).await.unwrap_err();
             assert!(matches!(&error, Error::Unavailable { what: "etcd", .. }), "{error}");
         }
         server.process.start().unwrap();
-        until_ok(|| store.ping()).await;
-        let held = until_ok(|| store.lock(LockKind::Challenge, &web, &by)).await;
+        eventually("etcd responds", || store.ping()).await;
+        let guard = eventually("the lock is acquired", || store.lock(LockKind::Challenge, &web, &options)).await;
         // The watch works again, too.
-        let waiting = store.lock(LockKind::Challenge, &web, &by);
-        drop(held);
+        let waiting = store.lock(LockKind::Challenge, &web, &options);
+        drop(guard);
         waiting.await.unwrap().release().await.unwrap();
     }
     store.shutdown().await;
@@ -68,9 +61,9 @@ async fn unreachable_member_is_skipped() {
     for endpoints in [[unreachable.clone(), server.url()], [server.url(), unreachable.clone()]] {
         let store = replica(EtcdConfig::new(endpoints)).await;
         for n in 0..20 {
-            let id = ChallengeId::new(format!("web-{n}")).unwrap();
-            let held = store.lock(LockKind::Challenge, &id, &by()).await.unwrap();
-            held.release().await.unwrap();
+            let id = challenge_id(&format!("web-{n}"));
+            let guard = store.lock(LockKind::Challenge, &id, &lock_options()).await.unwrap();
+            guard.release().await.unwrap();
             store.ping().await.unwrap();
         }
         store.shutdown().await;
@@ -83,8 +76,8 @@ async fn frozen_etcd_does_not_hang_calls() {
     let server = Server::start(dir.path()).unwrap();
     let deadline = Duration::from_millis(300);
     let store = replica(EtcdConfig { deadline, ..EtcdConfig::new([server.url()]) }).await;
-    let (web, by) = (ChallengeId::new("web").unwrap(), by());
-    let held = until_ok(|| store.lock(LockKind::Challenge, &web, &by)).await;
+    let (web, options) = (challenge_id("web"), lock_options());
+    let guard = eventually("the lock is acquired", || store.lock(LockKind::Challenge, &web, &options)).await;
     server.process.signal(rustix::process::Signal::STOP);
     // The signal stops the process when it is scheduled next, not at once.
     let ends = Instant::now() + Duration::from_secs(30);
@@ -92,11 +85,11 @@ async fn frozen_etcd_does_not_hang_calls() {
         assert!(Instant::now() < ends, "etcd was not stopped");
     }
     assert!(matches!(store.challenge(&web).await, Err(Error::Unavailable { .. })));
-    assert!(matches!(store.lock(LockKind::Rollout, &web, &by).await, Err(Error::Unavailable { .. })));
-    assert!(matches!(held.release().await, Err(Error::Unavailable { .. })));
+    assert!(matches!(store.lock(LockKind::Rollout, &web, &options).await, Err(Error::Unavailable { .. })));
+    assert!(matches!(guard.release().await, Err(Error::Unavailable { .. })));
     server.process.signal(rustix::process::Signal::CONT);
-    let held = until_ok(|| store.lock(LockKind::Challenge, &web, &by)).await;
-    held.release().await.unwrap();
+    let guard = eventually("the lock is acquired", || store.lock(LockKind::Challenge, &web, &options)).await;
+    guard.release().await.unwrap();
     store.shutdown().await;
 }
 
@@ -124,53 +117,43 @@ async fn served(server: &Server) -> std::collections::BTreeMap<String, u64> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn etcd_serves_the_budgeted_number_of_calls() {
     use futures::TryStreamExt as _;
-    use gauntlet_domain::{NewChallenge, SourceId};
 
-    use crate::contract::nothing::{call, gauntlet};
+    use crate::contract::noop::{call_now, gauntlet};
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path()).unwrap();
     let store = std::sync::Arc::new(replica(EtcdConfig::new([server.url()])).await);
     let gauntlet = gauntlet(store.clone());
-    let (web, alice) = (ChallengeId::new("web").unwrap(), SourceId::new("alice").unwrap());
-    let held = store.lock(LockKind::Challenge, &web, &by()).await.unwrap();
-    held.release().await.unwrap();
-    let new = |id: &ChallengeId, min| NewChallenge {
-        id: id.clone(),
-        scenario: "registry.test/web:1".to_owned(),
-        timeout: Some(Duration::from_secs(60)),
-        until: None,
-        additional: std::collections::BTreeMap::new(),
-        min,
-        max: 0,
-    };
-    gauntlet.create_challenge(&call(), new(&web, 0)).await.unwrap();
+    let (web, alice) = (challenge_id("web"), source_id("alice"));
+    let guard = store.lock(LockKind::Challenge, &web, &lock_options()).await.unwrap();
+    guard.release().await.unwrap();
+    gauntlet.create_challenge(&call_now(), new_challenge("web", 0)).await.unwrap();
     let before = std::cell::RefCell::new(served(&server).await);
-    let spent = async |what: &str, txns: u64, ranges: u64| {
+    let assert_served = async |what: &str, txns: u64, ranges: u64| {
         let now = served(&server).await;
         let since = |method| now.get(method).unwrap_or(&0) - before.borrow().get(method).unwrap_or(&0);
         assert_eq!((since("Txn"), since("Range")), (txns, ranges), "{what}");
         assert_eq!((since("Put"), since("DeleteRange")), (0, 0), "{what}");
         before.replace(now);
     };
-    let held = store.lock(LockKind::Challenge, &web, &by()).await.unwrap();
-    spent("acquire", 1, 0).await;
-    held.release().await.unwrap();
-    spent("release", 1, 0).await;
-    gauntlet.create_instance(&call(), &web, &alice, Default::default()).await.unwrap();
-    spent("create", 2, 0).await;
-    gauntlet.renew_instance(&call(), &web, &alice).await.unwrap();
-    spent("renew", 1, 0).await;
+    let guard = store.lock(LockKind::Challenge, &web, &lock_options()).await.unwrap();
+    assert_served("acquire", 1, 0).await;
+    guard.release().await.unwrap();
+    assert_served("release", 1, 0).await;
+    gauntlet.create_instance(&call_now(), &web, &alice, Default::default()).await.unwrap();
+    assert_served("create", 2, 0).await;
+    gauntlet.renew_instance(&call_now(), &web, &alice).await.unwrap();
+    assert_served("renew", 1, 0).await;
     let all: Vec<_> = gauntlet.query_instances(None).try_collect().await.unwrap();
     assert_eq!(all.len(), 1);
-    spent("a query of one page", 0, 1).await;
-    gauntlet.delete_instance(&call(), &web, &alice).await.unwrap();
-    spent("delete", 2, 0).await;
-    let pooled = ChallengeId::new("pooled").unwrap();
-    gauntlet.create_challenge(&call(), new(&pooled, 2)).await.unwrap();
-    gauntlet_testing::maintain_pool(&gauntlet, &call(), &pooled).await.unwrap();
+    assert_served("a listing of one page", 0, 1).await;
+    gauntlet.delete_instance(&call_now(), &web, &alice).await.unwrap();
+    assert_served("delete", 2, 0).await;
+    let pooled = challenge_id("pooled");
+    gauntlet.create_challenge(&call_now(), new_challenge("pooled", 2)).await.unwrap();
+    gauntlet_testing::maintain_pool(&gauntlet, &call_now(), &pooled).await.unwrap();
     before.replace(served(&server).await);
-    gauntlet.create_instance(&call(), &pooled, &alice, Default::default()).await.unwrap();
-    spent("claim", 1, 0).await;
+    gauntlet.create_instance(&call_now(), &pooled, &alice, Default::default()).await.unwrap();
+    assert_served("claim", 1, 0).await;
     store.shutdown().await;
 }
 
@@ -190,8 +173,8 @@ async fn authenticates_and_reports_a_wrong_password() {
     };
     let store = replica(config("hunter2")).await;
     store.ping().await.unwrap();
-    let held = store.lock(LockKind::Challenge, &ChallengeId::new("web").unwrap(), &by()).await.unwrap();
-    held.release().await.unwrap();
+    let guard = store.lock(LockKind::Challenge, &challenge_id("web"), &lock_options()).await.unwrap();
+    guard.release().await.unwrap();
     store.shutdown().await;
     let store = replica(config("wrong-secret")).await;
     let text = store.ping().await.unwrap_err().to_string();
@@ -210,11 +193,11 @@ async fn paged_scans_survive_compaction() {
     let server = Server::start(dir.path()).unwrap();
     let store = replica(EtcdConfig::new([server.url()])).await;
     let mut admin = Client::connect([server.url()], None).await.unwrap();
-    store.insert_challenge(&crate::contract::challenge("web")).await.unwrap();
-    let keys: Vec<_> = (0..INSTANCES).map(|n| crate::contract::instance_key("web", &format!("team-{n:04}"))).collect();
+    store.insert_challenge(&challenge("web")).await.unwrap();
+    let keys: Vec<_> = (0..INSTANCES).map(|n| source_key("web", &format!("team-{n:04}"))).collect();
     for some in keys.chunks(100) {
         let record = |key: &gauntlet_domain::InstanceKey| {
-            let instance = crate::contract::instance(key.clone(), gauntlet_domain::Phase::Ready);
+            let instance = instance(key.clone(), gauntlet_domain::Phase::Ready);
             Op::put(store.core.layout.instance(key), crate::records::write_instance(&instance))
         };
         store.core.kv.txn(Txn { success: some.iter().map(record).collect(), ..Txn::default() }).await.unwrap();
@@ -367,8 +350,8 @@ async fn connects_with_tls_and_reloads_replaced_certificates() {
     let config = EtcdConfig { tls: Some(tls.clone()), ..EtcdConfig::new([format!("127.0.0.1:{client}")]) };
     let store = replica(config.clone()).await;
     store.ping().await.unwrap();
-    let held = store.lock(LockKind::Challenge, &ChallengeId::new("web").unwrap(), &by()).await.unwrap();
-    held.release().await.unwrap();
+    let guard = store.lock(LockKind::Challenge, &challenge_id("web"), &lock_options()).await.unwrap();
+    guard.release().await.unwrap();
     store.shutdown().await;
     // Rejected: no client certificate, or another authority.
     let other = tempfile::tempdir().unwrap();
@@ -387,6 +370,6 @@ async fn connects_with_tls_and_reloads_replaced_certificates() {
     assert!(matches!(store.ping().await, Err(Error::Unavailable { what: "etcd", .. })));
     std::fs::copy(certificate, used).unwrap();
     std::fs::copy(key, used_key).unwrap();
-    until_ok(|| store.ping()).await;
+    eventually("etcd responds", || store.ping()).await;
     store.shutdown().await;
 }
