@@ -1,4 +1,4 @@
-//! Generates types, clients and servers from `proto/`, with no protoc: cargo is all that compiling this crate needs.
+//! Generates types, clients and servers from `proto/`. Needs no protoc.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -12,9 +12,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         fs::write(out.join(set), descriptors.encode_to_vec())?;
         let mut prost = tonic_prost_build::Config::new();
         prost
-            // The JSON mapping finds a message's descriptor by its name.
+            // The JSON mapping looks up descriptors by message name.
             .enable_type_names()
-            // Maps in key order: the same message is the same bytes and the same JSON.
+            // Ordered maps, so that equal messages have equal bytes and equal JSON.
             .btree_map(["."]);
         Ok(tonic_prost_build::configure().compile_fds_with_config(descriptors, prost)?)
     };

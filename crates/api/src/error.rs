@@ -1,8 +1,8 @@
-//! The errors of the v1 contract: one constructor for each reason, and their form over REST.
+//! The errors of the v1 contract: a constructor for each reason, and their REST form.
 //!
-//! Each carries its code, its message and its details (`google.rpc.Status`), so a gRPC server answers with it as it is and a REST
-//! server with [`http_status`] and [`body`]. `ErrorInfo.reason` is what clients match on, within its domain. Texts taken from
-//! a request are cut to 1024 bytes: they travel in a header.
+//! Each has a code, a message and details (`google.rpc.Status`). gRPC servers return it as it is; REST servers use [`http_status`] and
+//! [`body`]. Clients match on `ErrorInfo.reason` within its domain. Texts from a request are cut to 1024 bytes, because gRPC sends them in
+//! a header.
 
 use std::{borrow::Cow, collections::HashMap};
 
@@ -16,9 +16,9 @@ use tonic_types::{
 
 use crate::json;
 
-/// Domain of every reason but those of the registry. Clients match on it.
+/// The domain of all reasons but the registry's. Clients match on it.
 pub const DOMAIN: &str = "github.com/ctfer-io/chall-manager";
-/// Domain of the reasons that start with `OCI_`.
+/// The domain of the reasons that start with `OCI_`.
 pub const DOMAIN_OCI: &str = "github.com/ctfer-io/chall-manager/OCI";
 
 /// CHALLENGE_ALREADY_EXISTS: the id is taken.
@@ -45,7 +45,7 @@ pub fn challenge_not_found(id: &str) -> Status {
     )
 }
 
-/// CHALLENGE_EXPIRED: the challenge's `until` is past, so it gets no new instance.
+/// CHALLENGE_EXPIRED: the challenge's `until` has passed, so it accepts no new instances.
 #[must_use]
 pub fn challenge_expired(id: &str) -> Status {
     of_challenge(
@@ -101,8 +101,8 @@ pub fn challenge_pooler_out_of_bounds(min: i64, max: i64, limit: i64) -> Status 
     )
 }
 
-/// CHALLENGE_INVALID_UPDATE_MASK: a path of the mask is no field that an update can change. `paths` are all those of the mask; they are
-/// reported as the Go server does, in protobuf's text format.
+/// CHALLENGE_INVALID_UPDATE_MASK: the mask contains a path that an update can't change. `paths` are all paths of the mask; they are reported
+/// in protobuf's text format, as the Go server does.
 #[must_use]
 pub fn challenge_invalid_update_mask<S: AsRef<str>>(paths: &[S]) -> Status {
     let quoted = |path: &S| format!("paths:\"{}\"", path.as_ref().replace('\\', "\\\\").replace('"', "\\\""));
@@ -132,7 +132,7 @@ pub fn challenge_invalid_update_mask<S: AsRef<str>>(paths: &[S]) -> Status {
     )
 }
 
-/// INSTANCE_ALREADY_EXISTS: the source has its instance of the challenge.
+/// INSTANCE_ALREADY_EXISTS: the source already has an instance of the challenge.
 #[must_use]
 pub fn instance_already_exists(challenge_id: &str, source_id: &str) -> Status {
     of_instance(
@@ -148,7 +148,7 @@ pub fn instance_already_exists(challenge_id: &str, source_id: &str) -> Status {
     )
 }
 
-/// INSTANCE_NOT_FOUND: the source has no instance of the challenge, or, on retrieve, there is no such challenge.
+/// INSTANCE_NOT_FOUND: the source has no instance of the challenge. On retrieve, also if the challenge doesn't exist.
 #[must_use]
 pub fn instance_not_found(challenge_id: &str, source_id: &str) -> Status {
     of_instance(
@@ -172,7 +172,7 @@ pub fn instance_expired(challenge_id: &str, source_id: &str) -> Status {
     )
 }
 
-/// OCI_REFERENCE_MALFORMED: `why` says what the reference lacks.
+/// OCI_REFERENCE_MALFORMED: `why` explains what is wrong with the reference.
 #[must_use]
 pub fn oci_reference_malformed(reference: &str, why: &str) -> Status {
     Status::with_error_details_vec(
@@ -190,7 +190,7 @@ pub fn oci_reference_malformed(reference: &str, why: &str) -> Status {
     )
 }
 
-/// OCI_INTERACTION: the registry cannot be reached or refuses the credentials. Which one is for the operator's log.
+/// OCI_INTERACTION: the registry can't be reached or rejects the credentials. Details belong in the operator's log.
 #[must_use]
 pub fn oci_interaction(reference: &str) -> Status {
     of_scenario(
@@ -203,7 +203,7 @@ pub fn oci_interaction(reference: &str) -> Status {
     )
 }
 
-/// OCI_REFERENCE_NOT_FOUND: the registry answers, and does not have it.
+/// OCI_REFERENCE_NOT_FOUND: the registry doesn't have the reference.
 #[must_use]
 pub fn oci_reference_not_found(reference: &str) -> Status {
     of_scenario(
@@ -216,7 +216,7 @@ pub fn oci_reference_not_found(reference: &str) -> Status {
     )
 }
 
-/// SCENARIO_NON_MATCHING_SPECIFICATION: `why` names what is wrong in the scenario, where, and the fix.
+/// SCENARIO_NON_MATCHING_SPECIFICATION: `why` names the problem in the scenario, its position and the fix.
 #[must_use]
 pub fn scenario_non_matching_specification(reference: &str, why: &str) -> Status {
     of_scenario(
@@ -229,26 +229,26 @@ pub fn scenario_non_matching_specification(reference: &str, why: &str) -> Status
     )
 }
 
-/// SCENARIO_NOT_FOUND: `why` says what is missing: the reference itself, or the directory it names.
+/// SCENARIO_NOT_FOUND: `why` names what is missing: the reference, or its directory.
 #[must_use]
 pub fn scenario_not_found(reference: &str, why: &str) -> Status {
     of_scenario(Code::InvalidArgument, "Scenario not found.", DOMAIN, "SCENARIO_NOT_FOUND", reference, why)
 }
 
-/// SCENARIO_PREPROCESSING: the scenario is well-formed, and preparing it fails; `why` says at what.
+/// SCENARIO_PREPROCESSING: the scenario is valid but can't be prepared; `why` explains the failure.
 #[must_use]
 pub fn scenario_preprocessing(reference: &str, why: &str) -> Status {
     of_scenario(Code::InvalidArgument, "Scenario failed to prepare.", DOMAIN, "SCENARIO_PREPROCESSING", reference, why)
 }
 
-/// INTERNAL_ERROR: whatever the client has no part in. What it was belongs in logs and spans.
+/// INTERNAL_ERROR: a fault of the server. The cause belongs in logs and spans.
 #[must_use]
 pub fn internal_error() -> Status {
     Status::with_error_details_vec(Code::Internal, "An internal error occurred.", [info(DOMAIN, "INTERNAL_ERROR", [])])
 }
 
-/// Not now, perhaps later: a dependency does not answer, or others are ahead. `reason` is the error's stable code; the contract
-/// has no row for it.
+/// A temporary failure: a dependency doesn't respond, or the lock timeout has passed. `reason` is the error's stable code; the contract doesn't
+/// list it.
 #[must_use]
 pub fn unavailable(reason: &str) -> Status {
     Status::with_error_details_vec(
@@ -258,8 +258,8 @@ pub fn unavailable(reason: &str) -> Status {
     )
 }
 
-/// A field whose value is of the right type and still refused (an empty id, a negative timeout): `why` names value and fix. It
-/// has no reason of its own in the contract.
+/// A field with an invalid value of the right type, such as an empty id or a negative timeout: `why` names the value and the fix. The
+/// contract has no reason for it.
 #[must_use]
 pub fn invalid_field(field: &str, why: &str) -> Status {
     Status::with_error_details_vec(
@@ -269,13 +269,13 @@ pub fn invalid_field(field: &str, why: &str) -> Status {
     )
 }
 
-/// REST only: no such path.
+/// REST only: the path doesn't exist.
 #[must_use]
 pub fn unknown_path() -> Status {
     Status::not_found("Not Found")
 }
 
-/// REST only: the path is known, with other methods.
+/// REST only: the path exists, but not with this method.
 #[must_use]
 pub fn unknown_method() -> Status {
     Status::unimplemented("Method Not Allowed")
@@ -287,19 +287,19 @@ impl From<json::DecodeError> for Status {
     }
 }
 
-/// `ErrorInfo.reason` of an error, for clients; none where it carries none.
+/// Returns the `ErrorInfo.reason` of an error, if it has one.
 #[must_use]
 pub fn reason(status: &Status) -> Option<String> {
     status.get_details_error_info().map(|info| info.reason)
 }
 
-/// The HTTP status that goes with a code.
+/// Returns the HTTP status for a code.
 #[must_use]
 pub fn http_status(code: Code) -> http::StatusCode {
     use http::StatusCode as Http;
     match code {
         Code::Ok => Http::OK,
-        // Client closed request: not registered, and what gateways answer.
+        // "Client closed request": not registered, but common in gateways.
         Code::Cancelled => Http::from_u16(499).unwrap_or(Http::BAD_REQUEST),
         Code::InvalidArgument | Code::FailedPrecondition | Code::OutOfRange => Http::BAD_REQUEST,
         Code::Unauthenticated => Http::UNAUTHORIZED,
@@ -314,14 +314,14 @@ pub fn http_status(code: Code) -> http::StatusCode {
     }
 }
 
-/// An error as the body of a REST answer: `{"code":5,"message":"...","details":[...]}`. Details of types other than
-/// `google.rpc`'s are left out.
+/// Encodes an error as the body of a REST response: `{"code":5,"message":"...","details":[...]}`. Omits details of types outside of
+/// `google.rpc`.
 #[must_use]
 pub fn body(status: &Status) -> String {
     encode(status, |body| serde_json::to_string(&body))
 }
 
-/// An error as the last line of a stream: `{"error":{...}}`, the object as in [`body`], and a line end.
+/// Encodes an error as the last line of a stream: `{"error":{...}}` with the object of [`body`], and a line feed.
 #[must_use]
 pub fn stream_line(status: &Status) -> String {
     #[derive(Serialize)]
@@ -353,7 +353,7 @@ impl Serialize for Detail {
 
 fn encode(status: &Status, write: impl Fn(Body<'_>) -> serde_json::Result<String>) -> String {
     let body = |details| Body { code: i32::from(status.code()), message: status.message(), details };
-    // A foreign detail may hold what JSON cannot; code and message always can.
+    // A foreign detail may have no JSON form; code and message always have one.
     write(body(details(status))).or_else(|_| write(body(Vec::new()))).unwrap_or_default()
 }
 
@@ -419,7 +419,7 @@ fn violation<'a>(field: &str, reason: &str, description: impl Into<Cow<'a, str>>
     FieldViolation { reason: reason.to_owned(), ..FieldViolation::new(field, cut(&description.into())) }
 }
 
-/// Bounds what a request can put into a header.
+/// Limits how much of a request ends up in a header.
 fn cut(text: &str) -> Cow<'_, str> {
     const BYTES: usize = 1024;
     if text.len() <= BYTES {

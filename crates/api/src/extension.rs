@@ -1,7 +1,7 @@
-//! What the v1 API lacks, generated from `proto/gauntlet/v1`: `gauntlet.v1.Sweeper`, which lists what has expired and
-//! deletes it if it still has.
+//! Additions to the v1 API, generated from `proto/gauntlet/v1`: `gauntlet.v1.Sweeper` lists expired instances and deletes those that
+//! are still expired.
 //!
-//! A server of the v1 API alone answers its calls with `UNIMPLEMENTED`.
+//! Servers that implement only the v1 API return `UNIMPLEMENTED`.
 
 /// The package and what it imports, as an encoded `google.protobuf.FileDescriptorSet`: for reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/gauntlet.v1.binpb"));

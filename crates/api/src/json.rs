@@ -1,13 +1,13 @@
-//! proto3 JSON, in the forms the v1 REST API has always had.
+//! The proto3 JSON mapping of the v1 REST API.
 //!
-//! Output has every field ([`to_string`]): lowerCamelCase names in the order of the field numbers, maps in key order, 64-bit
+//! Output ([`to_string`]) contains every field: lowerCamelCase names ordered by field number, maps ordered by key, 64-bit
 //! integers as strings, enum values by name (an unknown one by number), durations as `"600s"` or `"1.500s"`, timestamps as
-//! RFC 3339 in UTC with `Z`, both with 0, 3, 6 or 9 fractional digits. An unset message is `null`, an unset `optional` field is
-//! left out.
+//! RFC 3339 in UTC with `Z`, both with 0, 3, 6 or 9 fractional digits. Unset messages are `null`; unset `optional` fields are
+//! omitted.
 //!
-//! Input ([`from_slice`]) takes both lowerCamelCase and snake_case names, integers as numbers or strings (`3`, `"3"`, `3.0`,
-//! `"3e2"`), enum values by name or number, timestamps in any offset. `null` is unset. Unknown fields and unknown names of enum
-//! values are ignored. A field given twice, by either name, is refused: which one is meant cannot be known.
+//! Input ([`from_slice`]) accepts lowerCamelCase and snake_case names, integers as numbers or strings (`3`, `"3"`, `3.0`,
+//! `"3e2"`), enum values by name or number, timestamps in any offset. `null` means unset. Unknown fields and unknown
+//! enum value names are ignored. A field that is given twice, under either name, is rejected as ambiguous.
 
 mod decode;
 mod encode;
@@ -23,7 +23,7 @@ pub(crate) use encode::Fields;
 
 use crate::v1;
 
-/// Every message that has a JSON form: those of the API, and those of `google.rpc` that errors carry.
+/// The descriptors of all messages with a JSON form: the API's, and those of `google.rpc` in error details.
 static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
     let mut pool = DescriptorPool::new();
     for set in [v1::FILE_DESCRIPTOR_SET, tonic_types::pb::FILE_DESCRIPTOR_SET] {
@@ -33,34 +33,34 @@ static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
     pool
 });
 
-/// Why a message has no JSON form.
+/// Why a message can't be encoded.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EncodeError {
-    /// The message is not one of the API.
+    /// The message isn't part of the API.
     #[error("message {0} is not of the v1 API")]
     UnknownMessage(String),
-    /// A value JSON cannot carry: a duration or a timestamp out of range.
+    /// A duration or timestamp is out of JSON's range.
     #[error("message {message} has no JSON form: {reason}")]
     Value {
-        /// Full name of the message.
+        /// The full name of the message.
         message: String,
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
     },
 }
 
-/// A message of the API as one line of JSON, without line end.
+/// Encodes a message of the API as one line of JSON, without a line feed.
 ///
 /// # Errors
-/// When a timestamp is out of the years 1 to 9999 or a duration out of ±315,576,000,000 s, or when `M` is not of the API.
+/// A timestamp is outside of the years 1 to 9999, a duration is outside of ±315,576,000,000 s, or `M` isn't part of the API.
 pub fn to_string<M: Message + Name>(message: &M) -> Result<String, EncodeError> {
     let dynamic = reflect(message)?;
     serde_json::to_string(&Fields::of(&dynamic))
         .map_err(|error| EncodeError::Value { message: M::full_name(), reason: error.to_string() })
 }
 
-/// A message as an item of a stream: `{"result":{...}}` and a line end.
+/// Encodes a message as an item of a stream: `{"result":{...}}` and a line feed.
 ///
 /// # Errors
 /// As [`to_string`].
@@ -77,13 +77,13 @@ pub fn stream_line<M: Message + Name>(message: &M) -> Result<String, EncodeError
     Ok(line)
 }
 
-/// Reads a message of the API from JSON.
+/// Decodes a message of the API from JSON.
 ///
-/// Bounds: nesting deeper than 128 levels is refused; the caller bounds the size. Durations within ±315,576,000,000 s and
-/// timestamps within the years 1 to 9999 are taken as they are; whether they make sense is not decided here.
+/// Rejects nesting deeper than 128 levels; the caller must limit the size. Accepts durations within ±315,576,000,000 s and timestamps within
+/// the years 1 to 9999 without judging them.
 ///
 /// # Errors
-/// When the text is not JSON, is followed by something else, or a field does not fit. The error names field and position.
+/// The text isn't JSON, is followed by other text, or a field is invalid. The error names the field and the position.
 pub fn from_slice<M: Message + Name + Default>(json: &[u8]) -> Result<M, DecodeError> {
     let Some(descriptor) = descriptor(&M::full_name()) else {
         return Err(DecodeError::other(format!("message {} is not of the v1 API", M::full_name())));

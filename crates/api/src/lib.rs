@@ -1,7 +1,7 @@
 //! The v1 wire contract: generated types, JSON mapping, error details.
 //!
-//! [`v1`] is what `proto/api` says, as Rust types with gRPC clients and servers; [`extension`] is what this product adds to it. [`json`] is how the same messages look over
-//! REST. [`error`] builds each error a client can meet, for both. Nothing here decides anything: callers do.
+//! [`v1`] holds the types, gRPC clients and servers of `proto/api`; [`extension`] those that Gauntlet adds. [`json`] maps the messages to JSON for
+//! REST. [`error`] builds the errors of both APIs. The crate contains no decisions.
 
 pub mod error;
 pub mod extension;

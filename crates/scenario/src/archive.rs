@@ -1,4 +1,4 @@
-//! Directories packed as one gzipped tar.
+//! Unpacks directories that are stored as one gzipped tar.
 
 use std::{
     fs::File,
@@ -11,16 +11,16 @@ use tar::{Archive, EntryType};
 
 use crate::files::{Draft, FileError, Result, refused, relative};
 
-/// Unpacks the files of an archive whose names all lie under `title`. Links and special files are refused; directories come with
-/// their files. What is unpacked counts against the draft's limits.
+/// Unpacks an archive whose names are all below `title` into the draft, within the draft's limits. Rejects links and special files; skips
+/// directory entries, because files bring their directories.
 pub(crate) fn unpack(mut packed: File, title: &str, draft: &mut Draft) -> Result<()> {
     let broken = |error: std::io::Error| FileError::Refused(format!("archive {title:?}: {error}"));
     packed.seek(SeekFrom::Start(0)).map_err(|error| FileError::Io(PathBuf::from(title), error))?;
-    // One gzip member and a tar of a bounded number of bytes: headers and padding of files that count, and some more.
+    // Bounds what is unpacked, whatever the archive announces. Reads one gzip member.
     let bytes = GzDecoder::new(packed).take(draft.room());
     let mut archive = Archive::new(bytes);
     let mut entries = 0usize;
-    // Raw: an extension header would be read into memory whole, whatever its size.
+    // Raw, because the library reads extension headers into memory whole, whatever their size.
     for entry in archive.entries().map_err(broken)?.raw(true) {
         let mut entry = entry.map_err(broken)?;
         entries += 1;

@@ -1,4 +1,4 @@
-//! The author's side: check a directory, push it.
+//! For authors: validate a scenario directory and push it.
 
 use std::{
     collections::BTreeMap,
@@ -17,14 +17,14 @@ use crate::{
     yaml::Problem,
 };
 
-/// What a check found.
+/// The result of [`validate`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
-    /// What keeps the directory from being a scenario, in order of lines; empty for a sound one.
+    /// What is wrong, by line; empty if the scenario is valid.
     pub problems: Vec<Problem>,
-    /// What its author may not have meant.
+    /// What works but is probably not intended.
     pub warnings: Vec<String>,
-    /// What would be pushed, in order of paths.
+    /// The files that a push would send, by path.
     pub files: Vec<ReportFile>,
 }
 
@@ -35,54 +35,53 @@ pub struct ReportFile {
     pub path: String,
     /// In bytes.
     pub size: u64,
-    /// Whether it will be executable: it starts with `#!` or as an ELF program.
+    /// Whether it will be executable: a script (`#!`) or an ELF program.
     pub executable: bool,
 }
 
 impl Report {
     /// Whether the directory can be pushed and run.
-    pub fn is_sound(&self) -> bool {
+    pub fn is_valid(&self) -> bool {
         self.problems.is_empty()
     }
 }
 
-/// How far a push has come.
+/// The progress of a push.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Progress {
-    /// A file is in the registry.
+    /// A file is in the registry now.
     File {
         /// Its path.
         path: String,
-        /// How many are there, this one included.
+        /// The number of files in the registry, this one included.
         done: usize,
-        /// How many there are to be.
+        /// The number of files to push.
         of: usize,
-        /// Whether it was there before.
+        /// Whether the registry had it before.
         known: bool,
     },
-    /// The manifest is there and the tag names it: the push is done.
+    /// The tag points to the new manifest: the push is complete.
     Manifest {
         /// Its digest.
         digest: String,
     },
 }
 
-/// Why a push did not happen.
+/// Why a push failed.
 #[derive(Debug, thiserror::Error)]
 pub enum PushError {
-    /// The directory is no scenario; nothing was sent.
+    /// The scenario is invalid; nothing was sent.
     #[error("the scenario has {} problems", .0.problems.len())]
     Unsound(Report),
-    /// The reference is malformed or has a digest, the registry refuses, a file cannot be read.
+    /// The reference is malformed or has a digest, the registry failed, or a file can't be read.
     #[error(transparent)]
     Failed(#[from] Error),
 }
 
-/// Checks a directory: its `scenario.yaml`, every template in it, and its files against [`FileLimits::default`]. Blocks on the file
-/// system.
+/// Validates a directory: its `scenario.yaml` with all templates, and its files against [`FileLimits::default`]. Blocks on the file system.
 ///
 /// # Errors
-/// [`Error::Unavailable`] if the directory or a file in it cannot be read.
+/// [`Error::Unavailable`] if the directory or a file in it can't be read.
 pub fn validate(dir: &Path) -> Result<Report, Error> {
     let unreadable = |error: &dyn std::fmt::Display| Error::Unavailable {
         what: "scenario directory",
@@ -123,11 +122,14 @@ pub fn validate(dir: &Path) -> Result<Report, Error> {
     Ok(report)
 }
 
-/// Checks a directory and pushes it under a tag. The same files give the same digest, whenever and wherever they are pushed; what the
-/// registry has already is not sent again. Dropping the future leaves the tag as it was.
+/// Validates a directory and pushes it to a tag. Returns the digest. The same files always give the same digest, and blobs that the registry
+/// has are not sent again. Takes at most [`Access::timeout`].
 ///
 /// # Errors
-/// See [`PushError`]; bounded by [`Access::timeout`].
+/// See [`PushError`].
+///
+/// # Cancel safety
+/// Dropping the future leaves the tag unchanged: it is moved last.
 pub async fn push(
     dir: &Path,
     reference: &str,
@@ -141,7 +143,7 @@ pub async fn push(
     }
     let checked = dir.to_owned();
     let report = blocking(move || validate(&checked)).await?;
-    if !report.is_sound() {
+    if !report.is_valid() {
         return Err(PushError::Unsound(report));
     }
     let registry = Registry::new(access).map_err(Error::Internal)?;
@@ -160,7 +162,7 @@ pub async fn push(
             layers.push(descriptor);
             progress(Progress::File { path: file.path.clone(), done: at + 1, of: report.files.len(), known });
         }
-        // The empty configuration of the OCI image specification, 1.1.
+        // The empty configuration of the OCI image specification 1.1.
         let config = OciDescriptor {
             media_type: "application/vnd.oci.empty.v1+json".to_owned(),
             digest: Digest::of(b"{}").to_string(),
@@ -181,7 +183,7 @@ pub async fn push(
         progress(Progress::Manifest { digest: digest.clone() });
         Ok(digest)
     };
-    Ok(registry.in_time(reference, send).await?)
+    Ok(registry.with_timeout(reference, send).await?)
 }
 
 async fn read(reference: &str, dir: PathBuf, file: &ReportFile) -> Result<Vec<u8>, Error> {

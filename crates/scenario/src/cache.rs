@@ -1,4 +1,4 @@
-//! Scenario directories kept by digest: `<root>/sha256/<hex>/`, complete from the moment they have that name, and read-only.
+//! The cache of scenario directories: `<root>/sha256/<hex>/`, read-only and complete from the moment they have that name.
 
 use std::{
     collections::BTreeSet,
@@ -12,32 +12,32 @@ use crate::{
     files::{Draft, FileLimits, Result, at},
 };
 
-/// A draft older than this was left by a crash.
+/// A draft older than this is left over from a crash.
 const ABANDONED: Duration = Duration::from_secs(24 * 3600);
-/// What was used more recently is not evicted: whoever asked for it may not have stored that it refers to it.
+/// Scenarios used within this time aren't evicted: a caller that resolved one may not have stored its digest yet.
 const RECENT: Duration = Duration::from_secs(3600);
 
-/// What an eviction came to.
+/// The result of an eviction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evicted {
-    /// Scenarios that were removed.
+    /// The number of scenarios removed.
     pub scenarios: usize,
-    /// Bytes that they held.
+    /// Their size in bytes.
     pub bytes: u64,
-    /// Bytes that are still kept.
+    /// The size of what is still cached, in bytes.
     pub left: u64,
 }
 
-/// A directory that is kept.
-struct Kept {
+/// A cached scenario.
+struct Entry {
     place: PathBuf,
     digest: Digest,
     bytes: u64,
-    /// The time of modification of the directory is the time of its last use.
+    /// The directory's modification time.
     used: SystemTime,
 }
 
-/// Safe for several processes: a directory appears by one rename, whoever comes second leaves the first in place.
+/// A cache directory. Several processes may share it: a scenario appears by one rename, and the first to rename wins.
 #[derive(Debug, Clone)]
 pub(crate) struct Cache {
     root: PathBuf,
@@ -45,7 +45,7 @@ pub(crate) struct Cache {
 
 impl Cache {
     pub(crate) fn open(root: &Path) -> Result<Self> {
-        // Instances use what is kept, from directories of their own.
+        // Instances use the paths from their own working directories.
         let cache = Self { root: std::path::absolute(root).map_err(at(root))? };
         for dir in [cache.root.join("sha256"), cache.drafts()] {
             fs::create_dir_all(&dir).map_err(at(&dir))?;
@@ -65,84 +65,84 @@ impl Cache {
         self.root.join("drafts")
     }
 
-    /// Where the directory of that digest is, or would be.
+    /// Returns the path of a digest's directory, whether or not it exists.
     pub(crate) fn place(&self, digest: Digest) -> PathBuf {
         self.root.join("sha256").join(digest.to_hex())
     }
 
-    /// The directory of that digest, if it is kept; it counts as used now.
+    /// Returns the directory of a digest if it is cached, and marks it as used now.
     pub(crate) fn find(&self, digest: Digest) -> Option<PathBuf> {
         let place = self.place(digest);
         if !place.is_dir() {
             return None;
         }
-        // One that cannot be marked only seems older than it is.
+        // If this fails, the scenario only looks older than it is.
         let _ = fs::File::open(&place).and_then(|dir| dir.set_modified(SystemTime::now()));
         Some(place)
     }
 
-    /// How many bytes are kept.
+    /// Returns the size of all entries in bytes.
     pub(crate) fn bytes(&self) -> Result<u64> {
-        Ok(self.kept()?.iter().map(|kept| kept.bytes).sum())
+        Ok(self.entries()?.iter().map(|entry| entry.bytes).sum())
     }
 
-    /// Removes what was used longest ago and is not `in_use`, until no more than `limit` bytes are kept or nothing is left to remove.
+    /// Removes the least recently used entries that aren't `in_use`, until at most `limit` bytes are left or nothing more may be removed.
     pub(crate) fn evict(&self, limit: u64, in_use: &BTreeSet<String>) -> Result<Evicted> {
-        let mut all = self.kept()?;
-        let mut done = Evicted { scenarios: 0, bytes: 0, left: all.iter().map(|kept| kept.bytes).sum() };
+        let mut all = self.entries()?;
+        let mut done = Evicted { scenarios: 0, bytes: 0, left: all.iter().map(|entry| entry.bytes).sum() };
         let now = SystemTime::now();
-        all.retain(|kept| {
-            !in_use.contains(&kept.digest.to_string()) && now.duration_since(kept.used).is_ok_and(|age| age > RECENT)
+        all.retain(|entry| {
+            !in_use.contains(&entry.digest.to_string()) && now.duration_since(entry.used).is_ok_and(|age| age > RECENT)
         });
-        all.sort_by_key(|kept| kept.used);
-        for kept in all {
+        all.sort_by_key(|entry| entry.used);
+        for entry in all {
             if done.left <= limit {
                 break;
             }
-            // Out of its place whole, so that nobody finds half of it; what a crash leaves there goes with the drafts.
-            let removed = tempfile::tempdir_in(self.drafts()).map_err(at(&kept.place))?;
-            match fs::rename(&kept.place, removed.path().join("evicted")) {
-                // Somebody else was first.
+            // Renamed first, so that nobody finds it half removed. After a crash it is removed with the old drafts.
+            let removed = tempfile::tempdir_in(self.drafts()).map_err(at(&entry.place))?;
+            match fs::rename(&entry.place, removed.path().join("evicted")) {
+                // Another process removed it first.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                moved => moved.and_then(|()| removed.close()).map_err(at(&kept.place))?,
+                moved => moved.and_then(|()| removed.close()).map_err(at(&entry.place))?,
             }
             done.scenarios += 1;
-            done.bytes += kept.bytes;
-            done.left = done.left.saturating_sub(kept.bytes);
+            done.bytes += entry.bytes;
+            done.left = done.left.saturating_sub(entry.bytes);
         }
         Ok(done)
     }
 
-    fn kept(&self) -> Result<Vec<Kept>> {
+    fn entries(&self) -> Result<Vec<Entry>> {
         let dir = self.root.join("sha256");
         let mut all = Vec::new();
         for entry in fs::read_dir(&dir).map_err(at(&dir))?.flatten() {
             let (place, name) = (entry.path(), entry.file_name());
-            // What goes meanwhile is not kept.
+            // Skips entries that are removed meanwhile.
             if let (Some(Ok(digest)), Ok(used), Ok(bytes)) = (
                 name.to_str().map(Digest::from_hex),
                 entry.metadata().and_then(|meta| meta.modified()),
                 bytes_below(&place),
             ) {
-                all.push(Kept { digest, place, bytes, used });
+                all.push(Entry { digest, place, bytes, used });
             }
         }
         Ok(all)
     }
 
-    /// A directory to fill, on the same file system.
+    /// Creates a draft on the cache's file system.
     pub(crate) fn draft(&self, limits: &FileLimits) -> Result<Draft> {
         Draft::within(&self.drafts(), limits)
     }
 
-    /// A scratch file without a name.
+    /// Creates an unnamed temporary file.
     pub(crate) fn scratch(&self) -> Result<fs::File> {
         let drafts = self.drafts();
         tempfile::tempfile_in(&drafts).map_err(at(&drafts))
     }
 }
 
-/// The sizes of all files below a directory together.
+/// Returns the total size of all files below a directory.
 fn bytes_below(dir: &Path) -> std::io::Result<u64> {
     let mut bytes = 0;
     for entry in fs::read_dir(dir)? {
@@ -158,8 +158,8 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
 
-    /// Keeps a scenario of a hundred bytes that was last used so many hours ago.
-    fn keep(cache: &Cache, name: &str, hours: u64) -> Digest {
+    /// Caches a scenario of a hundred bytes that was last used `hours` ago.
+    fn insert(cache: &Cache, name: &str, hours: u64) -> Digest {
         let digest = Digest::of(name.as_bytes());
         let place = cache.place(digest);
         let mut draft = cache.draft(&FileLimits::default()).unwrap();
@@ -171,11 +171,11 @@ mod tests {
     }
 
     #[test]
-    fn what_was_used_longest_ago_and_nobody_needs_goes_first() {
+    fn least_recently_used_entries_are_evicted_first() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::open(dir.path()).unwrap();
         let [needed, old, older, recent, used] =
-            [("a", 9), ("b", 4), ("c", 5), ("d", 0), ("e", 6)].map(|(name, hours)| keep(&cache, name, hours));
+            [("a", 9), ("b", 4), ("c", 5), ("d", 0), ("e", 6)].map(|(name, hours)| insert(&cache, name, hours));
         assert!(cache.find(used).is_some(), "used now");
         let there = |digest: Digest| cache.place(digest).is_dir();
         let in_use = BTreeSet::from([needed.to_string()]);
@@ -186,6 +186,6 @@ mod tests {
         assert!(!there(older) && there(old));
         assert_eq!(evict(0), Evicted { scenarios: 1, bytes: 100, left: 300 });
         assert!([needed, recent, used].iter().all(|digest| there(*digest)) && !there(old));
-        assert_eq!(fs::read_dir(cache.drafts()).unwrap().count(), 0, "nothing is left over");
+        assert_eq!(fs::read_dir(cache.drafts()).unwrap().count(), 0, "no draft is left");
     }
 }

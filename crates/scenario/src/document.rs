@@ -1,4 +1,4 @@
-//! `scenario.yaml`: its fields, their bounds and defaults.
+//! Parses `scenario.yaml`: its fields, their limits and defaults.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::{
     yaml::{self, Node, Problem, Problems, Value, join},
 };
 
-/// A checked document.
+/// A valid document.
 #[derive(Debug)]
 pub(crate) struct Document {
     pub(crate) ports: Vec<PortSpec>,
@@ -33,7 +33,7 @@ const TIMES: [(&str, u64); 4] = [("ms", 1), ("s", SECOND), ("m", 60 * SECOND), (
 const SIZES: [(&str, u64); 4] = [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
 
 impl Document {
-    /// Reads and checks a document; every mistake is reported, in order of lines.
+    /// Parses and checks a document. Reports every problem, sorted by line.
     pub(crate) fn parse(text: &str) -> Result<Self, Vec<Problem>> {
         let root = yaml::parse(text).map_err(|problem| vec![problem])?;
         let mut problems = Problems::default();
@@ -49,7 +49,7 @@ impl Document {
     }
 }
 
-/// `None` only after a problem was reported.
+/// Returns `None` only if a problem was reported.
 fn read(root: Node, problems: &mut Problems) -> Option<Document> {
     let line = root.line;
     let known = ["version", "provisioner", "process", "ports", "ready", "flags", "connection_info"];
@@ -69,7 +69,7 @@ fn read(root: Node, problems: &mut Problems) -> Option<Document> {
     let port_names: Vec<String> = ports.iter().map(|port| port.name.clone()).collect();
     let flags = read_flags(flags, problems);
     let flag_names: Vec<String> = flags.iter().map(|(name, _)| name.clone()).collect();
-    let scope = Scope::Place { flags: &flag_names, ports: &port_names };
+    let scope = Scope::Placed { flags: &flag_names, ports: &port_names };
 
     let process = required(process, line, "process", "process: { command: [\"program\"] }", problems)
         .and_then(|process| read_process(process, &scope, problems));
@@ -254,7 +254,7 @@ fn read_port(
                 Some(near) => format!("did you mean {near}?"),
                 None => format!("add it there: ports: {{ {name}: tcp }}"),
             };
-            problems.at(line, field, format!("names a port that is not in ports: {name:?}; {fix}"));
+            problems.at(line, field, format!("port {name:?} is not in ports; {fix}"));
         }
     }
     Some(name)
@@ -269,7 +269,7 @@ fn read_path(node: Node, problems: &mut Problems) -> Option<String> {
     Some(path)
 }
 
-/// A number and its unit, such as `100ms` or `256MiB`, within bounds written alike.
+/// Parses a number with a unit, such as `100ms` or `256MiB`. The bounds have the same form.
 fn quantity(
     node: Node,
     field: &str,
@@ -353,7 +353,7 @@ connection_info: "http://{{ host }}:{{ ports.http }}"
     }
 
     #[test]
-    fn a_whole_document() {
+    fn document_with_all_fields_is_parsed() {
         let document = Document::parse(WEB).unwrap();
         assert_eq!(document.command.len(), 4);
         assert_eq!(document.ports, [PortSpec { name: "http".into(), protocol: Protocol::Tcp }]);
@@ -366,7 +366,7 @@ connection_info: "http://{{ host }}:{{ ports.http }}"
     }
 
     #[test]
-    fn the_least_document() {
+    fn omitted_fields_get_defaults() {
         let least = "version: 1\nprovisioner: process\nprocess: {command: [a]}\nready: {output: {contains: up}}\nconnection_info: here\n";
         let document = Document::parse(least).unwrap();
         assert!(document.flags.is_empty() && document.ports.is_empty() && document.env.is_empty());
@@ -374,7 +374,7 @@ connection_info: "http://{{ host }}:{{ ports.http }}"
     }
 
     #[test]
-    fn mistakes_name_line_field_and_fix() {
+    fn problems_name_line_field_and_fix() {
         let mistakes = [
             ("command:", "comand:"),
             ("version: 1", "version: 2"),
@@ -411,7 +411,7 @@ connection_info: "http://{{ host }}:{{ ports.http }}"
     }
 
     #[test]
-    fn several_mistakes_are_told_at_once() {
+    fn all_problems_are_reported_at_once() {
         insta::assert_snapshot!(wrong("provisioner: process\nprocess: {env: [], command: run}\nready: {}\n"));
         insta::assert_snapshot!(wrong(""));
         insta::assert_snapshot!(wrong("- a\n- b\n"));
@@ -419,7 +419,7 @@ connection_info: "http://{{ host }}:{{ ports.http }}"
     }
 
     #[test]
-    fn bombs_are_refused_quickly() {
+    fn bombs_are_rejected_quickly() {
         let mut laughs = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
         for level in 1..12 {
             let before = format!("*a{}", level - 1);
@@ -448,7 +448,7 @@ connection_info: "http://{{ host }}:{{ ports.http }}"
         }
 
         #[test]
-        fn a_damaged_document_never_panics(at in 0usize..600, cut in 0usize..40, put in "[\\PC\n]{0,12}") {
+        fn damaged_documents_never_panic(at in 0usize..600, cut in 0usize..40, put in "[\\PC\n]{0,12}") {
             let from = (0..=at.min(WEB.len())).rev().find(|i| WEB.is_char_boundary(*i)).unwrap();
             let to = (from + cut).min(WEB.len());
             if WEB.is_char_boundary(to) {

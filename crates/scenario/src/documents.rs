@@ -1,4 +1,4 @@
-//! Parsed documents in memory, by digest. Creating an instance parses nothing while its scenario's document is cached.
+//! Caches parsed documents by digest, so that creating an instance parses nothing.
 
 use std::{
     collections::VecDeque,
@@ -7,10 +7,10 @@ use std::{
 
 use crate::{digest::Digest, document::Document};
 
-/// How many documents are cached.
+/// The number of documents that are cached.
 const CAPACITY: usize = 64;
 
-/// The documents used last, the most recent first.
+/// Documents, the most recently used first.
 #[derive(Debug, Default)]
 pub(crate) struct Documents(Mutex<VecDeque<(Digest, Arc<Document>)>>);
 
@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_least_recently_used_document_is_dropped_first() {
+    fn least_recently_used_document_is_dropped_first() {
         let text = "version: 1\nprovisioner: process\nprocess: { command: [a] }\nready: { output: { contains: up } }\nconnection_info: x\n";
         let document = Arc::new(Document::parse(text).unwrap());
         let documents = Documents::default();

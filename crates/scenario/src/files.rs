@@ -1,4 +1,4 @@
-//! The files of a scenario: which paths they may have, how large they may be, and a directory in the making that holds to it.
+//! The files of a scenario: allowed names, size limits, and drafts that enforce both.
 
 use std::{
     collections::BTreeMap,
@@ -14,19 +14,19 @@ use sha2::{Digest as _, Sha256};
 
 use crate::digest::Digest;
 
-/// Bounds on the files of a scenario.
+/// Limits on the files of a scenario.
 #[derive(Debug, Clone)]
 pub struct FileLimits {
     /// The largest file, in bytes.
     pub file: u64,
-    /// All files together, in bytes.
+    /// The total size, in bytes.
     pub total: u64,
-    /// How many files.
+    /// The number of files.
     pub count: usize,
 }
 
 impl Default for FileLimits {
-    /// 128 MiB a file, 512 MiB in all, 2048 files.
+    /// 128 MiB per file, 512 MiB in total, 2048 files.
     fn default() -> Self {
         Self { file: 128 << 20, total: 512 << 20, count: 2048 }
     }
@@ -36,19 +36,19 @@ const MAX_PATH_BYTES: usize = 512;
 const MAX_NAME_BYTES: usize = 255;
 const MAX_DEPTH: usize = 16;
 
-/// What cannot become a file of a scenario.
+/// Why a file can't be part of a scenario, or can't be read or written.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FileError {
-    /// The scenario's fault; fit for the client.
+    /// The scenario is at fault. The text may be shown to the client.
     #[error("{0}")]
     Refused(String),
-    /// The machine's fault.
+    /// The file system is at fault.
     #[error("{0}: {1}")]
     Io(PathBuf, io::Error),
 }
 
 impl FileError {
-    /// As the error of a scenario: the client hears of the scenario's faults, the operator of the machine's.
+    /// Converts to the error of resolving `reference`: clients see faults of the scenario, only operators those of the file system.
     pub(crate) fn of_scenario(self, reference: &str) -> Error {
         match self {
             Self::Refused(problem) => Error::ScenarioInvalid { reference: reference.to_owned(), problem },
@@ -63,13 +63,15 @@ pub(crate) fn refused<T>(text: impl Into<String>) -> Result<T> {
     Err(FileError::Refused(text.into()))
 }
 
-/// For `map_err`: names the path.
+/// For `map_err`: adds the path.
 pub(crate) fn at(path: &Path) -> impl FnOnce(io::Error) -> FileError + '_ {
     |error| FileError::Io(path.to_owned(), error)
 }
 
-/// Runs work on the file system where it may block. Dropping the future doesn't stop the work: it runs to its end, which the limits on files
-/// bound, and removes its draft.
+/// Runs file system work on a blocking thread.
+///
+/// # Cancel safety
+/// Dropping the future doesn't stop the work. It finishes within the limits on files and removes its draft.
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
@@ -78,7 +80,7 @@ pub(crate) async fn blocking<T: Send + 'static>(
     work.await.unwrap_or_else(|error| Err(Error::Internal(format!("scenario files: {error}"))))
 }
 
-/// Reads a title or an archive's name as a path that stays where it is put: relative, of plain names, with nothing to climb by.
+/// Checks the name of a layer or an archive entry: a relative path of plain names that can't leave its directory.
 pub(crate) fn relative(title: &str) -> Result<String> {
     let shown: String = title.chars().take(80).collect();
     let wrong = |rule: &str| refused(format!("file name {shown:?}: {rule}"));
@@ -99,18 +101,18 @@ pub(crate) fn relative(title: &str) -> Result<String> {
     Ok(path.to_owned())
 }
 
-/// Paths taken so far: no two alike but for case, none both file and directory.
+/// The paths and bytes of a scenario so far. Rejects paths that differ by case alone and paths that are both file and directory.
 #[derive(Debug, Default)]
-pub(crate) struct Taken {
-    /// Lower case path to whether it is a file.
+pub(crate) struct Contents {
+    /// Lowercase paths; true for files.
     paths: BTreeMap<String, bool>,
     files: usize,
     bytes: u64,
 }
 
-impl Taken {
-    /// Takes a path for a file of that size.
-    pub(crate) fn take(&mut self, path: &str, size: u64, limits: &FileLimits) -> Result<()> {
+impl Contents {
+    /// Adds a file of that size.
+    pub(crate) fn add_file(&mut self, path: &str, size: u64, limits: &FileLimits) -> Result<()> {
         self.files += 1;
         if self.files > limits.count {
             return refused(format!("more than {} files", limits.count));
@@ -142,18 +144,18 @@ impl Taken {
     }
 }
 
-/// One file of a directory.
+/// A file of a directory.
 #[derive(Debug)]
 pub(crate) struct Listed {
-    /// Relative, with `/`.
+    /// Relative to the directory, with `/`.
     pub(crate) path: String,
     pub(crate) size: u64,
 }
 
-/// The files of a directory in order of their paths, checked against the limits. Links and special files are refused.
+/// Lists the files of a directory by path and checks them against the limits. Rejects links and special files.
 pub(crate) fn list(dir: &Path, limits: &FileLimits) -> Result<Vec<Listed>> {
     let mut files = Vec::new();
-    let mut taken = Taken::default();
+    let mut contents = Contents::default();
     let mut ahead = vec![String::new()];
     while let Some(within) = ahead.pop() {
         let path = dir.join(&within);
@@ -168,7 +170,7 @@ pub(crate) fn list(dir: &Path, limits: &FileLimits) -> Result<Vec<Listed>> {
             if meta.is_dir() {
                 ahead.push(title);
             } else if meta.is_file() {
-                taken.take(&title, meta.len(), limits)?;
+                contents.add_file(&title, meta.len(), limits)?;
                 files.push(Listed { path: title, size: meta.len() });
             } else {
                 return refused(format!("{title:?} is a link or a special file; put the file itself there"));
@@ -179,7 +181,7 @@ pub(crate) fn list(dir: &Path, limits: &FileLimits) -> Result<Vec<Listed>> {
     Ok(files)
 }
 
-/// Opens a listed file; a link that took its place meanwhile is not followed.
+/// Opens a listed file. Doesn't follow a link that has replaced it since.
 pub(crate) fn open(dir: &Path, listed: &Listed) -> Result<fs::File> {
     let path = dir.join(&listed.path);
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits();
@@ -187,12 +189,12 @@ pub(crate) fn open(dir: &Path, listed: &Listed) -> Result<fs::File> {
     fs::OpenOptions::new().read(true).custom_flags(flags).open(&path).map_err(at(&path))
 }
 
-/// A directory being filled; gone when dropped before it is kept.
+/// A directory that is being filled. Dropping it removes it, unless it was kept.
 #[derive(Debug)]
 pub(crate) struct Draft {
     dir: tempfile::TempDir,
     limits: FileLimits,
-    taken: Taken,
+    contents: Contents,
     paths: Vec<PathBuf>,
 }
 
@@ -204,23 +206,23 @@ impl Draft {
             .permissions(fs::Permissions::from_mode(0o755))
             .tempdir_in(parent)
             .map_err(at(parent))?;
-        Ok(Self { dir, limits: limits.clone(), taken: Taken::default(), paths: Vec::new() })
+        Ok(Self { dir, limits: limits.clone(), contents: Contents::default(), paths: Vec::new() })
     }
 
     pub(crate) fn limits(&self) -> &FileLimits {
         &self.limits
     }
 
-    /// How many bytes an archive may still unpack to: files, and a header and padding for each.
+    /// How many bytes an archive may still unpack to, headers and padding included.
     pub(crate) fn room(&self) -> u64 {
         let headers = (self.limits.count as u64).saturating_mul(4096);
-        self.limits.total.saturating_sub(self.taken.bytes).saturating_add(headers)
+        self.limits.total.saturating_sub(self.contents.bytes).saturating_add(headers)
     }
 
-    /// Creates a file of at most `size` bytes, which the caller holds to.
+    /// Creates a file. The caller must write at most `size` bytes.
     pub(crate) fn create(&mut self, title: &str, size: u64) -> Result<fs::File> {
         let title = relative(title)?;
-        self.taken.take(&title, size, &self.limits)?;
+        self.contents.add_file(&title, size, &self.limits)?;
         let path = self.dir.path().join(&title);
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).map_err(at(parent))?;
@@ -230,7 +232,7 @@ impl Draft {
         Ok(file)
     }
 
-    /// Copies a file of exactly `size` bytes and answers the digest of its content.
+    /// Copies a file of exactly `size` bytes and returns the digest of its content.
     pub(crate) fn copy(&mut self, title: &str, size: u64, from: impl Read) -> Result<Digest> {
         let mut to = self.create(title, size)?;
         let mut hash = Sha256::new();
@@ -248,13 +250,13 @@ impl Draft {
             to.write_all(chunk).map_err(|error| FileError::Io(title.into(), error))?;
         }
         if copied != size {
-            return refused(format!("file {title:?} is not the {size} bytes it was said to be"));
+            return refused(format!("file {title:?} does not have the announced size of {size} bytes"));
         }
         Ok(Digest::finish(hash))
     }
 
-    /// Seals the files (read-only; executable if they start as a script or an ELF program does), flushes them and moves the
-    /// directory to `to`. If something is kept there already, that stays.
+    /// Makes the files read-only, and scripts and ELF programs executable, syncs them, and renames the directory to `to`. An existing `to` is
+    /// left as it is.
     pub(crate) fn keep(self, to: &Path) -> Result<()> {
         for path in &self.paths {
             let file = fs::File::open(path).map_err(at(path))?;
@@ -269,7 +271,7 @@ impl Draft {
         }
         match fs::rename(self.dir.path(), to) {
             Ok(()) => {
-                // Moved away: nothing is left to remove.
+                // The directory was renamed, so there is nothing to remove.
                 let _ = self.dir.keep();
                 to.parent().map_or(Ok(()), |parent| {
                     fs::File::open(parent).and_then(|parent| parent.sync_all()).map_err(at(parent))
@@ -281,12 +283,12 @@ impl Draft {
     }
 }
 
-/// Whether a file that starts so is made executable: the first two bytes of a script, or the first four of an ELF program.
+/// Whether a file that starts with these bytes is made executable: scripts (`#!`) and ELF programs.
 pub(crate) fn is_program(start: &[u8]) -> bool {
     start.starts_with(b"#!") || start.starts_with(b"\x7fELF")
 }
 
-/// The digest of a directory's content: of a list of paths, sizes and content digests, in order of paths.
+/// Computes the digest of a directory from its paths, sizes and content digests, sorted by path.
 pub(crate) struct TreeDigest(Sha256);
 
 impl TreeDigest {
@@ -312,7 +314,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_climb_or_confuse_are_refused() {
+    fn unsafe_names_are_rejected() {
         for title in [
             "",
             ".",
@@ -341,11 +343,11 @@ mod tests {
     }
 
     #[test]
-    fn names_that_collide_are_refused() {
+    fn colliding_names_are_rejected() {
         let limits = FileLimits::default();
         let collides = |paths: [&str; 2]| {
-            let mut taken = Taken::default();
-            paths.iter().map(|path| taken.take(path, 1, &limits)).collect::<Result<Vec<_>>>().is_err()
+            let mut contents = Contents::default();
+            paths.iter().map(|path| contents.add_file(path, 1, &limits)).collect::<Result<Vec<_>>>().is_err()
         };
         assert!(collides(["a", "a"]) && collides(["a", "A"]) && collides(["Ä", "ä"]));
         assert!(
@@ -355,21 +357,21 @@ mod tests {
     }
 
     #[test]
-    fn limits_hold() {
+    fn limits_are_enforced() {
         let limits = FileLimits { file: 10, total: 15, count: 2 };
-        let mut taken = Taken::default();
-        assert!(taken.take("big", 11, &limits).is_err());
-        let mut taken = Taken::default();
-        taken.take("a", 10, &limits).unwrap();
-        assert!(taken.take("b", 10, &limits).is_err());
-        let mut taken = Taken::default();
-        taken.take("a", 1, &limits).unwrap();
-        taken.take("b", 1, &limits).unwrap();
-        assert!(taken.take("c", 1, &limits).is_err());
+        let mut contents = Contents::default();
+        assert!(contents.add_file("big", 11, &limits).is_err());
+        let mut contents = Contents::default();
+        contents.add_file("a", 10, &limits).unwrap();
+        assert!(contents.add_file("b", 10, &limits).is_err());
+        let mut contents = Contents::default();
+        contents.add_file("a", 1, &limits).unwrap();
+        contents.add_file("b", 1, &limits).unwrap();
+        assert!(contents.add_file("c", 1, &limits).is_err());
     }
 
     #[test]
-    fn links_and_special_files_are_refused() {
+    fn links_are_rejected() {
         let dir = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
         let error = list(dir.path(), &FileLimits::default()).unwrap_err().to_string();
@@ -379,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn a_draft_is_sealed_when_kept_and_gone_when_not() {
+    fn kept_draft_is_read_only_and_dropped_draft_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let limits = FileLimits::default();
         drop(Draft::within(dir.path(), &limits).unwrap());
@@ -403,7 +405,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn titles_never_escape(title in "(\\.|\\.\\.|/|\\./|a|\\\\|\0|\\PC){0,12}") {
+        fn checked_names_never_leave_their_directory(title in "(\\.|\\.\\.|/|\\./|a|\\\\|\0|\\PC){0,12}") {
             if let Ok(path) = relative(&title) {
                 let mut depth = 0i32;
                 for part in Path::new(&path).components() {

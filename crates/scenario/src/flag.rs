@@ -1,4 +1,4 @@
-//! Flags that differ per identity, and the key that makes them underivable.
+//! Varies flags per identity, with a secret key.
 
 use std::{fmt, fs, io, os::unix::fs::OpenOptionsExt as _, path::Path, sync::Arc};
 
@@ -7,38 +7,38 @@ use rand::{TryRng as _, rngs::SysRng};
 use secrecy::{ExposeSecret as _, SecretBox, SecretString};
 use sha2::Sha256;
 
-/// The fewest bits that a varied flag carries.
+/// The minimum entropy of a varied text, in bits.
 pub const MIN_ENTROPY_BITS: u32 = 64;
-/// The longest text that can be varied, in bytes.
+/// The length limit of a text to vary, in bytes.
 pub const MAX_TEXT_BYTES: usize = 1024;
 
-/// The operator's secret, from which every varied flag is derived. Managers that share a store share the key. Its `Debug` hides it.
+/// The operator's secret key, from which varied flags are derived. Managers that share a store must share the key. `Debug` hides it.
 #[derive(Clone)]
 pub struct FlagKey(Arc<SecretBox<[u8; 32]>>);
 
 impl FlagKey {
-    /// Takes 32 bytes from a source that cannot be guessed.
+    /// Creates a key from 32 random bytes.
     pub fn new(bytes: [u8; 32]) -> Self {
         Self(Arc::new(SecretBox::init_with(|| bytes)))
     }
 
-    /// Reads 64 hexadecimal characters; white space around them is ignored. `None` for anything else.
+    /// Parses 64 hexadecimal characters, with optional surrounding white space.
     pub fn from_hex(text: &str) -> Option<Self> {
         let mut decoded = Ok(());
         let key = SecretBox::init_with_mut(|bytes: &mut [u8; 32]| decoded = hex::decode_to_slice(text.trim(), bytes));
         decoded.ok().map(|()| Self(Arc::new(key)))
     }
 
-    /// Reads the key from a file of 64 hexadecimal characters, or writes a fresh one there, readable by its owner alone. Of several
-    /// processes that create it at once, one wins and all read its key. Blocks on the file system.
+    /// Reads the key from a file of 64 hexadecimal characters, or creates the file with a random key, readable by its owner only. Processes
+    /// that create it concurrently all get the same key. Blocks on the file system.
     ///
     /// # Errors
-    /// Whatever the file system answers; `InvalidData` for a file that holds anything else.
+    /// I/O errors; `InvalidData` if the file holds anything else.
     pub fn load_or_create(path: &Path) -> io::Result<Self> {
         match fs::read_to_string(path) {
             Ok(text) => Self::from_hex(SecretString::from(text).expose_secret()).ok_or_else(|| {
                 let problem =
-                    "must hold 64 hexadecimal characters; restore it, or remove it and lose every flag made with it";
+                    "must hold 64 hexadecimal characters; restore the file; if you delete it, a new key is created and varied flags change";
                 io::Error::new(io::ErrorKind::InvalidData, format!("{}: {problem}", path.display()))
             }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Self::create(path),
@@ -52,7 +52,7 @@ impl FlagKey {
         filled.map_err(io::Error::other)?;
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::create_dir_all(dir)?;
-        // Written whole beside its place and linked there, so that nobody ever reads half a key.
+        // Written to a temporary file and linked into place, so that nobody reads half a key.
         let draft = tempfile::Builder::new()
             .prefix(".key-")
             .make_in(dir, |draft| fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(draft))?;
@@ -66,21 +66,21 @@ impl FlagKey {
         }
     }
 
-    /// Varies a text for one identity and one flag: letters change case or become digits that look like them, and a tail of base32
-    /// follows where the letters alone carry less than [`MIN_ENTROPY_BITS`]. The same four arguments give the same text; without the
-    /// key nothing is learnt about it from any number of others.
+    /// Varies a text for one identity and one flag: letters change case or become similar digits, and base32 characters are appended if the
+    /// letters carry less than [`MIN_ENTROPY_BITS`]. The result depends on key, identity, flag and text only. Without the key, known results
+    /// reveal nothing about others.
     pub(crate) fn vary(&self, identity: &str, flag: &str, text: &str) -> String {
         let mut stream =
             Stream::new(self.0.expose_secret(), &[identity.as_bytes(), &[0], flag.as_bytes(), &[0], text.as_bytes()]);
         let mut varied = String::with_capacity(text.len() + 16);
-        // Half bits, rounded down: two choices carry two of them, three choices three.
-        let mut carried = 0u32;
+        // Counted in half bits, rounded down: two choices carry two half bits, three choices three.
+        let mut entropy = 0u32;
         for c in text.chars() {
             let choices = Choices::of(c);
-            carried = carried.saturating_add(choices.half_bits());
+            entropy = entropy.saturating_add(choices.half_bits());
             varied.push(choices.pick(&mut stream));
         }
-        let missing = (2 * MIN_ENTROPY_BITS).saturating_sub(carried).div_ceil(2);
+        let missing = (2 * MIN_ENTROPY_BITS).saturating_sub(entropy).div_ceil(2);
         if missing > 0 {
             if !text.is_empty() {
                 varied.push('_');
@@ -102,7 +102,7 @@ impl fmt::Debug for FlagKey {
 
 const TAIL: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
 
-/// What a character may become: itself only, either case, or either case and a digit.
+/// What a character may become: only itself, either case, or either case or a digit.
 struct Choices {
     as_is: char,
     letter: bool,
@@ -126,7 +126,7 @@ impl Choices {
         Self { as_is: c, letter: c.is_ascii_alphabetic(), digit }
     }
 
-    /// log2(2) is 1; log2(3) is over 1.58, less than a billionth of it lost to the remainder of a 32-bit draw.
+    /// log2(3) is over 1.58. The bias of a 32-bit draw modulo 3 costs less than a billionth of a bit.
     fn half_bits(&self) -> u32 {
         match (self.letter, self.digit) {
             (false, _) => 0,
@@ -147,7 +147,7 @@ impl Choices {
     }
 }
 
-/// Words of HMAC-SHA256 in counter mode over a message, keyed afresh by the HMAC of the message.
+/// A stream of 32-bit words: HMAC-SHA256 in counter mode, keyed with the HMAC of the message.
 struct Stream {
     seed: [u8; 32],
     counter: u32,
@@ -179,7 +179,7 @@ impl Stream {
 }
 
 fn hmac(key: &[u8; 32], message: &[&[u8]]) -> [u8; 32] {
-    // HMAC itself pads a key to the block of its hash with zeros.
+    // HMAC pads keys to the hash's block size with zeros.
     let mut block = [0; 64];
     block.iter_mut().zip(key).for_each(|(to, from)| *to = *from);
     let mut mac = Hmac::<Sha256>::new(&block.into());
@@ -199,7 +199,7 @@ mod tests {
     static KEY: LazyLock<FlagKey> = LazyLock::new(|| FlagKey::new([7; 32]));
 
     #[test]
-    fn the_variation_is_fixed_for_all_time() {
+    fn variation_never_changes() {
         insta::assert_snapshot!(KEY.vary("0123456789abcdef", "main", "hello web"), @"hel7o w3b_efml6eaho3r");
         insta::assert_snapshot!(KEY.vary("0123456789abcdef", "main", ""), @"4flkfsngu2fgr");
         let long = "the quick brown fox jumps over the lazy dog and some more words still";
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn every_part_matters() {
+    fn every_input_changes_the_result() {
         let all = [
             KEY.vary("0000000000000000", "main", "text"),
             KEY.vary("0000000000000001", "main", "text"),
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_created_once_for_its_owner_alone() {
+    fn concurrent_creation_yields_one_private_key() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("sub/flag.key");
         let keys: Vec<_> = std::thread::scope(|scope| {
@@ -236,8 +236,8 @@ mod tests {
         assert!(error.to_string().contains("64 hexadecimal"), "{error}");
     }
 
-    /// What a varied text carries by the documented reckoning, in half bits.
-    fn reckoned(text: &str, varied: &str) -> u32 {
+    /// The entropy of a varied text as documented, in half bits.
+    fn documented_half_bits(text: &str, varied: &str) -> u32 {
         let tail = varied.chars().count() - text.chars().count();
         let letters: u32 = text.chars().map(|c| Choices::of(c).half_bits()).sum();
         letters + 10 * (tail.saturating_sub(usize::from(!text.is_empty())) as u32)
@@ -245,11 +245,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_stays_readable_and_carries_enough(bits: u64, text in "\\PC{0,90}") {
+        fn varied_text_stays_readable_and_has_enough_entropy(bits: u64, text in "\\PC{0,90}") {
             let identity = format!("{bits:016x}");
             let varied = KEY.vary(&identity, "main", &text);
             prop_assert_eq!(&varied, &KEY.vary(&identity, "main", &text));
-            prop_assert!(reckoned(&text, &varied) >= 2 * MIN_ENTROPY_BITS);
+            prop_assert!(documented_half_bits(&text, &varied) >= 2 * MIN_ENTROPY_BITS);
             for (from, to) in text.chars().zip(varied.chars()) {
                 let choices = Choices::of(from);
                 prop_assert!(from.eq_ignore_ascii_case(&to) || choices.digit == Some(to));
@@ -257,7 +257,7 @@ mod tests {
         }
 
         #[test]
-        fn hex_reads_back(bytes: [u8; 32]) {
+        fn hex_round_trips(bytes: [u8; 32]) {
             let hex = hex::encode_upper(bytes);
             prop_assert_eq!(*FlagKey::from_hex(&format!(" {hex}\n")).unwrap().0.expose_secret(), bytes);
         }

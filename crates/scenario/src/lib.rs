@@ -1,8 +1,8 @@
 //! Scenario references, OCI pull and push, templates, flag variation.
 //!
 //! A scenario is a directory with a `scenario.yaml`, named by an OCI reference (`registry/repository:tag@sha256:…`) or, where the
-//! operator allows it, by `file://PATH`. [`Library`] fetches it, checks it, keeps it by digest, and prepares it for one instance;
-//! [`validate`] and [`push`] are its author's side. The format is described in `docs/scenarios.md`.
+//! operator allows it, by `file://PATH`. [`Library`] fetches and checks it, caches it by digest, and renders launch plans from it.
+//! [`validate`] and [`push`] are for authors. `docs/scenarios.md` describes the format.
 
 mod archive;
 mod author;

@@ -1,4 +1,4 @@
-//! The port's implementation: resolves references, keeps scenarios, prepares them.
+//! Implements the domain's `Scenarios` port: resolves references, caches scenarios and renders launch plans.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,23 +32,23 @@ use crate::{
     yaml::Problem,
 };
 
-/// What a [`Library`] needs to know.
+/// The configuration of a [`Library`].
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Where scenarios are kept by digest. Several processes may share it.
+    /// The cache directory. Several processes may share it.
     pub cache: PathBuf,
-    /// The directory under which `file://` references are allowed; none are without it.
+    /// The root of `file://` references; `None` rejects them.
     pub local_root: Option<PathBuf>,
-    /// What flags are varied with.
+    /// The key that flags are varied with.
     pub flag_key: FlagKey,
-    /// How registries are reached.
+    /// How to reach registries.
     pub access: Access,
-    /// Bounds on a scenario's files.
+    /// Limits on a scenario's files.
     pub limits: FileLimits,
 }
 
 impl Config {
-    /// Over HTTPS without credentials, no local directories, default bounds.
+    /// Registries over HTTPS without credentials, no local directories, default limits.
     pub fn new(cache: impl Into<PathBuf>, flag_key: FlagKey) -> Self {
         Self {
             cache: cache.into(),
@@ -60,11 +60,13 @@ impl Config {
     }
 }
 
-/// The scenarios that references name, kept by digest.
+/// Scenarios, cached by digest.
 ///
-/// Cloning is cheap and shares everything. A reference that names a digest which is kept costs no network; one that names a tag costs one
-/// request to see where the tag points now. Several calls for one digest share one fetch; dropping the last of them ends it and leaves
-/// nothing behind.
+/// Clones share the cache. Resolving a cached digest needs no network; resolving a tag takes one request. Concurrent calls for one digest
+/// share one fetch.
+///
+/// # Cancel safety
+/// Dropping the last call that waits for a fetch cancels the fetch and removes what it had written.
 #[derive(Clone)]
 pub struct Library {
     inner: Arc<Inner>,
@@ -75,17 +77,17 @@ struct Inner {
     documents: Documents,
     config: Config,
     registry: Registry,
-    /// Fetches under way, by digest.
+    /// Fetches in progress, by digest.
     fetches: Mutex<BTreeMap<Digest, WeakShared<Fetch>>>,
 }
 
 type Fetch = BoxFuture<'static, Result<PathBuf>>;
 
 impl Library {
-    /// Opens the cache, creating it where it is missing. Blocks on the file system.
+    /// Opens or creates the cache. Blocks on the file system.
     ///
     /// # Errors
-    /// [`Error::Internal`] if the cache cannot be used or the access settings are wrong.
+    /// [`Error::Internal`] if the cache can't be used or the access settings are invalid.
     pub fn new(config: Config) -> Result<Self> {
         let cache = Cache::open(&config.cache).map_err(unusable)?;
         let registry = Registry::new(&config.access).map_err(Error::Internal)?;
@@ -100,20 +102,20 @@ impl Library {
         })
     }
 
-    /// How many bytes of scenarios are kept.
+    /// Returns the size of the cached scenarios in bytes.
     ///
     /// # Errors
-    /// [`Error::Internal`] if the cache cannot be read.
+    /// [`Error::Internal`] if the cache can't be read.
     pub async fn bytes(&self) -> Result<u64> {
         let cache = self.inner.cache.clone();
         blocking(move || cache.bytes().map_err(unusable)).await
     }
 
-    /// Removes scenarios that are not `in_use` (by digest) and were not used within the last hour, those used longest ago first, until no
-    /// more than `limit` bytes are kept. One that is wanted again is fetched again.
+    /// Removes the least recently used scenarios until at most `limit` bytes are cached. Keeps scenarios whose digest is `in_use` and those
+    /// used within the last hour. A removed scenario is fetched again when it is needed.
     ///
     /// # Errors
-    /// [`Error::Internal`] if the cache cannot be read or a scenario cannot be removed.
+    /// [`Error::Internal`] if the cache can't be read or a scenario can't be removed.
     pub async fn evict(&self, limit: u64, in_use: BTreeSet<String>) -> Result<Evicted> {
         let cache = self.inner.cache.clone();
         blocking(move || cache.evict(limit, &in_use).map_err(unusable)).await
@@ -135,26 +137,26 @@ impl Library {
         let resolved = async {
             let digest = match digest {
                 Some(digest) => digest,
-                None => self.inner.registry.head(reference, &target).await?,
+                None => self.inner.registry.resolve_tag(reference, &target).await?,
             };
             let dir = self.fetch(reference, target, digest).await?;
             Ok((digest, dir))
         };
-        noted(resolved, span).await
+        recorded(resolved, span).await
     }
 
-    /// The directory of that digest: kept, being fetched, or fetched now.
+    /// Returns the cached directory of a digest; fetches it, or joins the fetch in progress, if it isn't cached.
     async fn fetch(&self, reference: &str, target: oci_client::Reference, digest: Digest) -> Result<PathBuf> {
-        let kept = self.inner.cache.find(digest);
-        tracing::Span::current().record("scenario.digest", display(digest)).record("cache.hit", kept.is_some());
-        if let Some(dir) = kept {
+        let cached = self.inner.cache.find(digest);
+        tracing::Span::current().record("scenario.digest", display(digest)).record("cache.hit", cached.is_some());
+        if let Some(dir) = cached {
             return Ok(dir);
         }
         let fetch = {
             let mut fetches = self.inner.fetches.lock().unwrap_or_else(PoisonError::into_inner);
             fetches.retain(|_, fetch| fetch.upgrade().is_some());
-            let under_way = fetches.get(&digest).and_then(WeakShared::upgrade);
-            under_way.unwrap_or_else(|| {
+            let running = fetches.get(&digest).and_then(WeakShared::upgrade);
+            running.unwrap_or_else(|| {
                 let fetch = self.clone().pull(reference.to_owned(), target, digest).boxed().shared();
                 fetches.extend(fetch.downgrade().map(|weak| (digest, weak)));
                 fetch
@@ -164,7 +166,7 @@ impl Library {
     }
 
     async fn pull(self, reference: String, target: oci_client::Reference, digest: Digest) -> Result<PathBuf> {
-        // Between the look into the cache and this, another fetch may have ended.
+        // Another fetch may have finished since the cache was checked.
         if let Some(dir) = self.inner.cache.find(digest) {
             return Ok(dir);
         }
@@ -172,7 +174,7 @@ impl Library {
         registry.pull(&reference, &target, digest, cache, &config.limits).await
     }
 
-    /// The directory that was pinned; fetched again if it is no longer kept.
+    /// Returns the directory of a pinned scenario; fetches it again if it is no longer cached.
     async fn directory(&self, pinned: &Pinned, digest: Digest) -> Result<PathBuf> {
         if let Some(dir) = self.inner.cache.find(digest) {
             return Ok(dir);
@@ -182,15 +184,17 @@ impl Library {
             if found == digest {
                 return Ok(dir);
             }
-            let problem = format!("what is there now is {found}, {digest} is no longer kept");
+            let problem = format!(
+                "the directory has changed to {found}, and the copy of {digest} is no longer cached; update the challenge"
+            );
             return Err(Error::ScenarioNotFound { reference: pinned.reference.clone(), problem });
         }
         let (target, _) = crate::registry::parse(&pinned.reference)?;
         let target = target.clone_with_digest(digest.to_string());
-        noted(self.fetch(&pinned.reference, target, digest), pull_span(&pinned.reference)).await
+        recorded(self.fetch(&pinned.reference, target, digest), pull_span(&pinned.reference)).await
     }
 
-    /// The document of a cached scenario, from memory if it is there.
+    /// Returns the parsed document of a cached scenario.
     async fn document(&self, reference: &str, digest: Digest, dir: &Path) -> Result<Arc<Document>> {
         match self.inner.documents.get(digest) {
             Some(document) => Ok(document),
@@ -198,7 +202,7 @@ impl Library {
         }
     }
 
-    /// Reads and checks the document of a cached scenario, and keeps it in memory.
+    /// Reads and checks the document of a cached scenario, and caches it in memory.
     async fn read(&self, reference: &str, digest: Digest, dir: &Path) -> Result<Arc<Document>> {
         let span = tracing::info_span!(
             "scenario.validate",
@@ -214,7 +218,7 @@ impl Library {
                 Unread::Io(error) => Error::Internal(format!("scenario in {}: {error}", dir.display())),
             })
         });
-        let document = Arc::new(noted(read, span).await?);
+        let document = Arc::new(recorded(read, span).await?);
         self.inner.documents.insert(digest, document.clone());
         Ok(document)
     }
@@ -260,7 +264,7 @@ fn pinned_digest(scenario: &Pinned) -> Result<Digest> {
     })
 }
 
-/// The first mistakes, on one line.
+/// The first problems, on one line.
 fn summary(problems: &[Problem]) -> String {
     const SHOWN: usize = 5;
     let mut text = problems.iter().take(SHOWN).map(ToString::to_string).collect::<Vec<_>>().join("; ");
@@ -286,8 +290,8 @@ fn pull_span(reference: &str) -> tracing::Span {
     )
 }
 
-/// Runs in a span and marks it with the error's code.
-pub(crate) async fn noted<T>(work: impl Future<Output = Result<T>>, span: tracing::Span) -> Result<T> {
+/// Runs `work` in `span` and records an error's code there.
+pub(crate) async fn recorded<T>(work: impl Future<Output = Result<T>>, span: tracing::Span) -> Result<T> {
     let result = work.instrument(span.clone()).await;
     if let Err(error) = &result {
         span.record("error.type", error.code());

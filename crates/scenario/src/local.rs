@@ -1,4 +1,4 @@
-//! Scenarios in directories of this machine, under a root that the operator allowed.
+//! Scenarios in local directories, below a root that the operator allowed.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -10,10 +10,10 @@ use crate::{
     files::{self, FileError, FileLimits, TreeDigest},
 };
 
-/// How a reference to a local directory starts.
+/// The prefix of references to local directories.
 pub(crate) const SCHEME: &str = "file://";
 
-/// The directory that `file://PATH` names: under the root, links followed and still under it.
+/// Resolves `file://PATH` to a directory below the root. Follows links, but not out of the root.
 pub(crate) fn locate(reference: &str, root: Option<&Path>) -> Result<PathBuf> {
     let not_found =
         |problem: &str| Err(Error::ScenarioNotFound { reference: reference.to_owned(), problem: problem.to_owned() });
@@ -25,7 +25,7 @@ pub(crate) fn locate(reference: &str, root: Option<&Path>) -> Result<PathBuf> {
         return not_found("a local path holds no .. and no NUL");
     }
     let outside = "no such directory below the operator's --scenario-root";
-    // An operator's mistake, which the client cannot mend.
+    // The operator must fix this, not the client.
     let root = root.canonicalize().map_err(|error| Error::Unavailable {
         what: "local scenario root",
         detail: format!("{}: {error}", root.display()),
@@ -36,7 +36,7 @@ pub(crate) fn locate(reference: &str, root: Option<&Path>) -> Result<PathBuf> {
     }
 }
 
-/// Copies a directory into the cache and answers the digest of its content and where it is kept.
+/// Copies a directory into the cache. Returns the digest of its content and the copy.
 pub(crate) fn snapshot(dir: &Path, cache: &Cache, limits: &FileLimits) -> Result<(Digest, PathBuf), FileError> {
     let mut draft = cache.draft(limits)?;
     let mut digest = TreeDigest::new();

@@ -1,4 +1,4 @@
-//! Scenarios in OCI registries.
+//! The client of OCI registries: resolves tags, pulls and pushes scenarios.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -29,30 +29,30 @@ pub(crate) const ARTIFACT_TYPE: &str = "application/vnd.ctfer-io.scenario";
 pub(crate) const FILE_TYPE: &str = "application/vnd.ctfer-io.file";
 /// The media type of a directory packed as one layer.
 pub(crate) const ARCHIVE_TYPE: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
-/// The annotation with a layer's path.
+/// The annotation that holds a layer's path.
 pub(crate) const TITLE: &str = "org.opencontainers.image.title";
-/// The annotation of a layer that is a directory to unpack.
+/// The annotation of a layer that must be unpacked.
 const UNPACK: &str = "io.deis.oras.content.unpack";
 
-/// How registries are reached.
+/// How to reach registries.
 #[derive(Debug, Clone)]
 pub struct Access {
     /// Plain HTTP instead of HTTPS.
     pub insecure: bool,
-    /// What to say where a registry asks.
+    /// Credentials for registries that require them.
     pub credentials: Option<Credentials>,
-    /// Certificates (PEM) to trust besides the system's.
+    /// Certificates (PEM) to trust in addition to the system's.
     pub extra_roots: Vec<Vec<u8>>,
-    /// Until a connection stands.
+    /// The time limit for connecting.
     pub connect_timeout: Duration,
-    /// Between two parts of an answer.
+    /// The time limit between two reads of a response.
     pub read_timeout: Duration,
-    /// A whole pull or push, or the look at a tag.
+    /// The time limit for a whole pull, push or tag lookup.
     pub timeout: Duration,
 }
 
 impl Default for Access {
-    /// HTTPS, nobody in particular, the system's certificates; 10 s to connect, 30 s between two parts, 5 min in all.
+    /// HTTPS without credentials; 10 s to connect, 30 s between reads, 5 min in total.
     fn default() -> Self {
         Self {
             insecure: false,
@@ -65,23 +65,23 @@ impl Default for Access {
     }
 }
 
-/// A name and a password for registries. Its `Debug` hides the password.
+/// A user name and password for registries. `Debug` hides the password.
 #[derive(Debug, Clone)]
 pub struct Credentials {
-    /// The one registry (`host` or `host:port`) that they are for. `None` gives them to whichever registry a reference names: only where
-    /// everybody who may name one is trusted with them.
+    /// The registry (`host` or `host:port`) to send them to. `None` sends them to any registry that a reference names: use it only if you
+    /// trust everybody who may create challenges with the password.
     pub registry: Option<String>,
-    /// The name.
+    /// The user name.
     pub username: String,
     /// The password.
     pub password: SecretString,
 }
 
-/// Reads an OCI reference: `registry/repository`, then a tag, a digest (sha256), both or neither (`latest`).
+/// Parses an OCI reference: `registry/repository`, then a tag, a SHA-256 digest, both, or neither (`latest`).
 pub(crate) fn parse(reference: &str) -> Result<(Reference, Option<Digest>)> {
     let wrong = |problem: String| Err(Error::ReferenceMalformed { reference: reference.to_owned(), problem });
     let form = "must be registry/repository[:tag][@sha256:digest]";
-    // Without a host in front, clients disagree on which registry is meant.
+    // Clients disagree on which registry a reference without a host means.
     let host = reference.split_once('/').map_or("", |(host, _)| host);
     if !(host.contains(['.', ':']) || host == "localhost") {
         return wrong(format!("{form}, the registry with a dot or a port in it"));
@@ -99,16 +99,16 @@ pub(crate) fn parse(reference: &str) -> Result<(Reference, Option<Digest>)> {
     }
 }
 
-/// A client of registries.
+/// A registry client.
 pub(crate) struct Registry {
     client: Client,
     access: Access,
 }
 
 impl Registry {
-    /// The error is the operator's text.
+    /// The error text is for the operator.
     pub(crate) fn new(access: &Access) -> Result<Self, String> {
-        // The first provider stays, whoever installed it; where it is there already, that is as good.
+        // An error means that a provider is already installed, which is fine.
         let _ = rustls::crypto::ring::default_provider().install_default();
         for (at, pem) in access.extra_roots.iter().enumerate() {
             let mut certificates = CertificateDer::pem_slice_iter(pem).peekable();
@@ -141,27 +141,27 @@ impl Registry {
         }
     }
 
-    /// Ends the work at the deadline.
-    pub(crate) async fn in_time<T>(&self, reference: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
+    /// Runs `work` with the configured timeout.
+    pub(crate) async fn with_timeout<T>(&self, reference: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::time::timeout(self.access.timeout, work).await.unwrap_or_else(|_| {
-            let detail = format!("no end after {} s", self.access.timeout.as_secs_f32());
+            let detail = format!("timed out after {} s", self.access.timeout.as_secs_f32());
             Err(Error::Registry { reference: reference.to_owned(), detail })
         })
     }
 
-    /// The digest that a tag names now.
-    pub(crate) async fn head(&self, reference: &str, target: &Reference) -> Result<Digest> {
+    /// Returns the digest that a tag points to now.
+    pub(crate) async fn resolve_tag(&self, reference: &str, target: &Reference) -> Result<Digest> {
         let auth = self.auth(target);
-        let look =
+        let lookup =
             async { self.client.fetch_manifest_digest(target, &auth).await.map_err(|error| failed(reference, &error)) };
-        let digest = self.in_time(reference, look).await?;
+        let digest = self.with_timeout(reference, lookup).await?;
         digest.parse().map_err(|error| {
             let detail = format!("the digest that the registry gives the manifest, {digest:?}, {error}");
             Error::Registry { reference: reference.to_owned(), detail }
         })
     }
 
-    /// Fetches an artifact by digest, checks it and keeps it.
+    /// Pulls an artifact by digest, checks it and caches it. Returns its directory.
     pub(crate) async fn pull(
         &self,
         reference: &str,
@@ -171,7 +171,7 @@ impl Registry {
         limits: &FileLimits,
     ) -> Result<PathBuf> {
         let target = target.clone_with_digest(digest.to_string());
-        self.in_time(reference, async {
+        self.with_timeout(reference, async {
             let manifest = self.manifest(reference, &target, digest).await?;
             let layers = layers(&manifest, limits).map_err(|error| error.of_scenario(reference))?;
             let mut draft = {
@@ -189,7 +189,7 @@ impl Registry {
         .await
     }
 
-    /// Sends a blob unless it is there; answers whether it was.
+    /// Pushes a blob unless the registry has it. Returns whether it had it.
     pub(crate) async fn put_blob(
         &self,
         reference: &str,
@@ -198,7 +198,7 @@ impl Registry {
         content: Vec<u8>,
     ) -> Result<bool> {
         self.client.store_auth_if_needed(target.resolve_registry(), &self.auth(target)).await;
-        // A registry that does not say, or wants other credentials for the question, is simply sent the blob.
+        // If the check fails, the blob is simply pushed.
         if self.client.blob_exists(target, digest).await.unwrap_or(false) {
             return Ok(true);
         }
@@ -206,7 +206,7 @@ impl Registry {
         Ok(false)
     }
 
-    /// Puts a manifest under the target's tag.
+    /// Pushes a manifest to the target's tag.
     pub(crate) async fn put_manifest(&self, reference: &str, target: &Reference, body: Vec<u8>) -> Result<()> {
         let kind = http::HeaderValue::from_static(OCI_IMAGE_MEDIA_TYPE);
         self.client.push_manifest_raw(target, body, kind).await.map_err(|error| failed(reference, &error))?;
@@ -214,7 +214,7 @@ impl Registry {
     }
 
     async fn manifest(&self, reference: &str, target: &Reference, digest: Digest) -> Result<OciImageManifest> {
-        // An index is asked for too, to say what is wrong with it.
+        // Accepts indexes too, so that they can be rejected with a helpful message.
         let accepted = [OCI_IMAGE_MEDIA_TYPE, OCI_IMAGE_INDEX_MEDIA_TYPE];
         let pulled = self.client.pull_manifest_raw(target, &self.auth(target), &accepted).await;
         let (bytes, _) = pulled.map_err(|error| failed(reference, &error))?;
@@ -224,7 +224,7 @@ impl Registry {
         let invalid = |problem: String| Error::ScenarioInvalid { reference: reference.to_owned(), problem };
         let manifest: OciImageManifest = serde_json::from_slice(&bytes)
             .map_err(|error| invalid(format!("its manifest is not an OCI image manifest: {error}")))?;
-        // Before artifact types were, the type of the configuration said it.
+        // Manifests older than OCI 1.1 have no artifact type; their configuration's type takes its place.
         let kind = manifest.artifact_type.as_deref().unwrap_or(&manifest.config.media_type);
         if kind != ARTIFACT_TYPE {
             let fix = "push it with `gauntlet scenario push`";
@@ -273,7 +273,7 @@ impl Registry {
         }
     }
 
-    /// Writes a blob of exactly the announced size and digest.
+    /// Downloads a blob into `file` and checks its size and digest.
     async fn blob(&self, reference: &str, target: &Reference, layer: &Layer, file: std::fs::File) -> Result<()> {
         let auth = self.auth(target);
         self.client.store_auth_if_needed(target.resolve_registry(), &auth).await;
@@ -308,7 +308,7 @@ fn cache_name() -> PathBuf {
     PathBuf::from("scenario cache")
 }
 
-/// A layer, checked.
+/// A layer whose descriptor was checked.
 struct Layer {
     title: String,
     size: u64,
@@ -316,7 +316,7 @@ struct Layer {
     descriptor: OciDescriptor,
 }
 
-/// What a manifest promises, within the limits and before anything is fetched.
+/// Checks the layers of a manifest against the limits, before anything is downloaded.
 fn layers(manifest: &OciImageManifest, limits: &FileLimits) -> Result<Vec<Layer>, FileError> {
     if manifest.layers.is_empty() || manifest.layers.len() > limits.count {
         return refused(format!("has {} files; 1 to {} are right", manifest.layers.len(), limits.count));
@@ -348,11 +348,11 @@ fn layers(manifest: &OciImageManifest, limits: &FileLimits) -> Result<Vec<Layer>
 }
 
 fn corrupt(reference: &str, what: &str) -> Error {
-    let detail = format!("{what} is not what its digest and size say");
+    let detail = format!("{what} does not match its digest or size");
     Error::Registry { reference: reference.to_owned(), detail }
 }
 
-/// What a registry's failure means to the caller.
+/// Converts a registry's error.
 fn failed(reference: &str, error: &OciDistributionError) -> Error {
     let reference = reference.to_owned();
     let unknown = |code: &OciErrorCode| {
@@ -366,14 +366,14 @@ fn failed(reference: &str, error: &OciDistributionError) -> Error {
             Error::ReferenceNotFound { reference }
         }
         OciDistributionError::UnauthorizedError { .. } | OciDistributionError::AuthenticationFailure(_) => {
-            let detail = "refuses access; check OCI_USERNAME and OCI_PASSWORD, and what they are allowed".to_owned();
+            let detail = "access denied; check OCI_USERNAME, OCI_PASSWORD and the permissions of that user".to_owned();
             Error::Registry { reference, detail }
         }
         error => Error::Registry { reference, detail: chain(error) },
     }
 }
 
-/// An error and its causes on one line, of bounded length.
+/// An error and its causes on one line of at most 500 characters.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

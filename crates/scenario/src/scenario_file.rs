@@ -7,11 +7,11 @@ use crate::{
     yaml::{self, Problem},
 };
 
-/// Why a directory is no scenario.
+/// Why a `scenario.yaml` can't be used.
 pub(crate) enum Unread {
-    /// Its author's fault.
+    /// The document is invalid or missing.
     Invalid(Vec<Problem>),
-    /// The machine's fault.
+    /// The file can't be read.
     Io(std::io::Error),
 }
 
@@ -19,16 +19,16 @@ pub(crate) enum Unread {
 pub(crate) fn read_document(dir: &Path) -> Result<Document, Unread> {
     let file = match std::fs::File::open(dir.join("scenario.yaml")) {
         Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(unread(other_kind(dir))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(invalid(other_kind(dir))),
         Err(error) => return Err(Unread::Io(error)),
     };
     let mut bytes = Vec::new();
     file.take(yaml::MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(Unread::Io)?;
-    let text = String::from_utf8(bytes).map_err(|_| unread("scenario.yaml is not UTF-8"))?;
+    let text = String::from_utf8(bytes).map_err(|_| invalid("scenario.yaml is not UTF-8"))?;
     Document::parse(&text).map_err(Unread::Invalid)
 }
 
-fn unread(text: &str) -> Unread {
+fn invalid(text: &str) -> Unread {
     Unread::Invalid(vec![Problem { line: None, field: String::new(), text: text.to_owned() }])
 }
 

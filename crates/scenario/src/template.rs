@@ -1,7 +1,7 @@
-//! Templates: one expression language for commands, environment, flags and connection info.
+//! Templates for commands, environment, flags and connection info.
 //!
-//! Expressions only (`{{ … }}`), strict about what is undefined, no statements, no files. What a template can build is bounded by its
-//! own length times that of its values, since nothing that is let through repeats.
+//! MiniJinja expressions (`{{ … }}`) without statements or includes; undefined names are errors. The size of a result is bounded by the
+//! length of the template times that of its values, because no allowed operator repeats text.
 
 use std::{collections::BTreeMap, io, sync::LazyLock};
 
@@ -13,27 +13,27 @@ use crate::{
     yaml::{Problems, nearest},
 };
 
-/// The longest text that a template renders to, in bytes.
+/// The size limit of a rendered text, in bytes.
 pub(crate) const MAX_OUTPUT_BYTES: usize = 64 * 1024;
-/// The longest template, in bytes.
+/// The size limit of a template, in bytes.
 const MAX_SOURCE_BYTES: usize = 8 * 1024;
-/// Instructions of one rendering.
+/// The instruction limit of one rendering.
 const FUEL: u64 = 10_000;
 
-/// A template as it stands in the document, checked.
+/// A checked template.
 #[derive(Debug, Clone)]
 pub(crate) struct Template {
-    /// For messages.
+    /// The field it belongs to, for messages.
     field: String,
     source: String,
 }
 
-/// What a template may speak of.
+/// The names that a template may use.
 pub(crate) enum Scope<'a> {
-    /// A flag: identity, additional and `vary`.
+    /// In flags: identity, additional and `vary`.
     Flag,
-    /// Anything else: identity, additional, flags, host, ports.
-    Place {
+    /// Elsewhere: identity, additional, flags, host and ports.
+    Placed {
         /// The names of the flags.
         flags: &'a [String],
         /// The names of the ports.
@@ -62,7 +62,7 @@ static ENVIRONMENT: LazyLock<Environment<'static>> = LazyLock::new(|| {
 });
 
 impl Template {
-    /// Checks syntax, names, filters and functions; what is wrong goes to `problems`.
+    /// Checks syntax, names, filters and functions, and reports problems.
     pub(crate) fn check(line: u64, field: &str, source: String, scope: &Scope, problems: &mut Problems) -> Self {
         let template = Self { field: field.to_owned(), source };
         if let Err(text) = template.problem(scope) {
@@ -79,15 +79,15 @@ impl Template {
             ));
         }
         if self.source.contains("{%") {
-            return Err("statements ({% … %}) are not understood; use {{ a if condition else b }}".into());
+            return Err("statements ({% … %}) are not supported; use {{ a if condition else b }}".into());
         }
         if let Some(c) = unbounded(&self.source) {
-            return Err(format!("{c} is not understood in an expression"));
+            return Err(format!("{c} is not supported in an expression"));
         }
         let template = ENVIRONMENT.template_from_str(&self.source).map_err(|error| describe(&error))?;
         let (known, members): (&[&str], [(&str, &[String]); 2]) = match scope {
             Scope::Flag => (&["identity", "additional", "vary"], [("", &[]), ("", &[])]),
-            Scope::Place { flags, ports } => {
+            Scope::Placed { flags, ports } => {
                 (&["identity", "additional", "flags", "host", "ports"], [("flags", flags), ("ports", ports)])
             }
         };
@@ -97,8 +97,10 @@ impl Template {
             let (root, member) = name.split_once('.').unwrap_or((name, ""));
             if !known.contains(&root) {
                 let fix = match (root, nearest(root, known)) {
-                    ("vary", _) => "only a flag is varied; use flags.NAME here".to_owned(),
-                    ("flags" | "host" | "ports", _) => "a flag is made before its instance has a place".to_owned(),
+                    ("vary", _) => "vary works in flags only; use flags.NAME here".to_owned(),
+                    ("flags" | "host" | "ports", _) => {
+                        "flags are rendered before the instance has a host and ports".to_owned()
+                    }
                     (_, Some(near)) => format!("did you mean {near}?"),
                     (_, None) => format!("known here: {}", known.join(", ")),
                 };
@@ -120,7 +122,7 @@ impl Template {
             Scope::Flag => {
                 Values::of(&Identity::from_bits(0), &Additional::new()).varying(&FlagKey::new([0; 32]), "sample")
             }
-            Scope::Place { flags, ports } => {
+            Scope::Placed { flags, ports } => {
                 let placement = Placement {
                     host: "localhost".into(),
                     ports: ports.iter().map(|name| (name.clone(), 1)).collect(),
@@ -132,7 +134,7 @@ impl Template {
             }
         };
         match self.render_error(&sample) {
-            // A value that only an instance brings.
+            // Only an instance provides this value.
             Err(error)
                 if error.kind() == ErrorKind::UndefinedError && used.iter().any(|n| n.starts_with("additional")) =>
             {
@@ -143,17 +145,17 @@ impl Template {
         }
     }
 
-    /// Where it stands, for messages.
+    /// The field it belongs to, for messages.
     pub(crate) fn field(&self) -> &str {
         &self.field
     }
 
-    /// The text, if no expression is in it.
+    /// Returns the text if it contains no expression.
     pub(crate) fn literal(&self) -> Option<&str> {
         (!self.source.contains("{{")).then_some(&self.source)
     }
 
-    /// Renders; the error names the field and is fit for the client.
+    /// Renders the template. The error names the field and may be shown to the client.
     pub(crate) fn render(&self, values: &Values) -> Result<String, String> {
         self.render_error(values).map_err(|error| {
             let missing = match error.kind() {
@@ -178,7 +180,7 @@ impl Template {
     }
 }
 
-/// What a template is rendered with.
+/// The values that templates are rendered with.
 #[derive(Debug, Clone)]
 pub(crate) struct Values(BTreeMap<String, Value>);
 
@@ -191,7 +193,7 @@ impl Values {
         ]))
     }
 
-    /// The keys of `additional` that a template speaks of by name and that are not there.
+    /// Returns the keys of `additional` that a template names and that are missing.
     fn missing<'a>(&self, source: &'a str) -> Vec<&'a str> {
         let additional = self.0.get("additional");
         let there =
@@ -204,7 +206,7 @@ impl Values {
         named.filter(|key| !key.is_empty() && !there(key)).collect()
     }
 
-    /// With the function `vary`, for one flag.
+    /// Adds the function `vary` for one flag.
     pub(crate) fn varying(mut self, key: &FlagKey, flag: &str) -> Self {
         let (key, flag) = (key.clone(), flag.to_owned());
         let identity = self.0.get("identity").map(ToString::to_string).unwrap_or_default();
@@ -219,7 +221,7 @@ impl Values {
         self
     }
 
-    /// With flags, host and ports.
+    /// Adds flags, host and ports.
     pub(crate) fn placed(mut self, flags: impl Iterator<Item = (String, String)>, placement: &Placement) -> Self {
         self.0.insert("flags".to_owned(), Value::from(flags.collect::<BTreeMap<_, _>>()));
         self.0.insert("host".to_owned(), Value::from(placement.host.as_str()));
@@ -228,8 +230,8 @@ impl Values {
     }
 }
 
-/// The first `*` (a hundred million times a text is one expression) or `{` (a map's, which would hide where the expression ends) in an
-/// expression of the template, outside quotes.
+/// Returns the first `*` or `{` in an expression, outside quotes. `*` can repeat a text without bound, and `{` starts a map, which would hide
+/// the end of the expression.
 fn unbounded(source: &str) -> Option<char> {
     let mut rest = source;
     while let Some((_, after)) = rest.split_once('{') {
@@ -266,7 +268,7 @@ fn describe(error: &minijinja::Error) -> String {
     match (error.kind(), error.detail()) {
         (ErrorKind::OutOfFuel, _) => format!("takes more than {FUEL} steps"),
         (ErrorKind::WriteFailure, _) => format!("renders to more than {MAX_OUTPUT_BYTES} bytes"),
-        (ErrorKind::UndefinedError, None) => "speaks of something that is not there".into(),
+        (ErrorKind::UndefinedError, None) => "uses a name that does not exist".into(),
         (kind, Some(detail)) => format!("{kind}: {detail}"),
         (kind, None) => kind.to_string(),
     }
@@ -309,7 +311,7 @@ mod checks {
     }
 
     #[test]
-    fn what_templates_can_say() {
+    fn allowed_expressions_are_rendered() {
         let says = |source: &str| template(source).render(&values()).unwrap();
         assert_eq!(says("plain"), "plain");
         assert_eq!(says("{{ identity }}"), "0000000000000001");
@@ -323,7 +325,7 @@ mod checks {
     }
 
     #[test]
-    fn what_templates_cannot_do() {
+    fn failed_rendering_is_explained() {
         let fails = |source: &str| template(source).render(&values()).unwrap_err();
         insta::assert_snapshot!(fails("{{ additional['motd'] }}"));
         let long = "x".repeat(MAX_OUTPUT_BYTES / 2);
@@ -334,7 +336,7 @@ mod checks {
     }
 
     #[test]
-    fn nothing_repeats() {
+    fn repetition_and_maps_are_detected() {
         for source in [
             "{{ 'x' * 9 }}",
             "a{{ 1 }}b{{- '}}' ~ [1]*9 }}",
@@ -361,7 +363,7 @@ mod checks {
     proptest! {
         #[test]
         fn never_panics(source in "(\\{\\{ |\\}\\}|additional|\\['|'\\]|ports|\\.|\\||default|vary|\\(|\\)|[0-9]{1,12}|'|\\*|~|-| |\\PC){0,24}") {
-            let scope = Scope::Place { flags: &["main".to_owned()], ports: &["http".to_owned()] };
+            let scope = Scope::Placed { flags: &["main".to_owned()], ports: &["http".to_owned()] };
             let mut problems = Problems::default();
             let checked = Template::check(1, "field", source, &scope, &mut problems);
             if problems.0.is_empty() {

@@ -1,4 +1,4 @@
-//! A YAML document as a tree that knows its lines, and a reader that reports every mistake in it.
+//! Parses YAML into a tree with line numbers, and collects problems while the tree is read.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -11,14 +11,14 @@ use serde_saphyr::Spanned;
 /// The largest document, in bytes.
 pub(crate) const MAX_BYTES: usize = 64 * 1024;
 
-/// One mistake: where, and what would be right.
+/// A problem in a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// The line in `scenario.yaml`, from 1; `None` where no line is to blame.
+    /// The line in `scenario.yaml`, from 1; `None` if it concerns no line.
     pub line: Option<u64>,
-    /// The field, as `process.command`; empty for the document.
+    /// The field, such as `process.command`; empty for the whole document.
     pub field: String,
-    /// What is wrong and what would be right.
+    /// What is wrong and how to fix it.
     pub text: String,
 }
 
@@ -34,7 +34,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// A value and the line it stands on.
+/// A value and its line.
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) line: u64,
@@ -65,7 +65,7 @@ impl Value {
     }
 }
 
-/// Reads a document; bounded in size, depth, nodes and aliases. Merge keys and unknown tags are refused.
+/// Parses a document within limits on size, depth, nodes and aliases. Rejects merge keys and unknown tags.
 pub(crate) fn parse(text: &str) -> Result<Node, Problem> {
     let whole = |text: String| Problem { line: None, field: String::new(), text };
     if text.len() > MAX_BYTES {
@@ -82,7 +82,7 @@ pub(crate) fn parse(text: &str) -> Result<Node, Problem> {
             flow_nesting_limit: 16,
         },
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 8192, max_replay_stack_depth: 8 },
-        // Reported with the other mistakes, by whoever reads the mapping.
+        // Reported by `Problems::map`, with the other problems.
         duplicate_keys: serde_saphyr::DuplicateKeyPolicy::PassThrough,
         merge_keys: serde_saphyr::MergeKeyPolicy::Error,
         leading_zero_numbers_as_strings: true,
@@ -94,7 +94,7 @@ pub(crate) fn parse(text: &str) -> Result<Node, Problem> {
     };
     serde_saphyr::from_str_with_options::<Spanned<Value>>(text, options).map(Node::from).map_err(|error| {
         let line = error.location().map(|at| at.line()).filter(|line| *line > 0);
-        // The library ends its text with the place; it is said once, in front.
+        // The library appends the position, which `Problem` shows already.
         let text = error.to_string();
         let text = text.split_once(" at line ").map_or(text.as_str(), |(text, _)| text);
         Problem { line, field: String::new(), text: format!("not valid YAML: {text}") }
@@ -173,7 +173,7 @@ impl<'de> Deserialize<'de> for Value {
     }
 }
 
-/// Collects what is wrong while a document is read.
+/// The problems found while a document is read.
 #[derive(Debug, Default)]
 pub(crate) struct Problems(pub(crate) Vec<Problem>);
 
@@ -226,7 +226,7 @@ impl Problems {
         }
     }
 
-    /// A mapping whose keys the author chooses; one that comes again is reported.
+    /// Reads a mapping with keys chosen by the author. Reports duplicate keys.
     pub(crate) fn map(&mut self, node: Node, field: &str) -> Option<Vec<(u64, String, Node)>> {
         match node.value {
             Value::Map(mut entries) => {
@@ -234,7 +234,7 @@ impl Problems {
                 entries.retain(|(line, name, _)| {
                     let first = seen.insert(name.clone());
                     if !first {
-                        self.at(*line, &join(field, name), "is there twice");
+                        self.at(*line, &join(field, name), "is given twice; remove one");
                     }
                     first
                 });
@@ -249,7 +249,7 @@ impl Problems {
         }
     }
 
-    /// A mapping whose keys are `known`: their nodes in that order; unknown keys are reported with the nearest known one.
+    /// Reads a mapping with `known` keys and returns their values in that order. Reports unknown keys, with the most similar known one.
     pub(crate) fn fields<const N: usize>(
         &mut self,
         node: Node,
@@ -268,7 +268,7 @@ impl Problems {
                         None => format!("known here: {}", known.join(", ")),
                     };
                     self.at(line, &join(field, &name), format!("unknown field; {fix}"));
-                    // Read as what it was meant to be, so that one slip is one report.
+                    // Read as the intended field, so that one typo is one problem.
                     if let Some((slot, _)) = found.iter_mut().zip(known).find(|(_, known)| near == Some(known)) {
                         slot.get_or_insert(node);
                     }
@@ -279,12 +279,12 @@ impl Problems {
     }
 }
 
-/// The path of a field within another.
+/// The path of a nested field.
 pub(crate) fn join(field: &str, name: &str) -> String {
     if field.is_empty() { name.to_owned() } else { format!("{field}.{name}") }
 }
 
-/// The one of `known` that is most like `name`, if any is like it.
+/// Returns the most similar of `known`, if one is similar.
 pub(crate) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
     let far = (name.chars().count() / 2).clamp(1, 3);
     known

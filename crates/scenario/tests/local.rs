@@ -1,4 +1,4 @@
-//! Local directories: what is allowed, what is kept, what instances get.
+//! Local directories: access, caching and launch plans.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::{
@@ -28,12 +28,12 @@ flags:
 connection_info: "http://{{ host }}:{{ ports.http }}/{{ identity }}"
 "#;
 
-struct Desk {
+struct Fixture {
     dir: tempfile::TempDir,
     library: Library,
 }
 
-fn desk() -> Desk {
+fn fixture() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
     let web = dir.path().join("root/web");
     fs::create_dir_all(&web).unwrap();
@@ -42,16 +42,16 @@ fn desk() -> Desk {
     let mut config = Config::new(dir.path().join("cache"), FlagKey::new([1; 32]));
     config.local_root = Some(dir.path().join("root"));
     let library = Library::new(config).unwrap();
-    Desk { dir, library }
+    Fixture { dir, library }
 }
 
 #[tokio::test]
-async fn what_is_kept_is_found_from_anywhere() {
-    let desk = desk();
+async fn relative_cache_directory_yields_absolute_files() {
+    let fixture = fixture();
     let up: PathBuf = std::env::current_dir().unwrap().components().skip(1).map(|_| "..").collect();
-    let relative = up.join(desk.dir.path().strip_prefix("/").unwrap()).join("another");
+    let relative = up.join(fixture.dir.path().strip_prefix("/").unwrap()).join("another");
     let mut config = Config::new(relative, FlagKey::new([1; 32]));
-    config.local_root = Some(desk.dir.path().join("root"));
+    config.local_root = Some(fixture.dir.path().join("root"));
     let library = Library::new(config).unwrap();
     let pinned = library.resolve("file://web").await.unwrap();
     let plan = render(&library, &prepare(&library, &pinned, 1, &[]).await).await;
@@ -70,17 +70,17 @@ async fn render(library: &Library, prepared: &PreparedScenario) -> LaunchPlan {
 }
 
 #[tokio::test]
-async fn a_directory_becomes_a_launch_plan() {
-    let desk = desk();
-    let pinned = desk.library.resolve("file://web").await.unwrap();
+async fn local_directory_becomes_a_launch_plan() {
+    let fixture = fixture();
+    let pinned = fixture.library.resolve("file://web").await.unwrap();
     assert_eq!(pinned.reference, "file://web");
-    let absolute = format!("file://{}", desk.dir.path().join("root/web").display());
-    assert_eq!(desk.library.resolve(&absolute).await.unwrap().digest, pinned.digest);
+    let absolute = format!("file://{}", fixture.dir.path().join("root/web").display());
+    assert_eq!(fixture.library.resolve(&absolute).await.unwrap().digest, pinned.digest);
 
-    let prepared = prepare(&desk.library, &pinned, 1, &[("mo td", "moin"), ("add-flag", "FLAG{given}")]).await;
+    let prepared = prepare(&fixture.library, &pinned, 1, &[("mo td", "moin"), ("add-flag", "FLAG{given}")]).await;
     assert_eq!(prepared.ports.len(), 2);
-    let plan = render(&desk.library, &prepared).await;
-    assert_eq!(plan, render(&desk.library, &prepared).await, "rendering is pure");
+    let plan = render(&fixture.library, &prepared).await;
+    assert_eq!(plan, render(&fixture.library, &prepared).await, "rendering is pure");
     assert_eq!(plan.command, ["./run.sh", "--listen", "0.0.0.0:4000"]);
     assert_eq!(plan.env["MOTD"], "moin");
     assert_eq!(plan.connection_info, "http://play.test:4000/0000000000000001");
@@ -88,35 +88,38 @@ async fn a_directory_becomes_a_launch_plan() {
     assert!(plan.files.join("run.sh").is_file());
     assert!(!format!("{prepared:?} {plan:?}").contains("FLAG{"), "no flag in logs");
 
-    let other = render(&desk.library, &prepare(&desk.library, &pinned, 2, &[]).await).await;
+    let other = render(&fixture.library, &prepare(&fixture.library, &pinned, 2, &[]).await).await;
     assert_ne!(other.flags[0], plan.flags[0]);
     assert_eq!((other.env["MOTD"].as_str(), other.flags[1].as_str()), ("hello", "FLAG{none}"));
 }
 
 #[tokio::test]
-async fn what_is_pinned_does_not_change_under_an_instance() {
-    let desk = desk();
-    let web = desk.dir.path().join("root/web");
-    let pinned = desk.library.resolve("file://web").await.unwrap();
+async fn pinned_scenario_does_not_change() {
+    let fixture = fixture();
+    let web = fixture.dir.path().join("root/web");
+    let pinned = fixture.library.resolve("file://web").await.unwrap();
     fs::write(web.join("run.sh"), "#!/bin/sh\necho changed\n").unwrap();
-    let moved = desk.library.resolve("file://web").await.unwrap();
+    let moved = fixture.library.resolve("file://web").await.unwrap();
     assert_ne!(moved.digest, pinned.digest);
-    let plan = render(&desk.library, &prepare(&desk.library, &pinned, 1, &[]).await).await;
+    let plan = render(&fixture.library, &prepare(&fixture.library, &pinned, 1, &[]).await).await;
     assert_eq!(fs::read_to_string(plan.files.join("run.sh")).unwrap(), "#!/bin/sh\nsleep 1\n");
 
-    fs::remove_dir_all(desk.dir.path().join("cache/sha256")).unwrap();
-    prepare(&desk.library, &moved, 1, &[]).await;
-    let error = desk.library.prepare(&pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
-    assert!(matches!(&error, Error::ScenarioNotFound { problem, .. } if problem.contains("no longer kept")), "{error}");
+    fs::remove_dir_all(fixture.dir.path().join("cache/sha256")).unwrap();
+    prepare(&fixture.library, &moved, 1, &[]).await;
+    let error = fixture.library.prepare(&pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
+    assert!(
+        matches!(&error, Error::ScenarioNotFound { problem, .. } if problem.contains("no longer cached")),
+        "{error}"
+    );
 }
 
 #[tokio::test]
-async fn only_what_lies_under_the_root_is_found() {
-    let desk = desk();
-    let outside = desk.dir.path().join("outside");
+async fn references_outside_of_the_root_are_rejected() {
+    let fixture = fixture();
+    let outside = fixture.dir.path().join("outside");
     fs::create_dir_all(&outside).unwrap();
     fs::write(outside.join("scenario.yaml"), WEB).unwrap();
-    std::os::unix::fs::symlink(&outside, desk.dir.path().join("root/link")).unwrap();
+    std::os::unix::fs::symlink(&outside, fixture.dir.path().join("root/link")).unwrap();
     let beside = format!("file://{}", outside.display());
     for reference in [
         "file://../outside",
@@ -127,23 +130,23 @@ async fn only_what_lies_under_the_root_is_found() {
         "file://none",
         "file://web/run.sh",
     ] {
-        let error = desk.library.resolve(reference).await.unwrap_err();
+        let error = fixture.library.resolve(reference).await.unwrap_err();
         assert_eq!(error.code(), "SCENARIO_NOT_FOUND", "{reference}: {error}");
     }
-    let closed = Library::new(Config::new(desk.dir.path().join("cache"), FlagKey::new([1; 32]))).unwrap();
+    let closed = Library::new(Config::new(fixture.dir.path().join("cache"), FlagKey::new([1; 32]))).unwrap();
     let error = closed.resolve("file://web").await.unwrap_err();
     assert!(error.to_string().contains("--scenario-root"), "{error}");
 }
 
 #[tokio::test]
-async fn what_is_no_scenario_says_why() {
-    let desk = desk();
+async fn invalid_directories_are_explained() {
+    let fixture = fixture();
     let wrong = async |files: &[(&str, &str)]| {
-        let dir = desk.dir.path().join("root/wrong");
+        let dir = fixture.dir.path().join("root/wrong");
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir).unwrap();
         files.iter().for_each(|(name, text)| fs::write(dir.join(name), text).unwrap());
-        match desk.library.resolve("file://wrong").await.unwrap_err() {
+        match fixture.library.resolve("file://wrong").await.unwrap_err() {
             Error::ScenarioInvalid { problem, .. } => problem,
             error => panic!("{error}"),
         }
@@ -152,47 +155,47 @@ async fn what_is_no_scenario_says_why() {
     insta::assert_snapshot!(wrong(&[("Pulumi.yaml", "name: x")]).await);
     insta::assert_snapshot!(wrong(&[("scenario.yml", WEB)]).await);
     insta::assert_snapshot!(wrong(&[("scenario.yaml", &WEB.replace("command:", "comand:"))]).await);
-    let dir = desk.dir.path().join("root/wrong");
+    let dir = fixture.dir.path().join("root/wrong");
     fs::write(dir.join("scenario.yaml"), WEB).unwrap();
     fs::write(dir.join("Pulumi.yaml"), "name: x").unwrap();
-    desk.library.resolve("file://wrong").await.expect("scenario.yaml goes first where both are");
+    fixture.library.resolve("file://wrong").await.expect("scenario.yaml takes precedence over Pulumi.yaml");
 }
 
 #[tokio::test]
-async fn what_additional_lacks_is_told_before_anything_runs() {
-    let desk = desk();
-    let dir = desk.dir.path().join("root/needs");
+async fn missing_additional_value_fails_prepare() {
+    let fixture = fixture();
+    let dir = fixture.dir.path().join("root/needs");
     fs::create_dir_all(&dir).unwrap();
     fs::write(dir.join("scenario.yaml"), WEB.replace(" | default('FLAG{none}')", "")).unwrap();
-    let pinned = desk.library.resolve("file://needs").await.unwrap();
-    let error = desk.library.prepare(&pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
+    let pinned = fixture.library.resolve("file://needs").await.unwrap();
+    let error = fixture.library.prepare(&pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
     assert_eq!(error.code(), "SCENARIO_PREPROCESSING");
     insta::assert_snapshot!(error);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_at_once_and_several_libraries_share_a_cache() {
-    let desk = desk();
-    let mut config = Config::new(desk.dir.path().join("cache"), FlagKey::new([1; 32]));
-    config.local_root = Some(desk.dir.path().join("root"));
+async fn libraries_share_a_cache_directory() {
+    let fixture = fixture();
+    let mut config = Config::new(fixture.dir.path().join("cache"), FlagKey::new([1; 32]));
+    config.local_root = Some(fixture.dir.path().join("root"));
     let second = Library::new(config).unwrap();
     let all =
-        (0..20).map(|n| if n % 2 == 0 { desk.library.resolve("file://web") } else { second.resolve("file://web") });
+        (0..20).map(|n| if n % 2 == 0 { fixture.library.resolve("file://web") } else { second.resolve("file://web") });
     let all = futures::future::join_all(all).await;
     let first = all[0].as_ref().unwrap();
     assert!(all.iter().all(|pinned| pinned.as_ref().unwrap() == first));
-    assert_eq!(fs::read_dir(desk.dir.path().join("cache/drafts")).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(fixture.dir.path().join("cache/drafts")).unwrap().count(), 0);
 }
 
 #[test]
-fn a_report_lists_files_and_doubts() {
-    let desk = desk();
-    let report = validate(&desk.dir.path().join("root/web")).unwrap();
-    assert!(report.is_sound() && report.warnings.is_empty(), "{report:?}");
+fn report_lists_files_and_warnings() {
+    let fixture = fixture();
+    let report = validate(&fixture.dir.path().join("root/web")).unwrap();
+    assert!(report.is_valid() && report.warnings.is_empty(), "{report:?}");
     let files: Vec<_> = report.files.iter().map(|file| (file.path.as_str(), file.executable)).collect();
     assert_eq!(files, [("run.sh", true), ("scenario.yaml", false)]);
 
-    fs::remove_file(desk.dir.path().join("root/web/run.sh")).unwrap();
-    assert_eq!(validate(&desk.dir.path().join("root/web")).unwrap().warnings.len(), 1);
+    fs::remove_file(fixture.dir.path().join("root/web/run.sh")).unwrap();
+    assert_eq!(validate(&fixture.dir.path().join("root/web")).unwrap().warnings.len(), 1);
     assert!(validate(Path::new("/nowhere")).is_err());
 }

@@ -1,4 +1,4 @@
-//! The spans of resolving and planning, and what they never hold.
+//! The spans of resolving, and the secrets that they must not contain.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 use std::{
@@ -25,9 +25,9 @@ type Fields = BTreeMap<String, String>;
 #[derive(Clone, Default)]
 struct Spans(Arc<Mutex<BTreeMap<u64, (String, Fields)>>>);
 
-struct Put<'a>(&'a mut Fields);
+struct Recorder<'a>(&'a mut Fields);
 
-impl Visit for Put<'_> {
+impl Visit for Recorder<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         self.0.insert(field.name().to_owned(), format!("{value:?}").trim_matches('"').to_owned());
     }
@@ -36,14 +36,14 @@ impl Visit for Put<'_> {
 impl<S: Subscriber> Layer<S> for Spans {
     fn on_new_span(&self, attributes: &span::Attributes<'_>, id: &span::Id, _: Context<'_, S>) {
         let mut fields = Fields::new();
-        attributes.record(&mut Put(&mut fields));
+        attributes.record(&mut Recorder(&mut fields));
         let mut spans = self.0.lock().unwrap();
         spans.insert(id.into_u64(), (attributes.metadata().name().to_owned(), fields));
     }
 
     fn on_record(&self, id: &span::Id, values: &span::Record<'_>, _: Context<'_, S>) {
         if let Some((_, fields)) = self.0.lock().unwrap().get_mut(&id.into_u64()) {
-            values.record(&mut Put(fields));
+            values.record(&mut Recorder(fields));
         }
     }
 }
@@ -55,7 +55,7 @@ impl Spans {
 }
 
 #[tokio::test]
-async fn spans_say_what_was_fetched_and_no_secret() {
+async fn spans_describe_the_fetch_without_secrets() {
     let dir = tempfile::tempdir().unwrap();
     let registry = Registry::start(dir.path().join("registry"), &RegistryOptions::with_user()).unwrap();
     let scenario = dir.path().join("scenario");

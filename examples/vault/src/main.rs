@@ -1,7 +1,7 @@
 //! An example challenge: two ports, two flags.
 //!
-//! `--status` is a page about a vault; its diagnostics say more than they should, and hold the first flag (`FLAG_STATUS`). `--door` is the
-//! vault's door, which speaks lines; whoever knows the code gets the second (`FLAG_VAULT`).
+//! `--status` serves a page about a vault. Its diagnostics leak the door's code and the first flag (`FLAG_STATUS`). `--door` is the vault's
+//! door, with a line protocol: the right code opens it and reveals the second flag (`FLAG_VAULT`).
 
 use std::{
     collections::BTreeMap,
@@ -16,18 +16,18 @@ use std::{
     time::Duration,
 };
 
-/// The most that one visitor may say.
-const WORDS: u64 = 8 * 1024;
-/// How many are served at once on each port; whoever comes on top is turned away.
-const AT_ONCE: usize = 64;
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The input limit of a connection, in bytes.
+const MAX_INPUT_BYTES: u64 = 8 * 1024;
+/// The connection limit of each port; further connections are closed.
+const MAX_CONNECTIONS: usize = 64;
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 struct Vault {
     flag_status: String,
     flag_vault: String,
-    /// Made up at every start.
+    /// Random, different at every start.
     code: String,
-    wrong: AtomicU64,
+    wrong_codes: AtomicU64,
 }
 
 fn main() -> ExitCode {
@@ -44,11 +44,11 @@ fn main() -> ExitCode {
         return ExitCode::from(64);
     };
     let (Ok(flag_status), Ok(flag_vault)) = (std::env::var("FLAG_STATUS"), std::env::var("FLAG_VAULT")) else {
-        eprintln!("example-vault: FLAG_STATUS or FLAG_VAULT is not set: give both flags in the environment");
+        eprintln!("example-vault: FLAG_STATUS or FLAG_VAULT is not set; set both");
         return ExitCode::from(64);
     };
     let code = format!("{:06}", RandomState::new().hash_one("code") % 1_000_000);
-    let vault = Arc::new(Vault { flag_status, flag_vault, code, wrong: AtomicU64::new(0) });
+    let vault = Arc::new(Vault { flag_status, flag_vault, code, wrong_codes: AtomicU64::new(0) });
     match open(vault, door, status) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -61,8 +61,8 @@ fn main() -> ExitCode {
 fn open(vault: Arc<Vault>, door: &str, status: &str) -> io::Result<()> {
     let (door, status) = (TcpListener::bind(door)?, TcpListener::bind(status)?);
     println!("listening: door on {}, status on {}", door.local_addr()?, status.local_addr()?);
-    let watched = Arc::clone(&vault);
-    std::thread::spawn(move || serve(&watched, &status, Vault::report));
+    let shared = Arc::clone(&vault);
+    std::thread::spawn(move || serve(&shared, &status, Vault::report));
     serve(&vault, &door, Vault::guard)
 }
 
@@ -71,41 +71,41 @@ fn serve(
     listener: &TcpListener,
     answer: fn(&Vault, &TcpStream) -> io::Result<()>,
 ) -> io::Result<()> {
-    let inside = Arc::new(AtomicUsize::new(0));
+    let connections = Arc::new(AtomicUsize::new(0));
     loop {
-        // A visitor that left before being let in is no reason to close.
+        // The client has already closed the connection.
         let Ok((visitor, _)) = listener.accept() else { continue };
-        if inside.fetch_add(1, Ordering::AcqRel) < AT_ONCE {
-            let (vault, inside) = (Arc::clone(vault), Arc::clone(&inside));
+        if connections.fetch_add(1, Ordering::AcqRel) < MAX_CONNECTIONS {
+            let (vault, connections) = (Arc::clone(vault), Arc::clone(&connections));
             std::thread::Builder::new().stack_size(128 * 1024).spawn(move || {
                 let _ = answer(&vault, &visitor);
-                inside.fetch_sub(1, Ordering::AcqRel);
+                connections.fetch_sub(1, Ordering::AcqRel);
             })?;
         } else {
-            inside.fetch_sub(1, Ordering::AcqRel);
+            connections.fetch_sub(1, Ordering::AcqRel);
         }
     }
 }
 
-fn listen(visitor: &TcpStream) -> io::Result<impl io::BufRead + '_> {
-    visitor.set_read_timeout(Some(PATIENCE))?;
-    visitor.set_write_timeout(Some(PATIENCE))?;
-    Ok(BufReader::new(visitor.take(WORDS)))
+fn reader(visitor: &TcpStream) -> io::Result<impl io::BufRead + '_> {
+    visitor.set_read_timeout(Some(TIMEOUT))?;
+    visitor.set_write_timeout(Some(TIMEOUT))?;
+    Ok(BufReader::new(visitor.take(MAX_INPUT_BYTES)))
 }
 
 impl Vault {
-    /// The door: a line in, a line out.
+    /// Serves the door: one response per line.
     fn guard(&self, mut visitor: &TcpStream) -> io::Result<()> {
-        let heard = listen(visitor)?;
+        let input = reader(visitor)?;
         writeln!(visitor, "vault: say OPEN and the code, or QUIT")?;
-        for line in heard.lines() {
+        for line in input.lines() {
             let line = line?;
             match line.split_once(' ').unwrap_or((&line, "")) {
                 ("OPEN", code) if code.trim() == self.code => {
                     return writeln!(visitor, "open: {}", self.flag_vault);
                 }
                 ("OPEN", _) => {
-                    self.wrong.fetch_add(1, Ordering::Relaxed);
+                    self.wrong_codes.fetch_add(1, Ordering::Relaxed);
                     writeln!(visitor, "wrong")?;
                 }
                 ("QUIT", _) => return writeln!(visitor, "bye"),
@@ -115,16 +115,16 @@ impl Vault {
         Ok(())
     }
 
-    /// The page.
+    /// Serves the status page.
     fn report(&self, mut visitor: &TcpStream) -> io::Result<()> {
-        let mut heard = listen(visitor)?;
+        let mut input = reader(visitor)?;
         let mut request = String::new();
-        heard.read_line(&mut request)?;
+        input.read_line(&mut request)?;
         let mut line = String::new();
-        while heard.read_line(&mut line)? > 2 {
+        while input.read_line(&mut line)? > 2 {
             line.clear();
         }
-        let wrong = self.wrong.load(Ordering::Relaxed);
+        let wrong = self.wrong_codes.load(Ordering::Relaxed);
         let mut words = request.split_ascii_whitespace();
         let (status, body) = match (words.next(), words.next()) {
             (Some("GET"), Some("/")) => {

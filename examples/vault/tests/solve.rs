@@ -1,4 +1,4 @@
-//! The program as a player meets it, and its scenario as an author checks it.
+//! Solves the challenge as a player would, and validates its scenario.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
@@ -44,7 +44,7 @@ fn get(running: &Running, path: &str) -> String {
 }
 
 #[test]
-fn the_page_opens_the_door() {
+fn diagnostics_reveal_the_code_of_the_door() {
     let running = run();
     assert!(get(&running, "/").contains("vault: closed\nwrong codes: 0\n"));
     let diagnostics = get(&running, "/diagnostics");
@@ -52,27 +52,27 @@ fn the_page_opens_the_door() {
     let code = diagnostics.lines().find_map(|line| line.strip_prefix("expected: ")).unwrap();
 
     let door = TcpStream::connect(&running.door).unwrap();
-    let mut heard = BufReader::new(&door).lines().map(Result::unwrap);
-    assert!(heard.next().unwrap().contains("say OPEN"));
-    for (said, answer) in [("OPEN", "wrong"), ("OPEN sesame", "wrong"), ("hello", "what?")] {
-        writeln!(&door, "{said}").unwrap();
-        assert_eq!(heard.next().unwrap(), answer);
+    let mut lines = BufReader::new(&door).lines().map(Result::unwrap);
+    assert!(lines.next().unwrap().contains("say OPEN"));
+    for (input, answer) in [("OPEN", "wrong"), ("OPEN sesame", "wrong"), ("hello", "what?")] {
+        writeln!(&door, "{input}").unwrap();
+        assert_eq!(lines.next().unwrap(), answer);
     }
     writeln!(&door, "OPEN {code}").unwrap();
-    assert_eq!(heard.next().unwrap(), "open: FLAG{two}");
-    assert_eq!(heard.next(), None);
+    assert_eq!(lines.next().unwrap(), "open: FLAG{two}");
+    assert_eq!(lines.next(), None);
     assert!(get(&running, "/").contains("wrong codes: 2\n"));
 }
 
 #[test]
-fn a_wrong_start_says_how_it_is_done() {
+fn missing_arguments_print_the_usage() {
     let output = Command::new(env!("CARGO_BIN_EXE_example-vault")).output().unwrap();
     assert_eq!(output.status.code(), Some(64));
     assert!(String::from_utf8(output.stderr).unwrap().contains("usage: FLAG_STATUS="));
 }
 
 #[test]
-fn the_scenario_is_sound() {
+fn scenario_is_valid() {
     let report = gauntlet_scenario::validate(&Path::new(env!("CARGO_MANIFEST_DIR")).join("scenario")).unwrap();
-    assert!(report.is_sound(), "{report:?}");
+    assert!(report.is_valid(), "{report:?}");
 }

@@ -1,7 +1,6 @@
 //! An example challenge: one page, one port, one flag.
 //!
-//! The page hides where the cook's note is; the note is the flag. `FLAG` and `MOTD` come from the environment, the address from
-//! `--listen`.
+//! A comment in the page names the cook's note, which is the flag. `FLAG` and `MOTD` come from the environment, the address from `--listen`.
 
 use std::{
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
@@ -14,11 +13,11 @@ use std::{
     time::Duration,
 };
 
-/// The longest request head.
-const HEAD: u64 = 8 * 1024;
-/// How many are served at once; whoever comes on top is turned away.
-const AT_ONCE: usize = 64;
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The size limit of a request's head, in bytes.
+const MAX_HEAD_BYTES: u64 = 8 * 1024;
+/// The connection limit; further connections are closed.
+const MAX_CONNECTIONS: usize = 64;
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 struct Kitchen {
     flag: String,
@@ -33,7 +32,7 @@ fn main() -> ExitCode {
         return usage();
     }
     let Ok(flag) = std::env::var("FLAG") else {
-        eprintln!("example-web: FLAG is not set: give the flag in the environment");
+        eprintln!("example-web: FLAG is not set; set it to the flag");
         return ExitCode::from(64);
     };
     let motd = std::env::var("MOTD").unwrap_or_else(|_| "hello".to_owned());
@@ -56,13 +55,13 @@ fn serve(address: &str, kitchen: Kitchen) -> io::Result<()> {
     let listener = TcpListener::bind(address)?;
     println!("listening on {}", listener.local_addr()?);
     loop {
-        // A guest that left before being let in is no reason to close.
+        // The client has already closed the connection.
         let Ok((guest, _)) = listener.accept() else { continue };
-        if kitchen.guests.fetch_add(1, Ordering::AcqRel) < AT_ONCE {
-            let inside = Arc::clone(&kitchen);
+        if kitchen.guests.fetch_add(1, Ordering::AcqRel) < MAX_CONNECTIONS {
+            let shared = Arc::clone(&kitchen);
             std::thread::Builder::new().stack_size(128 * 1024).spawn(move || {
-                let _ = inside.answer(&guest);
-                inside.guests.fetch_sub(1, Ordering::AcqRel);
+                let _ = shared.answer(&guest);
+                shared.guests.fetch_sub(1, Ordering::AcqRel);
             })?;
         } else {
             kitchen.guests.fetch_sub(1, Ordering::AcqRel);
@@ -72,9 +71,9 @@ fn serve(address: &str, kitchen: Kitchen) -> io::Result<()> {
 
 impl Kitchen {
     fn answer(&self, guest: &TcpStream) -> io::Result<()> {
-        guest.set_read_timeout(Some(PATIENCE))?;
-        guest.set_write_timeout(Some(PATIENCE))?;
-        let mut head = BufReader::new(guest.take(HEAD));
+        guest.set_read_timeout(Some(TIMEOUT))?;
+        guest.set_write_timeout(Some(TIMEOUT))?;
+        let mut head = BufReader::new(guest.take(MAX_HEAD_BYTES));
         let mut request = String::new();
         head.read_line(&mut request)?;
         let mut line = String::new();

@@ -1,4 +1,4 @@
-//! The program as a player meets it, and its scenario as an author checks it.
+//! Solves the challenge as a player would, and validates its scenario.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
@@ -41,7 +41,7 @@ fn get(running: &Running, path: &str) -> String {
 }
 
 #[test]
-fn the_page_leads_to_the_flag() {
+fn page_source_leads_to_the_flag() {
     let running = run();
     let page = get(&running, "/");
     assert!(page.starts_with("HTTP/1.1 200 OK\r\n"), "{page}");
@@ -53,14 +53,14 @@ fn the_page_leads_to_the_flag() {
 }
 
 #[test]
-fn a_wrong_start_says_how_it_is_done() {
+fn missing_arguments_print_the_usage() {
     let output = Command::new(env!("CARGO_BIN_EXE_example-web")).env_remove("FLAG").output().unwrap();
     assert_eq!(output.status.code(), Some(64));
     assert!(String::from_utf8(output.stderr).unwrap().contains("usage: FLAG="));
 }
 
 #[test]
-fn the_scenario_is_sound() {
+fn scenario_is_valid() {
     let report = gauntlet_scenario::validate(&Path::new(env!("CARGO_MANIFEST_DIR")).join("scenario")).unwrap();
-    assert!(report.is_sound(), "{report:?}");
+    assert!(report.is_valid(), "{report:?}");
 }

@@ -62,7 +62,7 @@ fn other_errors() {
 }
 
 #[test]
-fn an_error_in_a_stream_is_one_line() {
+fn error_in_a_stream_is_one_line() {
     let status = challenge_not_found("a\nb");
     let line = stream_line(&status);
     assert_eq!(line, format!("{{\"error\":{}}}\n", body(&status)));
@@ -70,7 +70,7 @@ fn an_error_in_a_stream_is_one_line() {
 }
 
 #[test]
-fn every_code_has_its_http_status() {
+fn every_code_has_an_http_status() {
     let table: Vec<_> = (0..=16)
         .map(|code| {
             let code = Code::from_i32(code);
@@ -99,7 +99,7 @@ fn every_code_has_its_http_status() {
 }
 
 #[test]
-fn the_reason_is_read_back() {
+fn reason_round_trips() {
     assert_eq!(reason(&instance_not_found("c", "s")).as_deref(), Some("INSTANCE_NOT_FOUND"));
     assert_eq!(reason(&unknown_path()), None);
 }
@@ -115,7 +115,7 @@ fn details_are_bounded_and_survive_a_header() {
 }
 
 #[test]
-fn foreign_details_do_no_harm() {
+fn foreign_details_are_omitted() {
     let of = |details: Vec<prost_types::Any>| {
         let status = pb::Status { code: 14, message: String::new(), details };
         Status::with_details(Code::Unavailable, "Busy.", status.encode_to_vec().into())

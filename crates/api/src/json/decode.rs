@@ -1,4 +1,4 @@
-//! Messages in: a walk along the descriptor, so that every refusal knows its field. The well-known types are `prost-reflect`'s.
+//! Decodes messages along their descriptor, so that every error names its field. `prost-reflect` decodes the well-known types.
 
 use std::{collections::HashMap, fmt};
 
@@ -7,13 +7,12 @@ use serde::de::{
     self, DeserializeSeed, Deserializer, Error, IgnoredAny, IntoDeserializer, MapAccess, SeqAccess, Visitor,
 };
 
-/// A text quoted in an error is cut to this many characters.
-const QUOTED: usize = 64;
+/// The length limit of a text quoted in an error, in characters.
+const MAX_QUOTED_CHARS: usize = 64;
 
-/// Why a JSON text is not the message: what is wrong, in which field, at which position.
+/// Why a JSON text can't be decoded: the problem, its field and its position.
 ///
-/// It quotes numbers, durations, timestamps, masks and names of the refused field, never the text of a string field: that
-/// may be a secret.
+/// It may quote invalid numbers, durations, timestamps, masks and enum names, but never the value of a string field, which may be a secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DecodeError {
     field: Option<String>,
@@ -26,13 +25,13 @@ impl DecodeError {
         Self { field: None, position: None, reason }
     }
 
-    /// The field as the text names it, with dots (`additional.key`); none where the text is not JSON.
+    /// The path of the field, such as `additional.key`; `None` if the text isn't JSON.
     #[must_use]
     pub fn field(&self) -> Option<&str> {
         self.field.as_deref()
     }
 
-    /// Line, from 1, and the column of the last byte read in it, 0 before the first.
+    /// The line, from 1, and the column of the last byte read, 0 before the first.
     #[must_use]
     pub fn position(&self) -> Option<(usize, usize)> {
         self.position
@@ -109,7 +108,7 @@ impl<'de> Visitor<'de> for MessageSeed<'_> {
                 continue;
             };
             if seen.contains(&field.number()) {
-                return map.next_value_seed(Refused(format!("given twice; give {} once", field.json_name())));
+                return map.next_value_seed(Rejected(format!("given twice; give {} once", field.json_name())));
             }
             seen.push(field.number());
             if let Some(value) = map.next_value_seed(OptionSeed(&field))? {
@@ -120,10 +119,10 @@ impl<'de> Visitor<'de> for MessageSeed<'_> {
     }
 }
 
-/// Fails where the value would have been read, so that the error has the field's path and position.
-struct Refused(String);
+/// Fails in place of reading a value, so that the error has the field's path and position.
+struct Rejected(String);
 
-impl<'de> DeserializeSeed<'de> for Refused {
+impl<'de> DeserializeSeed<'de> for Rejected {
     type Value = DynamicMessage;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
@@ -169,7 +168,7 @@ impl<'de> Visitor<'de> for OptionSeed<'_> {
     }
 }
 
-/// One value of a field's kind, `None` for an unknown name of an enum value.
+/// A value of a field's kind; `None` for an unknown enum value name.
 struct ValueSeed<'a>(&'a FieldDescriptor);
 
 impl<'de> DeserializeSeed<'de> for ValueSeed<'_> {
@@ -183,7 +182,7 @@ impl<'de> DeserializeSeed<'de> for ValueSeed<'_> {
             Kind::Message(descriptor) => {
                 MessageSeed(&descriptor).deserialize(deserializer).map(|message| Some(Value::Message(message)))
             }
-            // A test holds the contract to the kinds above.
+            // A test makes sure that the contract uses only the kinds above.
             kind => Err(D::Error::custom(format_args!(
                 "{} is a {kind:?}, which the v1 API has none of",
                 self.0.full_name()
@@ -255,7 +254,7 @@ impl Visitor<'_> for IntegerVisitor {
     }
 
     fn visit_f64<E: de::Error>(self, number: f64) -> Result<i64, E> {
-        // Beyond 2^53 a double may stand for another integer than the one written.
+        // Beyond 2^53, a double may have been rounded from another integer.
         const EXACT: f64 = 9_007_199_254_740_992.0;
         if number.fract() == 0.0 && number.abs() <= EXACT {
             #[allow(clippy::cast_possible_truncation, reason = "whole and in range, as just checked")]
@@ -265,15 +264,15 @@ impl Visitor<'_> for IntegerVisitor {
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<i64, E> {
-        let refused = || E::invalid_value(de::Unexpected::Str(&cut(text)), &self);
+        let invalid = || E::invalid_value(de::Unexpected::Str(&cut(text)), &self);
         if text.trim() != text {
-            return Err(refused());
+            return Err(invalid());
         }
-        let number: serde_json::Number = text.parse().map_err(|_| refused())?;
+        let number: serde_json::Number = text.parse().map_err(|_| invalid())?;
         match (number.as_i64(), number.is_f64(), number.as_f64()) {
             (Some(number), ..) => Ok(number),
-            (None, true, Some(number)) => IntegerVisitor.visit_f64(number).map_err(|_: E| refused()),
-            _ => Err(refused()),
+            (None, true, Some(number)) => IntegerVisitor.visit_f64(number).map_err(|_: E| invalid()),
+            _ => Err(invalid()),
         }
     }
 }
@@ -308,7 +307,7 @@ impl Visitor<'_> for EnumVisitor<'_> {
     }
 }
 
-/// A duration, a timestamp or a field mask: a string, read by the library, refused in our words.
+/// A duration, timestamp or field mask: the library parses the string, and this visitor words the error.
 struct WellKnownVisitor<'a>(&'a MessageDescriptor);
 
 impl Visitor<'_> for WellKnownVisitor<'_> {
@@ -330,7 +329,7 @@ impl Visitor<'_> for WellKnownVisitor<'_> {
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
-        // The library drops what is beyond nanoseconds.
+        // The library ignores digits beyond nanoseconds.
         let decimals =
             text.split_once('.').map_or(0, |(_, after)| after.bytes().take_while(u8::is_ascii_digit).count());
         if decimals > 9 {
@@ -343,7 +342,7 @@ impl Visitor<'_> for WellKnownVisitor<'_> {
 }
 
 fn cut(text: &str) -> String {
-    match text.char_indices().nth(QUOTED) {
+    match text.char_indices().nth(MAX_QUOTED_CHARS) {
         Some((end, _)) => format!("{}...", text.get(..end).unwrap_or_default()),
         None => text.to_owned(),
     }

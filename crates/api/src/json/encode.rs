@@ -1,11 +1,11 @@
-//! Messages out: `prost-reflect` knows the well-known types; presence and order are the contract's.
+//! Encodes messages with the contract's field presence and order. `prost-reflect` encodes the well-known types.
 
 use std::collections::BTreeMap;
 
 use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MapKey, ReflectMessage, Value};
 use serde::ser::{Error, Serialize, SerializeMap, Serializer};
 
-/// A message as a JSON object with all its fields, after an optional `@type`.
+/// A message as a JSON object: an optional `@type`, then all fields.
 pub(crate) struct Fields<'a> {
     type_url: Option<&'a str>,
     message: &'a DynamicMessage,
@@ -33,7 +33,7 @@ impl Serialize for Fields<'_> {
         }
         for field in descriptor.fields() {
             if field.supports_presence() && !self.message.has_field(&field) {
-                // An `optional` field is the one member of a oneof that protoc makes up for it.
+                // protoc puts each `optional` field into a oneof of its own.
                 if field.containing_oneof().is_none() {
                     map.serialize_entry(field.json_name(), &())?;
                 }
@@ -48,7 +48,7 @@ impl Serialize for Fields<'_> {
 
 struct FieldValue<'a> {
     value: &'a Value,
-    /// The field that holds the value; for a map's value, that of the map's entry.
+    /// The field that contains the value; for a map's value, the value field of the map's entry.
     field: &'a FieldDescriptor,
 }
 
@@ -79,7 +79,7 @@ impl Serialize for FieldValue<'_> {
                     .collect();
                 serializer.collect_map(ordered.into_iter().map(|(key, value)| (key, FieldValue { value, field })))
             }
-            // A test holds the contract to the kinds above.
+            // A test makes sure that the contract uses only the kinds above.
             (_, kind) => {
                 Err(Error::custom(format_args!("{} is a {kind:?}, which the v1 API has none of", field.full_name())))
             }

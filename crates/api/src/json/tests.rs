@@ -21,7 +21,7 @@ fn read<M: Message + Name + Default>(json: &str) -> M {
     from_slice(json.as_bytes()).unwrap_or_else(|error| panic!("{json}: {error}"))
 }
 
-/// What a create request is refused with.
+/// The error of decoding a create request.
 fn refusal(json: &str) -> String {
     from_slice::<CreateChallengeRequest>(json.as_bytes()).expect_err(json).to_string()
 }
@@ -35,7 +35,7 @@ fn timestamp(seconds: i64, nanos: i32) -> Timestamp {
 }
 
 #[test]
-fn an_empty_challenge_has_every_field() {
+fn empty_challenge_has_every_field() {
     assert_snapshot!(
         out(&Challenge::default()),
         @r#"{"id":"","scenario":"","timeout":null,"until":null,"instances":[],"additional":{},"min":"0","max":"0"}"#
@@ -43,7 +43,7 @@ fn an_empty_challenge_has_every_field() {
 }
 
 #[test]
-fn a_whole_challenge() {
+fn full_challenge_is_encoded() {
     #[allow(deprecated, reason = "the field is part of the contract")]
     let instance = Instance {
         challenge_id: "c".into(),
@@ -70,18 +70,18 @@ fn a_whole_challenge() {
 }
 
 #[test]
-fn an_instance_leaves_out_unset_optional_fields_only() {
+fn instance_omits_unset_optional_fields_only() {
     let instance = Instance { since: Some(timestamp(0, 0)), last_renew: Some(timestamp(0, 0)), ..Instance::default() };
     assert_snapshot!(out(&instance), @r#"{"challengeId":"","sourceId":"","since":"1970-01-01T00:00:00Z","lastRenew":"1970-01-01T00:00:00Z","connectionInfo":"","additional":{},"flags":[]}"#);
 }
 
 #[test]
-fn empty_is_an_empty_object() {
+fn empty_message_is_an_empty_object() {
     assert_snapshot!(out(&()), @"{}");
 }
 
 #[test]
-fn an_update_request_writes_masks_and_enums() {
+fn update_request_encodes_masks_and_enums() {
     let request = UpdateChallengeRequest {
         id: "c".into(),
         update_strategy: Some(UpdateStrategy::BlueGreen.into()),
@@ -110,13 +110,13 @@ fn durations_have_0_3_6_or_9_digits() {
 }
 
 #[test]
-fn a_value_out_of_range_has_no_form() {
+fn out_of_range_values_are_rejected() {
     let challenge = Challenge { until: Some(timestamp(i64::MAX, 0)), ..Challenge::default() };
     assert_snapshot!(to_string(&challenge).unwrap_err(), @"message api.v1.challenge.Challenge has no JSON form: timestamp out of range");
 }
 
 #[test]
-fn a_stream_item_is_one_line() {
+fn stream_item_is_one_line() {
     let instance = CreateInstanceRequest { challenge_id: "a\nb".into(), ..CreateInstanceRequest::default() };
     assert_eq!(
         stream_line(&instance).unwrap(),
@@ -125,7 +125,7 @@ fn a_stream_item_is_one_line() {
 }
 
 #[test]
-fn both_spellings_of_a_name_are_read() {
+fn both_spellings_of_a_name_are_accepted() {
     let camel: CreateInstanceRequest = read(r#"{"challengeId":"c","sourceId":"1"}"#);
     let snake: CreateInstanceRequest = read(r#"{"challenge_id":"c","source_id":"1"}"#);
     assert_eq!(camel, snake);
@@ -133,7 +133,7 @@ fn both_spellings_of_a_name_are_read() {
 }
 
 #[test]
-fn integers_are_read_from_numbers_and_strings() {
+fn integers_are_decoded_from_numbers_and_strings() {
     for (json, min) in [
         ("3", 3),
         ("\"3\"", 3),
@@ -153,7 +153,7 @@ fn integers_are_read_from_numbers_and_strings() {
 }
 
 #[test]
-fn null_and_unknown_fields_and_names_are_as_if_absent() {
+fn null_and_unknown_fields_and_names_are_ignored() {
     let request: UpdateChallengeRequest = read(
         r#"{"id":null,"scenario":null,"updateStrategy":"sideways","timeout":null,"until":null,"updateMask":null,
             "additional":null,"min":null,"max":null,"nobody":{"knows":[1,{}]}}"#,
@@ -162,7 +162,7 @@ fn null_and_unknown_fields_and_names_are_as_if_absent() {
 }
 
 #[test]
-fn enum_values_are_read_by_name_and_number() {
+fn enum_values_are_decoded_by_name_and_number() {
     for (json, strategy) in
         [(r#""update_in_place""#, 0), (r#""blue_green""#, 1), (r#""recreate""#, 2), ("2", 2), ("9", 9)]
     {
@@ -172,7 +172,7 @@ fn enum_values_are_read_by_name_and_number() {
 }
 
 #[test]
-fn masks_durations_and_timestamps_are_read() {
+fn masks_durations_and_timestamps_are_decoded() {
     let request: UpdateChallengeRequest = read(
         r#"{"updateMask":"scenario,updateStrategy","timeout":"999999999s","until":"2026-01-01T02:00:00.5+02:00"}"#,
     );
@@ -190,7 +190,7 @@ fn masks_durations_and_timestamps_are_read() {
 }
 
 #[test]
-fn text_that_is_no_json_is_refused_with_its_position() {
+fn invalid_json_is_rejected_with_its_position() {
     assert_snapshot!(refusal(""), @"Malformed JSON (line 1, column 0): EOF while parsing a value.");
     assert_snapshot!(refusal("{\n  \"id\": \"c\",\n}"), @"Malformed JSON (line 3, column 1): trailing comma.");
     assert_snapshot!(refusal("{} {}"), @"Malformed JSON (line 1, column 4): trailing characters.");
@@ -202,7 +202,7 @@ fn text_that_is_no_json_is_refused_with_its_position() {
 }
 
 #[test]
-fn a_field_that_does_not_fit_is_named_with_its_position() {
+fn invalid_field_is_named_with_its_position() {
     assert_snapshot!(refusal(r#"{"id":"c","min":"many"}"#), @r#"Field "min" (line 1, column 22): invalid value: string "many", expected a whole number of 64 bits, plain or as a string."#);
     assert_snapshot!(refusal(r#"{"min":1.5}"#), @r#"Field "min" (line 1, column 10): invalid value: floating point `1.5`, expected a whole number of 64 bits, plain or as a string."#);
     assert_snapshot!(refusal(r#"{"min":9223372036854775808}"#), @r#"Field "min" (line 1, column 26): invalid value: integer `9223372036854775808`, expected a whole number of 64 bits, plain or as a string."#);
@@ -217,7 +217,7 @@ fn a_field_that_does_not_fit_is_named_with_its_position() {
 }
 
 #[test]
-fn bad_durations_are_refused() {
+fn invalid_durations_are_rejected() {
     assert_snapshot!(refusal(r#"{"timeout":"1h"}"#), @r#"Field "timeout" (line 1, column 15): invalid value: string "1h", expected a duration: seconds with up to 9 decimals and an "s", as in "600s" or "1.5s", within 315576000000s."#);
     for bad in [
         "\"600\"",
@@ -237,7 +237,7 @@ fn bad_durations_are_refused() {
 }
 
 #[test]
-fn bad_timestamps_are_refused() {
+fn invalid_timestamps_are_rejected() {
     assert_snapshot!(refusal(r#"{"until":"tomorrow"}"#), @r#"Field "until" (line 1, column 19): invalid value: string "tomorrow", expected a time in RFC 3339 within the years 1 to 9999, with up to 9 decimals, as in "2026-01-31T18:00:00Z"."#);
     for bad in [
         "\"2026-01-01\"",
@@ -255,20 +255,20 @@ fn bad_timestamps_are_refused() {
 }
 
 #[test]
-fn a_mask_path_with_an_underscore_is_refused() {
+fn mask_path_with_an_underscore_is_rejected() {
     assert_snapshot!(update_refusal(r#"{"updateMask":"scenario,update_strategy"}"#), @r#"Field "updateMask" (line 1, column 40): invalid value: string "scenario,update_strategy", expected field names in lowerCamelCase separated by commas, as in "scenario,additional"."#);
     assert_snapshot!(update_refusal(r#"{"updateMask":["scenario"]}"#), @r#"Field "updateMask" (line 1, column 15): invalid type: sequence, expected field names in lowerCamelCase separated by commas, as in "scenario,additional"."#);
 }
 
 #[test]
-fn a_field_given_twice_is_refused() {
+fn duplicate_field_is_rejected() {
     assert_snapshot!(update_refusal(r#"{"updateMask":"min","update_mask":"max"}"#), @r#"Field "update_mask" (line 1, column 40): given twice; give updateMask once."#);
     assert_snapshot!(update_refusal(r#"{"scenario":"a","scenario":"b"}"#), @r#"Field "scenario" (line 1, column 31): given twice; give scenario once."#);
     assert_snapshot!(refusal(r#"{"additional":{"k":"1","k":"2"}}"#), @r#"Field "additional" (line 1, column 31): a key is given twice; give it once."#);
 }
 
 #[test]
-fn an_error_tells_no_string_value_and_is_bounded() {
+fn error_contains_no_string_value_and_is_bounded() {
     let secret = "hunter2";
     let error = refusal(&format!(r#"{{"id":"{secret}","min":true}}"#));
     assert!(!error.contains(secret));
@@ -277,9 +277,9 @@ fn an_error_tells_no_string_value_and_is_bounded() {
     assert!(refusal(&format!(r#"{{"additional":{{"{long}":1}}}}"#)).len() < 400);
 }
 
-/// The walkers know the kinds that the contract uses; a field of another kind fails here first.
+/// The mapping supports only the kinds that the contract uses; a field of another kind must fail here first.
 #[test]
-fn the_contract_has_only_kinds_that_have_a_form() {
+fn contract_uses_supported_kinds_only() {
     let messages = POOL.all_messages().filter(|message| message.package_name().starts_with("api.v1."));
     let fields: Vec<_> = messages.flat_map(|message| message.fields().collect::<Vec<_>>()).collect();
     assert!(fields.len() > 40);
@@ -348,7 +348,7 @@ fn survives<M: Message + Name + Default + PartialEq + std::fmt::Debug>(message: 
     Ok(())
 }
 
-/// JSON of the rough shape of a request, with values that may or may not fit.
+/// JSON that resembles a request, with values that may be invalid.
 fn almost_requests() -> impl Strategy<Value = String> {
     let name = prop_oneof![
         Just("id"),

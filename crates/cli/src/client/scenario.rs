@@ -55,7 +55,7 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
         Command::Validate { dir } => {
             let report = gauntlet_scenario::validate(&dir)?;
             warn(&report);
-            if !report.is_sound() {
+            if !report.is_valid() {
                 return Err(Failure::Invalid(report));
             }
             write(&contents(&report))

@@ -1,4 +1,4 @@
-//! The provisioner, observed: `provision.*` spans, `gauntlet.provision.duration` and `gauntlet.provision.active`.
+//! Measures the provisioner: `provision.*` spans, `gauntlet.provision.duration` and `gauntlet.provision.active`.
 
 use std::{sync::Arc, time::Instant};
 
@@ -9,7 +9,7 @@ use gauntlet_domain::{
 use gauntlet_telemetry::{context, instruments::Instruments};
 use tracing::{Instrument as _, Span, field::Empty, info_span};
 
-/// Measures every call of the provisioner behind it.
+/// Measures every call of the inner provisioner but `list`.
 pub(crate) struct ObservedProvisioner {
     inner: Arc<dyn Provisioner>,
     instruments: Instruments,

@@ -1,4 +1,4 @@
-//! Scenarios, observed: `provision.prepare`, between the decision to bring an instance up and the provisioner.
+//! Measures the preparation of scenarios: `provision.prepare`, the first step of a launch.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use tracing::{field::Empty, info_span};
 
 use super::provisioner::step;
 
-/// Measures each preparation by the scenarios behind it.
+/// Measures each `prepare` call of the inner scenarios.
 pub(crate) struct ObservedScenarios {
     inner: Arc<dyn Scenarios>,
     provisioner: &'static str,
