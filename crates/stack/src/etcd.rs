@@ -1,4 +1,4 @@
-//! etcd: one member, or several.
+//! Runs etcd: one member or a cluster.
 
 use std::path::Path;
 
@@ -15,10 +15,11 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    /// A cluster of one on free ports, ready. Its data and log are in `dir`, and found again by another start on the same directory.
+    /// Starts a cluster of one member on free ports and waits until it is ready. Its data and log are in `dir`; starting it again with the
+    /// same directory keeps the data.
     ///
     /// # Errors
-    /// [`crate::Error::Missing`] without an etcd binary; what [`Process::run`] reports.
+    /// [`crate::Error::Missing`] if there is no etcd binary, and the errors of [`Process::run`].
     pub fn start(dir: impl AsRef<Path>) -> Result<Etcd> {
         let (client, peer) = (Reserved::any()?, Reserved::any()?);
         let mut etcd = Etcd::start_on(dir, client.number(), peer.number())?;
@@ -26,7 +27,7 @@ impl Etcd {
         Ok(etcd)
     }
 
-    /// A cluster of one on the given loopback ports, ready.
+    /// Starts a cluster of one member on the given loopback ports and waits until it is ready.
     ///
     /// # Errors
     /// As [`Etcd::start`].
@@ -36,7 +37,7 @@ impl Etcd {
         Ok(etcd)
     }
 
-    /// A cluster of `size` members on free ports, ready. The directory of each is `dir/mN`.
+    /// Starts a cluster of `size` members on free ports and waits until all are ready. The directory of each is `dir/mN`.
     ///
     /// # Errors
     /// As [`Etcd::start`].
@@ -53,7 +54,7 @@ impl Etcd {
             etcd._reserved = vec![client, peer];
             members.push(etcd);
         }
-        // Only now: a member is healthy when a majority is there.
+        // Waiting starts once all members are started: a member is healthy only if a majority runs.
         members.iter_mut().try_for_each(|member| member.process.wait_ready())?;
         Ok(members)
     }
@@ -87,7 +88,7 @@ fn member(dir: &Path, name: &str, client_port: u16, peer_port: u16, peers: &str)
     .arg(format!("--initial-advertise-peer-urls={peer}"))
     .arg(format!("--initial-cluster={peers}"))
     .arg("--initial-cluster-token=gauntlet")
-    // Without it all that ever was is kept, and ranges walk over it.
+    // Without compaction, etcd keeps every revision, and scans slow down.
     .arg("--auto-compaction-mode=periodic")
     .arg("--auto-compaction-retention=10m")
     .arg("--logger=zap");

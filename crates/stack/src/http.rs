@@ -1,4 +1,4 @@
-//! Reading the HTTP APIs of the components, on loopback.
+//! A client for the components' HTTP APIs.
 
 use std::time::Duration;
 
@@ -11,15 +11,15 @@ fn agent(limit: Duration) -> ureq::Agent {
     ureq::Agent::config_builder().timeout_global(Some(limit)).proxy(None).build().new_agent()
 }
 
-/// Whether a GET answers with a 2xx status within two seconds.
+/// Whether a GET request returns a 2xx status within two seconds.
 pub fn answers(url: &str) -> bool {
     agent(Duration::from_secs(2)).get(url).call().is_ok()
 }
 
-/// GET of a JSON document, within 10 s.
+/// Gets a JSON document, with a timeout of 10 s.
 ///
 /// # Errors
-/// [`Error::Http`] when nobody answers, on a status outside 2xx, and when the body is not JSON.
+/// [`Error::Http`] if the request fails or times out, the status isn't 2xx, or the body isn't JSON.
 pub fn get_json(url: &str) -> Result<Value> {
     let error = |reason: String| Error::Http { url: url.to_owned(), reason };
     let mut answer = agent(Duration::from_secs(10)).get(url).call().map_err(|e| error(e.to_string()))?;
@@ -27,27 +27,27 @@ pub fn get_json(url: &str) -> Result<Value> {
     serde_json::from_str(&body).map_err(|e| error(format!("not JSON: {e}")))
 }
 
-/// GET of a page, within 2 s, after redirects.
+/// Gets a page, following redirects, with a timeout of 2 s.
 ///
 /// # Errors
-/// [`Error::Http`] when nobody answers, on a status outside 2xx, and when the body is not text.
+/// [`Error::Http`] if the request fails or times out, the status isn't 2xx, or the body isn't text.
 pub fn get_text(url: &str) -> Result<String> {
     let error = |e: ureq::Error| Error::Http { url: url.to_owned(), reason: e.to_string() };
     let mut answer = agent(Duration::from_secs(2)).get(url).call().map_err(error)?;
     answer.body_mut().read_to_string().map_err(error)
 }
 
-/// POST of a JSON document, within 10 s. The answer's body is left unread.
+/// Posts a JSON document, with a timeout of 10 s. Ignores the body of the response.
 ///
 /// # Errors
-/// [`Error::Http`] when nobody answers and on a status outside 2xx.
+/// [`Error::Http`] if the request fails or times out, or the status isn't 2xx.
 pub fn post_json(url: &str, body: &Value) -> Result<()> {
     let request = agent(Duration::from_secs(10)).post(url).content_type("application/json");
     request.send(body.to_string()).map_err(|e| Error::Http { url: url.to_owned(), reason: e.to_string() })?;
     Ok(())
 }
 
-/// A value as it may stand in a query string.
+/// Percent-encodes a value for a query string.
 pub fn encode(text: &str) -> String {
     utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
 }

@@ -1,7 +1,8 @@
-//! The real components of the pipeline (etcd, registry, collector, Jaeger, Prometheus, Alertmanager): how their binaries are had, and how
-//! they run as child processes from the very files that users deploy.
+//! Finds, installs and builds the binaries of the real components (etcd, registry, collector, Jaeger, Prometheus, Alertmanager), and runs
+//! them as child processes on the configuration files that users deploy.
 //!
-//! Everything here blocks. Every child ends with this process, however it ends. Tests take free ports; `cargo xtask` the documented ones.
+//! Every function here blocks. Every child ends when this process ends, for whatever reason. Tests use free ports, `cargo xtask` uses the
+//! documented ones.
 //!
 //! ```no_run
 //! use gauntlet_stack::{Options, Stack, Tools, tools};
@@ -37,12 +38,12 @@ pub use process::{Process, Ready, Spec};
 pub use registry::{Registry, RegistryOptions};
 pub use tools::{Tool, Tools};
 
-/// What a caller hears while something takes longer than a moment, and how it says that it no longer wants it.
+/// Receives the progress of slow work, and can cancel it.
 pub trait Progress {
-    /// One line for a person: what is going on, or what came of it.
+    /// Reports one line for a person: what is being done, or its result.
     fn report(&mut self, line: &str);
 
-    /// Whether the work shall be given up. Asked several times a second during installs and builds.
+    /// Whether to cancel the work. Installs and builds check it several times a second.
     fn cancelled(&self) -> bool {
         false
     }
@@ -54,18 +55,18 @@ impl<F: FnMut(&str)> Progress for F {
     }
 }
 
-/// Why a component could not be had or does not run. The text says what to do where something can be done.
+/// Why a component can't be found, installed, built or run. The text says what to do about it, where there is a remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file, directory or process could not be used.
+    /// An operation on a file, directory or process failed.
     #[error("{doing}: {source}")]
     Io {
-        /// What was being done.
+        /// The operation.
         doing: String,
-        /// What the system answered.
+        /// The system's error.
         source: io::Error,
     },
-    /// A binary is nowhere and can't be had here.
+    /// A binary wasn't found and can't be installed or built here.
     #[error("{tool} is missing: {hint}")]
     Missing {
         /// The binary's name.
@@ -73,38 +74,40 @@ pub enum Error {
         /// What to install or run.
         hint: String,
     },
-    /// An install or a build went wrong.
+    /// An install or a build failed.
     #[error("{what} failed ({status}). The end of {}:\n{tail}", log.display())]
     Build {
         /// What was installed or built.
         what: String,
-        /// How the command ended.
+        /// The command's exit status.
         status: String,
-        /// Its whole output.
+        /// The file with its complete output.
         log: PathBuf,
         /// The last lines of it.
         tail: String,
     },
-    /// The caller gave up through [`Progress::cancelled`].
-    #[error("given up on request")]
+    /// The caller cancelled the work through [`Progress::cancelled`].
+    #[error("cancelled")]
     Cancelled,
-    /// A port that was asked for is in use.
-    #[error("port {port} ({name}) is taken: end what listens there, or choose another with --port {name}=NUMBER")]
+    /// A requested port is in use.
+    #[error(
+        "port {port} ({name}) is in use: stop the process listening on it (`ss -ltnp sport = :{port}`), or choose another port with --port {name}=NUMBER"
+    )]
     PortTaken {
-        /// The number.
+        /// The port number.
         port: u16,
         /// The port's name in [`Port`].
         name: &'static str,
     },
-    /// No free port was found in the range that tests use.
-    #[error("no free port between {from} and {to}")]
+    /// The range that tests use contains no free port.
+    #[error("no free port between {from} and {to}: other tests hold them all, or other programs listen on them")]
     NoFreePort {
-        /// First port tried.
+        /// The first port tried.
         from: u16,
         /// The port after the last.
         to: u16,
     },
-    /// A component ended or did not answer in time.
+    /// A component exited, or wasn't ready in time.
     #[error("{name} {what}. The end of {}:\n{tail}", log.display())]
     NotReady {
         /// The component.
@@ -116,20 +119,20 @@ pub enum Error {
         /// The last lines of it.
         tail: String,
     },
-    /// A deployed file no longer holds a text that is replaced in it.
-    #[error("{} does not contain {text:?}, which is to be replaced: bring crates/stack/src/render.rs and the file together", file.display())]
+    /// A deployed file no longer contains a text that has to be replaced in it.
+    #[error("{} does not contain {text:?}, which has to be replaced: update the replacement in crates/stack/src/observability.rs", file.display())]
     Drift {
         /// The deployed file.
         file: PathBuf,
-        /// The text that was looked for.
+        /// The missing text.
         text: String,
     },
-    /// A component's HTTP API refused or could not be understood.
+    /// A request to a component's HTTP API failed, or its response can't be parsed.
     #[error("{url}: {reason}")]
     Http {
-        /// The whole address.
+        /// The request's URL.
         url: String,
-        /// Status, or what went wrong.
+        /// The status, or the failure.
         reason: String,
     },
 }
@@ -137,7 +140,7 @@ pub enum Error {
 /// A [`std::result::Result`] with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Adds to an I/O error what was being done.
+/// Turns an I/O error into [`Error::Io`], with the operation that failed.
 pub(crate) trait Doing<T> {
     fn doing(self, what: impl FnOnce() -> String) -> Result<T>;
 }
@@ -148,13 +151,13 @@ impl<T> Doing<T> for io::Result<T> {
     }
 }
 
-/// The checkout that this crate was compiled in: where the deployed files are.
+/// The checkout in which this crate was compiled, with the deployed files.
 pub fn workspace_root() -> PathBuf {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     manifest.ancestors().nth(2).unwrap_or(manifest).to_path_buf()
 }
 
-/// The last lines of a log, for an error text. Empty when it can't be read.
+/// The last lines of a log, for an error text; empty if it can't be read.
 pub(crate) fn tail(log: &Path) -> String {
     const LINES: usize = 25;
     let text = std::fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! The observability stack: collector, Jaeger, Prometheus and Alertmanager, on the files that users deploy.
+//! Runs the observability stack (collector, Jaeger, Prometheus, Alertmanager) on the configuration files that users deploy.
 
 use std::path::{Path, PathBuf};
 
@@ -10,27 +10,27 @@ use crate::{
     workspace_root,
 };
 
-/// How fast things are noticed.
+/// The intervals of scraping, evaluation and export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pace {
-    /// The intervals of the deployed files: 10 s.
+    /// Those of the deployed files: 10 s.
     Deployed,
-    /// A second or two, for tests. Expressions and thresholds stay as they are.
+    /// One or two seconds, for tests. Expressions and thresholds don't change.
     Fast,
 }
 
-/// How a stack is to run.
+/// How to run a stack.
 #[derive(Debug)]
 pub struct Options {
-    /// Where each component keeps its data and log.
+    /// The directory for the data and logs of the components.
     pub data: PathBuf,
-    /// On which ports.
+    /// The ports to listen on.
     pub ports: Ports,
-    /// How fast things are noticed.
+    /// The intervals to use.
     pub pace: Pace,
-    /// `http://host:port` to which Alertmanager posts, at `/page`, `/ticket` and `/info`; that of the deployed file when `None`.
+    /// `http://host:port` to which Alertmanager posts, at `/page`, `/ticket` and `/info`; `None` is the address in the deployed file.
     pub webhook: Option<String>,
-    /// The checkout whose files are run.
+    /// The checkout with the configuration files.
     pub source: PathBuf,
 }
 
@@ -44,20 +44,20 @@ impl Options {
     /// Free ports and short intervals.
     ///
     /// # Errors
-    /// When no free ports can be reserved.
+    /// If no free ports can be reserved.
     pub fn for_tests(data: impl Into<PathBuf>) -> Result<Options> {
         Ok(Options { ports: Ports::free()?, pace: Pace::Fast, ..Options::deployed(data) })
     }
 }
 
-/// The running stack. Dropping it ends every component.
+/// The running stack. Dropping it stops every component.
 #[derive(Debug)]
 pub struct Stack {
-    /// Receives OTLP. The first to end, so that nothing is scraped or sent on from a half-ended stack.
+    /// Receives OTLP. It stops first, so that it doesn't export to components that have stopped.
     pub collector: Collector,
-    /// Keeps traces.
+    /// Stores traces.
     pub jaeger: Jaeger,
-    /// Keeps metrics, evaluates rules.
+    /// Stores metrics and evaluates rules.
     pub prometheus: Prometheus,
     /// Delivers alerts.
     pub alertmanager: Alertmanager,
@@ -66,11 +66,11 @@ pub struct Stack {
 }
 
 impl Stack {
-    /// Starts all four side by side, waits until each is ready, and reports each with its address.
+    /// Starts the four components in parallel, waits until each is ready, and reports their addresses.
     ///
     /// # Errors
-    /// [`Error::PortTaken`], [`Error::Missing`] (see [`Tools::ensure`]), [`Error::Drift`], or what a component that does not become ready says. What
-    /// was already started is ended then.
+    /// [`Error::PortTaken`], [`Error::Missing`] (see [`Tools::ensure`]), [`Error::Drift`], or [`Error::NotReady`]. The components that were
+    /// already started are stopped.
     pub fn start(options: Options, progress: &mut dyn Progress) -> Result<Stack> {
         let tools = Tools::from_env();
         options.ports.check_free()?;
@@ -94,7 +94,7 @@ impl Stack {
         Ok(stack)
     }
 
-    /// The `OTEL_*` variables with which a Gauntlet process reports to this stack, at its pace.
+    /// The `OTEL_*` variables that make a Gauntlet process export to this stack, with intervals that match its pace.
     pub fn telemetry_env(&self) -> Vec<(&'static str, String)> {
         let (metrics, spans) = match self.pace {
             Pace::Deployed => ("10000", "1000"),
@@ -108,12 +108,12 @@ impl Stack {
         ]
     }
 
-    /// The number of one of its ports.
+    /// The number of the port.
     pub fn port(&self, port: Port) -> u16 {
         self.ports.get(port)
     }
 
-    /// The components, for who treats them alike.
+    /// All components, by name.
     pub fn processes(&mut self) -> [(&'static str, &mut Process); 4] {
         [
             ("collector", &mut self.collector.process),
@@ -124,7 +124,7 @@ impl Stack {
     }
 }
 
-/// The address at which a component says that it is ready, for who did not start it.
+/// The readiness checks of the components on these ports, for a process that did not start them.
 pub fn readiness(ports: &Ports) -> [(&'static str, Ready); 4] {
     [
         ("collector", Ready::Http(ports.url(Port::CollectorHealth))),
@@ -160,7 +160,7 @@ impl Collector {
         ] {
             spec = spec.env(name, ports.address(port));
         }
-        // Three times the interval of Stack::telemetry_env, and more where the machine may be busy.
+        // Three times the export interval of Stack::telemetry_env, and more for tests, where the machine may be busy.
         spec = match options.pace {
             Pace::Deployed => spec.env("COLLECTOR_METRIC_EXPIRATION", "30s"),
             Pace::Fast => spec.env("COLLECTOR_METRIC_EXPIRATION", "6s").env("COLLECTOR_SPAN_METRICS_FLUSH", "1s"),
@@ -210,12 +210,12 @@ impl Jaeger {
         Ok(Jaeger { process: Process::spawn(spec)?, url: ports.url(Port::JaegerQuery) })
     }
 
-    /// `http://127.0.0.1:PORT` of its page and API.
+    /// `http://127.0.0.1:PORT` of its web page and API.
     pub fn url(&self) -> String {
         self.url.clone()
     }
 
-    /// GET of a path of its API, such as `/api/traces/ID`, `/api/services` or `/api/metrics/calls?service=...`.
+    /// Gets a path of its API, such as `/api/traces/ID`, `/api/services` or `/api/metrics/calls?service=...`.
     ///
     /// # Errors
     /// [`Error::Http`]
@@ -224,7 +224,7 @@ impl Jaeger {
     }
 }
 
-/// Prometheus on `deploy/prometheus/`, with host names and intervals of this run in place of the written ones.
+/// Prometheus on a copy of `deploy/prometheus/`, with the host names and intervals of this run.
 #[derive(Debug)]
 pub struct Prometheus {
     /// Its process.
@@ -235,8 +235,8 @@ pub struct Prometheus {
 impl Prometheus {
     fn spawn(options: &Options, tools: &Tools) -> Result<Prometheus> {
         let ports = &options.ports;
-        let (from, home) = (options.source.join("deploy/prometheus"), options.data.join("prometheus"));
-        create_dir(&home)?;
+        let (from, dir) = (options.source.join("deploy/prometheus"), options.data.join("prometheus"));
+        create_dir(&dir)?;
         let mut config = vec![
             ("collector:8889", ports.address(Port::CollectorPrometheus)),
             ("collector:8888", ports.address(Port::CollectorTelemetry)),
@@ -251,15 +251,15 @@ impl Prometheus {
             config.push(("evaluation_interval: 10s", "evaluation_interval: 1s".into()));
             rules.push(("for: 15s", "for: 0s".to_owned()));
         }
-        render(&from.join("prometheus.yml"), &home.join("prometheus.yml"), &config)?;
-        copy_dir(&from.join("rules"), &home.join("rules"), &rules)?;
+        render(&from.join("prometheus.yml"), &dir.join("prometheus.yml"), &config)?;
+        copy_dir(&from.join("rules"), &dir.join("rules"), &rules)?;
         let spec = component(options, tools, Tool::Prometheus, "prometheus")?
-            .arg(flag("--config.file=", &home.join("prometheus.yml")))
-            .arg(flag("--storage.tsdb.path=", &home.join("data")))
+            .arg(flag("--config.file=", &dir.join("prometheus.yml")))
+            .arg(flag("--storage.tsdb.path=", &dir.join("data")))
             .arg("--storage.tsdb.retention.time=7d")
             .arg("--enable-feature=exemplar-storage")
             .arg(format!("--web.listen-address={}", ports.address(Port::Prometheus)));
-        // What it sends before it has discovered Alertmanager is lost until it is sent again.
+        // An alert sent before Prometheus has discovered Alertmanager is lost until it is sent again.
         let spec = if options.pace == Pace::Fast { spec.arg("--rules.alert.resend-delay=5s") } else { spec };
         Ok(Prometheus { process: Process::spawn(spec)?, url: ports.url(Port::Prometheus) })
     }
@@ -269,24 +269,24 @@ impl Prometheus {
         self.url.clone()
     }
 
-    /// The samples of an instant query: labels (an object) and value of each series, as of now.
+    /// Runs an instant query. Returns the labels (an object) and the current value of each series.
     ///
     /// # Errors
-    /// [`Error::Http`], also for an expression that Prometheus refuses or that yields no vector.
+    /// [`Error::Http`], also if Prometheus rejects the expression or its result isn't a vector.
     pub fn query(&self, expression: &str) -> Result<Vec<(Value, f64)>> {
         let url = format!("{}/api/v1/query?query={}", self.url, http::encode(expression));
         let answer = http::get_json(&url)?;
-        let odd = || Error::Http { url: url.clone(), reason: format!("not a vector: {answer}") };
+        let not_a_vector = || Error::Http { url: url.clone(), reason: format!("not a vector: {answer}") };
         let sample = |entry: &Value| {
             let value = entry.pointer("/value/1")?.as_str()?.parse().ok()?;
             Some((entry.get("metric")?.clone(), value))
         };
-        let entries = answer.pointer("/data/result").and_then(Value::as_array).ok_or_else(odd)?;
-        entries.iter().map(|entry| sample(entry).ok_or_else(odd)).collect()
+        let entries = answer.pointer("/data/result").and_then(Value::as_array).ok_or_else(not_a_vector)?;
+        entries.iter().map(|entry| sample(entry).ok_or_else(not_a_vector)).collect()
     }
 }
 
-/// Alertmanager on `alertmanager/`, with the webhook and intervals of this run in place of the written ones.
+/// Alertmanager on a copy of `alertmanager/`, with the webhook and intervals of this run.
 #[derive(Debug)]
 pub struct Alertmanager {
     /// Its process.
@@ -296,8 +296,8 @@ pub struct Alertmanager {
 
 impl Alertmanager {
     fn spawn(options: &Options, tools: &Tools) -> Result<Alertmanager> {
-        let (from, home) = (options.source.join("alertmanager"), options.data.join("alertmanager"));
-        create_dir(&home)?;
+        let (from, dir) = (options.source.join("alertmanager"), options.data.join("alertmanager"));
+        create_dir(&dir)?;
         let mut config = Vec::new();
         if let Some(webhook) = &options.webhook {
             config.push(("http://127.0.0.1:9095", webhook.clone()));
@@ -307,12 +307,12 @@ impl Alertmanager {
             config.push(("group_wait: 5s", "group_wait: 0s".into()));
             config.push(("group_interval: 1m", "group_interval: 1s".into()));
         }
-        render(&from.join("alertmanager.yml"), &home.join("alertmanager.yml"), &config)?;
-        copy_dir(&from.join("templates"), &home.join("templates"), &[])?;
+        render(&from.join("alertmanager.yml"), &dir.join("alertmanager.yml"), &config)?;
+        copy_dir(&from.join("templates"), &dir.join("templates"), &[])?;
         let address = options.ports.address(Port::Alertmanager);
         let spec = component(options, tools, Tool::Alertmanager, "alertmanager")?
-            .arg(flag("--config.file=", &home.join("alertmanager.yml")))
-            .arg(flag("--storage.path=", &home.join("data")))
+            .arg(flag("--config.file=", &dir.join("alertmanager.yml")))
+            .arg(flag("--storage.path=", &dir.join("data")))
             .arg(format!("--web.listen-address={address}"))
             .arg("--cluster.listen-address=");
         Ok(Alertmanager { process: Process::spawn(spec)?, url: format!("http://{address}") })
@@ -323,7 +323,7 @@ impl Alertmanager {
         self.url.clone()
     }
 
-    /// The alerts it holds, as its API v2 lists them.
+    /// The active alerts, as listed by its API v2.
     ///
     /// # Errors
     /// [`Error::Http`]
@@ -345,7 +345,7 @@ fn flag(name: &str, path: &Path) -> std::ffi::OsString {
     flag
 }
 
-/// Copies the files of a directory, replacing in each what is there to replace. What the target held before is gone.
+/// Copies the files of a directory with the replacements made in each. Removes the previous content of the target.
 fn copy_dir(from: &Path, to: &Path, replacements: &[(&str, String)]) -> Result<()> {
     if to.exists() {
         std::fs::remove_dir_all(to).doing(|| format!("remove {}", to.display()))?;

@@ -1,15 +1,14 @@
-//! The web pages of the components. A binary may come without its page: Jaeger's module and Debian's Alertmanager have none.
+//! Which web pages the components serve. Some builds have none: that of Jaeger's Go module, and Debian's Alertmanager.
 
 use std::path::Path;
 
 use crate::{Port, Ports, Tool, Tools, http};
 
-const NO_JAEGER_PAGE: &str =
-    "no page in this build, only the API: a release has it, name its binary in GAUNTLET_JAEGER (docs/stack.md)";
-const NO_ALERTMANAGER_PAGE: &str = "no page in Debian's package, only the API and amtool: a release has it, name its binary in \
-                                    GAUNTLET_ALERTMANAGER (docs/stack.md)";
+const NO_JAEGER_PAGE: &str = "this build has no page, only the API; for the page, download a release and name its binary in GAUNTLET_JAEGER (docs/stack.md)";
+const NO_ALERTMANAGER_PAGE: &str = "Debian's package has no page, only the API and amtool; for the page, download a release and name its \
+                                    binary in GAUNTLET_ALERTMANAGER (docs/stack.md)";
 
-/// What a browser finds at the addresses of Jaeger, Prometheus and Alertmanager, a line each. Asks the running components.
+/// One line each on the pages of Jaeger, Prometheus and Alertmanager. Sends requests to the running components.
 pub fn lines(ports: &Ports) -> [(&'static str, String); 3] {
     let url = |port| ports.url(port);
     let body = |port| http::get_text(&url(port)).unwrap_or_default();
@@ -22,12 +21,12 @@ pub fn lines(ports: &Ports) -> [(&'static str, String); 3] {
 
 fn jaeger_line(url: &str, body: &str) -> String {
     if body.contains("not compiled with the UI assets") {
-        return format!("{url}: {NO_JAEGER_PAGE}; {url}/api/services lists who sends traces");
+        return format!("{url}: {NO_JAEGER_PAGE}; {url}/api/services lists the services that send traces");
     }
     format!("{url} shows traces, {url}/monitor rates, errors and latencies")
 }
 
-/// Debian ships the older page, at addresses of its own.
+/// Debian ships the older page, which has its own paths.
 fn prometheus_line(url: &str, is_new: bool) -> String {
     let base = if is_new { url.to_owned() } else { format!("{url}/classic") };
     format!("{base}/alerts shows the rules, {base}/graph takes queries")
@@ -40,14 +39,14 @@ fn alertmanager_line(url: &str, body: &str) -> String {
     format!("{url} shows alerts and silences")
 }
 
-/// Why a binary has no page and what has one; `None` when it has one, as far as the binary tells.
+/// Why a binary has no page, and the remedy; `None` if it has one, as far as can be told without running it.
 pub fn missing_from(tools: &Tools, tool: Tool, binary: &Path) -> Option<&'static str> {
     match tool {
-        Tool::Jaeger if tools.is_our_build(tool, binary) => Some(NO_JAEGER_PAGE),
+        Tool::Jaeger if tools.is_own_build(tool, binary) => Some(NO_JAEGER_PAGE),
         Tool::Alertmanager => {
             let is_debian = binary.file_name().is_some_and(|name| name == tool.binary());
-            let is_made = Path::new("/usr/share/prometheus/alertmanager/ui/index.html").exists();
-            (is_debian && !is_made).then_some(NO_ALERTMANAGER_PAGE)
+            let is_generated = Path::new("/usr/share/prometheus/alertmanager/ui/index.html").exists();
+            (is_debian && !is_generated).then_some(NO_ALERTMANAGER_PAGE)
         }
         _ => None,
     }
@@ -58,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_placeholder_is_not_taken_for_a_page() {
+    fn placeholder_does_not_count_as_a_page() {
         let url = "http://127.0.0.1:16686";
         let placeholder = "you are running a binary that was not compiled with the UI assets.";
         assert!(jaeger_line(url, placeholder).contains("GAUNTLET_JAEGER"));

@@ -1,5 +1,5 @@
-//! The ports of the stack: the documented ones, or free ones that no other test can take meanwhile. Every port that a test has before something
-//! listens on it comes from here.
+//! The ports of the stack: the documented ones, or free ones that no other test can take. A test that needs a port number before something
+//! listens on the port reserves it here.
 
 use std::fs::{File, TryLockError};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -16,15 +16,15 @@ pub enum Port {
     OtlpGrpc,
     /// The collector's OTLP over HTTP.
     OtlpHttp,
-    /// Where Prometheus scrapes what applications pushed.
+    /// The metrics that applications pushed to the collector, for Prometheus to scrape.
     CollectorPrometheus,
-    /// The collector's metrics of itself.
+    /// The collector's own metrics.
     CollectorTelemetry,
     /// The collector's health check.
     CollectorHealth,
     /// The collector's zpages.
     CollectorZpages,
-    /// Jaeger's page and HTTP API.
+    /// Jaeger's web page and HTTP API.
     JaegerQuery,
     /// Jaeger's gRPC API.
     JaegerGrpc,
@@ -32,7 +32,7 @@ pub enum Port {
     JaegerOtlp,
     /// Jaeger's health check.
     JaegerHealth,
-    /// Jaeger's metrics of itself.
+    /// Jaeger's own metrics.
     JaegerTelemetry,
     /// Prometheus.
     Prometheus,
@@ -41,7 +41,7 @@ pub enum Port {
 }
 
 impl Port {
-    /// Every port, in the order in which [`Ports`] keeps them.
+    /// Every port, in the order of the enum, which [`Ports`] relies on.
     pub const ALL: [Port; 13] = [
         Port::OtlpGrpc,
         Port::OtlpHttp,
@@ -87,7 +87,7 @@ impl Port {
         self.entry().1
     }
 
-    /// The port of that name.
+    /// The port with that name.
     pub fn named(name: &str) -> Option<Port> {
         Port::ALL.into_iter().find(|port| port.name() == name)
     }
@@ -106,10 +106,10 @@ impl Ports {
         Ports { numbers: Port::ALL.map(Port::default_number), reserved: Vec::new() }
     }
 
-    /// Free numbers, kept from other users of this crate for as long as the value lives.
+    /// Free numbers, reserved among users of this crate until the value is dropped.
     ///
     /// # Errors
-    /// [`Error::NoFreePort`], or an I/O error of the reservation files.
+    /// [`Error::NoFreePort`], or [`Error::Io`] if a reservation file can't be locked.
     pub fn free() -> Result<Ports> {
         let reserved = Port::ALL.iter().map(|_| Reserved::any()).collect::<Result<Vec<_>>>()?;
         let mut ports = Ports::documented();
@@ -120,12 +120,12 @@ impl Ports {
         Ok(ports)
     }
 
-    /// The number of a port.
+    /// The number of the port.
     pub fn get(&self, port: Port) -> u16 {
         self.numbers.get(port as usize).copied().unwrap_or_else(|| port.default_number())
     }
 
-    /// Chooses another number for a port.
+    /// Sets the number of the port.
     pub fn set(&mut self, port: Port, number: u16) {
         if let Some(slot) = self.numbers.get_mut(port as usize) {
             *slot = number;
@@ -142,8 +142,10 @@ impl Ports {
         format!("http://{}", self.address(port))
     }
 
+    /// Checks that no process listens on any of the ports.
+    ///
     /// # Errors
-    /// [`Error::PortTaken`], naming the first that something listens on.
+    /// [`Error::PortTaken`] with the first port in use.
     pub(crate) fn check_free(&self) -> Result<()> {
         match Port::ALL.into_iter().find(|port| !can_bind(self.get(*port))) {
             Some(port) => Err(Error::PortTaken { port: self.get(port), name: port.name() }),
@@ -152,23 +154,23 @@ impl Ports {
     }
 }
 
-/// A free port, kept from other users of this crate on this machine by a locked file until the value is dropped or the process ends.
+/// A free port. A locked file reserves it among the users of this crate on this machine, until the value is dropped or the process ends.
 ///
-/// Ports come from below the range that the system hands out, so that no outgoing connection and nothing that listens on port 0 takes one while the
-/// component that it is for is stopped.
+/// Ports come from below the system's ephemeral range, so that no outgoing connection and no listener on port 0 takes the port while its
+/// component is stopped.
 #[derive(Debug)]
 pub struct Reserved {
     number: u16,
     _lock: File,
 }
 
-// Tests have the ports from 30000 to 32699: above those of a `dev` that runs beside them (its own, and 20000 to 29999 for instances), below
-// Linux's range for outgoing connections. The first part is for one port at a time, the second for rows of them.
+// Tests use ports 30000 to 32699: above those of a `dev` that runs at the same time (its own, and 20000 to 29999 for instances), below Linux's
+// ephemeral range. The first part is for single ports, the second for ranges.
 const FROM: u16 = 30_000;
 const TO: u16 = 31_000;
 const ROWS_TO: u16 = 32_680;
 
-/// Ports in a row, for the instances of one directory: kept from other users of this crate as a [`Reserved`] is.
+/// A range of ports for the instances of one directory, reserved like a [`Reserved`] port.
 #[derive(Debug)]
 pub struct Row {
     first: u16,
@@ -176,11 +178,13 @@ pub struct Row {
 }
 
 impl Row {
-    /// How many they are.
+    /// The number of ports in the range.
     pub const LENGTH: u16 = 40;
 
+    /// Reserves a range.
+    ///
     /// # Errors
-    /// [`Error::NoFreePort`], or an I/O error of the reservation file.
+    /// [`Error::NoFreePort`], or [`Error::Io`] if a reservation file can't be locked.
     pub fn any() -> Result<Row> {
         for first in (TO..ROWS_TO).step_by(usize::from(Row::LENGTH)) {
             if let Some(lock) = lock(&format!("{first}-row"))? {
@@ -190,18 +194,20 @@ impl Row {
         Err(Error::NoFreePort { from: TO, to: ROWS_TO })
     }
 
-    /// Their numbers.
+    /// The port numbers.
     pub fn numbers(&self) -> RangeInclusive<u16> {
         self.first..=self.first + (Row::LENGTH - 1)
     }
 }
 
 impl Reserved {
+    /// Reserves a port.
+    ///
     /// # Errors
-    /// [`Error::NoFreePort`], or an I/O error of the reservation file.
+    /// [`Error::NoFreePort`], or [`Error::Io`] if a reservation file can't be locked.
     pub fn any() -> Result<Reserved> {
         let span = u32::from(TO - FROM);
-        // Processes begin at different places, so that they seldom meet.
+        // Processes start at different offsets, so that they rarely compete for a port.
         let start = process::id().wrapping_mul(97) % span;
         for step in 0..span {
             let offset = (start + step) % span;
@@ -222,7 +228,7 @@ impl Reserved {
     }
 }
 
-/// The locked file of that name; `None` if another has it.
+/// Locks the file `name`; `None` if another process has locked it.
 fn lock(name: &str) -> Result<Option<File>> {
     let dir = lock_dir();
     create_dir(&dir)?;
@@ -251,17 +257,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_port_stands_at_its_place() {
+    fn all_lists_the_ports_in_order() {
         for (place, port) in Port::ALL.into_iter().enumerate() {
             assert_eq!(port as usize, place);
             assert_eq!(Port::named(port.name()), Some(port));
         }
         let numbers: HashSet<u16> = Port::ALL.into_iter().map(Port::default_number).collect();
-        assert_eq!(numbers.len(), Port::ALL.len(), "two documented ports are the same");
+        assert_eq!(numbers.len(), Port::ALL.len(), "two documented ports are equal");
     }
 
     #[test]
-    fn free_ports_differ_from_each_other_and_from_those_of_others() {
+    fn free_ports_are_distinct() {
         let one = Ports::free().unwrap();
         let two = Ports::free().unwrap();
         let all: HashSet<u16> = Port::ALL.into_iter().flat_map(|port| [one.get(port), two.get(port)]).collect();
@@ -269,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_apart_from_each_other_and_from_single_ports() {
+    fn ranges_overlap_neither_each_other_nor_single_ports() {
         let (one, two, port) = (Row::any().unwrap(), Row::any().unwrap(), Reserved::any().unwrap());
         let all: HashSet<u16> = one.numbers().chain(two.numbers()).chain([port.number()]).collect();
         assert_eq!(all.len(), 2 * usize::from(Row::LENGTH) + 1);
@@ -277,11 +283,11 @@ mod tests {
     }
 
     #[test]
-    fn a_taken_port_is_named() {
+    fn error_names_a_port_in_use() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut ports = Ports::free().unwrap();
         ports.set(Port::Prometheus, listener.local_addr().unwrap().port());
         let error = ports.check_free().unwrap_err().to_string();
-        assert!(error.contains("(prometheus) is taken"), "{error}");
+        assert!(error.contains("(prometheus) is in use"), "{error}");
     }
 }

@@ -1,7 +1,7 @@
-//! A component as a child process: started with its log in a file, waited for until it answers, stopped or killed, started again.
+//! A component as a child process, which can be stopped, killed and started again. Its output goes to a log file.
 //!
-//! The environment of this process is not handed on, save what a program needs to run: an `OTEL_*` or `ETCD_*` variable of the caller would
-//! configure the component too.
+//! A component inherits only the environment variables that every program needs: an `OTEL_*` or `ETCD_*` variable of the caller would
+//! configure it too.
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
@@ -23,28 +23,28 @@ const POLL: Duration = Duration::from_millis(50);
 /// How to run a component.
 #[derive(Debug, Clone)]
 pub struct Spec {
-    /// What errors call it.
+    /// The name in errors.
     pub name: String,
-    /// The binary.
+    /// The program.
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
-    /// Its environment, besides `PATH`, `HOME`, `TMPDIR` and `LANG`.
+    /// Its environment, in addition to `PATH`, `HOME`, `TMPDIR` and `LANG`.
     pub env: Vec<(OsString, OsString)>,
-    /// Its working directory; that of this process when `None`.
+    /// Its working directory; `None` is that of this process.
     pub dir: Option<PathBuf>,
-    /// Where its stdout and stderr are appended.
+    /// The file to which its stdout and stderr are appended.
     pub log: PathBuf,
-    /// When it counts as ready.
+    /// How to tell that it is ready.
     pub ready: Ready,
-    /// How long it may take to become ready.
+    /// How long to wait until it is ready.
     pub ready_within: Duration,
-    /// How long it may take to end after SIGTERM before it is killed.
+    /// How long to wait between SIGTERM and SIGKILL.
     pub stop_within: Duration,
 }
 
 impl Spec {
-    /// A component without arguments, with the usual deadlines: a minute to become ready, 10 s to stop.
+    /// A component without arguments and with the default timeouts: 60 s to become ready, 10 s to stop.
     pub fn new(name: &str, program: impl Into<PathBuf>, log: impl Into<PathBuf>, ready: Ready) -> Spec {
         Spec {
             name: name.to_owned(),
@@ -74,19 +74,19 @@ impl Spec {
     }
 }
 
-/// When a component counts as ready.
+/// How to tell that a component is ready.
 #[derive(Debug, Clone)]
 pub enum Ready {
-    /// A GET of this address answers with a 2xx status.
+    /// A GET request to this URL returns a 2xx status.
     Http(String),
-    /// Something accepts connections on this loopback port.
+    /// This loopback port accepts connections.
     Tcp(u16),
-    /// At once.
+    /// It is ready as soon as it is started.
     Spawned,
 }
 
 impl Ready {
-    /// Whether it is so now. Waits two seconds at most.
+    /// Checks once. Takes at most two seconds.
     pub fn is_met(&self) -> bool {
         match self {
             Ready::Http(url) => http::answers(url),
@@ -99,7 +99,7 @@ impl Ready {
     }
 }
 
-/// A component that was started at least once. It ends when this value is dropped, and with this process.
+/// A component that was started at least once. Dropping it stops the component, which also ends when this process ends.
 #[derive(Debug)]
 pub struct Process {
     spec: Spec,
@@ -107,25 +107,25 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts it and waits until it is ready.
+    /// Starts the component and waits until it is ready.
     ///
     /// # Errors
-    /// [`Error::NotReady`] when it ends or does not become ready in time (it is killed then); an I/O error when it can't be started.
+    /// [`Error::NotReady`] if it exits or isn't ready in time, and is then killed; [`Error::Io`] if it can't be started.
     pub fn run(spec: Spec) -> Result<Process> {
         let mut process = Process::spawn(spec)?;
         process.wait_ready()?;
         Ok(process)
     }
 
-    /// Starts it without waiting: several become ready side by side. Call [`Process::wait_ready`] afterwards.
+    /// Starts the component without waiting, so that several can start in parallel. Call [`Process::wait_ready`] afterwards.
     pub(crate) fn spawn(spec: Spec) -> Result<Process> {
         let mut process = Process { spec, child: None };
         process.launch()?;
         Ok(process)
     }
 
-    /// Starts it again after [`Process::stop`] or [`Process::kill`], on the same ports and data, and waits until it is ready.
-    /// Nothing happens while it runs.
+    /// Starts the component again after [`Process::stop`] or [`Process::kill`], with the same ports and data, and waits until it is ready.
+    /// Does nothing if it runs.
     ///
     /// # Errors
     /// As [`Process::run`].
@@ -137,10 +137,10 @@ impl Process {
         self.wait_ready()
     }
 
-    /// Asks it to end (SIGTERM) and waits; kills it when it takes longer than its spec allows. Returns how it ended: `None` when it did not run.
+    /// Sends SIGTERM and waits; sends SIGKILL after [`Spec::stop_within`]. Returns the exit status, or `None` if it didn't run.
     ///
     /// # Errors
-    /// An I/O error when it can't be waited for.
+    /// [`Error::Io`] if waiting for it fails.
     pub fn stop(&mut self) -> Result<Option<ExitStatus>> {
         let Some(child) = &mut self.child else { return Ok(None) };
         let doing = || format!("stop {}", self.spec.name);
@@ -156,17 +156,17 @@ impl Process {
         self.kill()
     }
 
-    /// Ends it at once (SIGKILL), as a crash would. Returns how it ended: `None` when it did not run.
+    /// Sends SIGKILL and waits, to simulate a crash. Returns the exit status, or `None` if it didn't run.
     ///
     /// # Errors
-    /// An I/O error when it can't be waited for.
+    /// [`Error::Io`] if waiting for it fails.
     pub fn kill(&mut self) -> Result<Option<ExitStatus>> {
         let Some(mut child) = self.child.take() else { return Ok(None) };
         signal(&child, Signal::KILL);
         child.wait().map(Some).doing(|| format!("kill {}", self.spec.name))
     }
 
-    /// Sends a signal, such as SIGSTOP to play a frozen component. Nothing happens when it does not run.
+    /// Sends a signal, such as SIGSTOP to simulate a component that hangs. Does nothing if it doesn't run.
     pub fn signal(&self, which: Signal) {
         if let Some(child) = &self.child {
             signal(child, which);
@@ -178,17 +178,17 @@ impl Process {
         self.child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
     }
 
-    /// Its process id while it runs.
+    /// The process id, until the component is stopped or killed.
     pub fn id(&self) -> Option<u32> {
         self.child.as_ref().map(Child::id)
     }
 
-    /// Where its output goes.
+    /// The file with its output.
     pub fn log(&self) -> &Path {
         &self.spec.log
     }
 
-    /// How it is run; what is changed here holds from the next [`Process::start`] on.
+    /// The spec, for changes that take effect at the next [`Process::start`].
     pub fn spec_mut(&mut self) -> &mut Spec {
         &mut self.spec
     }
@@ -203,7 +203,7 @@ impl Process {
         let errors = log.try_clone().doing(|| format!("open log {}", spec.log.display()))?;
         let mut command = Command::new(&spec.program);
         command.args(&spec.args).stdin(Stdio::null()).stdout(log).stderr(errors).env_clear();
-        // Not in the group of the terminal: Ctrl-C is for who owns the component, who ends it in its own order.
+        // Outside the terminal's process group, Ctrl-C doesn't reach it: its owner stops the components in order.
         command.process_group(0);
         for name in ["PATH", "HOME", "TMPDIR", "LANG"] {
             if let Some(value) = std::env::var_os(name) {
@@ -225,7 +225,7 @@ impl Process {
                 && let Some(status) = child.try_wait().doing(|| format!("wait for {}", self.spec.name))?
             {
                 self.child = None;
-                return Err(self.not_ready(format!("ended while starting ({status})")));
+                return Err(self.not_ready(format!("exited while starting ({status})")));
             }
             if self.spec.ready.is_met() {
                 return Ok(());
@@ -245,42 +245,42 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Nobody is left to hear of it, and the child ends with this process in any case.
+        // Drop can't return an error, and the child ends with this process in any case.
         let _ = self.stop();
     }
 }
 
 fn signal(child: &Child, which: Signal) {
     if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-        // Only fails when it has already ended.
+        // Fails only if it has already exited.
         let _ = rustix::process::kill_process(pid, which);
     }
 }
 
-/// Starts a child that the kernel kills when this process ends, however it ends.
+/// Starts a child that the kernel kills when this process ends, for whatever reason.
 ///
-/// The kernel binds the child to the thread that starts it, so one thread that never ends starts them all.
+/// The kernel ties the child to the thread that starts it, so a dedicated thread, which never ends, starts all children.
 ///
 /// # Errors
-/// What the system answers when the program can't be started.
+/// The system's error if the program can't be started.
 pub fn spawn_bound(command: Command) -> io::Result<Child> {
-    type Order = (Command, mpsc::SyncSender<io::Result<Child>>);
-    static SPAWNER: OnceLock<mpsc::Sender<Order>> = OnceLock::new();
+    type Request = (Command, mpsc::SyncSender<io::Result<Child>>);
+    static SPAWNER: OnceLock<mpsc::Sender<Request>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {
-        let (orders, inbox) = mpsc::channel::<Order>();
+        let (requests, inbox) = mpsc::channel::<Request>();
         thread::spawn(move || {
             for (mut command, answer) in inbox {
                 bind_to_parent(&mut command);
-                // The caller waits below: it is there to receive.
+                // The caller waits below, so the receiver exists.
                 let _ = answer.send(command.spawn());
             }
         });
-        orders
+        requests
     });
     let (answer, receive) = mpsc::sync_channel(1);
-    let gone = || io::Error::other("the thread that starts processes has ended");
-    spawner.send((command, answer)).map_err(|_| gone())?;
-    receive.recv().map_err(|_| gone())?
+    let ended = || io::Error::other("the thread that starts processes has ended");
+    spawner.send((command, answer)).map_err(|_| ended())?;
+    receive.recv().map_err(|_| ended())?
 }
 
 #[allow(
@@ -293,7 +293,7 @@ fn bind_to_parent(command: &mut Command) {
     unsafe {
         command.pre_exec(move || {
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-            // The parent may have ended before the line above took effect.
+            // The parent may have exited before the call above took effect.
             if rustix::process::getppid() == Some(parent) { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
         });
     }
@@ -308,9 +308,9 @@ mod tests {
         Spec::new("the shell", "/bin/sh", dir.join("log"), ready).arg("-c").arg(script)
     }
 
-    fn gone_within(pid: u32, limit: Duration) -> bool {
+    fn exits_within(pid: u32, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
-        // A zombie, which nobody has waited for yet, has ended too.
+        // A zombie has exited too.
         let runs = || std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "));
         while runs() && Instant::now() < deadline {
             thread::sleep(POLL);
@@ -319,18 +319,18 @@ mod tests {
     }
 
     #[test]
-    fn one_that_ends_while_starting_is_reported_with_its_log() {
+    fn exit_while_starting_is_reported_with_the_log() {
         let dir = tempfile::tempdir().unwrap();
         let error = Process::run(shell(dir.path(), "echo no such port >&2; exit 3", Ready::Tcp(1))).unwrap_err();
         let text = error.to_string();
         assert!(
-            text.contains("the shell ended while starting (exit status: 3)") && text.contains("no such port"),
+            text.contains("the shell exited while starting (exit status: 3)") && text.contains("no such port"),
             "{text}"
         );
     }
 
     #[test]
-    fn one_that_never_answers_is_killed_and_reported() {
+    fn component_that_is_never_ready_is_killed_and_reported() {
         let dir = tempfile::tempdir().unwrap();
         let mut spec = shell(dir.path(), "sleep 1000", Ready::Tcp(1));
         spec.ready_within = Duration::from_millis(200);
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn stops_on_sigterm_and_starts_again() {
+    fn stopped_component_starts_again() {
         let dir = tempfile::tempdir().unwrap();
         let mut process = Process::run(shell(dir.path(), "echo up; exec sleep 1000", Ready::Spawned)).unwrap();
         let first = process.id().unwrap();
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_ignores_sigterm_is_killed() {
+    fn component_that_ignores_sigterm_is_killed() {
         let dir = tempfile::tempdir().unwrap();
         let mut spec = shell(dir.path(), "trap '' TERM; echo up; while :; do sleep 0.05; done", Ready::Spawned);
         spec.stop_within = Duration::from_millis(300);
@@ -365,17 +365,17 @@ mod tests {
     }
 
     #[test]
-    fn dropping_ends_it() {
+    fn drop_stops_the_component() {
         let dir = tempfile::tempdir().unwrap();
         let process = Process::run(shell(dir.path(), "exec sleep 1000", Ready::Spawned)).unwrap();
         let pid = process.id().unwrap();
         drop(process);
-        assert!(gone_within(pid, Duration::from_secs(5)));
+        assert!(exits_within(pid, Duration::from_secs(5)));
     }
 
-    /// Runs itself as a parent that is then killed: its child must not outlive it.
+    /// Runs the test binary again as a parent, and kills it: its child must not outlive it.
     #[test]
-    fn a_child_ends_with_a_parent_that_is_killed() {
+    fn child_ends_when_its_parent_is_killed() {
         const ROLE: &str = "GAUNTLET_STACK_TEST_PARENT";
         if let Some(dir) = std::env::var_os(ROLE) {
             let dir = PathBuf::from(dir);
@@ -387,14 +387,14 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let mut parent = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "process::tests::a_child_ends_with_a_parent_that_is_killed"])
+            .args(["--exact", "process::tests::child_ends_when_its_parent_is_killed"])
             .env(ROLE, dir.path())
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
         let deadline = Instant::now() + Duration::from_secs(30);
         let pid: u32 = loop {
-            assert!(Instant::now() < deadline, "the parent has started no child");
+            assert!(Instant::now() < deadline, "the parent has not started a child");
             match std::fs::read_to_string(dir.path().join("pid")) {
                 Ok(pid) => break pid.parse().unwrap(),
                 Err(_) => thread::sleep(POLL),
@@ -402,6 +402,6 @@ mod tests {
         };
         parent.kill().unwrap();
         parent.wait().unwrap();
-        assert!(gone_within(pid, Duration::from_secs(5)));
+        assert!(exits_within(pid, Duration::from_secs(5)));
     }
 }

@@ -1,4 +1,4 @@
-//! An OCI registry (CNCF distribution, Debian's docker-registry).
+//! Runs an OCI registry (CNCF distribution, Debian's docker-registry).
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use crate::ports::Reserved;
 use crate::{Process, Ready, Result, Spec, Tool, Tools, create_dir, write};
 
-/// How the registry is reached, and by whom.
+/// Transport and users of the registry.
 #[derive(Debug, Clone, Default)]
 pub struct RegistryOptions {
-    /// Lines of an htpasswd file (bcrypt only); without it, anyone may pull and push.
+    /// The lines of an htpasswd file (bcrypt only); `None` lets everybody pull and push.
     pub htpasswd: Option<String>,
-    /// Certificate chain and key, PEM files; without them, plain HTTP.
+    /// The PEM files of the certificate chain and the key; `None` is plain HTTP.
     pub tls: Option<(PathBuf, PathBuf)>,
 }
 
@@ -21,7 +21,7 @@ impl RegistryOptions {
     /// The password of [`RegistryOptions::with_user`]'s user.
     pub const PASSWORD: &str = "registry-secret";
 
-    /// Plain HTTP, for one user only.
+    /// Plain HTTP, with one user.
     pub fn with_user() -> RegistryOptions {
         // bcrypt of PASSWORD, at the lowest cost.
         let line = format!("{}:$2b$04$9KjTZmUA3Ozm.ri7UB6yFu1BxmTOXkaLg67HP9Ei7sNUqPVhVXImy\n", Self::USER);
@@ -38,10 +38,10 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Starts one whose blobs, configuration and log are in `dir`, and waits until it listens.
+    /// Starts a registry with its blobs, configuration and log in `dir`, and waits until it listens.
     ///
     /// # Errors
-    /// [`crate::Error::Missing`] without a registry binary; what [`Process::run`] reports.
+    /// [`crate::Error::Missing`] if there is no registry binary, and the errors of [`Process::run`].
     pub fn start(dir: impl AsRef<Path>, options: &RegistryOptions) -> Result<Registry> {
         let dir = dir.as_ref();
         let blobs = dir.join("blobs");
@@ -69,7 +69,7 @@ impl Registry {
         Ok(Registry { process: Process::run(spec)?, reserved })
     }
 
-    /// `127.0.0.1:PORT`, the first part of a reference.
+    /// `127.0.0.1:PORT`, the registry part of a scenario reference.
     pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.reserved.number())
     }

@@ -1,14 +1,14 @@
-//! The deployed files of components that know no environment (Prometheus, Alertmanager), with addresses and intervals of this run in place of
-//! the written ones. The files stay the source of truth: a text that is no longer in them is an error.
+//! Copies of deployed files with some texts replaced, for components that read no environment variables (Prometheus, Alertmanager). The
+//! deployed files stay the source of truth: a text that they no longer contain is an error.
 
 use std::path::Path;
 
 use crate::{Error, Result, read, write};
 
-/// Copies `from` to `to` with each text replaced everywhere by its counterpart.
+/// Copies `from` to `to`, replacing every occurrence of each text.
 ///
 /// # Errors
-/// [`Error::Drift`] when the file does not contain one of the texts.
+/// [`Error::Drift`] if the file doesn't contain one of the texts.
 pub(crate) fn render(from: &Path, to: &Path, replacements: &[(&str, String)]) -> Result<()> {
     let mut text = read(from)?;
     for (old, new) in replacements {
@@ -26,7 +26,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn replaces_everywhere_and_reports_what_is_gone() {
+    fn replaces_every_occurrence_and_reports_a_missing_text() {
         let dir = tempfile::tempdir().unwrap();
         let (from, to) = (dir.path().join("from"), dir.path().join("to"));
         std::fs::write(&from, "a: x:1\nb: x:1\n").unwrap();

@@ -1,4 +1,4 @@
-//! The binaries of the components: where they are looked for, and how a missing one is installed or built.
+//! Finds the components' binaries, and installs or builds missing ones.
 
 mod apt;
 mod command;
@@ -20,13 +20,13 @@ use crate::{Doing as _, Error, Progress, Result, create_dir, workspace_root};
 /// A binary that the project runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tool {
-    /// State and locks.
+    /// The store of state and locks.
     Etcd,
-    /// etcd's command line.
+    /// etcd's command-line client.
     Etcdctl,
-    /// Holds scenarios.
+    /// The OCI registry that stores scenarios.
     Registry,
-    /// Metrics and rules.
+    /// Stores metrics and evaluates rules.
     Prometheus,
     /// Checks Prometheus configuration and rules.
     Promtool,
@@ -38,13 +38,13 @@ pub enum Tool {
     Collector,
     /// Jaeger v2.
     Jaeger,
-    /// Makes the networks in which tests cut members of a cluster off.
+    /// Creates the networks in which tests partition a cluster.
     Ip,
-    /// Makes the bare system of `cargo xtask clean-room`.
+    /// Creates the bare Debian of `cargo xtask clean-room`.
     Mmdebstrap,
 }
 
-/// What [`crate::Stack`] runs.
+/// The tools that [`crate::Stack`] needs.
 pub const OBSERVABILITY: &[Tool] = &[Tool::Prometheus, Tool::Alertmanager, Tool::Collector, Tool::Jaeger];
 
 /// The tools that the tests use: all but mmdebstrap.
@@ -53,11 +53,11 @@ pub const TESTS: &[Tool] = match &Tool::ALL {
     _ => panic!("mmdebstrap must be the last tool"),
 };
 
-/// Where a tool comes from when it is not there.
+/// How to add a missing tool.
 enum Source {
     /// A Debian package.
     Debian(&'static str),
-    /// A build of ours, from Go modules.
+    /// A build from Go modules.
     Go(go::Recipe),
 }
 
@@ -77,7 +77,7 @@ impl Tool {
         Tool::Mmdebstrap,
     ];
 
-    /// The name of its binary.
+    /// The name of the binary.
     pub const fn binary(self) -> &'static str {
         match self {
             Tool::Etcd => "etcd",
@@ -94,7 +94,7 @@ impl Tool {
         }
     }
 
-    /// The environment variable that names a binary to use instead of any other.
+    /// The environment variable that names the binary to use. If it is set, no other binary is considered.
     pub const fn variable(self) -> &'static str {
         match self {
             Tool::Etcd => "GAUNTLET_ETCD",
@@ -111,12 +111,12 @@ impl Tool {
         }
     }
 
-    /// Whether a binary on `PATH` is used. Distributions ship older etcd releases, which behave differently: what is tested is what is deployed.
+    /// Whether a binary on `PATH` may be used. Distributions ship older etcd releases, which behave differently from the deployed one.
     const fn is_taken_from_path(self) -> bool {
         !matches!(self, Tool::Etcd | Tool::Etcdctl)
     }
 
-    /// Names under which others than Debian install the same binary.
+    /// Names that other distributions give the same binary.
     const fn aliases(self) -> &'static [&'static str] {
         match self {
             Tool::Registry => &["registry"],
@@ -139,7 +139,7 @@ impl Tool {
         }
     }
 
-    /// What a person does when it is missing.
+    /// What to do if the tool is missing.
     pub fn hint(self) -> String {
         let how = match self.source() {
             Source::Debian(package) => {
@@ -150,7 +150,7 @@ impl Tool {
         format!("`cargo xtask setup --tools` {how}; or name a binary in {}", self.variable())
     }
 
-    /// The first line that a binary of it says about its version; `None` when it does not run.
+    /// The first line of the version that a binary of this tool prints; `None` if the binary doesn't run.
     pub fn version(self, binary: &Path) -> Option<String> {
         let argument = match self {
             Tool::Etcdctl | Tool::Jaeger => "version",
@@ -169,23 +169,23 @@ impl Tool {
     }
 }
 
-/// Where tools are looked for and kept.
+/// Where tools are found, and where builds are stored.
 #[derive(Debug, Clone)]
 pub struct Tools {
-    /// Binaries that are used instead of any other: see [`Tool::variable`].
+    /// The binaries named by [`Tool::variable`]; no other binary of these tools is used.
     pub named: Vec<(Tool, PathBuf)>,
     /// Searched first: `GAUNTLET_TOOLS`.
     pub dir: Option<PathBuf>,
-    /// Searched next, except for etcd and etcdctl: `PATH`, then the directories where Debian's packages put binaries.
+    /// Searched next, except for etcd and etcdctl: `PATH`, then the directories into which Debian's packages install binaries.
     pub path: Vec<PathBuf>,
-    /// Where builds are kept: `GAUNTLET_CACHE`, else `XDG_CACHE_HOME/gauntlet/tools`, else `~/.cache/gauntlet/tools`.
+    /// Where builds are stored: `GAUNTLET_CACHE`, else `XDG_CACHE_HOME/gauntlet/tools`, else `~/.cache/gauntlet/tools`.
     pub cache: PathBuf,
-    /// The checkout whose manifests are built.
+    /// The checkout with the manifests to build from.
     pub source: PathBuf,
 }
 
 impl Tools {
-    /// As the environment says.
+    /// Reads the settings from the environment.
     pub fn from_env() -> Tools {
         let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let mut path: Vec<PathBuf> = set("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default();
@@ -198,7 +198,7 @@ impl Tools {
         Tools { named, dir: set("GAUNTLET_TOOLS"), path, cache, source: workspace_root() }
     }
 
-    /// The binary of a tool: the one that its variable names and no other, else the first in `dir`, `path` and `cache`.
+    /// Finds the binary of a tool: the one that its variable names, if it is set; otherwise the first in `dir`, `path` and `cache`.
     pub fn find(&self, tool: Tool) -> Option<PathBuf> {
         if let Some(path) = self.named(tool) {
             return is_executable(path).then(|| path.to_path_buf());
@@ -208,7 +208,7 @@ impl Tools {
         let dirs = self.dir.iter().chain(path);
         let found = dirs.flat_map(|dir| names().map(move |name| dir.join(name))).find(|path| is_executable(path));
         found.or_else(|| match tool.source() {
-            Source::Go(recipe) => recipe.kept(self).ok().filter(|path| is_executable(path)),
+            Source::Go(recipe) => recipe.cached(self).ok().filter(|path| is_executable(path)),
             Source::Debian(_) => None,
         })
     }
@@ -217,10 +217,10 @@ impl Tools {
         self.named.iter().find(|(of, _)| *of == tool).map(|(_, path)| path.as_path())
     }
 
-    /// The binary of a tool.
+    /// As [`Tools::find`], for a tool that must exist.
     ///
     /// # Errors
-    /// [`Error::Missing`] when there is none; the text names the command that adds it.
+    /// [`Error::Missing`], with the command that adds the tool.
     pub fn require(&self, tool: Tool) -> Result<PathBuf> {
         self.find(tool).ok_or_else(|| self.missing(tool))
     }
@@ -233,7 +233,7 @@ impl Tools {
         match self.named(tool) {
             Some(path) => {
                 format!(
-                    "{} names {}, which is no executable file: correct or unset it",
+                    "{} names {}, which is not an executable file: correct or unset it",
                     tool.variable(),
                     path.display()
                 )
@@ -242,21 +242,21 @@ impl Tools {
         }
     }
 
-    /// Whether the binary of a tool is a build of ours.
-    pub fn is_our_build(&self, tool: Tool, binary: &Path) -> bool {
-        matches!(tool.source(), Source::Go(recipe) if recipe.kept(self).is_ok_and(|kept| kept == binary))
+    /// Whether the binary is a build of this project, from the current manifest.
+    pub fn is_own_build(&self, tool: Tool, binary: &Path) -> bool {
+        matches!(tool.source(), Source::Go(recipe) if recipe.cached(self).is_ok_and(|cached| cached == binary))
     }
 
-    /// What [`Tools::ensure`] would have to do.
+    /// Returns what [`Tools::ensure`] would install and build.
     pub fn plan(&self, tools: &[Tool]) -> Plan {
         Plan::new(self, tools)
     }
 
-    /// Installs and builds what is missing of these, and reports while it takes time. When several processes want the same, one does it and the
-    /// others wait.
+    /// Installs and builds the tools that are missing, and reports progress. If several processes need the same tool, one does the work and
+    /// the others wait.
     ///
     /// # Errors
-    /// [`Error::Missing`] when neither apt nor Go can help, naming what to install; [`Error::Build`] with the end of the log;
+    /// [`Error::Missing`] if neither apt nor Go can add a tool, with what to install; [`Error::Build`] with the end of the log;
     /// [`Error::Cancelled`].
     pub fn ensure(&self, tools: &[Tool], progress: &mut dyn Progress) -> Result<()> {
         self.ensure_packages(tools, progress)?;
@@ -268,7 +268,7 @@ impl Tools {
                     return Err(self.missing(*tool));
                 }
                 let _lock = self.lock(tool.binary(), progress)?;
-                // Whoever held the lock may have built it.
+                // The process that held the lock may have built it.
                 if self.find(*tool).is_none() {
                     recipe.build(self, *tool, progress)?;
                 }
@@ -277,7 +277,7 @@ impl Tools {
         Ok(())
     }
 
-    /// The part of [`Tools::ensure`] that installs packages: under a minute, and what is compiled may need it.
+    /// The part of [`Tools::ensure`] that installs packages, which takes less than a minute.
     ///
     /// # Errors
     /// As [`Tools::ensure`].
@@ -300,7 +300,7 @@ impl Tools {
         }
     }
 
-    /// Those of the tools that are missing and come from a Debian package, each with its package.
+    /// The missing tools that come from a Debian package, with their packages.
     fn missing_packages(&self, tools: &[Tool]) -> Vec<(Tool, &'static str)> {
         let missing = tools.iter().filter(|tool| self.find(**tool).is_none());
         missing
@@ -311,12 +311,12 @@ impl Tools {
             .collect()
     }
 
-    /// Waits for the lock of that name; it is held until the file is dropped or this process ends.
+    /// Waits for the lock `name`. It is held until the file is dropped or this process ends.
     fn lock(&self, name: &str, progress: &mut dyn Progress) -> Result<File> {
         create_dir(&self.cache)?;
         let path = self.cache.join(format!("{name}.lock"));
         let file = File::create(&path).doing(|| format!("create {}", path.display()))?;
-        let mut told = false;
+        let mut reported = false;
         loop {
             match file.try_lock() {
                 Ok(()) => return Ok(file),
@@ -326,9 +326,9 @@ impl Tools {
                 Err(TryLockError::WouldBlock) if progress.cancelled() => return Err(Error::Cancelled),
                 Err(TryLockError::WouldBlock) => {}
             }
-            if !told {
-                progress.report(&format!("{name}: another process is at it, waiting for that"));
-                told = true;
+            if !reported {
+                progress.report(&format!("{name}: waiting for another process that installs or builds it"));
+                reported = true;
             }
             thread::sleep(Duration::from_millis(200));
         }
@@ -355,13 +355,13 @@ mod tests {
     }
 
     #[test]
-    fn looks_in_the_named_directory_then_on_the_path_then_in_the_cache() {
+    fn find_prefers_the_tools_directory_then_the_path_then_the_cache() {
         let dir = tempfile::tempdir().unwrap();
         let mut tools = tools(dir.path());
         assert_eq!(tools.find(Tool::Jaeger), None);
-        let kept = go::JAEGER.kept(&tools).unwrap();
-        executable(&kept);
-        assert_eq!(tools.find(Tool::Jaeger), Some(kept));
+        let cached = go::JAEGER.cached(&tools).unwrap();
+        executable(&cached);
+        assert_eq!(tools.find(Tool::Jaeger), Some(cached));
         tools.path.push(dir.path().join("path"));
         executable(&dir.path().join("path/jaeger"));
         assert_eq!(tools.find(Tool::Jaeger), Some(dir.path().join("path/jaeger")));
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_binary_is_used_and_no_other() {
+    fn named_binary_excludes_all_others() {
         let dir = tempfile::tempdir().unwrap();
         let mut tools = tools(dir.path());
         let named = dir.path().join("elsewhere/my-jaeger");
@@ -381,27 +381,27 @@ mod tests {
         executable(&dir.path().join("path/jaeger"));
         assert_eq!(tools.find(Tool::Jaeger), None);
         let error = tools.ensure(&[Tool::Jaeger], &mut |_: &str| {}).unwrap_err().to_string();
-        let why = format!("jaeger is missing: GAUNTLET_JAEGER names {}, which is no", named.display());
+        let why = format!("jaeger is missing: GAUNTLET_JAEGER names {}, which is not", named.display());
         assert!(error.starts_with(&why), "{error}");
         executable(&named);
         assert_eq!(tools.find(Tool::Jaeger), Some(named));
     }
 
     #[test]
-    fn etcd_of_the_distribution_is_not_used() {
+    fn etcd_on_the_path_is_not_used() {
         let dir = tempfile::tempdir().unwrap();
         let mut tools = tools(dir.path());
         tools.path.push(dir.path().join("path"));
         executable(&dir.path().join("path/etcd"));
         executable(&dir.path().join("path/etcdctl"));
         assert_eq!((tools.find(Tool::Etcd), tools.find(Tool::Etcdctl)), (None, None));
-        let kept = go::ETCD.kept(&tools).unwrap();
-        executable(&kept);
-        assert_eq!(tools.find(Tool::Etcd), Some(kept));
+        let cached = go::ETCD.cached(&tools).unwrap();
+        executable(&cached);
+        assert_eq!(tools.find(Tool::Etcd), Some(cached));
     }
 
     #[test]
-    fn a_file_that_is_not_executable_and_a_directory_are_no_tools() {
+    fn non_executable_files_and_directories_are_not_tools() {
         let dir = tempfile::tempdir().unwrap();
         let mut tools = tools(dir.path());
         tools.path.push(dir.path().to_path_buf());
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_other_distributions_use_are_found() {
+    fn binaries_are_found_by_their_aliases() {
         let dir = tempfile::tempdir().unwrap();
         let mut tools = tools(dir.path());
         tools.path.push(dir.path().to_path_buf());
@@ -420,19 +420,19 @@ mod tests {
     }
 
     #[test]
-    fn another_manifest_is_another_build() {
+    fn changed_manifest_invalidates_a_cached_build() {
         let dir = tempfile::tempdir().unwrap();
         let mut tools = tools(dir.path());
-        let before = go::COLLECTOR.kept(&tools).unwrap();
-        assert_eq!(go::COLLECTOR.kept(&tools).unwrap(), before);
+        let before = go::COLLECTOR.cached(&tools).unwrap();
+        assert_eq!(go::COLLECTOR.cached(&tools).unwrap(), before);
         std::fs::create_dir_all(dir.path().join("deploy/collector")).unwrap();
         std::fs::write(dir.path().join("deploy/collector/manifest.yaml"), "dist: {}").unwrap();
         tools.source = dir.path().to_path_buf();
-        assert_ne!(go::COLLECTOR.kept(&tools).unwrap(), before);
+        assert_ne!(go::COLLECTOR.cached(&tools).unwrap(), before);
     }
 
     #[test]
-    fn who_waits_for_another_process_can_give_up() {
+    fn waiting_for_a_lock_can_be_cancelled() {
         struct Impatient(Vec<String>);
         impl Progress for Impatient {
             fn report(&mut self, line: &str) {
@@ -448,13 +448,13 @@ mod tests {
         let held = tools.lock("jaeger", &mut progress).unwrap();
         assert!(progress.0.is_empty());
         assert!(matches!(tools.lock("jaeger", &mut progress), Err(Error::Cancelled)));
-        assert_eq!(progress.0, ["jaeger: another process is at it, waiting for that"]);
+        assert_eq!(progress.0, ["jaeger: waiting for another process that installs or builds it"]);
         drop(held);
         tools.lock("jaeger", &mut progress).unwrap();
     }
 
     #[test]
-    fn what_is_missing_says_what_to_do() {
+    fn error_for_a_missing_tool_says_how_to_add_it() {
         let dir = tempfile::tempdir().unwrap();
         let error = |tool| tools(dir.path()).require(tool).unwrap_err().to_string();
         assert_eq!(

@@ -1,4 +1,4 @@
-//! The real etcd and registry, started, stopped and started again.
+//! Starts, stops and restarts the real etcd and registry.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 use gauntlet_stack::{Etcd, Registry, RegistryOptions, http};
@@ -8,7 +8,7 @@ fn healthy(etcd: &Etcd) -> bool {
 }
 
 #[test]
-fn etcd_comes_back_on_the_same_port_after_a_kill() {
+fn killed_etcd_restarts_on_the_same_port() {
     let dir = tempfile::tempdir().unwrap();
     let mut etcd = Etcd::start(dir.path()).unwrap();
     assert!(healthy(&etcd));
@@ -19,7 +19,7 @@ fn etcd_comes_back_on_the_same_port_after_a_kill() {
 }
 
 #[test]
-fn three_etcd_members_are_one_cluster_and_survive_the_loss_of_one() {
+fn three_member_cluster_survives_the_loss_of_one_member() {
     let dir = tempfile::tempdir().unwrap();
     let mut members = Etcd::cluster(dir.path(), 3).unwrap();
     assert!(members.iter().all(healthy));
@@ -30,7 +30,7 @@ fn three_etcd_members_are_one_cluster_and_survive_the_loss_of_one() {
 }
 
 #[test]
-fn the_registry_answers_and_asks_for_a_user_when_it_has_one() {
+fn registry_requires_its_user_if_it_has_one() {
     let (open, closed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let open = Registry::start(open.path(), &RegistryOptions::default()).unwrap();
     let closed = Registry::start(closed.path(), &RegistryOptions::with_user()).unwrap();
@@ -44,9 +44,9 @@ fn the_registry_answers_and_asks_for_a_user_when_it_has_one() {
 }
 
 #[test]
-fn a_component_that_can_not_start_shows_its_log() {
+fn error_of_a_component_that_cannot_start_contains_its_log() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("data"), "not a directory").unwrap();
     let error = Etcd::start(dir.path()).unwrap_err().to_string();
-    assert!(error.contains("etcd m0 ended while starting") && error.contains("etcd.log"), "{error}");
+    assert!(error.contains("etcd m0 exited while starting") && error.contains("etcd.log"), "{error}");
 }

@@ -1,4 +1,4 @@
-//! The deployed files at work: OTLP goes in, Prometheus, Jaeger and Alertmanager show what they promise.
+//! Sends OTLP through the deployed configuration and checks the results in Prometheus, Jaeger and Alertmanager.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::time::{Duration, Instant, SystemTime};
@@ -10,9 +10,9 @@ use gauntlet_testing::{
 };
 use serde_json::{Value, json};
 
-/// The whole path in one test: the stack takes seconds to start and most of a small machine's memory bandwidth.
+/// One test for the whole pipeline: the stack takes seconds to start, and most of a small machine's memory bandwidth.
 #[test]
-fn what_is_pushed_is_shown() {
+fn pushed_metrics_and_spans_reach_their_backends() {
     let mut say = |line: &str| eprintln!("{line}");
     let dir = tempfile::tempdir().unwrap();
     let webhook = WebhookSink::start();
@@ -20,12 +20,12 @@ fn what_is_pushed_is_shown() {
     options.webhook = Some(webhook.url().to_owned());
     let mut stack = Stack::start(options, &mut say).unwrap();
 
-    // Without a manager, its alert fires and is delivered.
+    // Without a manager, the alert fires and is delivered.
     let fired = notification(&webhook, "GauntletManagerDown", "firing");
     assert_eq!(fired.path, "/page");
     assert_eq!(fired.body["commonAnnotations"]["runbook_url"], "docs/runbooks/GauntletManagerDown.md");
 
-    // Two managers of different versions read the same store: one series. What is their own: one each.
+    // Two managers of different versions read the same store: its gauges are one series, their own metrics are one series each.
     let push = |stack: &Stack, challenges: i64| {
         for (replica, version) in [("a", "1.0.0"), ("b", "1.1.0")] {
             http::post_json(
@@ -35,12 +35,12 @@ fn what_is_pushed_is_shown() {
             .unwrap();
         }
     };
-    eventually("challenges is one series with the value that both report", || {
+    eventually("challenges is one series with the value that both managers report", || {
         push(&stack, 7);
         let found = stack.prometheus.query("challenges").unwrap();
         found.len() == 1 && found[0].1 == 7.0 && found[0].0["service_name"] == "gauntlet-manager"
     });
-    eventually("a change is seen", || {
+    eventually("challenges has the new value", || {
         push(&stack, 8);
         stack.prometheus.query("challenges").unwrap().iter().map(|(_, value)| *value).eq([8.0])
     });
@@ -62,13 +62,13 @@ fn what_is_pushed_is_shown() {
     let resolved = notification(&webhook, "GauntletManagerDown", "resolved");
     assert_eq!(resolved.body["status"], "resolved");
 
-    // Spans are counted per operation, errors apart, and kept as a trace.
+    // Spans are counted by operation and status, and stored as a trace.
     for number in 0..10 {
         http::post_json(&format!("{}/v1/traces", stack.collector.otlp_http()), &span(number, number < 3)).unwrap();
     }
     let calls = "sum by (status_code) (traces_span_metrics_calls_total{service_name=\"gauntlet-manager\",span_kind=\"SPAN_KIND_SERVER\",\
                  span_name=\"api.v1.instance.InstanceManager/CreateInstance\"})";
-    eventually("seven calls went well and three failed", || {
+    eventually("seven calls succeeded and three failed", || {
         push(&stack, 8);
         let found = stack.prometheus.query(calls).unwrap();
         let of = |status: &str| {
@@ -112,17 +112,17 @@ fn what_is_pushed_is_shown() {
         });
     }
 
-    // A collector that was killed is back on the same ports, and data flows again.
+    // A killed collector restarts on the same ports, and data flows again.
     stack.collector.process.kill().unwrap();
     assert!(http::post_json(&format!("{}/v1/traces", stack.collector.otlp_http()), &span(1, false)).is_err());
     stack.collector.process.start().unwrap();
-    eventually("challenges is there again", || {
+    eventually("challenges has a value again", || {
         push(&stack, 9);
         stack.prometheus.query("challenges").unwrap().iter().map(|(_, value)| *value).eq([9.0])
     });
 
-    // Managers that end take their series with them, and the alert is back.
-    eventually("nothing remains of them", || {
+    // When managers stop reporting, their series end and the alert fires again.
+    eventually("the managers' series have ended", || {
         stack.prometheus.query("challenges or process_uptime_seconds").unwrap().is_empty()
     });
     notification(&webhook, "GauntletManagerDown", "firing");

@@ -1,4 +1,4 @@
-//! What is deployed is what is tested: the images of deploy/compose have the versions of the binaries that tests run.
+//! The images of deploy/compose have the versions of the binaries that the tests run.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
 use std::fs;
@@ -17,20 +17,20 @@ fn tag(image: &str) -> String {
     tag.trim_start_matches('v').to_owned()
 }
 
-/// What the binary that tests run says about its version.
-fn said(tool: Tool) -> String {
-    let said = tool.version(&Tools::from_env().require(tool).unwrap());
-    said.unwrap_or_else(|| panic!("{} does not say its version", tool.binary()))
+/// The version that the binary used by the tests prints.
+fn reported_version(tool: Tool) -> String {
+    let version = tool.version(&Tools::from_env().require(tool).unwrap());
+    version.unwrap_or_else(|| panic!("{} does not print its version", tool.binary()))
 }
 
-/// Whether a text names a version: `v3.6.16`, `3.6.16+ds`, but not `3.6.160`.
-fn names(text: &str, version: &str) -> bool {
+/// Whether a text contains the version: `v3.6.16`, `3.6.16+ds`, but not `3.6.160`.
+fn contains_version(text: &str, version: &str) -> bool {
     let mut words = text.split(|c: char| !(c.is_ascii_digit() || c == '.'));
     words.any(|word| word == version)
 }
 
 #[test]
-fn images_have_the_versions_of_the_tested_binaries() {
+fn compose_images_have_the_versions_of_the_tested_binaries() {
     for (image, tools) in [
         ("quay.io/coreos/etcd", [Tool::Etcd, Tool::Etcdctl].as_slice()),
         ("prom/prometheus", &[Tool::Prometheus, Tool::Promtool]),
@@ -39,26 +39,30 @@ fn images_have_the_versions_of_the_tested_binaries() {
     ] {
         let tag = tag(image);
         for tool in tools {
-            let said = said(*tool);
-            assert!(names(&said, &tag), "{image}:{tag} is deployed, and {} says {said}", tool.binary());
+            let reported = reported_version(*tool);
+            assert!(
+                contains_version(&reported, &tag),
+                "{image}:{tag} is deployed, but {} is {reported}",
+                tool.binary()
+            );
         }
     }
 }
 
 #[test]
-fn the_collector_image_is_built_as_the_tested_collector_is() {
+fn collector_image_is_built_like_the_tested_collector() {
     let version = "0.159.0";
     for path in ["deploy/images/collector.Dockerfile", "crates/stack/src/tools/go.rs"] {
         let builder = format!("go.opentelemetry.io/collector/cmd/builder@v{version}");
         assert!(file(path).contains(&builder), "{path} does not install {builder}");
     }
-    let said = said(Tool::Collector);
+    let reported = reported_version(Tool::Collector);
     assert!(file("deploy/collector/manifest.yaml").contains(&format!("/exporter/otlpexporter v{version}")));
-    assert!(names(&said, version), "the manifest has v{version}, and the collector says {said}");
+    assert!(contains_version(&reported, version), "the manifest has v{version}, but the collector is {reported}");
 }
 
 #[test]
-fn versions_are_compared_whole() {
-    assert!(names("etcd Version: 3.6.16", "3.6.16") && names("version 2.42.0+ds (x)", "2.42.0"));
-    assert!(!names("etcd Version: 3.6.160", "3.6.16") && !names("3.4.23", "3.6.16"));
+fn versions_match_only_as_a_whole() {
+    assert!(contains_version("etcd Version: 3.6.16", "3.6.16") && contains_version("version 2.42.0+ds (x)", "2.42.0"));
+    assert!(!contains_version("etcd Version: 3.6.160", "3.6.16") && !contains_version("3.4.23", "3.6.16"));
 }

@@ -1,4 +1,4 @@
-//! Debian packages.
+//! Installs Debian packages.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -9,7 +9,7 @@ use crate::{Error, Progress, Result};
 
 const SCRIPT: &str = include_str!("install-packages.sh");
 
-/// Installs packages, as root or through a sudo that asks for no password. Once begun it is not interrupted.
+/// Installs packages, as root or through a sudo that needs no password. Once started, an install runs to its end.
 pub(super) fn install(tools: &Tools, wanted: &[(Tool, &'static str)], progress: &mut dyn Progress) -> Result<()> {
     let mut packages: Vec<&str> = wanted.iter().map(|(_, package)| *package).collect();
     packages.sort_unstable();
@@ -28,20 +28,20 @@ fn run(command: Command, what: &str, usual: &str, log: &Path, progress: &mut dyn
     LongCommand { what, usual, log, on_cancel: OnCancel::Wait }.run(command, progress)
 }
 
-/// Why packages can't be installed here and the command that changes it; `None` when they can.
+/// Why packages can't be installed here, with the remedy; `None` if they can.
 pub(super) fn obstacle(packages: &[&str]) -> Option<String> {
     let packages = packages.join(" ");
     if !Path::new("/usr/bin/apt-get").exists() {
-        return Some(format!("this system has no apt-get: install {packages} in its own way"));
+        return Some(format!("this system has no apt-get: install {packages} with its own package manager"));
     }
     if rustix::process::geteuid().is_root() || succeeds(Command::new("sudo").args(["-n", "true"])) {
         return None;
     }
-    // Not a plain apt-get: that would start the services, on the very ports of the stack.
+    // A plain `apt-get install` would start the services, on the ports of the stack.
     Some(format!("as root: sh crates/stack/src/tools/install-packages.sh '' {packages}"))
 }
 
-/// The script under a shell, which may be run by sudo. `root` is the directory in which it finds a system, empty for this one.
+/// The install script, run by `shell`, which may start with sudo. `root` is the root directory to install into; empty means `/`.
 fn script(shell: &[&str], root: &str, packages: &[&str]) -> Command {
     let (program, arguments) = shell.split_first().unwrap_or((&"sh", &[]));
     let mut command = Command::new(program);
@@ -61,7 +61,7 @@ mod tests {
 
     use super::*;
 
-    /// A system with an apt-get that waits for the file `go`, then enables the services of a package and of one that it depends on.
+    /// A root directory with a fake apt-get: it waits for the file `go`, then enables the services of a package and of a dependency.
     struct System(PathBuf);
 
     const APT_GET: &str = r#"#!/bin/sh
@@ -122,7 +122,7 @@ echo >"$ROOT/ended"
             names
         }
 
-        /// Nothing but what was there before is started at boot, and services may be started again.
+        /// Only the services from before the install are started at boot, and the policy is removed.
         fn assert_clean(&self) {
             assert_eq!(self.list("etc/systemd/system/multi-user.target.wants"), ["ssh.service"]);
             assert_eq!(self.list("etc/rc2.d"), ["K01prometheus", "K01prometheus-node-exporter", "S01ssh"]);
@@ -131,7 +131,7 @@ echo >"$ROOT/ended"
     }
 
     #[test]
-    fn no_service_is_started_or_stays_enabled() {
+    fn install_starts_and_enables_no_service() {
         let dir = tempfile::tempdir().unwrap();
         let system = System::new(dir.path());
         fs::write(dir.path().join("go"), "").unwrap();
@@ -141,7 +141,7 @@ echo >"$ROOT/ended"
     }
 
     #[test]
-    fn a_failed_install_leaves_no_service_enabled_either() {
+    fn failed_install_enables_no_service() {
         let dir = tempfile::tempdir().unwrap();
         let system = System::new(dir.path());
         fs::write(dir.path().join("go"), "").unwrap();
@@ -151,7 +151,7 @@ echo >"$ROOT/ended"
     }
 
     #[test]
-    fn a_policy_of_the_machine_stays() {
+    fn existing_policy_is_kept() {
         let dir = tempfile::tempdir().unwrap();
         let system = System::new(dir.path());
         let policy = dir.path().join("usr/sbin/policy-rc.d");
@@ -164,13 +164,13 @@ echo >"$ROOT/ended"
     }
 
     #[test]
-    fn a_cancelled_install_runs_to_its_end() {
+    fn cancelled_install_runs_to_its_end() {
         struct Cancelling<'a>(&'a System, Vec<String>);
         impl Progress for Cancelling<'_> {
             fn report(&mut self, line: &str) {
                 self.1.push(line.to_owned());
-                // Only after it was told that it has to wait.
-                if line.contains("never interrupted") {
+                // Only once the caller knows that it has to wait.
+                if line.contains("must not be interrupted") {
                     fs::write(self.0.0.join("go"), "").unwrap();
                 }
             }
@@ -186,9 +186,9 @@ echo >"$ROOT/ended"
         system.assert_clean();
     }
 
-    /// Runs itself as an installer that is then killed.
+    /// Runs the test binary again as the installer, and kills it.
     #[test]
-    fn an_install_goes_on_when_its_starter_is_killed() {
+    fn install_continues_after_its_parent_is_killed() {
         const ROLE: &str = "GAUNTLET_STACK_TEST_INSTALLER";
         if let Some(dir) = std::env::var_os(ROLE) {
             let _ = System(PathBuf::from(dir)).install(&mut |_: &str| {});
@@ -197,7 +197,7 @@ echo >"$ROOT/ended"
         let dir = tempfile::tempdir().unwrap();
         let system = System::new(dir.path());
         let mut installer = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "tools::apt::tests::an_install_goes_on_when_its_starter_is_killed"])
+            .args(["--exact", "tools::apt::tests::install_continues_after_its_parent_is_killed"])
             .env(ROLE, dir.path())
             .stdout(Stdio::null())
             .spawn()
@@ -213,10 +213,10 @@ echo >"$ROOT/ended"
     }
 
     #[test]
-    fn a_policy_that_was_left_behind_permits_and_removes_itself() {
+    fn policy_left_by_a_power_failure_permits_and_removes_itself() {
         let dir = tempfile::tempdir().unwrap();
         let system = System::new(dir.path());
-        // As a power failure leaves it: nobody holds the lock.
+        // A power failure leaves the policy without a process that holds its lock.
         let policy = dir.path().join("usr/sbin/policy-rc.d");
         let copy = format!("cp {0} {0}.kept", policy.display());
         fs::write(dir.path().join("bin/apt-get"), format!("#!/bin/sh\n{copy}\n")).unwrap();

@@ -1,4 +1,4 @@
-//! Commands that take long: their output in a log, a line of progress now and then, an end on request.
+//! Commands that take minutes: they write their output to a log, report progress and can be cancelled.
 
 use std::fs::File;
 use std::os::unix::process::CommandExt as _;
@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal};
 use crate::process::spawn_bound;
 use crate::{Doing as _, Error, Progress, Result, tail};
 
-/// Whether a command runs and exits with 0.
+/// Whether the command runs and exits with status 0.
 pub(super) fn succeeds(command: &mut Command) -> bool {
     command
         .stdin(Stdio::null())
@@ -52,7 +52,7 @@ impl LongCommand<'_> {
         let LongCommand { what, usual, log, on_cancel } = self;
         let out = File::create(log).doing(|| format!("create {}", log.display()))?;
         let errors = out.try_clone().doing(|| format!("create {}", log.display()))?;
-        // A group of its own: Ctrl-C does not reach it, and it is killed whole.
+        // In a process group of its own, Ctrl-C doesn't reach the command, and a kill reaches every process that it started.
         command.stdout(out).stderr(errors).process_group(0);
         let started = Instant::now();
         let mut child = match on_cancel {
@@ -70,13 +70,13 @@ impl LongCommand<'_> {
                 is_cancelled = true;
                 match on_cancel {
                     OnCancel::Kill => {
-                        // Compilers that the command started must not go on.
+                        // Also kills the compilers that the command started.
                         if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
                             let _ = rustix::process::kill_process_group(pid, Signal::KILL);
                         }
                     }
                     OnCancel::Wait => {
-                        progress.report(&format!("{what}: waiting for its end, since it is never interrupted"))
+                        progress.report(&format!("{what}: must not be interrupted; waiting until it is done"))
                     }
                 }
             }

@@ -1,4 +1,4 @@
-//! Builds from Go modules: the collector from its builder manifest, etcd and Jaeger from modules of ours that pin them.
+//! Builds the collector from its builder manifest, and etcd and Jaeger from modules of this repository that pin their versions.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use super::command::{LongCommand, OnCancel, succeeds};
 use super::{Tool, Tools};
 use crate::{Doing as _, Error, Progress, Result, create_dir, read};
 
-/// The oldest Go that builds all of them.
+/// The oldest Go release that builds all of them.
 pub(super) const OLDEST: &str = "1.26";
 
 const BUILDER: &str = "go.opentelemetry.io/collector/cmd/builder@v0.159.0";
@@ -93,15 +93,15 @@ impl Recipe {
             Source::CollectorManifest(manifest) => {
                 let mut install = go(work);
                 install.args(["install", self.settings]).env("GOBIN", work);
-                let mut build = polite(&work.join("builder"));
+                let mut build = low_priority(&work.join("builder"));
                 build.arg("--config").arg(tools.source.join(manifest)).current_dir(work);
                 vec![("collector builder", install), (self.name, build)]
             }
         }
     }
 
-    /// Where the build of the present inputs is kept, whether it is there or not.
-    pub(super) fn kept(&self, tools: &Tools) -> Result<PathBuf> {
+    /// The path of the build of the current inputs, whether it exists or not.
+    pub(super) fn cached(&self, tools: &Tools) -> Result<PathBuf> {
         let mut hash = Sha256::new();
         hash.update(self.settings);
         for input in self.inputs {
@@ -114,14 +114,14 @@ impl Recipe {
         Ok(tools.cache.join(format!("{}-{key}", self.name)).join(self.binary))
     }
 
-    /// Builds it and keeps it. The caller holds the lock of the tool.
+    /// Builds the binary and stores it in the cache. The caller must hold the tool's lock.
     pub(super) fn build(&self, tools: &Tools, tool: Tool, progress: &mut dyn Progress) -> Result<()> {
         if let Some(missing) = missing() {
-            let hint = format!("building it needs Go, {missing}; or name a binary in {}", tool.variable());
+            let hint = format!("building it needs Go {missing}; or name a binary in {}", tool.variable());
             return Err(Error::Missing { tool: tool.binary(), hint });
         }
-        let kept = self.kept(tools)?;
-        // Under the lock, so one name will do; what a build that was broken off left is taken away.
+        let cached = self.cached(tools)?;
+        // Under the tool's lock, so a fixed name is safe. An interrupted build may have left the directory behind.
         let work = tools.cache.join(format!("{}-building", self.name));
         if work.exists() {
             std::fs::remove_dir_all(&work).doing(|| format!("remove {}", work.display()))?;
@@ -133,15 +133,15 @@ impl Recipe {
             LongCommand { what: &what, usual: self.usual, log: &log, on_cancel: OnCancel::Kill }
                 .run(command, progress)?;
         }
-        if let Some(dir) = kept.parent() {
+        if let Some(dir) = cached.parent() {
             create_dir(dir)?;
         }
-        std::fs::rename(work.join(self.product), &kept).doing(|| format!("keep {}", kept.display()))?;
+        std::fs::rename(work.join(self.product), &cached).doing(|| format!("store {}", cached.display()))?;
         std::fs::remove_dir_all(&work).doing(|| format!("remove {}", work.display()))
     }
 }
 
-/// Why nothing can be built here and the command that changes it; `None` when there is a `go`.
+/// The Go release to install and the command that installs it; `None` if there is a `go`.
 pub(super) fn missing() -> Option<String> {
     if succeeds(Command::new("go").arg("version")) {
         return None;
@@ -157,15 +157,15 @@ pub(super) fn missing() -> Option<String> {
     ))
 }
 
-/// `go`, at low priority.
+/// A `go` command in `dir`, at low priority.
 fn go(dir: &Path) -> Command {
-    let mut command = polite(Path::new("go"));
+    let mut command = low_priority(Path::new("go"));
     command.current_dir(dir);
     command
 }
 
-/// A program at low priority: what a person waits for goes first.
-fn polite(program: &Path) -> Command {
+/// A command at low priority, so that it doesn't slow down a person's work.
+fn low_priority(program: &Path) -> Command {
     let mut command = Command::new("nice");
     command.args(["-n", "10"]).arg(program).stdin(Stdio::null());
     command

@@ -1,19 +1,19 @@
-//! What is missing, said before anything is installed or built.
+//! What [`Tools::ensure`] would do, to be shown before it does anything.
 
 use std::path::PathBuf;
 
 use super::{Source, Tool, Tools, apt, go};
 
-/// What [`Tools::ensure`] would install and build, and what keeps it from doing so.
+/// What [`Tools::ensure`] would install and build, and what prevents it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// Debian packages to install.
     pub packages: Vec<&'static str>,
-    /// What is to be built, each with how long that usually takes.
+    /// The names of the builds, each with its usual duration.
     pub builds: Vec<(&'static str, &'static str)>,
-    /// Where builds are kept.
+    /// Where builds are stored.
     pub cache: PathBuf,
-    /// What keeps it from being done, each with the command that changes it.
+    /// What prevents the work, each with the remedy.
     pub obstacles: Vec<String>,
 }
 
@@ -48,17 +48,17 @@ impl Plan {
         self.packages.is_empty() && self.builds.is_empty() && self.obstacles.is_empty()
     }
 
-    /// What would be done, a line each.
+    /// One line for each install and build.
     pub fn lines(&self) -> Vec<String> {
         let mut lines = Vec::new();
         if !self.packages.is_empty() {
             let packages = self.packages.join(", ");
             lines.push(format!(
-                "install Debian's {packages}: under a minute; none of their services is started or enabled"
+                "install Debian's {packages}: under a minute; starts and enables none of their services"
             ));
         }
         for (what, usual) in &self.builds {
-            lines.push(format!("build {what} with Go: {usual}; kept in {}", self.cache.display()));
+            lines.push(format!("build {what} with Go: {usual}; stored in {}", self.cache.display()));
         }
         lines
     }
@@ -71,7 +71,7 @@ mod tests {
     use crate::workspace_root;
 
     #[test]
-    fn names_what_is_missing_and_where_it_is_kept() {
+    fn plan_lists_missing_tools_and_where_builds_are_stored() {
         let dir = tempfile::tempdir().unwrap();
         let mut tools = Tools {
             named: Vec::new(),
