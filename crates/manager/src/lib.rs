@@ -30,7 +30,7 @@ use claimed::Claimed;
 pub use config::{Config, DebugAddress};
 use connections::Port;
 use gauntlet_domain::{Error, Gauntlet, Provisioner as _, Settings};
-pub use gauntlet_provision::process::shim::run_if_requested as supervise_if_requested;
+pub use gauntlet_provision::process::supervisor::run_if_requested as supervise_if_requested;
 use gauntlet_telemetry::Telemetry;
 use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, SignallingFacts, observed_store};
 use operations::Operations;

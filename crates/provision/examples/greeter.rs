@@ -1,4 +1,4 @@
-//! A program for the tests: prints a line, then says `GREETING` to whoever connects to `LISTEN`, as HTTP if `HTTP` is set.
+//! A program for tests: prints a line, then sends `GREETING` to each client that connects to `LISTEN`, as HTTP if `HTTP` is set.
 
 use std::{io::Write as _, net::TcpListener};
 

@@ -1,5 +1,6 @@
-//! Where the time of a cold start goes: the raw start of the greeter until it answers, and the same through the process backend. Give the
-//! number of starts, how many others are to run beside, and `nocgroup` to go without control groups.
+//! Compares a cold start of the greeter through the process backend with a raw start of the same program.
+//!
+//! Arguments: the number of starts, the number of other running instances, and `nocgroup` for no control groups.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "a measurement, not the product")]
 
@@ -40,7 +41,7 @@ async fn launch(process: &Process, greeter: &Path, identity: u64) -> Outputs {
     process.up(&request).await.unwrap()
 }
 
-fn answered(address: &str) {
+fn wait_for_answer(address: &str) {
     loop {
         if let Ok(mut stream) = TcpStream::connect(address) {
             let _ = stream.read_to_end(&mut Vec::new());
@@ -50,7 +51,7 @@ fn answered(address: &str) {
     }
 }
 
-fn median(name: &str, mut took: Vec<Duration>) {
+fn print_median(name: &str, mut took: Vec<Duration>) {
     took.sort();
     println!("{name}: median {:?}, p90 {:?}", took[took.len() / 2], took[took.len() * 9 / 10]);
 }
@@ -67,16 +68,16 @@ async fn main() {
         let began = Instant::now();
         let mut child =
             Command::new(&greeter).env("LISTEN", &address).stdout(std::process::Stdio::null()).spawn().unwrap();
-        answered(&address);
+        wait_for_answer(&address);
         raw.push(began.elapsed());
         child.kill().unwrap();
         child.wait().unwrap();
         std::thread::sleep(Duration::from_millis(30));
     }
-    median("raw", raw);
+    print_median("raw", raw);
     let dir = tempfile::tempdir().unwrap();
     let mut config = Config::new(dir.path());
-    config.shim = Some(me.parent().unwrap().with_file_name("gauntlet-shim"));
+    config.supervisor = Some(me.parent().unwrap().with_file_name("gauntlet-shim"));
     config.bind = Ipv4Addr::LOCALHOST.into();
     config.cgroups = !std::env::args().any(|arg| arg == "nocgroup");
     let process = Process::new(config).unwrap();
@@ -87,15 +88,15 @@ async fn main() {
     for n in 0..count {
         let began = Instant::now();
         let outputs = launch(&process, &greeter, n).await;
-        answered(&outputs.connection_info);
+        wait_for_answer(&outputs.connection_info);
         ups.push(began.elapsed());
         tokio::time::sleep(Duration::from_millis(50)).await;
         let began = Instant::now();
         process.down(&ChallengeId::new("c").unwrap(), &Identity::from_bits(n), 1).await.unwrap();
         downs.push(began.elapsed());
     }
-    median(&format!("up beside {others}"), ups);
-    median(&format!("down beside {others}"), downs);
+    print_median(&format!("up beside {others}"), ups);
+    print_median(&format!("down beside {others}"), downs);
     let began = Instant::now();
     let halted = process.halt().await.unwrap();
     println!("halt of {halted}: {:?}", began.elapsed());

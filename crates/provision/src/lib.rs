@@ -1,4 +1,4 @@
-//! Bringing instances up and down: the backends of [`gauntlet_domain::Provisioner`].
+//! The backends of [`gauntlet_domain::Provisioner`], which launch and remove instances.
 //!
 //! [`process`] runs each instance as a group of processes on this machine.
 

@@ -1,236 +1,176 @@
 //! Instances as groups of processes on this machine.
 //!
-//! Each instance has a supervisor of its own ([`shim`]) that outlives the manager, and a directory:
+//! Each instance has a supervisor of its own ([`supervisor`]), which outlives the manager, and a directory:
 //!
 //! ```text
 //! <dir>/instances/<hash of the challenge>-<identity>/
-//!     label.json      challenge, identity, generation, reserved ports; locked while somebody works on the instance; stays for an hour after it is gone
-//!     instance.json   ports and what to run; holds secrets
-//!     state.json      supervisor, first process, how it ended
-//!     supervisor.log  what went wrong with the supervisor, if something did
-//!     ready           its probe has answered
-//!     output.log      what it last wrote, and output.old.log before that
-//!     work/           where it runs; its own
+//!     label.json      challenge, identity, generation and ports; locked while a manager works on the instance; kept for an hour after
+//!                     the instance is removed
+//!     instance.json   ports and what to run; contains secrets
+//!     state.json      supervisor, first process, how the instance ended
+//!     supervisor.log  errors of the supervisor, if there were any
+//!     ready           the readiness probe has succeeded
+//!     output.log      the latest output, and output.old.log before that
+//!     work/           the working directory of the instance
 //! <dir>/run/<name of that directory>
-//!                     locked for as long as the supervisor lives: how a manager finds it again, why it is never doubled, and how its end
-//!                     is noticed
-//! <dir>/ports/<port>  a link to the owner
-//! <dir>/store.json    the store that all of it belongs to
+//!                     the supervisor lock, held while the supervisor lives: managers find the supervisor by it, it keeps a second one
+//!                     from starting, and its release shows the end of the instance
+//! <dir>/ports/<port>  a link to the instance that has reserved the port
+//! <dir>/store.json    the store that the directory belongs to
 //! ```
 //!
-//! Several managers of one machine (and one pid namespace) share the directory.
+//! Several managers on one machine (and in one PID namespace) may share the directory.
 //!
-//! Where control groups (v2) can be made below the manager's own, each instance has one, named `gauntlet-<hash of dir>-<name of that
-//! directory>`. What an operation on an instance costs does not depend on what else runs: nothing that it waits for reads all of `/proc`, but
-//! for one that finds a supervisor killed that had not put its instance into a group.
+//! Where control groups (v2) can be created below the manager's own, each instance has one, named `gauntlet-<hash of dir>-<name of the
+//! instance's directory>`. The cost of an operation doesn't depend on other instances: no operation reads all of `/proc`, except one that
+//! finds a killed supervisor whose instance was not completely in a group yet.
 //!
-//! It keeps instances apart from each other's ways, not from each other's reach: they run as the manager's user, with limits and without
-//! new privileges, on its file system and network. It is for scenarios that are trusted with that. Where the manager runs under a service
-//! manager that ends all processes of a service with it (systemd's default), tell it to end the main process only (`KillMode=process`),
-//! or instances end with the manager and are brought up again when they are next asked for; and to leave groups below the manager's alone
-//! (`Delegate=yes`).
+//! Instances are separated, but not isolated: they run as the manager's user, with limits and without new privileges, on its file system and
+//! network. Only run scenarios that are trusted with that. Under a service manager that ends all processes of a service (systemd's default),
+//! set `KillMode=process`: otherwise instances end with the manager, and are launched again the next time they are needed. Set
+//! `Delegate=yes`, too, so that systemd leaves the groups below the manager's alone.
 
+mod blocking;
 mod cgroup;
+mod config;
 mod ends;
 mod handover;
-mod home;
+mod instance_dir;
 mod launch;
-mod mark;
+mod listing;
 mod output;
 mod ports;
 mod probe;
 mod procfs;
 mod ready;
 mod record;
+mod remove_tree;
 mod restart;
-pub mod shim;
 mod standby;
+mod step;
 mod stop;
+mod store_claim;
+pub mod supervisor;
 mod timer;
 
 use std::{
     collections::BTreeMap,
     fs::File,
     io,
-    net::{IpAddr, Ipv4Addr},
-    ops::RangeInclusive,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::unix::ffi::OsStrExt as _,
     path::PathBuf,
     sync::{Mutex, PoisonError},
-    time::Duration,
 };
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use gauntlet_domain::{
-    ChallengeId, Error, Identity, LaunchPlan, LaunchRequest, Limits, Outputs, Placement, PortHold, PortSpec,
+    ChallengeId, Error, Identity, LaunchPlan, LaunchRequest, Outputs, Placement, PortHold, PortSpec,
     ProvisionedInstance, Provisioner, Result,
 };
-use tracing::{Instrument as _, Span};
 
 use self::{
+    blocking::{blocking, failed},
     cgroup::{Group, Groups},
-    home::{Home, Wanted, blocking, failed},
-    ports::{Held, Ports},
-    ready::Shim,
-    record::{LABEL, READY, RECORD, Record, STATE, State, WORK, Who},
+    instance_dir::{InstanceDir, Presence, create_dir},
+    ports::{HeldPorts, Ports},
+    ready::StartedSupervisor,
+    record::{LABEL, LockRole, READY, RECORD, Record, STATE, State, WORK},
     standby::Standby,
+    step::{run_step, step_span},
+    stop::KILL_TIMEOUT,
 };
-pub use self::{ends::Ends, restart::Restart};
+pub use self::{config::Config, ends::Ends, restart::Restart};
 
-/// How long what is killed may take to be gone.
-const KILL_PATIENCE: Duration = Duration::from_secs(6);
-/// Instances that are ended at once when all are.
-const HALTED_AT_ONCE: usize = 64;
-
-/// Where and how instances run on this machine.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// Everything that is kept; made if it is not there. What it holds is readable by its owner only.
-    pub dir: PathBuf,
-    /// What players call this machine.
-    pub host: String,
-    /// The address that instances listen on: ports are tried there. Probes ask there too, or on loopback if it is unspecified.
-    pub bind: IpAddr,
-    /// The ports to give out. Nothing else should listen there: what is in use is passed over, but what takes a port in the moment between
-    /// the start of a program and its own bind may be mistaken for it.
-    pub ports: RangeInclusive<u16>,
-    /// The program to supervise with: one whose `main` begins with [`shim::run_if_requested`]. `None` is `gauntlet-shim` beside the running
-    /// program, or else the running program itself.
-    pub shim: Option<PathBuf>,
-    /// Where programs are looked for that the scenario does not bring; also the `PATH` of instances.
-    pub path: Vec<PathBuf>,
-    /// What an instance may use whose scenario does not say.
-    pub defaults: Limits,
-    /// The most a scenario may ask for; `None` is no bound.
-    pub maximums: Limits,
-    /// Between SIGTERM and SIGKILL.
-    pub grace: Duration,
-    /// Whether instances have control groups where these can be made.
-    pub cgroups: bool,
-    /// When what ends again and again is brought up again.
-    pub restart: Restart,
-    /// How long to wait for another manager that works on the same instance.
-    pub patience: Duration,
-}
-
-impl Config {
-    /// Instances on all addresses, ports 20000 to 29999, called `127.0.0.1`; 1024 open files, 1 MiB of output, two seconds of grace.
-    /// Programs are looked for beside the running one, then in the system's usual places.
-    pub fn new(dir: impl Into<PathBuf>) -> Self {
-        let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned()));
-        let system = ["/usr/local/bin", "/usr/bin", "/bin"].map(PathBuf::from);
-        Self {
-            dir: dir.into(),
-            host: Ipv4Addr::LOCALHOST.to_string(),
-            bind: Ipv4Addr::UNSPECIFIED.into(),
-            ports: 20_000..=29_999,
-            shim: None,
-            path: beside.into_iter().chain(system).collect(),
-            defaults: Limits { open_files: Some(1024), output: Some(1 << 20), ..Limits::default() },
-            maximums: Limits::default(),
-            grace: Duration::from_secs(2),
-            cgroups: true,
-            restart: Restart::default(),
-            patience: Duration::from_secs(10),
-        }
-    }
-}
+/// How many instances [`Process::halt`] stops at a time.
+const MAX_CONCURRENT_STOPS: usize = 64;
 
 /// The `process` backend of [`Provisioner`].
 ///
-/// An order waits at most [`Config::patience`] for another manager, then as long as the plan's readiness timeout; taking down takes at
-/// most the grace and a few seconds. Dropping a call's future leaves what it had done so far, on record: repeating the call goes on from
-/// there.
+/// A call waits at most [`Config::lock_timeout`] for another manager that works on the same instance. A launch then takes at most the plan's
+/// readiness timeout, a removal the grace period and a few seconds.
+///
+/// # Cancel safety
+/// Dropping a call's future leaves a recorded, partly done change. Repeating the call completes it.
 #[derive(Debug, Clone)]
 pub struct Process {
     config: Config,
     dir: PathBuf,
-    shim: PathBuf,
+    supervisor: PathBuf,
     standby: Standby,
     instances: PathBuf,
     ports: Ports,
-    probed: IpAddr,
+    probe_address: IpAddr,
     groups: Option<Groups>,
 }
 
-/// A span of one step, below the one of the call.
-macro_rules! step_span {
-    ($name:literal, $home:expr) => {
-        tracing::info_span!(
-            $name,
-            otel.kind = "internal",
-            provisioner = "process",
-            instance.identity = $home.identity(),
-            otel.status_code = tracing::field::Empty,
-            "error.type" = tracing::field::Empty,
-        )
-    };
-}
-
-use step_span;
-
-/// Does the work of a step in its span.
-async fn step<T>(span: Span, work: impl Future<Output = Result<T>>) -> Result<T> {
-    let result = work.instrument(span.clone()).await;
-    if let Err(error) = &result {
-        span.record("otel.status_code", "ERROR");
-        span.record("error.type", error.code());
-    }
-    result
-}
-
-/// What to do with what runs already.
+/// What a launch does with an instance that already runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Running {
+enum IfRunning {
     Keep,
     Replace,
 }
 
+/// What exists of an instance before a launch.
+struct Existing {
+    /// Whether supervisor and program run. False if the program has exited and its supervisor hasn't noticed yet.
+    alive: bool,
+    /// The supervisor lock, if there is nothing to stop.
+    lock: Option<File>,
+    record: Option<Record>,
+}
+
 impl Process {
-    /// Checks the configuration and makes the directory. Blocks, briefly.
+    /// Checks the configuration and creates the directory. Blocks briefly.
+    ///
+    /// # Errors
+    /// [`Error::Provision`] if the configuration is invalid, the directory can't be created, or the kernel lacks a feature.
     pub fn new(mut config: Config) -> Result<Self> {
         let refused = |detail: String| Error::Provision { step: "configure", detail };
         if config.ports.is_empty() || *config.ports.start() == 0 {
-            return Err(refused(format!("ports {:?}: give a range such as 20000 to 29999", config.ports)));
+            return Err(refused(format!(
+                "the port range {:?} is empty or contains port 0: use a range such as 20000 to 29999",
+                config.ports
+            )));
         }
-        // By one name for all managers, whatever links lead there.
+        // All managers must use the same path, whatever links lead to it.
         let dir = std::fs::create_dir_all(&config.dir)
             .and_then(|()| config.dir.canonicalize())
             .map_err(failed("configure", format!("directory {}", config.dir.display())))?;
         let (instances, ports) = (dir.join("instances"), dir.join("ports"));
         [&instances, &ports, &dir.join(record::RUN)]
             .into_iter()
-            .try_for_each(|dir| home::make(dir))
+            .try_for_each(|dir| create_dir(dir))
             .map_err(failed("configure", format!("directory {}", dir.display())))?;
         if !procfs::lists_children() {
             return Err(refused(
-                "this kernel does not list the children of a process (CONFIG_PROC_CHILDREN)".to_owned(),
+                "this kernel does not list the children of a process: it needs CONFIG_PROC_CHILDREN".to_owned(),
             ));
         }
-        // Instances run in directories of their own.
+        // Instances have other working directories than the manager.
         for dir in &mut config.path {
             *dir = std::path::absolute(&*dir).map_err(failed("configure", format!("path {}", dir.display())))?;
         }
-        let shim = match config.shim.clone() {
-            Some(shim) => std::path::absolute(shim),
+        let supervisor = match config.supervisor.clone() {
+            Some(supervisor) => std::path::absolute(supervisor),
             None => std::env::current_exe().map(|exe| {
                 let small = exe.with_file_name("gauntlet-shim");
                 if small.is_file() { small } else { exe }
             }),
         };
-        let shim = shim.map_err(failed("configure", "the supervisor's program"))?;
-        if !shim.is_file() {
-            return Err(refused(format!("the supervisor's program {} is not there", shim.display())));
+        let supervisor = supervisor.map_err(failed("configure", "the supervisor's program"))?;
+        if !supervisor.is_file() {
+            return Err(refused(format!("the supervisor's program {} does not exist", supervisor.display())));
         }
         let ports = Ports { dir: ports, instances: instances.clone(), range: config.ports.clone(), bind: config.bind };
-        let probed = match config.bind {
+        let probe_address = match config.bind {
             IpAddr::V4(address) if address.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-            IpAddr::V6(address) if address.is_unspecified() => std::net::Ipv6Addr::LOCALHOST.into(),
+            IpAddr::V6(address) if address.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
             address => address,
         };
         let groups = if config.cgroups {
-            Groups::find(&record::hash(dir.as_os_str().as_bytes()))
+            Groups::detect(&record::hash(dir.as_os_str().as_bytes()))
         } else {
             Err("switched off".to_owned())
         };
@@ -239,32 +179,33 @@ impl Process {
                 tracing::info!(why, "instances have no control groups: they are found by their supervisors alone");
             })
             .ok();
-        let standby = Standby::new(shim.clone());
-        Ok(Self { config, dir, shim, standby, instances, ports, probed, groups })
+        let standby = Standby::new(supervisor.clone());
+        Ok(Self { config, dir, supervisor, standby, instances, ports, probe_address, groups })
     }
 
-    /// Takes the directory for the store of that name, for good. To be called before any order of that store: an order's generation means
-    /// something beside others of the same store only. One that belongs to no store yet is taken over as it is.
+    /// Claims the directory for the store with that name. Call this before any other operation, because generations only compare within one
+    /// store. A directory that no store has claimed yet is claimed with its instances.
     ///
     /// # Errors
-    /// [`Error::Provision`], saying what to do, if it belongs to another store.
+    /// [`Error::Provision`], with the remedy, if the directory belongs to another store.
     pub async fn claim(&self, store: &str) -> Result<()> {
         let (process, store) = (self.clone(), store.to_owned());
         blocking(move || {
-            mark::claim(&process.dir, &store)?;
+            store_claim::claim(&process.dir, &store)?;
             process.remove_groups();
             Ok(())
         })
         .await
     }
 
-    /// Removes control groups whose supervisors were killed, and ends what is left in them. Blocks.
+    /// Kills and removes the control groups whose supervisors were killed. Blocks.
     fn remove_groups(&self) {
         let Some(groups) = &self.groups else { return };
         let remove = |key: &String| -> io::Result<()> {
-            // As long as this is held none can start.
-            let Some(_lock) = record::take_run_lock(&self.instances.join(key), Who::Manager)? else { return Ok(()) };
-            Group::new(groups.path(key)).end(KILL_PATIENCE).map(drop)
+            // While the lock is held, no supervisor can start.
+            let dir = self.instances.join(key);
+            let Some(_lock) = record::try_supervisor_lock(&dir, LockRole::Manager)? else { return Ok(()) };
+            Group::new(groups.path(key)).kill(KILL_TIMEOUT).map(drop)
         };
         match groups.keys() {
             Err(error) => tracing::warn!(%error, "cannot list the control groups of instances"),
@@ -278,59 +219,61 @@ impl Process {
         }
     }
 
-    /// Watches for instances that end by themselves, from now on.
+    /// Starts to watch for instances that end on their own.
     ///
     /// # Errors
-    /// [`Error::Provision`] if the kernel gives no watch.
+    /// [`Error::Provision`] if the kernel can't watch the directory.
     pub fn ends(&self) -> Result<Ends> {
         Ends::watch(&self.dir, self.config.restart.clone())
     }
 
-    /// Ends every instance and keeps what is recorded of it, as a machine that is shut down does: an `up` or `update` brings it back on its
-    /// ports. Answers how many were running.
+    /// Stops every instance but keeps its record, as a shutdown of the machine would: `up` or `update` launches it again with the same ports.
+    /// Returns how many were running.
     pub async fn halt(&self) -> Result<usize> {
         let running: Vec<_> = self.list().await?.into_iter().filter(|found| found.alive).collect();
-        let halts = running.iter().map(|found| async {
-            let home = self.enter(&found.challenge, &found.identity, found.generation, Wanted::AsRecorded).await?;
+        let stops = running.iter().map(|found| async {
+            let instance = self.lock(&found.challenge, &found.identity, found.generation, Presence::Keep).await?;
             let runs = {
-                let home = home.clone();
-                blocking(move || Ok(free(&home)?.is_none())).await?
+                let instance = instance.clone();
+                blocking(move || Ok(try_supervisor_lock(&instance)?.is_none())).await?
             };
-            step(step_span!("provision.stop", home), self.stop(&home)).await.map(|_| usize::from(runs))
+            run_step(step_span!("provision.stop", instance), self.stop(&instance)).await.map(|_| usize::from(runs))
         });
         self.standby.clear();
-        // One that does not end must not keep the others from it.
-        let halted: Vec<_> = futures::stream::iter(halts).buffer_unordered(HALTED_AT_ONCE).collect().await;
-        halted.into_iter().sum()
+        // All are stopped, even if one of them fails.
+        let stopped: Vec<_> = futures::stream::iter(stops).buffer_unordered(MAX_CONCURRENT_STOPS).collect().await;
+        stopped.into_iter().sum()
     }
 
-    async fn bring(&self, request: &LaunchRequest, running: Running) -> Result<Outputs> {
-        let home = self.enter(&request.challenge, &request.identity, request.generation, Wanted::There).await?;
-        let (alive, mut stopped, before) = self.before(&home).await?;
+    async fn launch(&self, request: &LaunchRequest, if_running: IfRunning) -> Result<Outputs> {
+        let instance = self.lock(&request.challenge, &request.identity, request.generation, Presence::Record).await?;
+        let Existing { alive, mut lock, record: before } = self.existing(&instance).await?;
         if alive
-            && running == Running::Keep
+            && if_running == IfRunning::Keep
             && let Some(record) = &before
         {
-            return self.settle(&home, record, None, &[LABEL]).await;
+            return self.wait_until_ready(&instance, record, None, &[LABEL]).await;
         }
-        if !alive && stopped.is_none() {
-            stopped = Some(self.stop(&home).await?);
+        if !alive && lock.is_none() {
+            lock = Some(self.stop(&instance).await?);
         }
-        let record = self.record(home.clone(), request).await?;
-        let lock = match stopped {
+        let record = self.resolve(instance.clone(), request).await?;
+        let lock = match lock {
             Some(lock) => lock,
-            None if before.as_ref() == Some(&record) => return self.settle(&home, &record, None, &[LABEL]).await,
-            None => step(step_span!("provision.stop", home), self.stop(&home)).await?,
+            None if before.as_ref() == Some(&record) => {
+                return self.wait_until_ready(&instance, &record, None, &[LABEL]).await;
+            }
+            None => run_step(step_span!("provision.stop", instance), self.stop(&instance)).await?,
         };
-        let starting = self.start(home.clone(), request, record.clone(), before, lock);
-        let result = match step(step_span!("provision.start", home), starting).await {
-            Ok(shim) => self.settle(&home, &record, Some(shim), &[LABEL, RECORD]).await,
+        let starting = self.start(instance.clone(), request, record.clone(), before, lock);
+        let result = match run_step(step_span!("provision.start", instance), starting).await {
+            Ok(supervisor) => self.wait_until_ready(&instance, &record, Some(supervisor), &[LABEL, RECORD]).await,
             Err(error) => Err(error),
         };
         let Err(error) = result else { return result };
-        let Some(port) = self.lost(&request.plan, &record).await? else { return Err(error) };
+        let Some(port) = self.port_in_use(&request.plan, &record).await? else { return Err(error) };
         tracing::warn!(
-            instance.identity = home.identity(),
+            instance.identity = instance.identity(),
             port,
             %error,
             "another program took the port of an instance that was being started"
@@ -338,115 +281,114 @@ impl Process {
         Err(Error::PortTaken { port, detail: error.to_string() })
     }
 
-    async fn enter(
+    async fn lock(
         &self,
         challenge: &ChallengeId,
         identity: &Identity,
         generation: u64,
-        wanted: Wanted,
-    ) -> Result<Home> {
-        Home::enter(&self.instances, challenge, identity, generation, wanted, self.config.patience).await
+        presence: Presence,
+    ) -> Result<InstanceDir> {
+        let timeout = self.config.lock_timeout;
+        InstanceDir::lock(&self.instances, challenge, identity, generation, presence, timeout).await
     }
 
-    /// What there is before an order: whether its supervisor lives, and its program as far as that is known (where the supervisor has not
-    /// noticed yet that the program ended, it does not run); the supervisor's lock, if nothing is left to be ended; and what is recorded.
-    async fn before(&self, home: &Home) -> Result<(bool, Option<File>, Option<Record>)> {
-        let home = home.clone();
+    async fn existing(&self, instance: &InstanceDir) -> Result<Existing> {
+        let instance = instance.clone();
         blocking(move || {
-            // What cannot be read is as good as not there: it is written anew.
-            let record = record::read::<Record>(&home.dir, RECORD).unwrap_or(None);
-            let state = record::read::<State>(&home.dir, STATE).unwrap_or(None);
-            Ok(match free(&home)? {
-                Some(lock) => (false, Some(lock).filter(|_| state.is_none()), record),
+            // An unreadable file counts as missing: it will be replaced.
+            let record = record::read::<Record>(&instance.dir, RECORD).unwrap_or(None);
+            let state = record::read::<State>(&instance.dir, STATE).unwrap_or(None);
+            Ok(match try_supervisor_lock(&instance)? {
+                Some(lock) => Existing { alive: false, lock: Some(lock).filter(|_| state.is_none()), record },
                 None => {
-                    let lives = |state: State| state.end.is_none() && state.child.is_none_or(procfs::lives);
-                    (state.is_none_or(lives), None, record)
+                    let runs = |state: State| state.end.is_none() && state.child.is_none_or(procfs::is_running);
+                    Existing { alive: state.is_none_or(runs), lock: None, record }
                 }
             })
         })
         .await
     }
 
-    /// One of its ports that another program has, if one does.
-    async fn lost(&self, plan: &LaunchPlan, record: &Record) -> Result<Option<u16>> {
-        let (ports, specs, taken) = (self.ports.clone(), plan.ports.clone(), record.ports.clone());
-        blocking(move || Ok(ports.lost(&specs, &taken))).await
+    /// Returns one of the instance's ports that another program uses, if there is one.
+    async fn port_in_use(&self, plan: &LaunchPlan, record: &Record) -> Result<Option<u16>> {
+        let (ports, specs, reserved) = (self.ports.clone(), plan.ports.clone(), record.ports.clone());
+        blocking(move || Ok(ports.first_in_use(&specs, &reserved))).await
     }
 
-    /// Makes the directory and reserves the ports: those that it had before, as far as they are free.
+    /// Creates the working directory and reserves the ports, preferably those that the instance had before.
     async fn allocate(
         &self,
-        mut home: Home,
+        mut instance: InstanceDir,
         specs: &[PortSpec],
         before: Option<Record>,
         running: bool,
     ) -> Result<Placement> {
         let (process, specs) = (self.clone(), specs.to_vec());
         blocking(move || {
-            let dir = home.dir.join(WORK);
-            home::make(&dir).map_err(failed("allocate", "making its directory"))?;
+            let dir = instance.dir.join(WORK);
+            create_dir(&dir).map_err(failed("allocate", "creating its working directory"))?;
             let mut reserved = before.map(|record| record.ports).unwrap_or_default();
-            reserved.extend(home.ports().clone());
-            let (ports, held) = process.ports.assign(&home.key, &specs, &reserved, running)?;
+            reserved.extend(instance.ports().clone());
+            let (ports, held) = process.ports.reserve(&instance.key, &specs, &reserved, running)?;
             reserved.extend(ports.clone());
-            home.record_ports(reserved).map_err(failed("allocate", "recording its ports"))?;
+            instance.record_ports(reserved).map_err(failed("allocate", "recording its ports"))?;
             let hold = PortHold::new(Mutex::new(held));
             Ok(Placement { host: process.config.host.clone(), ports, dir, hold })
         })
         .await
     }
 
-    /// What a request wants to run. Fails if its reservation has been given up since.
-    async fn record(&self, home: Home, request: &LaunchRequest) -> Result<Record> {
+    /// Turns a request into the record for the supervisor. Fails if the instance no longer has its reservation.
+    async fn resolve(&self, instance: InstanceDir, request: &LaunchRequest) -> Result<Record> {
         let (process, plan, placement) = (self.clone(), request.plan.clone(), request.placement.clone());
         blocking(move || {
             let Placement { ports, dir, .. } = placement;
-            if let Some(port) = process.ports.not_reserved(&home.key, &ports) {
+            if let Some(port) = process.ports.first_not_reserved(&instance.key, &ports) {
                 let detail = "it is no longer reserved for this instance".to_owned();
                 return Err(Error::PortTaken { port, detail });
             }
-            home::make(&dir).map_err(failed("start", "making its directory"))?;
-            Ok(Record { version: record::VERSION, ports, launch: launch::decide(&process.config, &dir, plan)? })
+            create_dir(&dir).map_err(failed("start", "creating its working directory"))?;
+            Ok(Record { version: record::VERSION, ports, launch: launch::resolve(&process.config, &dir, plan)? })
         })
         .await
     }
 
-    /// Writes the record and starts a supervisor on it. The lock proves that there is none.
+    /// Writes the record and passes the instance to a supervisor. Holding `lock` guarantees that it has none yet.
     async fn start(
         &self,
-        mut home: Home,
+        mut instance: InstanceDir,
         request: &LaunchRequest,
         record: Record,
         before: Option<Record>,
         lock: File,
-    ) -> Result<Shim> {
+    ) -> Result<StartedSupervisor> {
         let (process, specs, hold) = (self.clone(), request.plan.ports.clone(), request.placement.hold.clone());
         blocking(move || {
-            let mut held = match hold.downcast_ref::<Mutex<Held>>() {
+            let mut held = match hold.downcast_ref::<Mutex<HeldPorts>>() {
                 Some(held) => std::mem::take(&mut *held.lock().unwrap_or_else(PoisonError::into_inner)),
-                None => Held::default(),
+                None => HeldPorts::default(),
             };
             process.ports.hold(&specs, &record.ports, &mut held)?;
-            let last = record::read::<State>(&home.dir, STATE).unwrap_or(None);
+            let last = record::read::<State>(&instance.dir, STATE).unwrap_or(None);
             let prepare = || -> io::Result<()> {
-                [READY, STATE].iter().try_for_each(|name| record::remove(&home.dir.join(name)))?;
-                output::remove(&home.dir)?;
-                record::rewrite(&home.dir, RECORD, &record)
+                [READY, STATE].iter().try_for_each(|name| record::remove(&instance.dir.join(name)))?;
+                output::remove(&instance.dir)?;
+                record::rewrite(&instance.dir, RECORD, &record)
             };
             prepare().map_err(failed("start", "recording what to run"))?;
             drop(lock);
-            for ports in before.iter().map(|before| &before.ports).chain([home.ports()]) {
-                process.ports.release(&home.key, ports, &record.ports)?;
+            for ports in before.iter().map(|before| &before.ports).chain([instance.ports()]) {
+                process.ports.release(&instance.key, ports, &record.ports)?;
             }
-            home.record_ports(record.ports.clone()).map_err(failed("start", "recording its ports"))?;
-            let restarts = last.map_or(0, |last| process.config.restart.count(&last)).to_string();
-            let group = process.groups.as_ref().map(|groups| groups.path(&home.key));
-            let mut arguments = vec![home.dir.as_os_str(), restarts.as_ref()];
+            instance.record_ports(record.ports.clone()).map_err(failed("start", "recording its ports"))?;
+            let restarts = last.map_or(0, |last| process.config.restart.consecutive_ends(&last)).to_string();
+            let group = process.groups.as_ref().map(|groups| groups.path(&instance.key));
+            let mut arguments = vec![instance.dir.as_os_str(), restarts.as_ref()];
             arguments.extend(group.as_ref().map(|group| group.as_os_str()));
             let supervisor = process.standby.take();
             supervisor
-                .and_then(|supervisor| supervisor.assign(&arguments, held.hand_over()))
-                .map_err(failed("start", format!("the supervisor {}", process.shim.display())))
+                .and_then(|supervisor| supervisor.assign(&arguments, held.into_descriptor()))
+                .map_err(failed("start", format!("the supervisor {}", process.supervisor.display())))
         })
         .await
     }
@@ -465,54 +407,58 @@ impl Provisioner for Process {
         generation: u64,
         ports: &[PortSpec],
     ) -> Result<Placement> {
-        let home = self.enter(challenge, identity, generation, Wanted::There).await?;
-        let (alive, stopped, before) = self.before(&home).await?;
-        // What a killed supervisor left may still hold the ports.
-        if !alive && stopped.is_none() {
-            self.stop(&home).await?;
+        let instance = self.lock(challenge, identity, generation, Presence::Record).await?;
+        let Existing { alive, lock, record } = self.existing(&instance).await?;
+        // Processes that a killed supervisor left may still use the ports.
+        if !alive && lock.is_none() {
+            self.stop(&instance).await?;
         }
-        let allocate = self.allocate(home.clone(), ports, before, alive);
-        step(step_span!("provision.allocate", home), allocate).await
+        let allocate = self.allocate(instance.clone(), ports, record, alive);
+        run_step(step_span!("provision.allocate", instance), allocate).await
     }
 
     async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
-        self.bring(request, Running::Keep).await
+        self.launch(request, IfRunning::Keep).await
     }
 
     async fn update(&self, request: &LaunchRequest) -> Result<Outputs> {
-        self.bring(request, Running::Replace).await
+        self.launch(request, IfRunning::Replace).await
     }
 
     async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
-        let mut home = self.enter(challenge, identity, generation, Wanted::AsRecorded).await?;
-        let lock = step(step_span!("provision.stop", home), self.stop(&home)).await?;
+        let mut instance = self.lock(challenge, identity, generation, Presence::Keep).await?;
+        let lock = run_step(step_span!("provision.stop", instance), self.stop(&instance)).await?;
         let ports = self.ports.clone();
-        let remove = step_span!("provision.remove", home);
+        let remove = step_span!("provision.remove", instance);
         let work = blocking(move || {
-            let record = record::read::<Record>(&home.dir, RECORD).unwrap_or(None);
-            for had in record.iter().map(|record| &record.ports).chain([home.ports()]) {
-                ports.release(&home.key, had, &BTreeMap::new())?;
+            let record = record::read::<Record>(&instance.dir, RECORD).unwrap_or(None);
+            for reserved in record.iter().map(|record| &record.ports).chain([instance.ports()]) {
+                ports.release(&instance.key, reserved, &BTreeMap::new())?;
             }
-            home.clear().map_err(failed("remove", "removing its directory"))?;
-            home.mark_gone().map_err(failed("remove", "recording that it is gone"))?;
+            instance.clear().map_err(failed("remove", "removing its directory"))?;
+            instance.mark_removed().map_err(failed("remove", "recording that it is removed"))?;
             drop(lock);
             Ok(())
         });
-        step(remove, work).await
+        run_step(remove, work).await
     }
 
     async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
         let (instances, restart) = (self.instances.clone(), self.config.restart.clone());
-        blocking(move || home::list(&instances, &restart).map_err(failed("list", "reading the instances"))).await
+        blocking(move || listing::list(&instances, &restart).map_err(failed("list", "reading the instances"))).await
     }
 }
 
-/// The supervisor's lock, if none lives.
-fn free(home: &Home) -> Result<Option<File>> {
-    record::take_run_lock(&home.dir, Who::Manager).map_err(failed("find", "looking for its supervisor"))
+/// Takes the supervisor lock, unless a supervisor lives. Blocks.
+fn try_supervisor_lock(instance: &InstanceDir) -> Result<Option<File>> {
+    record::try_supervisor_lock(&instance.dir, LockRole::Manager).map_err(failed("find", "looking for its supervisor"))
 }
 
-async fn read<T: serde::de::DeserializeOwned + Send + 'static>(home: &Home, name: &'static str) -> Result<Option<T>> {
-    let home = home.clone();
-    blocking(move || record::read(&home.dir, name).map_err(failed("find", format!("reading {name}")))).await
+/// Reads one of the instance's files.
+async fn read<T: serde::de::DeserializeOwned + Send + 'static>(
+    instance: &InstanceDir,
+    name: &'static str,
+) -> Result<Option<T>> {
+    let instance = instance.clone();
+    blocking(move || record::read(&instance.dir, name).map_err(failed("find", format!("reading {name}")))).await
 }

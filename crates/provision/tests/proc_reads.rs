@@ -1,8 +1,8 @@
-//! What an operation reads does not grow with what else runs: the one test of a process of its own, for it counts what that process, and
-//! the supervisors that it waited for, have read.
+//! The reads of an operation don't grow with the number of other processes. The test has a binary of its own, because it counts the reads of
+//! this process and of the supervisors that it has waited for.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
-#![allow(dead_code, reason = "what the other tests share with this one")]
+#![allow(dead_code, reason = "parts that only other tests use")]
 
 #[path = "provision/support.rs"]
 mod support;
@@ -11,23 +11,23 @@ use std::process::{Child, Command, Stdio};
 
 use gauntlet_domain::{Identity, Provisioner as _};
 
-use crate::support::{LaunchExt as _, Rig, challenge, launch};
+use crate::support::{Fixture, LaunchExt as _, challenge, launch};
 
-/// How many other processes, beside those that run anyway.
+/// How many processes to add.
 const OTHERS: u64 = 400;
 
-/// Reads of this process, its threads, and the children that it has waited for.
+/// The reads of this process, and of the children that it has waited for.
 fn reads() -> u64 {
     let io = std::fs::read_to_string("/proc/self/io").unwrap();
     io.lines().find_map(|line| line.strip_prefix("syscr: ")).unwrap().parse().unwrap()
 }
 
-async fn reads_of_a_life(rig: &Rig, generation: u64) -> u64 {
-    let (manager, plan) = (rig.manager(), rig.greeter());
+async fn reads_of_a_lifecycle(fixture: &Fixture, generation: u64) -> u64 {
+    let (manager, plan) = (fixture.manager(), fixture.greeter());
     let before = reads();
     manager.launch(&launch(1, generation, &plan)).await.unwrap();
     manager.launch(&launch(1, generation, &plan)).await.unwrap();
-    manager.relaunch(&launch(1, generation, &rig.greeter().greeting("other"))).await.unwrap();
+    manager.relaunch(&launch(1, generation, &fixture.greeter().greeting("other"))).await.unwrap();
     assert_eq!(manager.list().await.unwrap().len(), 1);
     manager.halt().await.unwrap();
     manager.launch(&launch(1, generation, &plan)).await.unwrap();
@@ -47,15 +47,15 @@ impl Drop for Others {
 }
 
 #[tokio::test]
-async fn what_an_operation_reads_does_not_grow_with_other_processes() {
-    for rig in Rig::each() {
-        let alone = reads_of_a_life(&rig, 1).await;
+async fn reads_of_an_operation_do_not_grow_with_other_processes() {
+    for fixture in Fixture::with_and_without_cgroups() {
+        let alone = reads_of_a_lifecycle(&fixture, 1).await;
         let mut other = Command::new("sleep");
         other.arg("600").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let others = Others((0..OTHERS).map(|_| other.spawn().unwrap()).collect());
-        let beside = reads_of_a_life(&rig, 2).await;
+        let beside = reads_of_a_lifecycle(&fixture, 2).await;
         drop(others);
-        // How often readiness is asked for differs from run to run. One search of all processes would read each of the others.
+        // The number of probes differs from run to run. A search of all processes would read each of the others.
         assert!(beside < alone + OTHERS, "{beside} reads beside {OTHERS} other processes, {alone} alone");
     }
 }

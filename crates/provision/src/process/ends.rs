@@ -1,4 +1,4 @@
-//! Instances that end by themselves, noticed when they do.
+//! Reports instances that end on their own, as soon as they do.
 
 use std::{
     collections::BTreeMap, ffi::OsStr, mem::MaybeUninit, os::fd::OwnedFd, os::unix::ffi::OsStrExt as _, path::PathBuf,
@@ -9,21 +9,22 @@ use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use tokio::{io::unix::AsyncFd, time::Instant};
 
 use super::{
-    home::{self, Fate, blocking, failed, readable},
+    blocking::{blocking, failed, readable},
+    listing::{self, Fate},
     record::RUN,
     restart::Restart,
 };
 
-/// Tells of instances that have ended by themselves.
+/// Reports instances that have ended on their own.
 ///
-/// A supervisor holds its lock open for as long as it lives, and all locks are in one directory: one watch on that sees each of them end,
-/// killed ones too. What it costs does not grow with the instances that run.
+/// A supervisor keeps its lock file open while it lives, and all lock files are in one directory: an inotify watch on that directory reports
+/// each supervisor that exits, even a killed one. Its cost doesn't depend on the number of instances.
 #[derive(Debug)]
 pub struct Ends {
     instances: PathBuf,
     restart: Restart,
     watch: AsyncFd<OwnedFd>,
-    /// The instances to look at, and when.
+    /// The instances to check, and when.
     due: BTreeMap<String, Instant>,
 }
 
@@ -34,23 +35,24 @@ impl Ends {
             inotify::add_watch(&watch, dir.join(RUN), WatchFlags::CLOSE_WRITE)?;
             readable(watch)
         };
-        let watch = watch().map_err(failed("watch", "watching for instances that end"))?;
+        let watch = watch().map_err(failed("watch", "watching the supervisor locks"))?;
         Ok(Self { instances: dir.join("instances"), restart, watch, due: BTreeMap::new() })
     }
 
-    /// Waits for the next instance that ended by itself and is due to be brought up again. One that ends again and again is told later and
-    /// later, as [`Restart`] says.
+    /// Waits for the next instance that ended on its own and is due to be launched again. An instance that ends repeatedly is reported after the
+    /// growing delays of [`Restart`].
     ///
     /// # Cancel safety
-    /// Nothing is lost.
+    /// Cancel safe: no instance is missed.
     pub async fn next(&mut self) -> Result<ProvisionedInstance> {
         loop {
             let next = self.due.iter().min_by_key(|(_, at)| **at).map(|(key, at)| (key.clone(), *at));
             match next {
                 Some((key, at)) if at <= Instant::now() => {
                     let (dir, restart) = (self.instances.join(&key), self.restart.clone());
-                    let fate =
-                        blocking(move || home::look(&dir, &restart).map_err(failed("watch", "looking at an instance")));
+                    let fate = blocking(move || {
+                        listing::check(&dir, &restart).map_err(failed("watch", "checking an instance"))
+                    });
                     match fate.await {
                         Ok(Fate::Later(pause)) => drop(self.due.insert(key, Instant::now() + pause)),
                         fate => {
@@ -69,7 +71,7 @@ impl Ends {
         }
     }
 
-    /// Waits until some have ended, and notes them.
+    /// Waits for events, and schedules a check of their instances.
     async fn read(&mut self) {
         let Ok(mut ready) = self.watch.readable().await else { return };
         let mut buffer = [MaybeUninit::uninit(); 4096];
@@ -78,7 +80,7 @@ impl Ends {
         loop {
             match events.next() {
                 Ok(event) if event.events().contains(ReadFlags::QUEUE_OVERFLOW) => {
-                    // Some are not told: all are looked at.
+                    // Events were lost: check all instances.
                     let all = std::fs::read_dir(&self.instances).into_iter().flatten().flatten();
                     self.due.extend(all.filter_map(|entry| Some((entry.file_name().into_string().ok()?, now))));
                 }

@@ -1,4 +1,4 @@
-//! Arguments that a process receives after it was started, over its standard input: so it can be started, and loaded, before they are known.
+//! Passes arguments to a process after its start, over its standard input, so that it can be started and loaded before they are known.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -19,17 +19,17 @@ use rustix::net::{
 /// Room for the longest arguments: two paths and a number.
 const MAX_MESSAGE: usize = 16 << 10;
 
-/// The sending side. If it is dropped, the process learns that there are no arguments to come.
+/// The sending side. Dropping it tells the process that there will be no arguments.
 #[derive(Debug)]
 pub(super) struct Sender {
     ours: OwnedFd,
-    /// Open until the arguments are sent, so that sending does not fail if the process has ended: how it ended is reported elsewhere.
+    /// Kept open until the arguments are sent, so that sending doesn't fail if the process has exited: its exit is reported elsewhere.
     theirs: OwnedFd,
 }
 
 impl Sender {
     pub(super) fn new() -> io::Result<Self> {
-        // A type that keeps messages apart: what is sent at once is received at once.
+        // This type preserves message boundaries.
         let kind = SocketType::SEQPACKET;
         let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
         Ok(Self { ours, theirs })
@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn arguments_arrive_whole_and_with_their_descriptor() {
+    fn arguments_arrive_with_their_descriptor() {
         let sender = Sender::new().unwrap();
         let stdin = sender.theirs.try_clone().unwrap();
         let odd = OsStr::from_bytes(b"not \xff UTF-8\n");
@@ -94,11 +94,11 @@ mod tests {
         let (arguments, descriptor) = receive(&stdin).unwrap().unwrap();
         assert_eq!(arguments, [odd, OsStr::new(""), OsStr::new("2")]);
         assert!(descriptor.is_some());
-        assert!(receive(&stdin).unwrap().is_none(), "nothing follows");
+        assert!(receive(&stdin).unwrap().is_none(), "nothing follows the message");
     }
 
     #[test]
-    fn a_dropped_sender_is_no_argument() {
+    fn dropped_sender_ends_the_wait() {
         let sender = Sender::new().unwrap();
         let stdin = sender.theirs.try_clone().unwrap();
         drop(sender);

@@ -1,4 +1,4 @@
-//! From a launch plan to what is run: the program found, limits and environment settled.
+//! Resolves a launch plan: looks up the program, and completes limits and environment.
 
 use std::{
     os::unix::fs::PermissionsExt as _,
@@ -9,31 +9,34 @@ use gauntlet_domain::{Error, LaunchPlan, Limits, Result};
 
 use super::{Config, record::Launch};
 
-/// Where the scenario's files are, in an instance's environment.
-const FILES: &str = "SCENARIO_DIR";
+/// The environment variable with the directory of the scenario's files.
+const FILES_VARIABLE: &str = "SCENARIO_DIR";
 
-/// Settles everything that the supervisor needs to know.
-pub(super) fn decide(config: &Config, work: &Path, plan: LaunchPlan) -> Result<Launch> {
+/// Returns everything that the supervisor needs to run the plan.
+///
+/// # Errors
+/// [`Error::Provision`] if the program can't be found or a limit is above its maximum.
+pub(super) fn resolve(config: &Config, work: &Path, plan: LaunchPlan) -> Result<Launch> {
     let LaunchPlan { files, command, env, readiness, limits, connection_info, flags, .. } = plan;
     let mut command = command.into_iter();
     let program = command.next().ok_or_else(|| refused("the scenario's command is empty".to_owned()))?;
-    let limits = settle(&limits, &config.defaults, &config.maximums)?;
+    let limits = effective_limits(&limits, &config.defaults, &config.maximums)?;
     let path = std::env::join_paths(&config.path)
         .map_err(|error| refused(format!("the configured program path: {error}")))?
         .into_string()
         .map_err(|path| refused(format!("the configured program path {path:?} is not UTF-8")))?;
     let text = |path: &Path| path.to_string_lossy().into_owned();
-    let mut whole = std::collections::BTreeMap::from([
+    let mut environment = std::collections::BTreeMap::from([
         ("PATH".to_owned(), path),
         ("HOME".to_owned(), text(work)),
         ("TMPDIR".to_owned(), text(work)),
-        (FILES.to_owned(), text(&files)),
+        (FILES_VARIABLE.to_owned(), text(&files)),
     ]);
-    whole.extend(env);
+    environment.extend(env);
     Ok(Launch {
-        program: find(&program, &files, &config.path)?,
+        program: find_program(&program, &files, &config.path)?,
         args: command.collect(),
-        env: whole,
+        env: environment,
         output: limits.output.unwrap_or(1 << 20),
         limits,
         grace: config.grace,
@@ -43,22 +46,23 @@ pub(super) fn decide(config: &Config, work: &Path, plan: LaunchPlan) -> Result<L
     })
 }
 
-/// A program: absolute as it is; with a slash, in the scenario's files; else there, then in the path.
-fn find(program: &str, files: &Path, path: &[PathBuf]) -> Result<PathBuf> {
+/// Looks up a program: an absolute path as it is, another path with a slash in the scenario's files, a name in the scenario's files and then in
+/// `path`.
+fn find_program(program: &str, files: &Path, path: &[PathBuf]) -> Result<PathBuf> {
     let named = Path::new(program);
     let mut candidates = vec![if named.is_absolute() { named.to_owned() } else { files.join(named) }];
     if !program.contains('/') {
         candidates.extend(path.iter().map(|dir| dir.join(named)));
     }
-    let mut inert = None;
+    let mut not_executable = None;
     for candidate in candidates {
         match std::fs::metadata(&candidate) {
             Ok(meta) if meta.is_file() && meta.permissions().mode() & 0o111 != 0 => return Ok(candidate),
-            Ok(meta) if meta.is_file() => inert = inert.or(Some(candidate)),
+            Ok(meta) if meta.is_file() => not_executable = not_executable.or(Some(candidate)),
             _ => {}
         }
     }
-    Err(refused(match inert {
+    Err(refused(match not_executable {
         Some(found) => format!("command {program:?}: {} is not executable", found.display()),
         None if named.is_absolute() => format!("command {program:?} not found"),
         None if program.contains('/') => format!("command {program:?} not found in the scenario's files"),
@@ -69,23 +73,26 @@ fn find(program: &str, files: &Path, path: &[PathBuf]) -> Result<PathBuf> {
     }))
 }
 
-/// What was asked for, or the default; refused above the maximum, never cut to it in silence.
-fn settle(asked: &Limits, defaults: &Limits, maximums: &Limits) -> Result<Limits> {
-    let one = |name: &str, asked: Option<u64>, default: Option<u64>, most: Option<u64>| match (asked, most) {
-        (Some(asked), Some(most)) if asked > most => {
-            Err(refused(format!("limit {name}: the scenario asks for {asked}, this machine allows at most {most}")))
-        }
-        (Some(asked), _) => Ok(Some(asked)),
-        (None, most) => Ok(match (default, most) {
-            (Some(default), Some(most)) => Some(default.min(most)),
-            (default, most) => default.or(most),
-        }),
-    };
+/// The scenario's limits, or the defaults. Rejects a limit above its maximum instead of lowering it silently.
+fn effective_limits(requested: &Limits, defaults: &Limits, maximums: &Limits) -> Result<Limits> {
+    let limit =
+        |name: &str, requested: Option<u64>, default: Option<u64>, maximum: Option<u64>| match (requested, maximum) {
+            (Some(requested), Some(maximum)) if requested > maximum => {
+                let what =
+                    format!("limit {name}: the scenario asks for {requested}, this machine allows at most {maximum}");
+                Err(refused(what))
+            }
+            (Some(requested), _) => Ok(Some(requested)),
+            (None, maximum) => Ok(match (default, maximum) {
+                (Some(default), Some(maximum)) => Some(default.min(maximum)),
+                (default, maximum) => default.or(maximum),
+            }),
+        };
     Ok(Limits {
-        memory: one("memory", asked.memory, defaults.memory, maximums.memory)?,
-        cpu_seconds: one("cpu", asked.cpu_seconds, defaults.cpu_seconds, maximums.cpu_seconds)?,
-        open_files: one("open_files", asked.open_files, defaults.open_files, maximums.open_files)?,
-        output: one("output", asked.output, defaults.output, maximums.output)?,
+        memory: limit("memory", requested.memory, defaults.memory, maximums.memory)?,
+        cpu_seconds: limit("cpu", requested.cpu_seconds, defaults.cpu_seconds, maximums.cpu_seconds)?,
+        open_files: limit("open_files", requested.open_files, defaults.open_files, maximums.open_files)?,
+        output: limit("output", requested.output, defaults.output, maximums.output)?,
     })
 }
 
@@ -99,9 +106,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_default_and_never_exceed() {
+    fn limits_have_defaults_and_never_exceed_their_maximum() {
         let limits = |memory| Limits { memory, ..Limits::default() };
-        let settled = |asked, default, most| settle(&limits(asked), &limits(default), &limits(most)).map(|l| l.memory);
+        let settled = |requested, default, maximum| {
+            effective_limits(&limits(requested), &limits(default), &limits(maximum)).map(|l| l.memory)
+        };
         assert_eq!(settled(None, None, None).unwrap(), None);
         assert_eq!(settled(None, Some(3), None).unwrap(), Some(3));
         assert_eq!(settled(None, Some(3), Some(2)).unwrap(), Some(2));
@@ -112,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_of_the_scenario_come_first() {
+    fn scenario_programs_take_precedence() {
         let dir = tempfile::tempdir().unwrap();
         let (files, path) = (dir.path().join("files"), dir.path().join("path"));
         let put = |at: PathBuf, mode| {
@@ -126,11 +135,11 @@ mod tests {
         put(files.join("bin/inner"), 0o755);
         put(files.join("text"), 0o644);
         let path = [path];
-        assert_eq!(find("both", &files, &path).unwrap(), files.join("both"));
-        assert_eq!(find("only", &files, &path).unwrap(), dir.path().join("path/only"));
-        assert_eq!(find("bin/inner", &files, &path).unwrap(), files.join("bin/inner"));
-        assert!(find("text", &files, &path).unwrap_err().to_string().contains("is not executable"));
-        assert!(find("none", &files, &path).unwrap_err().to_string().contains("nor in"));
-        assert!(find("/none", &files, &path).unwrap_err().to_string().contains("\"/none\" not found"));
+        assert_eq!(find_program("both", &files, &path).unwrap(), files.join("both"));
+        assert_eq!(find_program("only", &files, &path).unwrap(), dir.path().join("path/only"));
+        assert_eq!(find_program("bin/inner", &files, &path).unwrap(), files.join("bin/inner"));
+        assert!(find_program("text", &files, &path).unwrap_err().to_string().contains("is not executable"));
+        assert!(find_program("none", &files, &path).unwrap_err().to_string().contains("nor in"));
+        assert!(find_program("/none", &files, &path).unwrap_err().to_string().contains("\"/none\" not found"));
     }
 }

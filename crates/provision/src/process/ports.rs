@@ -1,11 +1,11 @@
-//! Which instance has which port of this machine.
+//! Reserves ports of this machine for instances.
 //!
-//! A reservation is a symbolic link named by the port that leads to the owner's directory: it appears whole or not at all. Reservations
-//! change under one lock, so that managers that share the directory never take the same port.
+//! A reservation is a symbolic link, named like the port, to the owner's directory; creating a link is atomic. Reservations change under one
+//! lock, so that managers that share the directory never reserve the same port twice.
 //!
-//! Against other programs of the machine a port is held by a socket that is bound to it, from when it is chosen until the instance's
-//! program begins: the sockets travel to the process that becomes the program, and are closed by that. From there on the program must bind
-//! it itself. Where another was faster, the instance is started again on another port.
+//! A bound socket holds a port against other programs, from its reservation until the instance's program starts: the sockets are passed to the
+//! process that becomes the program, and exec closes them. Then the program must bind the port itself. If another program is faster, the
+//! instance is launched again with another port.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,15 +31,15 @@ use rustix::net::{
 };
 
 use super::{
-    home,
+    blocking::failed,
     record::{self, LABEL, Label},
 };
 
-/// For how long to wait for others that reserve ports; each takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long to wait for other reservations, each of which takes milliseconds.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 const STEP: &str = "allocate";
 
-/// The ports of one directory.
+/// The reservations of one directory.
 #[derive(Debug, Clone)]
 pub(super) struct Ports {
     pub(super) dir: PathBuf,
@@ -49,16 +49,16 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    /// Reserves a port for each name, the one it had `before` if it is free, and holds it; if it is `running`, it holds what it had
-    /// itself. Blocks.
-    pub(super) fn assign(
+    /// Reserves and holds a port for each of `specs`, preferably the one it had `before`. If the instance is `running`, its program uses the
+    /// ports that it had, and only new ones are held. Blocks.
+    pub(super) fn reserve(
         &self,
         key: &str,
         specs: &[PortSpec],
         before: &BTreeMap<String, u16>,
         running: bool,
-    ) -> Result<(BTreeMap<String, u16>, Held)> {
-        let (mut assigned, mut held) = (BTreeMap::new(), Held::default());
+    ) -> Result<(BTreeMap<String, u16>, HeldPorts)> {
+        let (mut assigned, mut held) = (BTreeMap::new(), HeldPorts::default());
         if specs.is_empty() {
             return Ok((assigned, held));
         }
@@ -66,36 +66,36 @@ impl Ports {
         for spec in specs {
             let port = match before.get(&spec.name) {
                 Some(port) if running && owner(&self.link(*port)).as_deref() == Some(key) => *port,
-                Some(port) if self.take(key, *port, spec.protocol, &mut held)? => *port,
-                _ => self.pick(key, spec, &mut held)?,
+                Some(port) if self.try_reserve(key, *port, spec.protocol, &mut held)? => *port,
+                _ => self.reserve_any(key, spec, &mut held)?,
             };
             assigned.insert(spec.name.clone(), port);
         }
         Ok((assigned, held))
     }
 
-    /// Holds those of the ports that are not held yet; an error names one that another program has. Blocks.
-    pub(super) fn hold(&self, specs: &[PortSpec], ports: &BTreeMap<String, u16>, held: &mut Held) -> Result<()> {
+    /// Holds the ports that aren't held yet. The error names a port that another program uses. Blocks.
+    pub(super) fn hold(&self, specs: &[PortSpec], ports: &BTreeMap<String, u16>, held: &mut HeldPorts) -> Result<()> {
         for spec in specs {
             let Some(port) = ports.get(&spec.name).filter(|port| !held.ports.contains(port)) else { continue };
             let added = held.add((self.bind, *port).into(), spec.protocol);
-            added.map_err(home::failed(STEP, format!("port {port}")))?;
+            added.map_err(failed(STEP, format!("port {port}")))?;
         }
         Ok(())
     }
 
-    /// One of the ports that another program has, if one does. Blocks.
-    pub(super) fn lost(&self, specs: &[PortSpec], ports: &BTreeMap<String, u16>) -> Option<u16> {
+    /// Returns one of the ports that a program is bound to, if there is one. Blocks.
+    pub(super) fn first_in_use(&self, specs: &[PortSpec], ports: &BTreeMap<String, u16>) -> Option<u16> {
         let ports = specs.iter().filter_map(|spec| Some((*ports.get(&spec.name)?, spec.protocol)));
         ports.into_iter().find(|(port, protocol)| in_use((self.bind, *port).into(), *protocol)).map(|(port, _)| port)
     }
 
-    /// One of the ports that is not reserved for that owner, if there is one. Blocks.
-    pub(super) fn not_reserved(&self, key: &str, ports: &BTreeMap<String, u16>) -> Option<u16> {
+    /// Returns one of the ports that isn't reserved for the instance `key`, if there is one. Blocks.
+    pub(super) fn first_not_reserved(&self, key: &str, ports: &BTreeMap<String, u16>) -> Option<u16> {
         ports.values().copied().find(|port| owner(&self.link(*port)).as_deref() != Some(key))
     }
 
-    /// Gives back those of that owner's ports that are not kept. Blocks.
+    /// Releases the instance's ports in `before`, except those in `keep`. Blocks.
     pub(super) fn release(
         &self,
         key: &str,
@@ -106,44 +106,44 @@ impl Ports {
         for port in before.values().filter(|port| !kept(port)) {
             let link = self.link(*port);
             if owner(&link).as_deref() == Some(key) {
-                record::remove(&link).map_err(home::failed(STEP, format!("giving back port {port}")))?;
+                record::remove(&link).map_err(failed(STEP, format!("releasing port {port}")))?;
             }
         }
         Ok(())
     }
 
-    fn pick(&self, key: &str, spec: &PortSpec, held: &mut Held) -> Result<u16> {
+    fn reserve_any(&self, key: &str, spec: &PortSpec, held: &mut HeldPorts) -> Result<u16> {
         let (first, last) = (u32::from(*self.range.start()), u32::from(*self.range.end()));
         let count = (last + 1).saturating_sub(first);
-        // Begins somewhere else for each, so that those that are taken are seldom met.
-        let begin = key
+        // Each instance starts at another port, so that reserved ones are rarely tried.
+        let start = key
             .bytes()
             .chain(spec.name.bytes())
             .fold(0x811c_9dc5u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
         for step in 0..count {
-            let port = u16::try_from(first + (begin % count + step) % count).unwrap_or(*self.range.end());
-            // One that another name of the same instance has is not free either.
+            let port = u16::try_from(first + (start % count + step) % count).unwrap_or(*self.range.end());
+            // Skip ports that this instance has reserved under another name.
             if std::fs::symlink_metadata(self.link(port)).is_ok_and(|_| owner(&self.link(port)).as_deref() == Some(key))
             {
                 continue;
             }
-            if self.take(key, port, spec.protocol, held)? {
+            if self.try_reserve(key, port, spec.protocol, held)? {
                 return Ok(port);
             }
         }
         Err(Error::Provision {
             step: STEP,
-            detail: format!("no free port from {first} to {last} for {:?}: all {count} are taken", spec.name),
+            detail: format!("no free port from {first} to {last} for {:?}: all {count} are in use", spec.name),
         })
     }
 
-    /// Takes the port if nobody has it and nothing is bound to it.
-    fn take(&self, key: &str, port: u16, protocol: Protocol, held: &mut Held) -> Result<bool> {
+    /// Reserves the port if no instance has it and no program is bound to it.
+    fn try_reserve(&self, key: &str, port: u16, protocol: Protocol, held: &mut HeldPorts) -> Result<bool> {
         let link = self.link(port);
         let mut reserve = || -> io::Result<bool> {
             match owner(&link) {
                 Some(other) if other == key => {}
-                Some(other) if self.still_there(&other) => return Ok(false),
+                Some(other) if self.exists(&other) => return Ok(false),
                 Some(_) => {
                     record::remove(&link)?;
                     std::os::unix::fs::symlink(Path::new("../instances").join(key), &link)?;
@@ -156,14 +156,14 @@ impl Ports {
             }
             Ok(free)
         };
-        reserve().map_err(home::failed(STEP, format!("reserving port {port}")))
+        reserve().map_err(failed(STEP, format!("reserving port {port}")))
     }
 
-    fn still_there(&self, key: &str) -> bool {
+    fn exists(&self, key: &str) -> bool {
         match record::read::<Label>(&self.instances.join(key), LABEL) {
             Ok(Some(label)) => !label.gone,
             Ok(None) => false,
-            // What cannot be read may well be running.
+            // An instance with an unreadable label may be running.
             Err(_) => true,
         }
     }
@@ -173,53 +173,55 @@ impl Ports {
     }
 
     fn lock(&self) -> Result<File> {
-        let deadline = Instant::now() + PATIENCE;
-        let failed = home::failed(STEP, "locking the ports");
+        let deadline = Instant::now() + LOCK_TIMEOUT;
+        let lock_failed = failed(STEP, "locking the ports");
         let file = match File::open(&self.dir) {
             Ok(file) => file,
-            Err(error) => return Err(failed(error)),
+            Err(error) => return Err(lock_failed(error)),
         };
         loop {
             match record::try_lock(&file) {
                 Ok(true) => return Ok(file),
                 Ok(false) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
-                Ok(false) => return Err(failed(io::ErrorKind::TimedOut.into())),
-                Err(error) => return Err(failed(error)),
+                Ok(false) => return Err(lock_failed(io::ErrorKind::TimedOut.into())),
+                Err(error) => return Err(lock_failed(error)),
             }
         }
     }
 }
 
-/// The key that a reservation leads to.
+/// The key of the instance that has the reservation.
 fn owner(link: &Path) -> Option<String> {
     Some(std::fs::read_link(link).ok()?.file_name()?.to_str()?.to_owned())
 }
 
-/// Held while sockets of ports are open here, and by whoever starts a process: else that process would have them too until it becomes its
-/// program, and an instance could find its own port in use.
-static FORK: Mutex<()> = Mutex::new(());
+/// Held while sockets of ports are open in this process, and while a process is started. Otherwise a child would have copies of the sockets
+/// until it calls exec, and an instance could find its own port in use.
+static FORK_LOCK: Mutex<()> = Mutex::new(());
 
-/// Starts a process that has none of the sockets that are being bound. Blocks.
+/// Starts a process that inherits no socket of a port. Blocks.
 pub(super) fn spawn(command: &mut Command) -> io::Result<Child> {
-    let _guard = FORK.lock().unwrap_or_else(PoisonError::into_inner);
+    let _guard = FORK_LOCK.lock().unwrap_or_else(PoisonError::into_inner);
     command.spawn()
 }
 
-/// Ports that are held: sockets bound to them, on which nobody listens, on their way to the process that becomes the program.
+/// Sockets that are bound to ports but don't listen, on their way to the process that becomes the program.
+///
+/// They are in flight in a socket pair, not open in the manager, for the reason given at [`FORK_LOCK`].
 #[derive(Debug, Default)]
-pub(super) struct Held {
+pub(super) struct HeldPorts {
     ports: BTreeSet<u16>,
-    way: Option<(UnixStream, UnixStream)>,
+    channel: Option<(UnixStream, UnixStream)>,
 }
 
-impl Held {
-    /// Binds a socket to the port and sends it ahead; an error if another program has the port.
+impl HeldPorts {
+    /// Binds a socket to the port. Fails if another program uses the port.
     fn add(&mut self, address: SocketAddr, protocol: Protocol) -> io::Result<()> {
-        let (ours, _) = match &mut self.way {
-            Some(way) => way,
+        let (ours, _) = match &mut self.channel {
+            Some(channel) => channel,
             none => none.insert(UnixStream::pair()?),
         };
-        let _guard = FORK.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = FORK_LOCK.lock().unwrap_or_else(PoisonError::into_inner);
         let socket = bind(address, protocol)?;
         let sockets = [socket.as_fd()];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -230,20 +232,20 @@ impl Held {
         Ok(())
     }
 
-    /// What the process that becomes the program is to be given. The ports are held until all that have it end, or take them over and
-    /// close them; `None` if there are none.
-    pub(super) fn hand_over(self) -> Option<OwnedFd> {
-        self.way.map(|(_, theirs)| theirs.into())
+    /// The descriptor to pass to the process that becomes the program, which takes the sockets from it with [`HeldPorts::receive`]; `None` if
+    /// no port is held. The ports are held until every copy of the descriptor is closed, or the receiver closes the sockets.
+    pub(super) fn into_descriptor(self) -> Option<OwnedFd> {
+        self.channel.map(|(_, theirs)| theirs.into())
     }
 
-    /// Takes over what [`Self::hand_over`] gave away. The sockets are closed when this process becomes another program.
-    pub(super) fn take_over(handed: &OwnedFd) -> Vec<OwnedFd> {
+    /// Receives the sockets, which exec closes.
+    pub(super) fn receive(channel: &OwnedFd) -> Vec<OwnedFd> {
         let mut held = Vec::new();
         loop {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut rights = RecvAncillaryBuffer::new(&mut space);
             let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-            match rustix::net::recvmsg(handed, &mut [IoSliceMut::new(&mut [0])], &mut rights, flags) {
+            match rustix::net::recvmsg(channel, &mut [IoSliceMut::new(&mut [0])], &mut rights, flags) {
                 Ok(received) if received.bytes > 0 => {}
                 _ => return held,
             }
@@ -256,7 +258,7 @@ impl Held {
     }
 }
 
-/// A socket that keeps the port from others, and on which nobody listens.
+/// Binds a socket that doesn't listen.
 fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let kind = match protocol {
@@ -268,7 +270,7 @@ fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<OwnedFd> {
         rustix::net::bind(&socket, &address)?;
         return Ok(socket);
     }
-    // So that connections that were just closed are not in the way; then not any more, so that nobody else binds it beside this one.
+    // SO_REUSEADDR lets the bind succeed while earlier connections are in TIME_WAIT. Without it afterwards, no other socket can bind the port.
     sockopt::set_socket_reuseaddr(&socket, true)?;
     rustix::net::bind(&socket, &address)?;
     sockopt::set_socket_reuseaddr(&socket, false)?;
@@ -286,7 +288,7 @@ mod tests {
     use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 
     #[test]
-    fn a_port_is_held_while_it_is_handed_over() {
+    fn port_is_held_while_it_is_passed_on() {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let listens = |address: SocketAddr| match protocol {
                 Protocol::Tcp => TcpListener::bind(address).is_ok(),
@@ -296,13 +298,13 @@ mod tests {
             let address = SocketAddr::try_from(rustix::net::getsockname(&socket).unwrap()).unwrap();
             assert!(in_use(address, protocol));
             drop(socket);
-            let mut held = Held::default();
+            let mut held = HeldPorts::default();
             held.add(address, protocol).unwrap();
             assert!(in_use(address, protocol) && !listens(address), "held");
-            let sent = held.hand_over().unwrap();
-            assert!(in_use(address, protocol) && !listens(address), "on its way");
+            let sent = held.into_descriptor().unwrap();
+            assert!(in_use(address, protocol) && !listens(address), "in flight");
             drop(sent);
-            assert!(listens(address), "given up");
+            assert!(listens(address), "released");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Asking an instance whether it is ready.
+//! Checks whether an instance is ready.
 
 use std::{
     collections::BTreeMap,
@@ -18,33 +18,33 @@ use super::output;
 /// The longest status line that is read.
 const STATUS_LINE: u64 = 1024;
 
-/// Asks once. `Err` says what the answer was instead, for the operator.
-pub(super) async fn ask(
+/// Checks once, within `timeout`. `Err` describes the failure for the operator.
+pub(super) async fn check(
     probe: &Probe,
     ports: &BTreeMap<String, u16>,
     address: IpAddr,
     dir: &Path,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<(), String> {
     let answer = async {
         match probe {
             Probe::Tcp { port } => connect(ports, port, address).await.map(drop),
             Probe::Http { port, path, status } => {
                 let answer = get(connect(ports, port, address).await?, path).await?;
-                if answer == *status { Ok(()) } else { Err(format!("it answered status {answer}")) }
+                if answer == *status { Ok(()) } else { Err(format!("it returned status {answer}")) }
             }
-            Probe::Output { contains } => {
+            Probe::Output { contains: text } => {
                 let dir = dir.to_owned();
-                let kept = tokio::task::spawn_blocking(move || output::kept(&dir)).await.unwrap_or_default();
-                let found = kept.split(|byte| *byte == b'\n').any(|line| holds(line, contains.as_bytes()));
-                if found { Ok(()) } else { Err("no line of its output contains it".to_owned()) }
+                let output = tokio::task::spawn_blocking(move || output::read_all(&dir)).await.unwrap_or_default();
+                let found = output.split(|byte| *byte == b'\n').any(|line| contains(line, text.as_bytes()));
+                if found { Ok(()) } else { Err("no line of its output contains the text".to_owned()) }
             }
         }
     };
-    tokio::time::timeout(patience, answer).await.unwrap_or_else(|_| Err("it did not answer in time".to_owned()))
+    tokio::time::timeout(timeout, answer).await.unwrap_or_else(|_| Err("it timed out".to_owned()))
 }
 
-/// What is asked, for the operator.
+/// Describes the check for the operator.
 pub(super) fn describe(probe: &Probe, ports: &BTreeMap<String, u16>, address: IpAddr) -> String {
     let at = |port: &String| match ports.get(port) {
         Some(number) => format!("{port:?} ({})", SocketAddr::new(address, *number)),
@@ -58,13 +58,13 @@ pub(super) fn describe(probe: &Probe, ports: &BTreeMap<String, u16>, address: Ip
 }
 
 async fn connect(ports: &BTreeMap<String, u16>, port: &str, address: IpAddr) -> Result<TcpStream, String> {
-    let number = ports.get(port).ok_or_else(|| format!("the probe names port {port:?}, which the scenario lacks"))?;
+    let number = ports.get(port).ok_or_else(|| format!("the scenario has no port {port:?}, which the probe names"))?;
     TcpStream::connect((address, *number)).await.map_err(|error| error.to_string())
 }
 
 async fn get(mut stream: TcpStream, path: &str) -> Result<u16, String> {
     if !path.starts_with('/') || path.chars().any(|c| c.is_control() || c == ' ') {
-        return Err(format!("the probe's path {path:?} must begin with / and have no space or control character"));
+        return Err(format!("the probe's path {path:?} must start with / and contain no space or control character"));
     }
     let host = stream.peer_addr().map_err(|error| error.to_string())?;
     let request =
@@ -77,7 +77,7 @@ async fn get(mut stream: TcpStream, path: &str) -> Result<u16, String> {
             break;
         }
     }
-    status(&line).ok_or_else(|| "its answer is not HTTP".to_owned())
+    status(&line).ok_or_else(|| "its response is not HTTP".to_owned())
 }
 
 fn status(answer: &[u8]) -> Option<u16> {
@@ -87,7 +87,7 @@ fn status(answer: &[u8]) -> Option<u16> {
     words.next().filter(|code| code.len() == 3)?.parse().ok()
 }
 
-fn holds(line: &[u8], text: &[u8]) -> bool {
+fn contains(line: &[u8], text: &[u8]) -> bool {
     text.is_empty() || line.windows(text.len()).any(|window| window == text)
 }
 
@@ -98,7 +98,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn reads_a_status() {
+    fn status_is_parsed() {
         assert_eq!(status(b"HTTP/1.1 204 No Content\r\nA: b\r\n"), Some(204));
         assert_eq!(status(b"HTTP/1.0 200\r\n"), Some(200));
         for wrong in ["", "SSH-2.0-x\r\n", "HTTP/1.1\r\n", "HTTP/1.1 2000 x\r\n", "HTTP/1.1 abc\r\n"] {
@@ -108,13 +108,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_answer_is_read_without_panic(answer: Vec<u8>) {
+        fn no_response_panics(answer: Vec<u8>) {
             let _ = status(&answer);
         }
 
         #[test]
-        fn holds_is_contains(line in "[ab]{0,12}", text in "[ab]{0,4}") {
-            prop_assert_eq!(holds(line.as_bytes(), text.as_bytes()), line.contains(&text));
+        fn contains_finds_every_occurrence(line in "[ab]{0,12}", text in "[ab]{0,4}") {
+            prop_assert_eq!(contains(line.as_bytes(), text.as_bytes()), line.contains(&text));
         }
     }
 }

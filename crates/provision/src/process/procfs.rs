@@ -1,4 +1,7 @@
-//! What the kernel says about processes.
+//! Reads processes from `/proc`, signals and reaps them.
+//!
+//! The `procfs` crate isn't used: it opens each process's directory before the file in it, parses all 52 fields of `stat` where five are needed,
+//! and reads the list of children for one thread at a time only. Most of this module (pidfds, signals, killing marked processes) isn't in it.
 
 use std::{
     fs, io,
@@ -14,7 +17,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
 
 use super::record::{MARKER, ProcessId, State};
 
-/// One process.
+/// The fields of `/proc/<pid>/stat` that are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stat {
     pub(super) pid: i32,
@@ -25,17 +28,17 @@ pub(super) struct Stat {
     pub(super) zombie: bool,
 }
 
-/// This boot's name.
+/// The id of this boot.
 pub(super) fn boot() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
-/// One process, if it is there.
+/// Reads a process; `None` if it doesn't exist.
 pub(super) fn stat(pid: i32) -> Option<Stat> {
     parse(pid, &fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
-/// The name in the second field may hold anything, parentheses and spaces too: what counts begins after the last parenthesis.
+/// The process name in the second field may contain parentheses and spaces, so parsing starts after the last parenthesis.
 fn parse(pid: i32, text: &str) -> Option<Stat> {
     let (_, rest) = text.rsplit_once(") ")?;
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
@@ -49,20 +52,19 @@ fn parse(pid: i32, text: &str) -> Option<Stat> {
     })
 }
 
-/// Every process that can be seen. What this costs grows with the machine: no call of the provisioner waits for it, but for one that finds a
-/// supervisor killed.
+/// All visible processes. The cost depends on the whole machine, so it is used only for a killed supervisor.
 fn all() -> Vec<Stat> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     entries.flatten().filter_map(|entry| stat(entry.file_name().to_str()?.parse().ok()?)).collect()
 }
 
-/// Whether this kernel says which children a process has.
+/// Whether this kernel lists the children of a process.
 pub(super) fn lists_children() -> bool {
     let me = std::process::id();
     Path::new(&format!("/proc/{me}/task/{me}/children")).exists()
 }
 
-/// Every living process below that one, however deep. Reads of these alone.
+/// All living descendants of a process. Reads only their files.
 pub(super) fn descendants(root: i32) -> Vec<Stat> {
     let mut found = Vec::new();
     let mut next = vec![root];
@@ -84,61 +86,61 @@ fn children(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-/// The process of that number, with its start.
+/// The process with that id, with its start time.
 pub(super) fn identify(pid: i32) -> Option<ProcessId> {
     stat(pid).map(|stat| ProcessId { pid, start: stat.start })
 }
 
-/// Whether it still runs.
-pub(super) fn lives(id: ProcessId) -> bool {
+/// Whether the process still runs. A zombie doesn't.
+pub(super) fn is_running(id: ProcessId) -> bool {
     stat(id.pid).is_some_and(|stat| stat.start == id.start && !stat.zombie)
 }
 
-/// A descriptor of that very process and of no later one of its number; `None` if it has ended. Readable once it ends.
-pub(super) fn open(id: ProcessId) -> io::Result<Option<OwnedFd>> {
+/// Opens a pidfd, which becomes readable when the process exits; `None` if it has exited. It never refers to a later process with that id.
+pub(super) fn open_pidfd(id: ProcessId) -> io::Result<Option<OwnedFd>> {
     let Some(pid) = Pid::from_raw(id.pid) else { return Ok(None) };
     match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
-        // Asked after the descriptor is taken: what it names cannot change any more.
-        Ok(fd) => Ok(lives(id).then_some(fd)),
+        // Checked after opening: the descriptor can't change to another process.
+        Ok(fd) => Ok(is_running(id).then_some(fd)),
         Err(rustix::io::Errno::SRCH) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Signals the process of a descriptor; one that has ended is success.
-pub(super) fn signal(process: impl AsFd, signal: Signal) -> io::Result<()> {
+/// Signals the process of a pidfd. Succeeds if it has exited.
+pub(super) fn send_signal(process: impl AsFd, signal: Signal) -> io::Result<()> {
     match rustix::process::pidfd_send_signal(process, signal) {
         Err(rustix::io::Errno::SRCH) | Ok(()) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Lets go of a child of this process that has ended; of what is not its child, or still runs, nothing changes.
+/// Reaps the process if it is a child of this one and has exited.
 pub(super) fn reap(id: ProcessId) {
     if let Some(pid) = Pid::from_raw(id.pid).filter(|_| stat(id.pid).is_some_and(|stat| stat.start == id.start)) {
         let _ = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG);
     }
 }
 
-/// Kills what a supervisor that was itself killed has left: whatever carries the instance's marker, or is still of its process group and
-/// session. Answers how many were found.
-pub(super) fn sweep(dir: &Path, state: &State, patience: Duration) -> io::Result<usize> {
-    let deadline = Instant::now() + patience;
+/// Kills the processes that a killed supervisor has left: those with the instance's environment variable, or in its process group and session.
+/// Returns how many there were. Blocks.
+pub(super) fn kill_marked(dir: &Path, state: &State, timeout: Duration) -> io::Result<usize> {
+    let deadline = Instant::now() + timeout;
     let marker = [MARKER.as_bytes(), b"=", dir.as_os_str().as_bytes()].concat();
-    let mut swept = 0;
+    let mut killed = 0;
     loop {
         let left: Vec<Stat> = all().into_iter().filter(|stat| !stat.zombie && belongs(stat, &marker, state)).collect();
         if left.is_empty() {
-            return Ok(swept);
+            return Ok(killed);
         }
         if Instant::now() >= deadline {
             let pids: Vec<String> = left.iter().map(|stat| stat.pid.to_string()).collect();
-            return Err(io::Error::other(format!("processes {} do not end", pids.join(", "))));
+            return Err(io::Error::other(format!("processes {} do not exit", pids.join(", "))));
         }
         for stat in left {
-            swept += 1;
-            if let Some(process) = open(ProcessId { pid: stat.pid, start: stat.start })? {
-                signal(process, Signal::KILL)?;
+            killed += 1;
+            if let Some(process) = open_pidfd(ProcessId { pid: stat.pid, start: stat.start })? {
+                send_signal(process, Signal::KILL)?;
             }
         }
         std::thread::sleep(Duration::from_millis(2));
@@ -146,11 +148,12 @@ pub(super) fn sweep(dir: &Path, state: &State, patience: Duration) -> io::Result
 }
 
 fn belongs(stat: &Stat, marker: &[u8], state: &State) -> bool {
-    let ours = state.child.is_some_and(|child| {
-        stat.session == state.shim.pid && stat.group == child.pid && stat.start >= state.shim.start
+    let in_group = state.child.is_some_and(|child| {
+        stat.session == state.supervisor.pid && stat.group == child.pid && stat.start >= state.supervisor.start
     });
-    ours || fs::read(format!("/proc/{}/environ", stat.pid))
-        .is_ok_and(|environ| environ.split(|byte| *byte == 0).any(|entry| entry == marker))
+    in_group
+        || fs::read(format!("/proc/{}/environ", stat.pid))
+            .is_ok_and(|environ| environ.split(|byte| *byte == 0).any(|entry| entry == marker))
 }
 
 #[cfg(test)]
@@ -159,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_cannot_forge_fields() {
+    fn process_name_cannot_forge_fields() {
         let text = "7 (a) R 1 1 (b) S 3 4 5 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 99 0";
         let stat = parse(7, text).unwrap();
         assert_eq!((stat.parent, stat.group, stat.session, stat.start, stat.zombie), (3, 4, 5, 99, false));
@@ -167,10 +170,10 @@ mod tests {
     }
 
     #[test]
-    fn this_process_lives_and_another_of_its_number_does_not() {
+    fn start_time_distinguishes_processes_with_one_id() {
         let me = identify(std::process::id() as i32).unwrap();
-        assert!(lives(me));
-        assert!(!lives(ProcessId { start: me.start + 1, ..me }));
+        assert!(is_running(me));
+        assert!(!is_running(ProcessId { start: me.start + 1, ..me }));
         assert!(!boot().is_empty());
     }
 }

@@ -1,4 +1,4 @@
-//! Waiting until an instance that was started is ready.
+//! Waits until a launched instance is ready.
 
 use std::{
     process::{Child, ExitStatus},
@@ -10,93 +10,106 @@ use tokio::time::Instant;
 
 use super::{
     Process,
-    home::{Home, blocking, failed},
+    blocking::{blocking, failed},
+    instance_dir::InstanceDir,
     output, probe, procfs,
     record::{self, LOG, READY, Record, STATE, State},
-    step, step_span,
+    step::{run_step, step_span},
     timer::FineTimer,
 };
 
-/// The first pause between two probes. Pauses grow with the time since the start, up to the scenario's interval, so that a program that
-/// starts in a millisecond is not waited for longer than that.
+/// The first pause between two probes. Pauses grow up to the scenario's interval, so that a program that starts within a millisecond isn't
+/// waited for much longer.
 const FIRST_PAUSE: Duration = Duration::from_micros(100);
-/// Pauses grow to this share of the time since the start.
-const PAUSE_SHARE: u32 = 6;
-/// The shortest pause beside which it costs nothing to look for a program that has ended.
-const LOOK_PAUSE: Duration = Duration::from_millis(1);
-/// How long a supervisor may take to say that it is there.
-const START_PATIENCE: Duration = Duration::from_secs(5);
-/// One probe may take this long.
-const PROBE_PATIENCE: Duration = Duration::from_secs(2);
+/// A pause is this fraction of the time since the start.
+const PAUSE_DIVISOR: u32 = 6;
+/// With pauses from this length on, the program's state is checked after each probe; before that, only after a successful one.
+const CHECK_STATE_FROM: Duration = Duration::from_millis(1);
+/// How long a supervisor may take to record its state.
+const SUPERVISOR_START_TIMEOUT: Duration = Duration::from_secs(5);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A supervisor that this process has started.
+/// A supervisor that this manager has started.
 #[derive(Debug)]
-pub(super) struct Shim(pub(super) Child);
+pub(super) struct StartedSupervisor(pub(super) Child);
 
-impl Shim {
-    fn ended(&mut self) -> Option<ExitStatus> {
+impl StartedSupervisor {
+    /// Its exit status, if it has exited.
+    fn exit_status(&mut self) -> Option<ExitStatus> {
         self.0.try_wait().ok().flatten()
     }
 }
 
-/// What is known of a program.
-enum Program {
-    /// Its supervisor has not said yet that it was started.
-    Begins,
-    Runs,
+/// The state of the instance's program.
+enum ProgramState {
+    /// The supervisor has not recorded its start yet.
+    Starting,
+    Running,
+    /// With the reason, for the operator.
     Ended(String),
 }
 
 impl Process {
-    /// Waits until it is ready and what is recorded of it, `written` included, survives a power cut. One that does not get there is ended,
-    /// so that another try begins anew.
-    pub(super) async fn settle(
+    /// Waits until the instance is ready, and syncs its files `written`. Stops the instance if that fails, so that a retry starts it again.
+    pub(super) async fn wait_until_ready(
         &self,
-        home: &Home,
+        instance: &InstanceDir,
         record: &Record,
-        shim: Option<Shim>,
+        supervisor: Option<StartedSupervisor>,
         written: &'static [&'static str],
     ) -> Result<Outputs> {
-        let lasting = {
-            let home = home.clone();
-            blocking(move || home.make_lasting(written).map_err(failed("start", "making what is recorded last")))
+        let synced = {
+            let instance = instance.clone();
+            blocking(move || instance.sync(written).map_err(failed("start", "syncing its records")))
         };
-        let ready = step(step_span!("provision.ready", home), self.ready(home, record, shim));
-        let (lasting, ready) = futures::join!(lasting, ready);
-        if let Err(error) = lasting.and(ready) {
-            if let Err(also) = step(step_span!("provision.stop", home), self.stop(home)).await {
-                tracing::warn!(instance.identity = home.identity(), error = %also, "an instance that was not ready does not end");
+        let ready = run_step(step_span!("provision.ready", instance), self.probe(instance, record, supervisor));
+        let (synced, ready) = futures::join!(synced, ready);
+        if let Err(error) = synced.and(ready) {
+            if let Err(stop_error) = run_step(step_span!("provision.stop", instance), self.stop(instance)).await {
+                tracing::warn!(
+                    instance.identity = instance.identity(),
+                    error = %stop_error,
+                    "an instance that did not become ready cannot be stopped"
+                );
             }
             return Err(error);
         }
-        // Beside what follows: for the next launch.
+        // For the next launch; nothing waits for it.
         let standby = self.standby.clone();
         drop(tokio::task::spawn_blocking(move || standby.refill()));
         let Record { launch, .. } = record;
         Ok(Outputs { connection_info: launch.connection_info.clone(), flags: launch.flags.clone() })
     }
 
-    async fn ready(&self, home: &Home, record: &Record, mut shim: Option<Shim>) -> Result<()> {
-        let (readiness, marked) = (&record.launch.readiness, home.dir.join(READY));
-        if marked.exists() {
+    /// Probes the instance until it is ready, and records that.
+    async fn probe(
+        &self,
+        instance: &InstanceDir,
+        record: &Record,
+        mut supervisor: Option<StartedSupervisor>,
+    ) -> Result<()> {
+        let readiness = &record.launch.readiness;
+        if instance.dir.join(READY).exists() {
             return Ok(());
         }
-        let began = Instant::now();
-        let timer = FineTimer::new().map_err(failed("ready", "making a timer"))?;
+        let started = Instant::now();
+        let timer = FineTimer::new().map_err(failed("ready", "creating a timer"))?;
         loop {
-            let left = readiness.timeout.saturating_sub(began.elapsed());
-            let patience = left.clamp(FIRST_PAUSE, PROBE_PATIENCE);
-            let answer = probe::ask(&readiness.probe, &record.ports, self.probed, &home.dir, patience).await;
-            let pause = (began.elapsed() / PAUSE_SHARE).clamp(FIRST_PAUSE, readiness.interval.max(FIRST_PAUSE));
-            if answer.is_ok() || left.is_zero() || pause >= LOOK_PAUSE.min(readiness.interval) {
-                // After the probe: what answered may have been something else on that port, if ours is gone.
-                match self.look(home, &mut shim, began.elapsed(), answer.is_ok()).await? {
-                    Program::Runs if answer.is_ok() => return Ok(()),
-                    Program::Begins | Program::Runs => {}
-                    Program::Ended(how) => {
+            let left = readiness.timeout.saturating_sub(started.elapsed());
+            let timeout = left.clamp(FIRST_PAUSE, PROBE_TIMEOUT);
+            let probed =
+                probe::check(&readiness.probe, &record.ports, self.probe_address, &instance.dir, timeout).await;
+            let pause = (started.elapsed() / PAUSE_DIVISOR).clamp(FIRST_PAUSE, readiness.interval.max(FIRST_PAUSE));
+            if probed.is_ok() || left.is_zero() || pause >= CHECK_STATE_FROM.min(readiness.interval) {
+                // Checked after the probe: if the program has ended, another one may have answered on its port.
+                let state = self.program_state(instance, &mut supervisor, started.elapsed(), probed.is_ok());
+                match state.await? {
+                    ProgramState::Running if probed.is_ok() => return Ok(()),
+                    ProgramState::Starting | ProgramState::Running => {}
+                    ProgramState::Ended(reason) => {
                         return Err(Error::Provision {
                             step: "ready",
-                            detail: format!("{how}{}", said(home, record).await),
+                            detail: format!("{reason}{}", output_tail(instance, record).await),
                         });
                     }
                 }
@@ -105,11 +118,11 @@ impl Process {
                 return Err(Error::Provision {
                     step: "ready",
                     detail: format!(
-                        "{} was probed for {:?} and at last: {}{}",
-                        probe::describe(&readiness.probe, &record.ports, self.probed),
+                        "{} did not succeed within {:?}; the last attempt: {}{}",
+                        probe::describe(&readiness.probe, &record.ports, self.probe_address),
                         readiness.timeout,
-                        answer.err().unwrap_or_else(|| "it answered, but its supervisor did not".to_owned()),
-                        said(home, record).await
+                        probed.err().unwrap_or_else(|| "it succeeded, but the supervisor has not started".to_owned()),
+                        output_tail(instance, record).await
                     ),
                 });
             }
@@ -117,54 +130,65 @@ impl Process {
         }
     }
 
-    /// Whether the program runs, and how it or its supervisor ended. One that runs and has `answered` is recorded as ready.
-    async fn look(&self, home: &Home, shim: &mut Option<Shim>, since: Duration, answered: bool) -> Result<Program> {
-        let left = shim.as_mut().and_then(|shim| Some((shim.ended()?, shim.0.id())));
-        let (home, program) = (home.clone(), self.shim.clone());
+    /// Returns the program's state. Records that the instance is ready if it runs and was `probed` successfully.
+    async fn program_state(
+        &self,
+        instance: &InstanceDir,
+        supervisor: &mut Option<StartedSupervisor>,
+        elapsed: Duration,
+        probed: bool,
+    ) -> Result<ProgramState> {
+        let exited = supervisor.as_mut().and_then(|supervisor| Some((supervisor.exit_status()?, supervisor.0.id())));
+        let (instance, program) = (instance.clone(), self.supervisor.clone());
         blocking(move || {
-            let state = || record::read::<State>(&home.dir, STATE).map_err(failed("find", format!("reading {STATE}")));
-            let ended = |end: record::End| Program::Ended(format!("the program {}", end.how));
-            Ok(match (state()?, left) {
+            let read =
+                || record::read::<State>(&instance.dir, STATE).map_err(failed("find", format!("reading {STATE}")));
+            let ended = |end: record::End| ProgramState::Ended(format!("the program {}", end.reason));
+            Ok(match (read()?, exited) {
                 (Some(State { end: Some(end), .. }), _) => ended(end),
-                (Some(state), _) if procfs::lives(state.shim) => {
-                    if answered {
-                        std::fs::write(home.dir.join(READY), "").map_err(failed("ready", "recording that it is"))?;
+                (Some(state), _) if procfs::is_running(state.supervisor) => {
+                    if probed {
+                        std::fs::write(instance.dir.join(READY), "")
+                            .map_err(failed("ready", "recording that it is ready"))?;
                     }
-                    Program::Runs
+                    ProgramState::Running
                 }
-                // It may have written its last, and ended, since its state was read.
-                (Some(last), _) => match state()? {
+                // It may have recorded the end and exited since the state was read.
+                (Some(last), _) => match read()? {
                     Some(State { end: Some(end), .. }) => ended(end),
                     _ => {
-                        let pid = u32::try_from(last.shim.pid).unwrap_or(0);
-                        Program::Ended(format!("its supervisor was killed{}", logged(&home, pid)))
+                        let pid = u32::try_from(last.supervisor.pid).unwrap_or(0);
+                        ProgramState::Ended(format!("its supervisor was killed{}", last_log_line(&instance, pid)))
                     }
                 },
-                (None, Some((status, pid))) => Program::Ended(format!(
+                (None, Some((status, pid))) => ProgramState::Ended(format!(
                     "its supervisor {} ended with {status}{}",
                     program.display(),
-                    logged(&home, pid)
+                    last_log_line(&instance, pid)
                 )),
-                (None, None) if since < START_PATIENCE => Program::Begins,
-                (None, None) => Program::Ended(format!("its supervisor {} says nothing", program.display())),
+                (None, None) if elapsed < SUPERVISOR_START_TIMEOUT => ProgramState::Starting,
+                (None, None) => ProgramState::Ended(format!(
+                    "its supervisor {} did not record its start within {SUPERVISOR_START_TIMEOUT:?}",
+                    program.display()
+                )),
             })
         })
         .await
     }
 }
 
-/// The last lines of output, to end an error with.
-async fn said(home: &Home, record: &Record) -> String {
-    let (home, secrets) = (home.clone(), record.launch.flags.clone());
-    match blocking(move || Ok(output::tail(&home.dir, &secrets))).await.unwrap_or_default() {
-        tail if tail.is_empty() => "; it wrote nothing".to_owned(),
+/// The last lines of output, as the end of an error message.
+async fn output_tail(instance: &InstanceDir, record: &Record) -> String {
+    let (instance, secrets) = (instance.clone(), record.launch.flags.clone());
+    match blocking(move || Ok(output::tail(&instance.dir, &secrets))).await.unwrap_or_default() {
+        tail if tail.is_empty() => "; it wrote no output".to_owned(),
         tail => format!("; its last output:\n{tail}"),
     }
 }
 
-/// What that supervisor last had to say about itself. Blocks.
-fn logged(home: &Home, pid: u32) -> String {
-    let text = std::fs::read_to_string(home.dir.join(LOG)).unwrap_or_default();
-    let said = text.lines().rev().find_map(|line| Some(line.split_once(&record::log_prefix(pid))?.1));
-    said.map(|said| format!(" ({said})")).unwrap_or_default()
+/// The last line that this supervisor has logged, in parentheses. Blocks.
+fn last_log_line(instance: &InstanceDir, pid: u32) -> String {
+    let log = std::fs::read_to_string(instance.dir.join(LOG)).unwrap_or_default();
+    let line = log.lines().rev().find_map(|line| Some(line.split_once(&record::log_prefix(pid))?.1));
+    line.map(|line| format!(" ({line})")).unwrap_or_default()
 }

@@ -1,6 +1,6 @@
-//! What is written down about an instance, and where.
+//! The files that record an instance.
 //!
-//! Every file is replaced whole (written beside, then renamed), so that a reader sees the old text or the new one.
+//! A file is replaced by writing a new one and renaming it, so that a reader sees either the old content or the new.
 
 use std::{
     collections::BTreeMap,
@@ -16,54 +16,54 @@ use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use sha2::{Digest as _, Sha256};
 
-/// The form of [`Record`]; a supervisor refuses any other.
+/// The version of the [`Record`] format; a supervisor rejects any other.
 pub(super) const VERSION: u32 = 1;
 
-/// The variable that marks every process of an instance with its directory: a key may be there twice on a machine, under another
-/// directory of instances.
+/// The environment variable that marks every process of an instance with the instance's directory. A key alone is ambiguous if the machine has
+/// several directories of instances.
 pub(super) const MARKER: &str = "GAUNTLET_INSTANCE";
 
 pub(super) const LABEL: &str = "label.json";
 pub(super) const RECORD: &str = "instance.json";
 pub(super) const STATE: &str = "state.json";
 pub(super) const READY: &str = "ready";
-/// What the supervisor itself has to say.
+/// Errors of the supervisor.
 pub(super) const LOG: &str = "supervisor.log";
 pub(super) const WORK: &str = "work";
 
-/// Beside the directory of instances: the locks of their supervisors.
+/// The directory of supervisor locks, beside the directory of instances.
 pub(super) const RUN: &str = "run";
 
-/// The name of an instance's directory. A challenge's id is any text, so only its hash is part of a path.
+/// The name of an instance's directory. A challenge's id may be any text, so the path contains only its hash.
 pub(super) fn key(challenge: &ChallengeId, identity: &Identity) -> String {
     format!("{}-{identity}", hash(challenge.as_str().as_bytes()))
 }
 
-/// 16 hexadecimal characters.
+/// The first 16 hexadecimal digits of the SHA-256 hash.
 pub(super) fn hash(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// What the lines of a supervisor have between their time and their text.
+/// The part between time and text in a line of the supervisor's log.
 pub(super) fn log_prefix(pid: u32) -> String {
     format!("supervisor {pid} ")
 }
 
-/// What is there, for whom, and by which order: the first thing written and the last that stays.
+/// The identity of an instance, its generation and its reservation. It is the first file written and the last one deleted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Label {
     pub(super) challenge: String,
     pub(super) identity: String,
-    /// The highest generation that was ever ordered.
+    /// The highest generation that was requested.
     pub(super) generation: u64,
-    /// It was taken down; the label stays for a while so that orders older than that are still refused.
+    /// The instance was removed. The label is kept for a while to fence older requests.
     pub(super) gone: bool,
-    /// The ports reserved for it, whether or not it was launched on them.
+    /// The reserved ports, whether or not the instance was launched with them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) ports: BTreeMap<String, u16>,
 }
 
-/// What the supervisor is to run. Holds secrets: its file is readable by its owner only.
+/// What the supervisor runs. It contains secrets, so only the owner can read its file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record {
     pub(super) version: u32,
@@ -71,7 +71,7 @@ pub(super) struct Record {
     pub(super) launch: Launch,
 }
 
-/// A launch plan with nothing left to decide. Two equal launches need no restart between them.
+/// A completely resolved launch plan. An instance that runs from an equal one needs no restart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Launch {
     pub(super) program: PathBuf,
@@ -113,45 +113,51 @@ enum ProbeForm {
     Output { contains: String },
 }
 
-/// What the supervisor last said about itself.
+/// The supervisor's state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct State {
-    /// The boot it was said in; process ids of another boot mean nothing.
+    /// The id of the boot; process ids of another boot are meaningless.
     pub(super) boot: String,
-    pub(super) shim: ProcessId,
+    #[serde(rename = "shim")]
+    pub(super) supervisor: ProcessId,
     /// The instance's first process, which leads its process group.
     pub(super) child: Option<ProcessId>,
     /// The instance's control group, if it has one.
     pub(super) cgroup: Option<PathBuf>,
-    /// Everything that runs is in that group: what is begun later is too.
-    pub(super) gathered: bool,
-    /// How many times in a row it had ended by itself soon after it was started, before this start.
+    /// All processes are in that group, so later ones will be, too.
+    #[serde(rename = "gathered")]
+    pub(super) all_in_cgroup: bool,
+    /// How many times in a row the instance had ended on its own soon after its start, before this start.
     pub(super) restarts: u32,
     pub(super) end: Option<End>,
 }
 
-/// A process that cannot be mistaken for a later one of the same number.
+/// A process, distinguished from later ones with the same id by its start time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ProcessId {
     pub(super) pid: i32,
-    /// When it started, in clock ticks since boot.
+    /// The start time, in clock ticks since boot.
     pub(super) start: u64,
 }
 
-/// How it ended.
+/// How an instance ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct End {
-    /// For the operator: "exit status 3".
-    pub(super) how: String,
+    /// For the operator, such as "ended with exit status 3".
+    #[serde(rename = "how")]
+    pub(super) reason: String,
     /// Whether no process is left.
-    pub(super) whole: bool,
-    /// Whether it was told to end.
-    pub(super) told: bool,
+    #[serde(rename = "whole")]
+    pub(super) complete: bool,
+    /// Whether a manager stopped it.
+    #[serde(rename = "told")]
+    pub(super) requested: bool,
     /// How long it ran.
-    pub(super) after: Duration,
+    #[serde(rename = "after")]
+    pub(super) ran_for: Duration,
 }
 
-/// Reads one; `None` if it is not there.
+/// Reads a file; `None` if it doesn't exist.
 pub(super) fn read<T: DeserializeOwned>(dir: &Path, name: &str) -> io::Result<Option<T>> {
     match std::fs::read(dir.join(name)) {
         Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
@@ -160,12 +166,12 @@ pub(super) fn read<T: DeserializeOwned>(dir: &Path, name: &str) -> io::Result<Op
     }
 }
 
-/// Writes one. It survives a power cut once [`sync`] has been over it and its directory.
+/// Writes a file. It survives a power cut once the file and its directory are synced ([`sync`]).
 pub(super) fn write<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
     replace(dir, name, value, false)
 }
 
-/// Writes one so that a power cut leaves the old text or the new one, never neither.
+/// Replaces a file such that a power cut leaves either the old content or the new.
 pub(super) fn rewrite<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
     replace(dir, name, value, dir.join(name).exists())
 }
@@ -180,15 +186,14 @@ fn replace<T: Serialize>(dir: &Path, name: &str, value: &T, synced: bool) -> io:
     std::fs::rename(&beside, dir.join(name))
 }
 
-/// Makes a file, or what a directory lists, survive a power cut.
+/// Syncs a file or a directory.
 pub(super) fn sync(path: &Path) -> io::Result<()> {
     #[cfg(test)]
     tests::SYNCED.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(path.to_owned());
     File::open(path)?.sync_all()
 }
 
-/// Makes several files or directories survive a power cut. All at once: the file system serves them with one flush of its journal, where
-/// one after the other waits for a flush each.
+/// Syncs several files and directories, in parallel: the file system can then serve them with one flush instead of one for each.
 pub(super) fn sync_all(paths: &[PathBuf]) -> io::Result<()> {
     let Some((first, others)) = paths.split_first() else { return Ok(()) };
     std::thread::scope(|scope| {
@@ -206,7 +211,7 @@ pub(super) fn sync_all(paths: &[PathBuf]) -> io::Result<()> {
     })
 }
 
-/// Removes one, if it is there.
+/// Removes a file. Succeeds if it doesn't exist.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -214,35 +219,35 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The lock of an instance's supervisor. All are in one directory, so that one watch sees each end.
-pub(super) fn run_lock(dir: &Path) -> PathBuf {
+/// The supervisor lock of an instance. All locks are in one directory, so that one inotify watch covers them.
+pub(super) fn supervisor_lock_path(dir: &Path) -> PathBuf {
     let (top, key) = (dir.parent().and_then(Path::parent), dir.file_name());
     top.unwrap_or(dir).join(RUN).join(key.unwrap_or_default())
 }
 
-/// Takes the lock that a supervisor holds for as long as it lives; `None` if another holds it. Kept open by nobody else: it is free again
-/// the moment its holder ends, however it ends.
+/// Takes the lock that a supervisor holds while it lives; `None` if another process holds it. Only the holder has the file open, so the lock is
+/// released as soon as the holder exits, for whatever reason.
 ///
-/// Its supervisor opens it for writing, everybody else does not: that it is closed after that is what a watch sees.
-pub(super) fn take_run_lock(dir: &Path, who: Who) -> io::Result<Option<File>> {
-    let path = run_lock(dir);
-    let access = match who {
-        Who::Supervisor => OFlags::WRONLY,
-        Who::Manager => OFlags::RDONLY,
+/// Only a supervisor opens the file for writing: closing it then is the event that the inotify watch reports.
+pub(super) fn try_supervisor_lock(dir: &Path, role: LockRole) -> io::Result<Option<File>> {
+    let path = supervisor_lock_path(dir);
+    let access = match role {
+        LockRole::Supervisor => OFlags::WRONLY,
+        LockRole::Manager => OFlags::RDONLY,
     };
     let mode = Mode::RUSR | Mode::WUSR;
     let file = File::from(rustix::fs::open(&path, access | OFlags::CREATE | OFlags::CLOEXEC, mode)?);
-    Ok(if try_lock(&file)? && same(&file, &path) { Some(file) } else { None })
+    Ok(if try_lock(&file)? && is_same_file(&file, &path) { Some(file) } else { None })
 }
 
-/// Who takes a supervisor's lock.
+/// The kind of process that takes a supervisor lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Who {
+pub(super) enum LockRole {
     Supervisor,
     Manager,
 }
 
-/// Locks without waiting; false if another holds it.
+/// Locks a file without waiting. Returns false if another process has locked it.
 pub(super) fn try_lock(file: &File) -> io::Result<bool> {
     match file.try_lock() {
         Ok(()) => Ok(true),
@@ -251,8 +256,8 @@ pub(super) fn try_lock(file: &File) -> io::Result<bool> {
     }
 }
 
-/// Whether what was opened is still what the path names: a lock on something that was removed meanwhile excludes nobody.
-pub(super) fn same(file: &File, path: &Path) -> bool {
+/// Whether the path still names the open file. A lock on a file that was deleted meanwhile excludes nobody.
+pub(super) fn is_same_file(file: &File, path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt as _;
     match (file.metadata(), std::fs::metadata(path)) {
         (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
@@ -267,16 +272,16 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// Everything that was synced, by all tests of this process.
+    /// Everything that the tests of this process have synced.
     pub(crate) static SYNCED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-    /// What was synced in that directory since this was last called for it.
+    /// Takes the paths below `dir` that were synced since the last call.
     pub(crate) fn synced_below(dir: &Path) -> BTreeSet<PathBuf> {
         SYNCED.lock().unwrap().extract_if(.., |path| path.starts_with(dir)).collect()
     }
 
     #[test]
-    fn a_key_is_one_name_whatever_the_id() {
+    fn key_is_a_file_name_for_any_challenge_id() {
         let identity = Identity::from_bits(7);
         for id in ["../../etc/passwd", "/", ".", "a/b\\c", "💥"] {
             let key = key(&ChallengeId::new(id).unwrap(), &identity);
@@ -286,15 +291,15 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_lock_on_a_removed_file_is_no_lock() {
+    fn lock_on_a_deleted_file_excludes_nobody() {
         let top = tempfile::tempdir().unwrap();
         let dir = top.path().join("instances/key");
         std::fs::create_dir(top.path().join(RUN)).unwrap();
-        let take = || take_run_lock(&dir, Who::Manager).unwrap();
+        let take = || try_supervisor_lock(&dir, LockRole::Manager).unwrap();
         let held = take().unwrap();
         assert!(take().is_none());
-        remove(&run_lock(&dir)).unwrap();
-        assert!(!same(&held, &run_lock(&dir)));
+        remove(&supervisor_lock_path(&dir)).unwrap();
+        assert!(!is_same_file(&held, &supervisor_lock_path(&dir)));
         assert!(take().is_some());
     }
 }

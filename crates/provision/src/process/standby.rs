@@ -1,7 +1,7 @@
-//! Supervisors that were started before there is an instance for them.
+//! Supervisors that are started before there is an instance for them.
 //!
-//! To start a supervisor and the process that becomes the program takes two thirds of a small instance's start. So a manager that has
-//! launched an instance keeps one pair waiting for the next. Under load the pair is gone most of the time; then a launch starts one itself.
+//! Starting a supervisor and the process that becomes the program takes longer than a small program takes to start. So a manager that has
+//! launched an instance keeps one such pair waiting. If it is in use, a launch starts another pair.
 
 use std::{
     ffi::OsStr,
@@ -13,13 +13,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{handover::Sender, ports, ready::Shim, shim};
+use super::{handover::Sender, ports, ready::StartedSupervisor, supervisor};
 
-/// How long a supervisor that is not needed may take to end before it is killed.
+/// How long a supervisor that isn't needed may take to exit before it is killed.
 const DISMISS_TIMEOUT: Duration = Duration::from_secs(1);
 const DISMISS_PAUSE: Duration = Duration::from_millis(1);
 
-/// At most one waiting supervisor. It ends when the last clone is dropped, or the manager ends.
+/// At most one waiting supervisor. It exits when the last clone is dropped, or when the manager ends.
 #[derive(Debug, Clone)]
 pub(super) struct Standby {
     program: PathBuf,
@@ -31,27 +31,27 @@ impl Standby {
         Self { program, waiting: Arc::default() }
     }
 
-    /// The waiting supervisor, or a new one. Blocks.
+    /// Returns the waiting supervisor, or starts one. Blocks.
     pub(super) fn take(&self) -> io::Result<Waiting> {
         let waiting = self.lock().take();
         if let Some(mut waiting) = waiting
-            && waiting.lives()
+            && waiting.is_running()
         {
             return Ok(waiting);
         }
         Waiting::start(&self.program)
     }
 
-    /// Starts a supervisor that waits, if none does. Blocks.
+    /// Starts a supervisor if none waits. Blocks.
     pub(super) fn refill(&self) {
         let mut waiting = self.lock();
         if waiting.is_none() {
-            // Nothing depends on it: the next launch starts its own, and reports why it cannot.
+            // On failure, the next launch starts its own and reports the error.
             *waiting = Waiting::start(&self.program).ok();
         }
     }
 
-    /// Ends the waiting supervisor, if there is one.
+    /// Dismisses the waiting supervisor, if there is one.
     pub(super) fn clear(&self) {
         *self.lock() = None;
     }
@@ -61,7 +61,7 @@ impl Standby {
     }
 }
 
-/// A supervisor that waits for its instance. It ends when this is dropped.
+/// A supervisor that waits for an instance. Dropping it dismisses the supervisor.
 #[derive(Debug)]
 pub(super) struct Waiting(Option<(Child, Sender)>);
 
@@ -69,19 +69,26 @@ impl Waiting {
     fn start(program: &Path) -> io::Result<Self> {
         let sender = Sender::new()?;
         let mut command = Command::new(program);
-        command.arg(shim::SUPERVISE).env_clear().stdin(sender.stdin()?).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+            .arg(supervisor::SUPERVISE)
+            .env_clear()
+            .stdin(sender.stdin()?)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         Ok(Self(Some((ports::spawn(&mut command)?, sender))))
     }
 
-    fn lives(&mut self) -> bool {
+    fn is_running(&mut self) -> bool {
         self.0.as_mut().is_some_and(|(child, _)| matches!(child.try_wait(), Ok(None)))
     }
 
-    /// Gives it an instance, and what holds the instance's ports. It lives on.
-    pub(super) fn assign(mut self, arguments: &[&OsStr], ports: Option<OwnedFd>) -> io::Result<Shim> {
-        let Some((child, sender)) = self.0.take() else { return Err(io::Error::other("assigned already")) };
+    /// Passes it the arguments of an instance and the descriptor of its held ports. From then on it outlives the manager.
+    pub(super) fn assign(mut self, arguments: &[&OsStr], ports: Option<OwnedFd>) -> io::Result<StartedSupervisor> {
+        let Some((child, sender)) = self.0.take() else {
+            return Err(io::Error::other("the supervisor has an instance already"));
+        };
         match sender.send(arguments, ports) {
-            Ok(()) => Ok(Shim(child)),
+            Ok(()) => Ok(StartedSupervisor(child)),
             Err(error) => {
                 dismiss(child);
                 Err(error)
@@ -101,7 +108,7 @@ impl Drop for Waiting {
     }
 }
 
-/// Waits until a supervisor whose sender was dropped has ended. Blocks.
+/// Reaps a supervisor whose sender was dropped; kills it if it doesn't exit in time. Blocks.
 fn dismiss(mut child: Child) {
     let deadline = Instant::now() + DISMISS_TIMEOUT;
     while Instant::now() < deadline {

@@ -1,4 +1,4 @@
-//! Ending an instance, whole.
+//! Stops an instance completely.
 
 use std::{fs::File, io, time::Duration};
 
@@ -7,57 +7,61 @@ use rustix::process::Signal;
 use tokio::time::Instant;
 
 use super::{
-    KILL_PATIENCE, Process,
+    Process,
+    blocking::{blocking, failed, readable},
     cgroup::Group,
-    free,
-    home::{Home, blocking, failed, readable},
+    instance_dir::InstanceDir,
     procfs, read,
     record::{RECORD, Record, STATE, State},
+    try_supervisor_lock,
 };
 
-/// How long to wait for a supervisor that has only begun and has not said yet who it is, and for a lock that somebody looks at.
+/// How long killed processes may take to exit.
+pub(super) const KILL_TIMEOUT: Duration = Duration::from_secs(6);
+/// The pause before checking again a supervisor that has not recorded its process id yet, or a lock that another manager has taken for a moment.
 const PAUSE: Duration = Duration::from_millis(1);
 
 impl Process {
-    /// Ends whatever runs. Answers the supervisor's lock: as long as it is held none can start.
+    /// Stops everything that runs of the instance. Returns the supervisor lock: while it is held, no supervisor can start.
     ///
-    /// A supervisor may take a few seconds longer than the instance's grace before it is killed itself.
-    pub(super) async fn stop(&self, home: &Home) -> Result<File> {
-        let grace = read::<Record>(home, RECORD).await.ok().flatten().map_or(self.config.grace, |r| r.launch.grace);
-        let began = Instant::now();
-        let (told, killed) = (began + grace + KILL_PATIENCE, began + grace + 2 * KILL_PATIENCE);
+    /// A supervisor that takes more than [`KILL_TIMEOUT`] longer than the instance's grace period is killed.
+    pub(super) async fn stop(&self, instance: &InstanceDir) -> Result<File> {
+        let grace = read::<Record>(instance, RECORD).await.ok().flatten().map_or(self.config.grace, |r| r.launch.grace);
+        let started = Instant::now();
+        let (kill_at, give_up_at) = (started + grace + KILL_TIMEOUT, started + grace + 2 * KILL_TIMEOUT);
         let mut sent = None;
         let lock = loop {
-            let taken = home.clone();
-            if let Some(lock) = blocking(move || free(&taken)).await? {
+            let locking = instance.clone();
+            if let Some(lock) = blocking(move || try_supervisor_lock(&locking)).await? {
                 break lock;
             }
-            let (signal, until) = if Instant::now() < told { (Signal::TERM, told) } else { (Signal::KILL, killed) };
-            if Instant::now() >= killed {
-                let detail = "its supervisor does not end, or runs where this manager does not see it".to_owned();
-                return Err(Error::Provision { step: "stop", detail });
+            let now = Instant::now();
+            if now >= give_up_at {
+                let detail = "its supervisor does not exit, or runs in a PID namespace that this manager does not see";
+                return Err(Error::Provision { step: "stop", detail: detail.to_owned() });
             }
+            let (signal, until) = if now < kill_at { (Signal::TERM, kill_at) } else { (Signal::KILL, give_up_at) };
             let signalled = || failed("stop", "signalling its supervisor");
-            let shim = match read::<State>(home, STATE).await? {
-                Some(state) => procfs::open(state.shim).map_err(signalled())?,
+            let supervisor = match read::<State>(instance, STATE).await? {
+                Some(state) => procfs::open_pidfd(state.supervisor).map_err(signalled())?,
                 None => None,
             };
-            match shim {
-                Some(shim) => {
+            match supervisor {
+                Some(supervisor) => {
                     if sent != Some(signal) {
-                        procfs::signal(&shim, signal).map_err(signalled())?;
+                        procfs::send_signal(&supervisor, signal).map_err(signalled())?;
                         sent = Some(signal);
                     }
-                    let shim = readable(shim).map_err(signalled())?;
-                    let _ = tokio::time::timeout_at(until, shim.readable()).await;
+                    let supervisor = readable(supervisor).map_err(signalled())?;
+                    let _ = tokio::time::timeout_at(until, supervisor.readable()).await;
                 }
                 None => tokio::time::sleep(PAUSE).await,
             }
         };
-        if let Some(state) = read::<State>(home, STATE).await.unwrap_or(None) {
-            let home = home.clone();
+        if let Some(state) = read::<State>(instance, STATE).await.unwrap_or(None) {
+            let instance = instance.clone();
             blocking(move || {
-                end_what_is_left(&home, &state).map_err(failed("stop", "ending what its supervisor left"))
+                kill_leftovers(&instance, &state).map_err(failed("stop", "killing what its supervisor left"))
             })
             .await?;
         }
@@ -65,23 +69,23 @@ impl Process {
     }
 }
 
-/// Ends what a supervisor that was killed has left. Blocks.
-fn end_what_is_left(home: &Home, state: &State) -> io::Result<()> {
-    procfs::reap(state.shim);
-    // After a reboot there is nothing left to end.
-    if state.end.as_ref().is_some_and(|end| end.whole) || state.boot != procfs::boot() {
+/// Reaps the supervisor, and kills the processes that it left if it was killed. Blocks.
+fn kill_leftovers(instance: &InstanceDir, state: &State) -> io::Result<()> {
+    procfs::reap(state.supervisor);
+    // No process survives a reboot.
+    if state.end.as_ref().is_some_and(|end| end.complete) || state.boot != procfs::boot() {
         return Ok(());
     }
     let mut found = match &state.cgroup {
-        Some(path) => Group::new(path.clone()).end(KILL_PATIENCE)?,
+        Some(path) => Group::new(path.clone()).kill(KILL_TIMEOUT)?,
         None => false,
     };
-    if !state.gathered {
-        // The one search of all processes: for what had not been put into a group when its supervisor was killed.
-        found |= procfs::sweep(&home.dir, state, KILL_PATIENCE)? > 0;
+    if !state.all_in_cgroup {
+        // The only search of all processes: some were in no group when the supervisor was killed.
+        found |= procfs::kill_marked(&instance.dir, state, KILL_TIMEOUT)? > 0;
     }
     if found {
-        tracing::warn!(instance.identity = home.identity(), "ended what a killed supervisor had left");
+        tracing::warn!(instance.identity = instance.identity(), "killed processes that a killed supervisor had left");
     }
     Ok(())
 }

@@ -1,11 +1,11 @@
-//! Pauses shorter than a millisecond, which is the shortest that tokio's timers can tell apart.
+//! Sleeps for less than a millisecond, the resolution of tokio's timers.
 
 use std::{io, os::fd::OwnedFd, time::Duration};
 
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use tokio::io::unix::AsyncFd;
 
-use super::home::readable;
+use super::blocking::readable;
 
 /// A timer with the kernel's resolution.
 #[derive(Debug)]
@@ -13,7 +13,7 @@ pub(super) struct FineTimer(AsyncFd<OwnedFd>);
 
 impl FineTimer {
     /// # Errors
-    /// If the kernel gives no timer (too many open files).
+    /// If the timer can't be created, for example because too many files are open.
     pub(super) fn new() -> io::Result<Self> {
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)?;
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_cancelled_sleep_does_not_shorten_the_next() {
+    async fn cancelled_sleep_does_not_shorten_the_next() {
         let timer = FineTimer::new().unwrap();
         for _ in 0..3 {
             assert!(

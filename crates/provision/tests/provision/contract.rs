@@ -1,23 +1,23 @@
-//! What every backend of the port must do. A backend joins by implementing [`Backend`] and one line at the end.
+//! The contract of [`Provisioner`], tested on every backend. To add a backend, implement [`Backend`] and add a line at the end.
 
 use std::sync::Arc;
 
-use crate::support::{LaunchExt as _, Rig, Script, challenge, launch, said};
+use crate::support::{Fixture, LaunchExt as _, Script, challenge, greeting_at, launch};
 use gauntlet_domain::{Error, Identity, Provisioner};
 
-/// What the suite needs of a backend.
+/// What the tests need from a backend.
 trait Backend {
-    /// A manager; each call another one on the same resources.
+    /// A new manager of the same resources.
     fn manager(&self) -> Arc<dyn Provisioner>;
-    /// A script whose instance says the greeting to whoever connects, and has the flag `FLAG{greeting}`.
+    /// A script whose instance sends the greeting to each client, and has the flag `FLAG{greeting}`.
     fn plan(&self, greeting: &str) -> Script;
     /// A script whose instance never becomes ready.
     fn broken(&self) -> Script;
 }
 
-impl Backend for Rig {
+impl Backend for Fixture {
     fn manager(&self) -> Arc<dyn Provisioner> {
-        Arc::new(Rig::manager(self))
+        Arc::new(Fixture::manager(self))
     }
 
     fn plan(&self, greeting: &str) -> Script {
@@ -29,10 +29,10 @@ impl Backend for Rig {
     }
 }
 
-async fn up_answers_what_runs(backend: impl Backend) {
+async fn up_returns_the_outputs_of_the_instance(backend: impl Backend) {
     let manager = backend.manager();
     let outputs = manager.launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
-    assert_eq!(said(&outputs.connection_info).as_deref(), Some("one"));
+    assert_eq!(greeting_at(&outputs.connection_info).as_deref(), Some("one"));
     assert_eq!(outputs.flags, ["FLAG{one}"]);
     let found = manager.list().await.unwrap();
     assert_eq!(found.len(), 1);
@@ -41,7 +41,7 @@ async fn up_answers_what_runs(backend: impl Backend) {
     assert_eq!(found[0].generation, 1);
 }
 
-async fn up_twice_is_one(backend: impl Backend) {
+async fn second_up_keeps_the_instance(backend: impl Backend) {
     let first = backend.manager().launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
     // By another manager, later, and with another plan: what is up is kept.
     let again = backend.manager().launch(&launch(1, 2, &backend.plan("two"))).await.unwrap();
@@ -49,7 +49,7 @@ async fn up_twice_is_one(backend: impl Backend) {
     assert_eq!(backend.manager().list().await.unwrap().len(), 1);
 }
 
-async fn up_at_once_is_one(backend: impl Backend) {
+async fn concurrent_ups_launch_one_instance(backend: impl Backend) {
     let (one, two, plan) = (backend.manager(), backend.manager(), backend.plan("one"));
     let launch = launch(1, 1, &plan);
     let (a, b) = futures::join!(one.launch(&launch), two.launch(&launch));
@@ -57,41 +57,41 @@ async fn up_at_once_is_one(backend: impl Backend) {
     assert_eq!(one.list().await.unwrap().len(), 1);
 }
 
-async fn instances_are_apart(backend: impl Backend) {
+async fn instances_are_independent(backend: impl Backend) {
     let manager = backend.manager();
     let one = manager.launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
     let two = manager.launch(&launch(2, 1, &backend.plan("two"))).await.unwrap();
     assert_ne!(one.connection_info, two.connection_info);
     manager.down(&challenge("a challenge"), &Identity::from_bits(1), 1).await.unwrap();
-    assert_eq!(said(&one.connection_info), None);
-    assert_eq!(said(&two.connection_info).as_deref(), Some("two"));
+    assert_eq!(greeting_at(&one.connection_info), None);
+    assert_eq!(greeting_at(&two.connection_info).as_deref(), Some("two"));
 }
 
-async fn down_ends_it_and_may_be_repeated(backend: impl Backend) {
+async fn down_removes_the_instance_and_may_be_repeated(backend: impl Backend) {
     let manager = backend.manager();
     let outputs = manager.launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
     for _ in 0..2 {
         manager.down(&challenge("a challenge"), &Identity::from_bits(1), 1).await.unwrap();
-        assert_eq!(said(&outputs.connection_info), None);
+        assert_eq!(greeting_at(&outputs.connection_info), None);
         assert_eq!(manager.list().await.unwrap(), []);
     }
     manager.down(&challenge("never was"), &Identity::from_bits(9), 1).await.unwrap();
     assert_eq!(manager.list().await.unwrap(), []);
 }
 
-async fn update_keeps_where_and_changes_what(backend: impl Backend) {
+async fn update_keeps_the_address_and_changes_the_program(backend: impl Backend) {
     let manager = backend.manager();
     let before = manager.launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
     let after = manager.relaunch(&launch(1, 2, &backend.plan("two"))).await.unwrap();
     assert_eq!(before.connection_info, after.connection_info);
-    assert_eq!(said(&after.connection_info).as_deref(), Some("two"));
+    assert_eq!(greeting_at(&after.connection_info).as_deref(), Some("two"));
     assert_eq!(after.flags, ["FLAG{two}"]);
     assert_eq!(manager.list().await.unwrap()[0].generation, 2);
 }
 
-async fn update_brings_up_what_is_not_there(backend: impl Backend) {
+async fn update_launches_a_missing_instance(backend: impl Backend) {
     let outputs = backend.manager().relaunch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
-    assert_eq!(said(&outputs.connection_info).as_deref(), Some("one"));
+    assert_eq!(greeting_at(&outputs.connection_info).as_deref(), Some("one"));
 }
 
 async fn older_requests_change_nothing(backend: impl Backend) {
@@ -105,7 +105,7 @@ async fn older_requests_change_nothing(backend: impl Backend) {
     assert!(fenced(manager.down(&id, &identity, 4).await.unwrap_err()));
     assert!(fenced(manager.update(&older.request(placement.clone())).await.unwrap_err()));
     assert!(fenced(manager.up(&older.request(placement.clone())).await.unwrap_err()));
-    assert_eq!(said(&outputs.connection_info).as_deref(), Some("one"));
+    assert_eq!(greeting_at(&outputs.connection_info).as_deref(), Some("one"));
     // Nor do they bring back what a later one took down, even if it never was.
     manager.down(&id, &identity, 6).await.unwrap();
     manager.down(&id, &Identity::from_bits(2), 6).await.unwrap();
@@ -130,7 +130,7 @@ async fn identity_keeps_its_ports(backend: impl Backend) {
     assert_ne!(other.reserve(&*backend.manager()).await.unwrap().ports, ports);
     let outputs = backend.manager().up(&later.request(placement)).await.unwrap();
     assert_eq!(later.reserve(&*backend.manager()).await.unwrap().ports, ports);
-    assert_eq!(said(&outputs.connection_info).as_deref(), Some("one"), "a reservation disturbs nothing");
+    assert_eq!(greeting_at(&outputs.connection_info).as_deref(), Some("one"), "a reservation disturbs nothing");
 }
 
 async fn crash_after_reserve_can_be_finished_or_undone(backend: impl Backend) {
@@ -143,7 +143,7 @@ async fn crash_after_reserve_can_be_finished_or_undone(backend: impl Backend) {
     let placement = one.reserve(&*manager).await.unwrap();
     assert_eq!(placement.ports, ports);
     let outputs = manager.up(&one.request(placement)).await.unwrap();
-    assert_eq!(said(&outputs.connection_info).as_deref(), Some("one"));
+    assert_eq!(greeting_at(&outputs.connection_info).as_deref(), Some("one"));
 
     let undone = launch(2, 1, &backend.plan("two"));
     undone.reserve(&*backend.manager()).await.unwrap();
@@ -152,7 +152,7 @@ async fn crash_after_reserve_can_be_finished_or_undone(backend: impl Backend) {
     assert_eq!(found.iter().map(|found| &found.identity).collect::<Vec<_>>(), [&one.identity]);
 }
 
-async fn what_does_not_come_up_says_so_and_can_be_taken_down(backend: impl Backend) {
+async fn failed_launch_returns_an_error_and_can_be_removed(backend: impl Backend) {
     let manager = backend.manager();
     let error = manager.launch(&launch(1, 1, &backend.broken())).await.unwrap_err();
     assert!(matches!(error, Error::Provision { .. }), "{error}");
@@ -161,7 +161,7 @@ async fn what_does_not_come_up_says_so_and_can_be_taken_down(backend: impl Backe
     manager.launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
 }
 
-async fn a_call_that_is_dropped_can_be_repeated_or_undone(backend: impl Backend) {
+async fn cancelled_call_can_be_repeated_or_undone(backend: impl Backend) {
     let plan = backend.plan("one");
     for polls in 0..40 {
         let (manager, launch) = (backend.manager(), launch(polls, 1, &plan));
@@ -178,14 +178,14 @@ async fn a_call_that_is_dropped_can_be_repeated_or_undone(backend: impl Backend)
         let manager = backend.manager();
         if polls % 2 == 0 {
             let outputs = manager.launch(&launch).await.unwrap();
-            assert_eq!(said(&outputs.connection_info).as_deref(), Some("one"));
+            assert_eq!(greeting_at(&outputs.connection_info).as_deref(), Some("one"));
         }
         manager.down(&launch.challenge, &launch.identity, 1).await.unwrap();
         assert_eq!(manager.list().await.unwrap(), []);
     }
 }
 
-async fn any_challenge_id_will_do(backend: impl Backend) {
+async fn any_challenge_id_works(backend: impl Backend) {
     let manager = backend.manager();
     for (at, id) in ["../../../../tmp/x", "/etc/passwd", ".", "a/../b", "\u{202e}💥 ' \" $(id)"].into_iter().enumerate()
     {
@@ -210,22 +210,22 @@ macro_rules! contract {
     };
     ($name:ident, $backend:expr) => {
         contract!($name, $backend, [
-            up_answers_what_runs,
-            up_twice_is_one,
-            up_at_once_is_one,
-            instances_are_apart,
-            down_ends_it_and_may_be_repeated,
-            update_keeps_where_and_changes_what,
-            update_brings_up_what_is_not_there,
+            up_returns_the_outputs_of_the_instance,
+            second_up_keeps_the_instance,
+            concurrent_ups_launch_one_instance,
+            instances_are_independent,
+            down_removes_the_instance_and_may_be_repeated,
+            update_keeps_the_address_and_changes_the_program,
+            update_launches_a_missing_instance,
             older_requests_change_nothing,
             identity_keeps_its_ports,
             crash_after_reserve_can_be_finished_or_undone,
-            what_does_not_come_up_says_so_and_can_be_taken_down,
-            a_call_that_is_dropped_can_be_repeated_or_undone,
-            any_challenge_id_will_do,
+            failed_launch_returns_an_error_and_can_be_removed,
+            cancelled_call_can_be_repeated_or_undone,
+            any_challenge_id_works,
         ]);
     };
 }
 
-contract!(process, super::Rig::new());
-contract!(process_without_cgroups, super::Rig::without_cgroups());
+contract!(process, super::Fixture::new());
+contract!(process_without_cgroups, super::Fixture::without_cgroups());

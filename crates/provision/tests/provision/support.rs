@@ -1,4 +1,4 @@
-//! What the tests share: scripts to launch, and a directory whose instances end with the test.
+//! Scripts to launch, and a directory of the process backend whose instances end with the test.
 
 use std::{
     collections::BTreeMap,
@@ -16,9 +16,10 @@ use gauntlet_domain::{
 };
 use gauntlet_provision::process::{Config, Process};
 use gauntlet_stack::ports::Row;
+use gauntlet_testing::{eventually_blocking, processes::is_running};
 use rustix::process::{Pid, Signal};
 
-/// A scenario written down in a test. `LISTEN`, `PORT` and `GREETING` are in its environment.
+/// A scenario. `LISTEN`, `PORT` and `GREETING` are in its environment.
 #[derive(Debug, Clone)]
 pub(crate) struct Script {
     pub(crate) files: PathBuf,
@@ -32,7 +33,7 @@ pub(crate) struct Script {
 }
 
 impl Script {
-    /// Runs a shell script; `$GREETER` is the greeter.
+    /// A shell script; `$GREETER` is the greeter.
     pub(crate) fn shell(files: &Path, script: &str) -> Self {
         Self {
             files: files.to_owned(),
@@ -105,7 +106,7 @@ impl Launch {
     }
 }
 
-/// Whole launches, as the use cases do them.
+/// Complete launches, as the use cases do them.
 #[async_trait]
 pub(crate) trait LaunchExt: Provisioner {
     async fn launch(&self, launch: &Launch) -> Result<Outputs> {
@@ -142,45 +143,43 @@ pub(crate) fn launch(identity: u64, generation: u64, script: &Script) -> Launch 
     }
 }
 
-/// What is said on a port, or nothing if nobody listens.
-pub(crate) fn said(connection_info: &str) -> Option<String> {
+/// Connects and returns what the program sends; `None` if nothing listens.
+pub(crate) fn greeting_at(connection_info: &str) -> Option<String> {
     let mut text = String::new();
     TcpStream::connect(connection_info).ok()?.read_to_string(&mut text).ok()?;
     Some(text)
 }
 
-/// Looks until it is so.
-pub(crate) fn until(what: &str, mut so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !so() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        std::thread::sleep(Duration::from_millis(5));
+/// Removes the instance, whatever its generation.
+pub(crate) async fn remove(manager: &Process, identity: u64) {
+    manager.down(&challenge("a challenge"), &Identity::from_bits(identity), u64::MAX).await.unwrap();
+}
+
+/// The step and the detail of an [`Error::Provision`].
+pub(crate) fn provision_error(error: Error) -> String {
+    match error {
+        Error::Provision { step, detail } => format!("{step}: {detail}"),
+        other => panic!("{other}"),
     }
 }
 
-/// Whether a process of that number runs.
-pub(crate) fn runs(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X'])))
-}
-
-pub(crate) fn kill(pid: i32, signal: Signal) {
+pub(crate) fn send_signal(pid: i32, signal: Signal) {
     rustix::process::kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
 }
 
-/// A directory of the process backend. Its instances end with it.
-pub(crate) struct Rig {
+/// A directory of the process backend. Dropping it stops its instances.
+pub(crate) struct Fixture {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) config: Config,
     _ports: Row,
 }
 
-impl Rig {
+impl Fixture {
     pub(crate) fn new() -> Self {
         let ports = Row::any().unwrap();
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config::new(dir.path().join("data"));
-        config.shim = Some(env!("CARGO_BIN_EXE_gauntlet-shim").into());
+        config.supervisor = Some(env!("CARGO_BIN_EXE_gauntlet-shim").into());
         config.bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
         config.ports = ports.numbers();
         config.grace = Duration::from_millis(300);
@@ -188,23 +187,25 @@ impl Rig {
         Self { dir, config, _ports: ports }
     }
 
-    /// Without control groups, as where none can be made.
+    /// Without control groups, as on a machine where none can be created.
     pub(crate) fn without_cgroups() -> Self {
-        let mut rig = Self::new();
-        rig.config.cgroups = false;
-        rig
+        let mut fixture = Self::new();
+        fixture.config.cgroups = false;
+        fixture
     }
 
-    /// With control groups (where they can be made) and without.
-    pub(crate) fn each() -> [Self; 2] {
+    /// One with control groups (where they can be created) and one without.
+    pub(crate) fn with_and_without_cgroups() -> [Self; 2] {
         [Self::new(), Self::without_cgroups()]
     }
 
-    /// The control group of an instance, once all that runs is in it.
-    pub(crate) fn cgroup(&self, home: &Path) -> Option<PathBuf> {
-        let state = || state(home).filter(|state| !state["cgroup"].is_null());
+    /// The control group of an instance, once all of its processes are in it.
+    pub(crate) fn cgroup(&self, dir: &Path) -> Option<PathBuf> {
+        let state = || state(dir).filter(|state| !state["cgroup"].is_null());
         if self.config.cgroups {
-            until("it is in its control group", || state().is_some_and(|state| state["gathered"] == true));
+            eventually_blocking("all processes are in the control group", || {
+                state().is_some_and(|state| state["gathered"] == true)
+            });
         }
         Some(state()?["cgroup"].as_str()?.into())
     }
@@ -218,7 +219,7 @@ impl Rig {
         Script::shell(&self.dir.path().join("files"), script)
     }
 
-    /// Puts a shell script among the scenario's files.
+    /// Adds a shell script to the scenario's files.
     pub(crate) fn program(&self, name: &str, script: &str) -> PathBuf {
         let path = self.dir.path().join("files").join(name);
         std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
@@ -231,18 +232,18 @@ impl Rig {
         self.script("exec $GREETER")
     }
 
-    pub(crate) fn homes(&self) -> Vec<PathBuf> {
+    pub(crate) fn instance_dirs(&self) -> Vec<PathBuf> {
         let instances = std::fs::read_dir(self.config.dir.join("instances"));
-        let mut homes: Vec<_> = instances.into_iter().flatten().map(|e| e.unwrap().path()).collect();
-        homes.sort();
-        homes
+        let mut dirs: Vec<_> = instances.into_iter().flatten().map(|e| e.unwrap().path()).collect();
+        dirs.sort();
+        dirs
     }
 
-    /// The only instance's directory.
-    pub(crate) fn home(&self) -> PathBuf {
-        let mut homes = self.homes();
-        assert_eq!(homes.len(), 1);
-        homes.remove(0)
+    /// The directory of the only instance.
+    pub(crate) fn instance_dir(&self) -> PathBuf {
+        let mut dirs = self.instance_dirs();
+        assert_eq!(dirs.len(), 1);
+        dirs.remove(0)
     }
 
     /// The reserved ports.
@@ -251,28 +252,28 @@ impl Rig {
         entries.map(|e| e.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect()
     }
 
-    /// The process ids of supervisor and first process. The supervisor may record them after the program answers: waits until it has.
-    pub(crate) fn pids(&self, home: &Path) -> Option<(i32, i32)> {
-        until("its supervisor has recorded what runs", || recorded(home).is_some());
-        recorded(home)
+    /// The process ids of supervisor and program. Waits until the supervisor has recorded them, which may be after the program is ready.
+    pub(crate) fn pids(&self, dir: &Path) -> Option<(i32, i32)> {
+        eventually_blocking("the supervisor has recorded the process ids", || recorded(dir).is_some());
+        recorded(dir)
     }
 
-    /// What a script wrote to a file of its own.
-    pub(crate) fn wrote(&self, home: &Path, name: &str) -> String {
-        std::fs::read_to_string(home.join("work").join(name)).unwrap_or_default().trim().to_owned()
+    /// The content of a file in the instance's working directory; empty if it doesn't exist.
+    pub(crate) fn file(&self, dir: &Path, name: &str) -> String {
+        std::fs::read_to_string(dir.join("work").join(name)).unwrap_or_default().trim().to_owned()
     }
 }
 
-impl Drop for Rig {
+impl Drop for Fixture {
     fn drop(&mut self) {
-        for home in self.homes() {
-            if let Some((shim, _)) = recorded(&home).filter(|(shim, _)| runs(*shim)) {
-                // Also one that was stopped.
+        for dir in self.instance_dirs() {
+            if let Some((supervisor, _)) = recorded(&dir).filter(|(supervisor, _)| is_running(*supervisor)) {
+                // SIGCONT for a supervisor that a test has stopped.
                 for signal in [Signal::TERM, Signal::CONT] {
-                    let _ = rustix::process::kill_process(Pid::from_raw(shim).unwrap(), signal);
+                    let _ = rustix::process::kill_process(Pid::from_raw(supervisor).unwrap(), signal);
                 }
                 let deadline = Instant::now() + Duration::from_secs(5);
-                while runs(shim) && Instant::now() < deadline {
+                while is_running(supervisor) && Instant::now() < deadline {
                     std::thread::sleep(Duration::from_millis(2));
                 }
             }
@@ -280,13 +281,13 @@ impl Drop for Rig {
     }
 }
 
-/// The process ids of supervisor and first process, once they are recorded.
-fn recorded(home: &Path) -> Option<(i32, i32)> {
-    let state = state(home)?;
-    let pid = |who: &str| state[who]["pid"].as_i64().map(|pid| pid as i32);
+/// The process ids of supervisor and program, once they are recorded.
+fn recorded(dir: &Path) -> Option<(i32, i32)> {
+    let state = state(dir)?;
+    let pid = |name: &str| state[name]["pid"].as_i64().map(|pid| pid as i32);
     Some((pid("shim")?, pid("child")?))
 }
 
-fn state(home: &Path) -> Option<serde_json::Value> {
-    serde_json::from_slice(&std::fs::read(home.join("state.json")).ok()?).ok()
+fn state(dir: &Path) -> Option<serde_json::Value> {
+    serde_json::from_slice(&std::fs::read(dir.join("state.json")).ok()?).ok()
 }

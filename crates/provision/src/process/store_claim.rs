@@ -1,12 +1,13 @@
-//! Which store a directory of instances belongs to. The tokens of two stores do not compare: by those of one, the orders of the other would
-//! be refused, or taken for newer than they are.
+//! Which store a directory of instances belongs to.
+//!
+//! Tokens of different stores don't compare: a request with a token of the wrong store would be fenced, or would replace a newer one.
 
 use std::{fs::File, io, path::Path};
 
 use gauntlet_domain::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{home::failed, record};
+use super::{blocking::failed, record};
 
 const MARK: &str = "store.json";
 
@@ -15,27 +16,30 @@ struct Mark {
     store: String,
 }
 
-/// Marks the directory as that store's. One without a mark is taken over; that of another store is refused.
+/// Claims the directory for the store. Succeeds if it has no owner yet, or this store owns it.
+///
+/// # Errors
+/// [`Error::Provision`], with the remedy, if another store owns it.
 pub(super) fn claim(dir: &Path, store: &str) -> Result<()> {
-    let owner = mark(dir, store).map_err(failed("claim", format!("{} of {}", MARK, dir.display())))?;
+    let owner = claim_or_read(dir, store).map_err(failed("claim", format!("{} of {}", MARK, dir.display())))?;
     if owner == store {
         return Ok(());
     }
     let detail = format!(
-        "{dir} holds the instances of store {owner}, and this is store {store}: give another directory, or use the store that it was \
-         used with. If that one is gone for good, remove {mark}: then this store takes the directory over, and takes down what it has no \
-         record of",
+        "{dir} contains the instances of store {owner}, but this is store {store}: use another directory, or the store that the directory \
+         belongs to. If that store no longer exists, remove {mark}: this store then claims the directory, and removes the instances that it \
+         has no record of",
         dir = dir.display(),
         mark = dir.join(MARK).display(),
     );
     Err(Error::Provision { step: "claim", detail })
 }
 
-/// Whose it is, once it is somebody's.
-fn mark(dir: &Path, store: &str) -> io::Result<String> {
-    // Other managers of this machine may do the same this moment. Nobody holds it for longer than that.
-    let held = File::open(dir)?;
-    held.lock()?;
+/// Returns the owner of the directory, which is `store` if it had none.
+fn claim_or_read(dir: &Path, store: &str) -> io::Result<String> {
+    // Another manager may claim it at the same time. The lock is only held for that.
+    let lock = File::open(dir)?;
+    lock.lock()?;
     if let Some(Mark { store }) = record::read(dir, MARK)? {
         return Ok(store);
     }
@@ -51,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_has_one_store() {
+    fn directory_belongs_to_one_store() {
         let dir = tempfile::tempdir().unwrap();
         claim(dir.path(), "a").unwrap();
         claim(dir.path(), "a").unwrap();
@@ -65,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_at_once_one_has_it() {
+    fn one_of_many_concurrent_claims_wins() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path();
         let claimed: Vec<_> = std::thread::scope(|scope| {

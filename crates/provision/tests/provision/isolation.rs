@@ -1,0 +1,98 @@
+//! An instance's environment, limits, files and output.
+
+use std::{
+    collections::BTreeMap,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use gauntlet_domain::{Limits, Probe};
+use gauntlet_testing::eventually_blocking;
+
+use crate::support::{Fixture, LaunchExt as _, launch, remove};
+
+#[tokio::test]
+async fn program_is_found_in_a_relative_path() {
+    let mut fixture = Fixture::new();
+    let programs = fixture.dir.path().join("programs");
+    std::fs::create_dir(&programs).unwrap();
+    std::fs::rename(fixture.program("program", "exec $GREETER"), programs.join("program")).unwrap();
+    let up: PathBuf = std::env::current_dir().unwrap().components().skip(1).map(|_| "..").collect();
+    fixture.config.path.insert(0, up.join(programs.strip_prefix("/").unwrap()));
+    let mut script = fixture.greeter();
+    script.command = vec!["program".to_owned()];
+    let manager = fixture.manager();
+    manager.launch(&launch(1, 1, &script)).await.unwrap();
+    remove(&manager, 1).await;
+}
+
+#[tokio::test]
+async fn instance_has_its_own_environment_directory_and_limits() {
+    let fixture = Fixture::new();
+    let mut plan = fixture.script(
+        "env > env; pwd > pwd; ulimit -v > memory; ulimit -n > files; ulimit -t > cpu; ulimit -c > core; umask > umask
+         grep NoNewPrivs /proc/self/status > privileges; ls -l /proc/self/fd > open; exec $GREETER",
+    );
+    plan.limits = Limits { memory: Some(512 << 20), cpu_seconds: Some(50), open_files: Some(64), output: None };
+    // Not closed on exec, as careless parents leave them.
+    let leaked = std::fs::File::create(fixture.dir.path().join("leaked")).unwrap();
+    let _leaked = rustix::io::dup(&leaked).unwrap();
+    let manager = fixture.manager();
+    manager.launch(&launch(1, 1, &plan)).await.unwrap();
+    let dir = fixture.instance_dir();
+    let wrote = |name| fixture.file(&dir, name);
+    let env = wrote("env");
+    let env: BTreeMap<_, _> = env.lines().filter_map(|line| line.split_once('=')).collect();
+    let known = [
+        "GAUNTLET_INSTANCE",
+        "GREETER",
+        "GREETING",
+        "HOME",
+        "LISTEN",
+        "OLDPWD",
+        "PATH",
+        "PORT",
+        "PWD",
+        "SCENARIO_DIR",
+        "SHLVL",
+        "TMPDIR",
+        "_",
+    ];
+    assert!(env.keys().all(|name| known.contains(name)), "{env:?}");
+    let work = dir.join("work").display().to_string();
+    assert_eq!((env["HOME"], env["TMPDIR"], wrote("pwd")), (work.as_str(), work.as_str(), work.clone()));
+    assert_eq!(Path::new(env["SCENARIO_DIR"]), fixture.dir.path().join("files"));
+    assert_eq!((wrote("memory"), wrote("files")), ((512 << 10).to_string(), "64".to_owned()));
+    assert_eq!((wrote("cpu"), wrote("core"), wrote("umask")), ("50".to_owned(), "0".to_owned(), "0077".to_owned()));
+    assert!(wrote("privileges").ends_with('1'));
+    let open = wrote("open");
+    assert!(!open.contains("run.lock") && !open.contains("leaked"), "{open}");
+}
+
+#[tokio::test]
+async fn only_the_owner_can_read_the_files() {
+    let fixture = Fixture::new();
+    fixture.manager().launch(&launch(1, 1, &fixture.greeter())).await.unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let dir = fixture.instance_dir();
+    assert_eq!(mode(&dir), 0o700);
+    for file in ["instance.json", "label.json", "state.json", "output.log"] {
+        // The supervisor may write its own after the program answers.
+        eventually_blocking("the file is there", || dir.join(file).exists());
+        assert_eq!(mode(&dir.join(file)), 0o600, "{file}");
+    }
+}
+
+#[tokio::test]
+async fn output_stays_within_its_limit() {
+    let fixture = Fixture::new();
+    let mut plan =
+        fixture.script("i=0; while [ $i -lt 5000 ]; do echo line $i; i=$((i+1)); done; echo last; exec $GREETER");
+    plan.limits.output = Some(4096);
+    plan.probe = Probe::Output { contains: "listening".to_owned() };
+    fixture.manager().launch(&launch(1, 1, &plan)).await.unwrap();
+    let dir = fixture.instance_dir();
+    let read = |name| std::fs::read_to_string(dir.join(name)).unwrap();
+    let kept = read("output.old.log") + &read("output.log");
+    assert!(kept.len() <= 4096 && kept.ends_with("line 4999\nlast\nlistening\n"), "{kept}");
+}
