@@ -71,7 +71,7 @@ mod tests {
         std::fs::write(kept.join("file"), "").unwrap();
         let tree = dir.path().join("tree");
         std::fs::create_dir(&tree).unwrap();
-        std::fs::create_dir(&tree.join("inner")).unwrap();
+        std::fs::create_dir(tree.join("inner")).unwrap();
         std::fs::write(tree.join("inner/file"), "").unwrap();
         std::os::unix::fs::symlink(&kept, tree.join("link")).unwrap();
         std::fs::set_permissions(tree.join("inner"), Permissions::from_mode(0o000)).unwrap();
