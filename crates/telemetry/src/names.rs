@@ -152,7 +152,7 @@ spans! {
         "A REST call served.";
     RPC_CLIENT = "{package.Service}/{Method}", Client,
         &["rpc.system.name", "rpc.method", "rpc.response.status_code", "server.address", "server.port", "error.type"],
-        "A gRPC call made by the janitor, the sidecar or the CLI.";
+        "A gRPC call made by the janitor or the CLI.";
     LOCK_ACQUIRE = "lock.acquire", Internal,
         &["lock.kind", "lock.backend", "lock.contended", "lock.queue_depth", "lock.token", "challenge.id", "outcome", "error.type"],
         "An attempt to acquire a lock, whether it succeeds or not.";
@@ -163,7 +163,7 @@ spans! {
     ETCD_PUT = "etcd.put", Client, ETCD, "An etcd put outside a transaction.";
     ETCD_DELETE = "etcd.delete", Client, ETCD, "An etcd delete outside a transaction.";
     ETCD_LEASE = "etcd.lease", Client, ETCD, "A lease granted, kept alive or revoked.";
-    ETCD_WATCH = "etcd.watch", Client, ETCD, "A watch, until etcd has confirmed it.";
+    ETCD_WATCH = "etcd.watch", Client, ETCD, "A watch request, until etcd confirms it.";
     PROVISION_PREPARE = "provision.prepare", Internal, &["instance.identity", "scenario.digest", "outcome", "error.type"],
         "A scenario fetched and rendered for an instance.";
     PROVISION_UP = "provision.up", Internal, PROVISION, "An instance started, with a child span for each step.";
@@ -175,20 +175,20 @@ spans! {
     PROVISION_START = "provision.start", Internal, PROVISION_STEP, "Step: the supervisor and the program are started.";
     PROVISION_READY = "provision.ready", Internal, PROVISION_STEP, "Step: the readiness probe is polled until it succeeds.";
     PROVISION_STOP = "provision.stop", Internal, PROVISION_STEP, "Step: the program and all its processes are stopped.";
-    PROVISION_REMOVE = "provision.remove", Internal, PROVISION_STEP, "Step: directory and ports are released.";
+    PROVISION_REMOVE = "provision.remove", Internal, PROVISION_STEP, "Step: the ports are released and the directory is removed.";
     SCENARIO_PULL = "scenario.pull", Client, &["oci.reference", "scenario.digest", "cache.hit", "error.type"],
         "A scenario fetched from the registry or the cache.";
     SCENARIO_VALIDATE = "scenario.validate", Internal, &["scenario.digest", "error.type"], "A scenario validated.";
     SCENARIO_EVICT = "scenario.evict", Internal, &["evicted.scenarios", "evicted.bytes", "error.type"],
-        "An eviction from the scenario cache: it exceeded `--scenario-keep`. A trace of its own.";
+        "An eviction from the scenario cache, which exceeded `--scenario-keep`. A root span.";
     POOL_REFILL = "pool.refill", Internal, &["challenge.id", "error.type"],
-        "A pool refilled to its minimum. A trace of its own, linked to its cause.";
+        "A pool refilled to its minimum. A root span, linked to its cause.";
     RECONCILE = "reconcile", Internal,
         &["reconcile.recovered", "reconcile.resumed", "reconcile.revived", "reconcile.orphans", "reconcile.failures", "error.type"],
-        "A pass over unfinished work. A trace of its own; its lock spans link to the traces in which the work began.";
+        "A pass over unfinished work. A root span; its lock spans link to the traces in which the work began.";
     JANITOR_SWEEP = "janitor.sweep", Internal,
         &["janitor.scanned", "janitor.expired", "janitor.deleted", "janitor.failed", "outcome", "error.type"],
-        "A sweep of the janitor. A trace of its own.";
+        "A sweep of the janitor. A root span.";
     JANITOR_EXPIRE = "janitor.expire", Internal, &["challenge.id", "source.id", "outcome", "error.type"],
         "An expired instance deleted, a child of its sweep.";
 }
@@ -244,7 +244,7 @@ metrics! {
     LOCK_WAIT_DURATION = seconds("gauntlet.lock.wait.duration", LOCK_SECONDS, &["lock.kind", "outcome"];
         "Duration of an attempt to acquire a lock, whether it was acquired or not.");
     LOCK_HOLD_DURATION = seconds("gauntlet.lock.hold.duration", LOCK_SECONDS, &["lock.kind"];
-        "Time for which a lock was held.");
+        "Duration for which a lock was held.");
     LOCK_WAITERS = new("gauntlet.lock.waiters", UpDownCounter, "{waiter}", &["lock.kind"];
         "Tasks of this process that are waiting for a lock.");
     LOCK_LOST = new("gauntlet.lock.lost", Counter, "{lock}", &["lock.kind"];
@@ -256,15 +256,15 @@ metrics! {
     POOL_CLAIMS = new("gauntlet.pool.claims", Counter, "{claim}", &["challenge", "result"];
         "Instances requested from a pool: hit if one was ready, miss if one had to be created.");
     INSTANCE_OPERATIONS = new("gauntlet.instance.operations", Counter, "{operation}", &["challenge", "operation", "outcome"];
-        "Attempts to create, renew, update or delete an instance, each counted once. The outcome is ok or the error code.");
+        "Attempts to create, renew, update or delete an instance, each counted once. The outcome is ok, refused or failed.");
     JANITOR_LAG = seconds("gauntlet.janitor.lag", LAG_SECONDS, &["outcome"];
         "Time from an instance's expiry to the janitor's attempt to delete it.");
     SERVER_REFUSED = new("gauntlet.server.refused", Counter, "{refusal}", &["server", "reason"];
-        "Connections and calls refused or closed by a server: over the limit of connections or of calls (connections, calls), request head not sent in time (header_timeout), response not read in time (stalled_reader), connection not accepted by the system (accept_failed).");
+        "Connections and calls refused or closed by a server: over the limit of connections or of calls (connections, calls), request headers not sent in time (header_timeout), response not read in time (stalled_reader), connection not accepted by the system (accept_failed).");
     JANITOR_EXPIRED = new("gauntlet.janitor.expired", Counter, "{instance}", &["outcome"];
         "Expired instances that the janitor tried to delete, by outcome.");
     RECONCILE_RECOVERED = new("gauntlet.reconcile.recovered", Counter, "{instance}", &["phase", "action"];
-        "Instances with unfinished work that the reconciler finished: adopted or taken down.");
+        "Instances with unfinished work that were adopted or taken down, and exited instances that were restarted.");
     GAUGE_FAILURES = new("gauntlet.gauge.failures", Counter, "{read}", &["error.type"];
         "Reads for a gauge that failed or timed out. The gauge has no value for that collection.");
     PROCESS_CPU_TIME = new("process.cpu.time", Counter, "s", &["cpu.mode"]; "CPU time used by the process.");
