@@ -37,7 +37,7 @@ const ROWS: &[(&str, Figure, Target)] = &[
 /// Prints a row for each operation, a column for each level, and what the last column is held to.
 pub(crate) fn print(levels: &[(usize, Level)]) {
     let (Some((_, first)), Some((_, last))) = (levels.first(), levels.last()) else { return };
-    print!("| beside so many running instances |");
+    print!("| running instances |");
     levels.iter().for_each(|(running, _)| print!(" {running} |"));
     println!(" last to first | target |");
     println!("|---|{}---:|---|", "---:|".repeat(levels.len()));
