@@ -1,4 +1,4 @@
-//! One manager on one etcd, and the instances that it runs.
+//! One manager on one etcd, and its instances.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,15 +13,15 @@ use gauntlet_stack::ports::Reserved;
 use gauntlet_stack::{Etcd, Process, Ready, Spec, http};
 use tonic::transport::Channel;
 
-/// The challenge whose instances run while others are measured.
+/// The challenge whose instances run in the background of the measurements.
 const BACKGROUND: &str = "background";
-/// How many instances are created at once when they are not measured.
-const FILL_AT_ONCE: usize = 16;
-/// How long anything that is waited for may take.
+/// The number of background instances created concurrently.
+const FILL_CONCURRENCY: usize = 16;
+/// The limit for each wait.
 const DEADLINE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(5);
 
-/// A scenario that does nothing: its instances only have to be there.
+/// A scenario whose instances do nothing.
 const IDLE: &str = r#"version: 1
 provisioner: process
 process:
@@ -30,7 +30,7 @@ ready:
   output: { contains: up }
 connection_info: idle
 "#;
-/// A scenario that answers on a port, as most do.
+/// A scenario whose instances listen on a port, as most do.
 const WEB: &str = r#"version: 1
 provisioner: process
 process:
@@ -104,7 +104,7 @@ impl Cluster {
         cluster
     }
 
-    /// Creates a challenge whose pool holds `pool` instances, and whose claims refill nothing.
+    /// Creates a challenge and waits until its pool has `pool` instances. Claims do not refill the pool.
     pub(crate) async fn create_challenge(&self, id: &str, scenario: &str, pool: usize) {
         let bound = i64::try_from(pool).expect("a small number");
         let request = CreateChallengeRequest {
@@ -116,7 +116,7 @@ impl Cluster {
             ..CreateChallengeRequest::default()
         };
         self.challenges.clone().create_challenge(request).await.expect("create a challenge");
-        self.wait("the pool to be filled", || self.directories() >= self.running + pool).await;
+        self.wait("the pool to be full", || self.directories() >= self.running + pool).await;
     }
 
     pub(crate) async fn delete_challenge(&self, id: &str) {
@@ -133,12 +133,12 @@ impl Cluster {
         self.instances.clone().create_instance(request).await.expect("create an instance");
     }
 
-    /// Brings the number of instances that run up to `running`.
+    /// Creates background instances until `running` of them run.
     pub(crate) async fn fill(&mut self, running: usize) {
         let this = &*self;
         let mut created = futures::stream::iter(this.running..running)
             .map(|source| this.create(BACKGROUND, source))
-            .buffer_unordered(FILL_AT_ONCE);
+            .buffer_unordered(FILL_CONCURRENCY);
         let mut count = this.running;
         while created.next().await.is_some() {
             count += 1;
@@ -150,7 +150,7 @@ impl Cluster {
         self.running = running.max(self.running);
     }
 
-    /// Stops the manager, its instances running on, and starts it again: how long from the start until it serves.
+    /// Restarts the manager while its instances keep running. Returns the time from its start until it serves.
     pub(crate) async fn restart(&mut self) -> Duration {
         tokio::task::block_in_place(|| {
             self.manager.stop().expect("stop the manager");
@@ -160,7 +160,7 @@ impl Cluster {
         })
     }
 
-    /// The median time of a reconcile pass, over three passes after the restart that came before.
+    /// Returns the median duration of a reconcile pass, over at least three passes since the last restart.
     pub(crate) async fn reconcile_pass(&self) -> Duration {
         let read = || {
             let state = http::get_json(&format!("{}/debug/state.json", self.debug)).expect("the debug page's state");
@@ -173,16 +173,16 @@ impl Cluster {
         Duration::from_secs_f64(median.expect("a pass within the last minute") / 1000.0)
     }
 
-    /// Directories of instances, those that are in the pool too.
+    /// Counts the directories of running instances, including pooled ones.
     fn directories(&self) -> usize {
-        let homes = fs::read_dir(self.dir.path().join("data/process/instances")).into_iter().flatten().flatten();
-        homes.filter(|home| home.path().join("ready").exists() || home.path().join("state.json").exists()).count()
+        let entries = fs::read_dir(self.dir.path().join("data/process/instances")).into_iter().flatten().flatten();
+        entries.filter(|entry| entry.path().join("ready").exists() || entry.path().join("state.json").exists()).count()
     }
 
     async fn wait(&self, what: &str, mut met: impl FnMut() -> bool) {
         let deadline = Instant::now() + DEADLINE;
         while !met() {
-            assert!(Instant::now() < deadline, "waited for {what} for {DEADLINE:?}");
+            assert!(Instant::now() < deadline, "timed out after {DEADLINE:?} waiting for {what}");
             tokio::time::sleep(POLL).await;
         }
     }
@@ -190,7 +190,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        // Instances outlive their manager.
+        // Instances outlive their manager, so delete them first.
         let mut challenges = self.challenges.clone();
         let request = DeleteChallengeRequest { id: BACKGROUND.to_owned() };
         let deleted = tokio::task::block_in_place(|| {
@@ -198,18 +198,18 @@ impl Drop for Cluster {
             tokio::runtime::Handle::current().block_on(deletion)
         });
         if !matches!(deleted, Ok(Ok(_))) {
-            eprintln!("instances are left running: the manager did not delete {BACKGROUND}");
+            eprintln!("cannot delete the challenge {BACKGROUND}: its instances are still running");
         }
     }
 }
 
-/// The directory of the programs that were built with this bench.
+/// Returns the directory of the programs built with this bench.
 fn programs() -> PathBuf {
     let bench = std::env::current_exe().expect("the path of this program");
     bench.ancestors().nth(2).expect("a directory two levels up").to_path_buf()
 }
 
-/// One of them.
+/// Returns the path of a program built with this bench.
 pub(crate) fn program(name: &str) -> PathBuf {
     let path = programs().join(name);
     assert!(path.exists(), "{} is missing: run `cargo xtask bench scale`, which builds it", path.display());

@@ -1,4 +1,4 @@
-//! What each operation takes while a number of instances run.
+//! Measures each operation while a number of instances run.
 
 use std::net::{Ipv4Addr, TcpStream};
 use std::process::{Command, Stdio};
@@ -14,25 +14,25 @@ use crate::cluster::{Cluster, program};
 
 /// The challenge whose instances are created and deleted.
 const MEASURED: &str = "measured";
-/// The challenge with a pool.
+/// The challenge whose pooled instances are claimed.
 const POOLED: &str = "pooled";
-/// How many clients there are where there are many.
-const MANY: usize = 64;
+/// The number of concurrent clients in the `together` measurements.
+const CLIENTS: usize = 64;
 
-/// How often each operation is done.
+/// How often each operation is measured.
 pub(crate) struct Effort {
     alone: usize,
     together: usize,
 }
 
 impl Effort {
-    /// `operations` by one client, four times as many by 64.
+    /// One client makes `operations` calls; [`CLIENTS`] clients make four times as many in total.
     pub(crate) fn of(operations: usize) -> Self {
         Self { alone: operations, together: operations * 4 }
     }
 }
 
-/// Operations per second, and times in milliseconds.
+/// The figures of one level: operations per second, and times in milliseconds.
 #[derive(Debug, Serialize)]
 pub(crate) struct Level {
     pub(crate) create_alone: f64,
@@ -42,20 +42,20 @@ pub(crate) struct Level {
     pub(crate) renew_together: f64,
     pub(crate) delete_alone: f64,
     pub(crate) delete_together: f64,
-    /// The median of one cold create.
+    /// The median of a create without a pool, by one client.
     pub(crate) create_ms: f64,
-    /// The median start of the same program, until it answers, measured by turns with the creates.
+    /// The median time from starting the same program directly until it listens. Measured alternately with the creates.
     pub(crate) raw_start_ms: f64,
     pub(crate) restart_ms: f64,
     pub(crate) reconcile_ms: f64,
     pub(crate) list_ms: f64,
 }
 
-/// No source is used twice in a run.
-static SOURCE: AtomicUsize = AtomicUsize::new(1_000_000);
+/// The next unused source; each source is used once per run.
+static NEXT_SOURCE: AtomicUsize = AtomicUsize::new(1_000_000);
 
 fn sources(count: usize) -> std::ops::Range<usize> {
-    let first = SOURCE.fetch_add(count, Ordering::Relaxed);
+    let first = NEXT_SOURCE.fetch_add(count, Ordering::Relaxed);
     first..first + count
 }
 
@@ -75,9 +75,9 @@ impl Level {
         let delete_alone = rate(1, alone, |source| delete(cluster, source)).await;
 
         let together = sources(effort.together);
-        let create_together = rate(MANY, together.clone(), |source| cluster.create(MEASURED, source)).await;
-        let renew_together = rate(MANY, together.clone(), |source| renew(cluster, source)).await;
-        let delete_together = rate(MANY, together, |source| delete(cluster, source)).await;
+        let create_together = rate(CLIENTS, together.clone(), |source| cluster.create(MEASURED, source)).await;
+        let renew_together = rate(CLIENTS, together.clone(), |source| renew(cluster, source)).await;
+        let delete_together = rate(CLIENTS, together, |source| delete(cluster, source)).await;
         cluster.delete_challenge(MEASURED).await;
 
         cluster.create_challenge(POOLED, "idle", effort.alone).await;
@@ -105,7 +105,7 @@ impl Level {
     }
 }
 
-/// How many are done in a second, by so many clients at once.
+/// Returns the operations per second with that many concurrent clients.
 async fn rate<F: Future<Output = ()>>(
     clients: usize,
     sources: std::ops::Range<usize>,
@@ -126,7 +126,7 @@ async fn delete(cluster: &Cluster, source: usize) {
     cluster.instances.clone().delete_instance(request).await.expect("delete an instance");
 }
 
-/// Every challenge with all its instances.
+/// Lists every challenge with all its instances.
 async fn list(cluster: &Cluster) {
     let mut stream = cluster.challenges.clone().query_challenge(()).await.expect("list").into_inner();
     while stream.message().await.expect("a challenge").is_some() {}
@@ -146,9 +146,9 @@ fn raw_start() -> Duration {
         assert!(started.elapsed() < Duration::from_secs(10), "example-web does not listen on port {port}");
         std::thread::sleep(Duration::from_micros(100));
     }
-    let took = started.elapsed();
-    child.kill().and_then(|()| child.wait()).expect("end the program");
-    took
+    let elapsed = started.elapsed();
+    child.kill().and_then(|()| child.wait()).expect("stop the program");
+    elapsed
 }
 
 fn median(mut times: Vec<Duration>) -> f64 {

@@ -1,4 +1,4 @@
-//! What operations cost beside thousands of running instances, in one run. `cargo xtask bench scale` runs it.
+//! Measures the cost of operations while thousands of instances run. `cargo xtask bench scale` runs it.
 #![allow(clippy::expect_used, clippy::indexing_slicing, reason = "a bench")]
 
 mod cluster;
@@ -12,13 +12,13 @@ use cluster::Cluster;
 use level::{Effort, Level};
 
 const HELP: &str = "\
-Measures create, claim, renew, delete, a restart of the manager, a reconcile pass and a full list: on an empty store first, then beside
-running instances. One manager, one real etcd, real processes.
+Measures create, claim, renew, delete, a restart of the manager, a reconcile pass and a full list, first on an empty store and then while
+instances run. Uses one manager, one etcd and real processes.
 
-  --instances N,N,...  How many instances run at each level after the first, which has none; `none` measures that one only
+  --instances N,N,...  Numbers of running instances to measure with, after the empty store; `none` measures only the empty store
                        [default: 1000,4000]
-  --operations N       How often each operation is done by one client; four times as often by 64 [default: 200]
-  --json FILE          Where the figures go [default: target/bench/scale.json]
+  --operations N       Calls of each operation by one client; 64 concurrent clients make four times as many [default: 200]
+  --json FILE          File for the figures [default: target/bench/scale.json]
 ";
 
 struct Arguments {
@@ -28,36 +28,36 @@ struct Arguments {
 }
 
 impl Arguments {
-    fn read(mut from: impl Iterator<Item = String>) -> Result<Self, String> {
+    fn parse(mut args: impl Iterator<Item = String>) -> Result<Self, String> {
         let workspace = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
         let json = workspace.join("target/bench/scale.json");
-        let mut read = Self { levels: vec![1000, 4000], operations: 200, json };
-        while let Some(name) = from.next() {
-            // `cargo bench` adds this one.
+        let mut parsed = Self { levels: vec![1000, 4000], operations: 200, json };
+        while let Some(name) = args.next() {
+            // `cargo bench` adds this flag.
             if name == "--bench" {
                 continue;
             }
-            let value = from.next().ok_or_else(|| HELP.to_owned())?;
+            let value = args.next().ok_or_else(|| HELP.to_owned())?;
             let number = |text: &str| {
-                let parsed = text.trim().parse::<usize>().ok().filter(|number| *number > 0);
-                parsed.ok_or_else(|| format!("{name} {value}: {text:?} is not a number above 0\n\n{HELP}"))
+                let positive = text.trim().parse::<usize>().ok().filter(|number| *number > 0);
+                positive.ok_or_else(|| format!("{name} {value}: {text:?} is not a number above 0\n\n{HELP}"))
             };
             match name.as_str() {
-                "--instances" if value == "none" => read.levels.clear(),
-                "--instances" => read.levels = value.split(',').map(number).collect::<Result<_, _>>()?,
-                "--operations" => read.operations = number(&value)?,
-                "--json" => read.json = value.into(),
+                "--instances" if value == "none" => parsed.levels.clear(),
+                "--instances" => parsed.levels = value.split(',').map(number).collect::<Result<_, _>>()?,
+                "--operations" => parsed.operations = number(&value)?,
+                "--json" => parsed.json = value.into(),
                 _ => return Err(HELP.to_owned()),
             }
         }
-        read.levels.sort_unstable();
-        Ok(read)
+        parsed.levels.sort_unstable();
+        Ok(parsed)
     }
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let arguments = match Arguments::read(std::env::args().skip(1)) {
+    let arguments = match Arguments::parse(std::env::args().skip(1)) {
         Ok(arguments) => arguments,
         Err(help) => {
             eprintln!("{help}");
@@ -66,20 +66,20 @@ async fn main() -> ExitCode {
     };
     let mut cluster = Cluster::start().await;
     let effort = Effort::of(arguments.operations);
-    // Connections, caches, the first pages of everything: not part of any level.
+    // Opens connections and fills caches before the first level.
     eprintln!("warming up");
     Level::measure(&mut cluster, &Effort::of(20)).await;
     let mut levels = Vec::new();
     for running in std::iter::once(0).chain(arguments.levels) {
         cluster.fill(running).await;
-        eprintln!("{running} instances run: measuring");
+        eprintln!("measuring with {running} running instances");
         levels.push((running, Level::measure(&mut cluster, &effort).await));
     }
     table::print(&levels);
     match table::write(&levels, &arguments.json) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{}: {error}", arguments.json.display());
+            eprintln!("cannot write {}: {error}", arguments.json.display());
             ExitCode::FAILURE
         }
     }

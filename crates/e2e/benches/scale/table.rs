@@ -1,19 +1,19 @@
-//! The figures as a table and as JSON.
+//! Prints the figures as a table and writes them as JSON.
 
 use std::io;
 use std::path::Path;
 
 use crate::level::Level;
 
-/// How a row is read, and what it should be.
+/// The target of a row.
 enum Target {
-    /// Operations per second: at least this share of the figure on an empty store.
+    /// Operations per second, at least this share of the figure on an empty store.
     Share(f64),
     /// Milliseconds, at most.
     AtMost(f64),
-    /// At most so many times the raw start of the program.
+    /// At most this multiple of the raw start of the program.
     TimesRaw(f64),
-    /// For information.
+    /// No target.
     None,
 }
 
@@ -34,7 +34,7 @@ const ROWS: &[(&str, Figure, Target)] = &[
     ("full list, ms", |level| level.list_ms, Target::None),
 ];
 
-/// Prints a row for each operation, a column for each level, and what the last column is held to.
+/// Prints a row for each operation with a column for each level, and whether the last level meets the target.
 pub(crate) fn print(levels: &[(usize, Level)]) {
     let (Some((_, first)), Some((_, last))) = (levels.first(), levels.last()) else { return };
     print!("| running instances |");
@@ -47,10 +47,10 @@ pub(crate) fn print(levels: &[(usize, Level)]) {
         let ratio = figure(last) / figure(first);
         let (target, met) = match target {
             Target::Share(share) => (format!("at least {share} of the first"), ratio >= *share),
-            Target::AtMost(most) => (format!("at most {most:.0}"), figure(last) <= *most),
-            Target::TimesRaw(most) => {
+            Target::AtMost(limit) => (format!("at most {limit:.0}"), figure(last) <= *limit),
+            Target::TimesRaw(limit) => {
                 let times = first.create_ms / first.raw_start_ms;
-                (format!("at most {most:.0} times the raw start; {times:.1} on an empty store"), times <= *most)
+                (format!("at most {limit:.0} times the raw start; {times:.1} on an empty store"), times <= *limit)
             }
             Target::None => (String::new(), true),
         };
@@ -58,7 +58,7 @@ pub(crate) fn print(levels: &[(usize, Level)]) {
     }
 }
 
-/// Writes every figure.
+/// Writes the figures of all levels to a file.
 pub(crate) fn write(levels: &[(usize, Level)], to: &Path) -> io::Result<()> {
     if let Some(dir) = to.parent() {
         std::fs::create_dir_all(dir)?;

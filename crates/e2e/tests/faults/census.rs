@@ -1,4 +1,4 @@
-//! Compares the processes that run with the instances that are stored.
+//! Compares the running processes with the stored instances.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,63 +9,66 @@ use std::{
 use gauntlet_testing::processes;
 use serde_json::Value;
 
-use super::load::{Broken, Kind};
+use super::load::{Kind, Violation};
 
 /// The identities of the stored instances, each of which has exactly one process group, by assignment (`challenge s source` or
 /// `challenge p identity`).
 pub(super) type Census = BTreeMap<String, String>;
 
-/// Takes the census.
+/// Compares the stored instances with the process groups and directories below `dir`, and returns the stored instances.
 ///
 /// # Errors
-/// The first instance that is lost, duplicated, left over or not ready yet.
-pub(super) fn take(dir: &Path, stored: &[(String, Vec<u8>)]) -> Result<Census, Broken> {
+/// The first instance that is lost, duplicated, left over or not yet ready.
+pub(super) fn take_census(dir: &Path, stored: &[(String, Vec<u8>)]) -> Result<Census, Violation> {
     let mut census = Census::new();
     for (key, value) in stored {
         let record: Value =
-            serde_json::from_slice(value).map_err(|error| Broken(Kind::Odd, format!("{key}: {error}")))?;
+            serde_json::from_slice(value).map_err(|error| Violation(Kind::Unexpected, format!("{key}: {error}")))?;
         if record["phase"]["name"] != "ready" {
-            return Err(Broken(Kind::Odd, format!("not ready: {key}: {}", record["phase"])));
+            return Err(Violation(Kind::Unexpected, format!("not ready: {key}: {}", record["phase"])));
         }
-        let seat = key.trim_start_matches("gauntlet/instances ").to_owned();
+        let assignment = key.trim_start_matches("gauntlet/instances ").to_owned();
         let identity = record["identity"].as_str().unwrap_or_default().to_owned();
-        if let Some(twice) = census.insert(seat, identity) {
-            return Err(Broken(Kind::Doubled, format!("{key} has {twice} too")));
+        if let Some(other) = census.insert(assignment, identity.clone()) {
+            return Err(Violation(Kind::Duplicated, format!("{key} has two records: {other} and {identity}")));
         }
     }
     let known: BTreeSet<&String> = census.values().collect();
     if known.len() != census.len() {
-        return Err(Broken(Kind::Doubled, format!("one identity has two seats: {census:?}")));
+        return Err(Violation(Kind::Duplicated, format!("two records share one identity: {census:?}")));
     }
     let mut groups: BTreeMap<String, BTreeSet<i32>> = BTreeMap::new();
-    let mut shims: BTreeMap<String, usize> = BTreeMap::new();
+    let mut supervisors: BTreeMap<String, usize> = BTreeMap::new();
     for process in processes::of_instances(dir) {
         if process.supervisor {
-            *shims.entry(process.identity).or_default() += 1;
+            *supervisors.entry(process.identity).or_default() += 1;
         } else {
             groups.entry(process.identity).or_default().insert(process.group);
         }
     }
-    let works = fs::read_dir(dir).into_iter().flatten().flatten().filter(|home| home.path().join("work").exists());
-    let works: BTreeSet<String> = works.filter_map(|home| processes::identity(home.file_name().to_str()?)).collect();
-    for left in groups.keys().chain(shims.keys()).chain(&works) {
+    let directories =
+        fs::read_dir(dir).into_iter().flatten().flatten().filter(|entry| entry.path().join("work").exists());
+    let directories: BTreeSet<String> =
+        directories.filter_map(|entry| processes::identity(entry.file_name().to_str()?)).collect();
+    for left in groups.keys().chain(supervisors.keys()).chain(&directories) {
         if !known.contains(left) {
-            return Err(Broken(Kind::Orphan, format!("{left} runs, or has a directory, and is not stored")));
+            return Err(Violation(Kind::Orphan, format!("{left} has processes or a directory, but no record")));
         }
     }
-    for (seat, identity) in &census {
-        let (groups, shims) = (groups.get(identity).map_or(0, BTreeSet::len), shims.get(identity).copied());
-        let shims = shims.unwrap_or(0);
-        if (groups, shims) != (1, 1) {
-            let kind = if groups > 1 || shims > 1 { Kind::Doubled } else { Kind::Lost };
-            let what = format!("{seat}: {identity} runs as {groups} process groups under {shims} supervisors");
-            return Err(Broken(kind, what));
+    for (assignment, identity) in &census {
+        let (groups, supervisors) = (groups.get(identity).map_or(0, BTreeSet::len), supervisors.get(identity).copied());
+        let supervisors = supervisors.unwrap_or(0);
+        if (groups, supervisors) != (1, 1) {
+            let kind = if groups > 1 || supervisors > 1 { Kind::Duplicated } else { Kind::Lost };
+            let what =
+                format!("{assignment}: {identity} runs as {groups} process groups under {supervisors} supervisors");
+            return Err(Violation(kind, what));
         }
     }
     Ok(census)
 }
 
-/// Whether a process of that instance runs, besides its supervisor.
-pub(super) fn runs(dir: &Path, identity: &str) -> bool {
+/// Whether the instance has a running process besides its supervisor.
+pub(super) fn is_running(dir: &Path, identity: &str) -> bool {
     processes::of_instances(dir).iter().any(|process| process.identity == identity && !process.supervisor)
 }

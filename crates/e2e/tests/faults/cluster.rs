@@ -1,4 +1,4 @@
-//! Real managers on a real etcd cluster, and faults that can be injected into them.
+//! Real managers on a real etcd cluster. Tests inject faults into both.
 
 use std::{process::Command, time::Duration};
 
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::{
     census,
-    load::{Broken, Kind},
+    load::{Kind, Violation},
     network::{Network, Side},
     scenario::write_scenarios,
 };
@@ -22,11 +22,11 @@ use crate::harness::{Backend, Manager, POLL, World, eventually};
 /// The TTL of replicas' leases.
 pub(super) const LEASE_TTL: Duration = Duration::from_secs(3);
 
-/// The network between the members and their clients.
-pub(super) enum Between {
-    /// Loopback, on which connections cannot be cut.
+/// How the members are connected to each other and to their clients.
+pub(super) enum NetworkMode {
+    /// Over loopback, where members cannot be partitioned.
     Loopback,
-    /// One network namespace for each member. Falls back to loopback, with a loud message, where namespaces cannot be created.
+    /// With one network namespace for each member. Falls back to loopback with a warning if namespaces cannot be created.
     Namespaces,
 }
 
@@ -37,32 +37,32 @@ pub(super) struct Member {
     _reserved: Vec<Reserved>,
 }
 
-/// Fields are dropped in this order: managers, then the instances, which would outlive them, then the store and the network.
+/// Fields are dropped in order: the managers, then their instances, which would outlive them, then the store and the network.
 pub(super) struct Cluster {
     pub(super) managers: Vec<Manager>,
     _instances: KillInstances,
     pub(super) members: Vec<Member>,
-    /// The network by which members can be cut off, or why there is none.
+    /// The network in which members can be partitioned, or the reason why it is unavailable.
     pub(super) network: Result<Network, String>,
     pub(super) store: Etcd,
     pub(super) world: World,
 }
 
 impl Cluster {
-    /// Starts a cluster of that size, with additional arguments for each member, and waits until it is ready. It has no managers yet.
-    pub(super) fn start(size: usize, between: &Between, more: &[&str]) -> Cluster {
+    /// Starts a cluster of `size` members with additional arguments, and waits until it is ready. It has no managers yet.
+    pub(super) fn start(size: usize, mode: &NetworkMode, extra_args: &[&str]) -> Cluster {
         let world = World::bare(Backend::Embedded);
         write_scenarios(&world);
-        let network = match between {
-            Between::Loopback => Err("members are on loopback".to_owned()),
-            Between::Namespaces => Network::of(size, &world.path("")).inspect_err(|why| {
+        let network = match mode {
+            NetworkMode::Loopback => Err("members are on loopback".to_owned()),
+            NetworkMode::Namespaces => Network::create(size, &world.path("")).inspect_err(|why| {
                 eprintln!(
-                    "\n*** NO NETWORK NAMESPACES HERE: {why}\n*** No member can be cut off: members are stopped (SIGSTOP) instead. As \
-                     root, with iproute2 and util-linux installed, partitions are real.\n"
+                    "\n*** NETWORK NAMESPACES ARE UNAVAILABLE: {why}\n*** Members are stopped (SIGSTOP) instead of partitioned. To test real \
+                     partitions, run as root with iproute2 and util-linux installed.\n"
                 );
             }),
         };
-        let members = members(&world, network.as_ref().ok(), size, more);
+        let members = members(&world, network.as_ref().ok(), size, extra_args);
         let urls = members.iter().map(|member| member.url.clone());
         let config = EtcdConfig { deadline: Duration::from_secs(4), ..EtcdConfig::new(urls) };
         let store = Etcd::new(&config, Database::etcd(&Instruments::noop())).unwrap();
@@ -70,13 +70,13 @@ impl Cluster {
         Cluster { managers: Vec::new(), _instances: instances, members, network, store, world }
     }
 
-    /// Starts managers `m1`, `m2` and so on. Each has another member first in its endpoints, which it uses while that member answers.
+    /// Starts managers `m1`, `m2` and so on. Each lists a different member first in its endpoints, and uses it while it answers.
     pub(super) fn with_managers(self, count: usize) -> Cluster {
-        self.with_managers_of(count, &[])
+        self.with_managers_and_env(count, &[])
     }
 
-    /// The same with additional environment variables.
-    pub(super) fn with_managers_of(mut self, count: usize, more: &[(&str, &str)]) -> Cluster {
+    /// Starts managers with additional environment variables.
+    pub(super) fn with_managers_and_env(mut self, count: usize, extra_env: &[(&str, &str)]) -> Cluster {
         let (world, members) = (&self.world, &self.members);
         let start = |at: usize| {
             let endpoints = (at..at + members.len()).map(|member| members[member % members.len()].url.as_str());
@@ -85,7 +85,7 @@ impl Cluster {
                 ("LEASE_TTL", format!("{}s", LEASE_TTL.as_secs())),
                 ("RECONCILE_EVERY", "1s".to_owned()),
             ];
-            environment.extend(more.iter().map(|(name, value)| (*name, (*value).to_owned())));
+            environment.extend(extra_env.iter().map(|(name, value)| (*name, (*value).to_owned())));
             world.manager_with(&format!("m{}", at + 1), &environment)
         };
         self.managers = std::thread::scope(|scope| {
@@ -114,15 +114,15 @@ impl Cluster {
         (self.leader() + 1) % self.members.len()
     }
 
-    /// Returns the keys and values below the key prefix `gauntlet/{words}`.
-    pub(super) fn stored(&self, words: &str) -> Result<Vec<(String, Vec<u8>)>, String> {
-        let range = KeyRange::between(format!("gauntlet/{words} "), format!("gauntlet/{words}!"));
+    /// Returns the keys and values with the key prefix `gauntlet/{prefix} `.
+    pub(super) fn stored(&self, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, String> {
+        let range = KeyRange::between(format!("gauntlet/{prefix} "), format!("gauntlet/{prefix}!"));
         let page = self.store.page(Get { range, limit: 0, keys_only: false }, None);
         let page = self.world.runtime.block_on(page).map_err(|error| error.to_string())?;
         Ok(page.kvs.into_iter().map(|kv| (kv.key, kv.value)).collect())
     }
 
-    /// Returns the replica that owns an instance now.
+    /// Returns the replica that owns the instance, if any.
     pub(super) fn owner(&self, challenge: &str, source: &str) -> Result<Option<String>, String> {
         let wanted = format!("gauntlet/live owners {challenge} s {source}");
         let live = self.stored("live owners")?;
@@ -132,8 +132,8 @@ impl Cluster {
         }))
     }
 
-    /// Whether that replica owns the instance and has started a process of it.
-    pub(super) fn at_work(&self, replica: &str, challenge: &str, source: &str) -> Result<bool, String> {
+    /// Whether the replica owns the instance and has started its process.
+    pub(super) fn is_provisioning(&self, replica: &str, challenge: &str, source: &str) -> Result<bool, String> {
         if self.owner(challenge, source)?.as_deref() != Some(replica) {
             return Ok(false);
         }
@@ -142,69 +142,69 @@ impl Cluster {
         let identity = record.and_then(|(_, value)| {
             serde_json::from_slice::<Value>(&value).ok()?["identity"].as_str().map(str::to_owned)
         });
-        Ok(identity.is_some_and(|identity| census::runs(&self.world.path("data/process/instances"), &identity)))
+        Ok(identity.is_some_and(|identity| census::is_running(&self.world.path("data/process/instances"), &identity)))
     }
 
-    /// Fails if a manager is not healthy.
-    pub(super) fn all_healthy(&self) -> Result<(), String> {
+    /// Checks that every manager is healthy.
+    pub(super) fn check_health(&self) -> Result<(), String> {
         match self.managers.iter().find(|manager| !http::answers(&format!("{}/healthcheck", manager.url))) {
             None => Ok(()),
             Some(manager) => Err(format!("{} is not healthy", manager.url)),
         }
     }
 
-    /// Waits until no work is under way and exactly the stored instances run, several times in a row.
+    /// Waits until no operation is in progress and exactly the stored instances run, for several consecutive checks.
     ///
     /// # Errors
-    /// The last difference, when the cluster does not settle.
-    pub(super) fn settle(&self) -> Result<census::Census, Broken> {
-        const IN_A_ROW: usize = 3;
+    /// The last violation, if the cluster does not settle.
+    pub(super) fn settle(&self) -> Result<census::Census, Violation> {
+        const CONSECUTIVE_CHECKS: usize = 3;
         let dir = self.world.path("data/process/instances");
-        let odd = |why| Broken(Kind::Odd, why);
-        let look = || {
-            self.all_healthy().map_err(odd)?;
-            for words in ["working", "live", "rollouts"] {
-                if let [(key, _), ..] = self.stored(words).map_err(odd)?.as_slice() {
-                    return Err(odd(format!("under way: {key}")));
+        let unexpected = |why| Violation(Kind::Unexpected, why);
+        let check = || {
+            self.check_health().map_err(unexpected)?;
+            for prefix in ["working", "live", "rollouts"] {
+                if let [(key, _), ..] = self.stored(prefix).map_err(unexpected)?.as_slice() {
+                    return Err(unexpected(format!("in progress: {key}")));
                 }
             }
-            census::take(&dir, &self.stored("instances").map_err(odd)?)
+            census::take_census(&dir, &self.stored("instances").map_err(unexpected)?)
         };
-        let mut before = 0;
-        POLL.try_until_blocking(|| match look() {
-            Ok(census) if before + 1 == IN_A_ROW => Ok(census),
+        let mut passed = 0;
+        POLL.try_until_blocking(|| match check() {
+            Ok(census) if passed + 1 == CONSECUTIVE_CHECKS => Ok(census),
             Ok(_) => {
-                before += 1;
-                Err(odd("settled, but not for long enough".to_owned()))
+                passed += 1;
+                Err(unexpected("settled only a moment ago".to_owned()))
             }
             Err(why) => {
-                before = 0;
+                passed = 0;
                 Err(why)
             }
         })
     }
 
-    /// Prints the work still under way and the end of each manager's log.
-    pub(super) fn explain(&self) {
-        for words in ["working", "live", "rollouts"] {
-            for (key, value) in self.stored(words).unwrap_or_default() {
+    /// Prints the operations in progress and the end of each manager's log.
+    pub(super) fn print_diagnostics(&self) {
+        for prefix in ["working", "live", "rollouts"] {
+            for (key, value) in self.stored(prefix).unwrap_or_default() {
                 eprintln!("{key}: {}", String::from_utf8_lossy(&value));
             }
         }
         for manager in &self.managers {
-            let said = said_since(manager, 0);
-            let said: Vec<&str> = said.lines().rev().take(60).collect();
+            let log = log_since(manager, 0);
+            let lines: Vec<&str> = log.lines().rev().take(60).collect();
             eprintln!("{}:", manager.url);
-            said.iter().rev().for_each(|line| eprintln!("    {line}"));
+            lines.iter().rev().for_each(|line| eprintln!("    {line}"));
         }
     }
 
-    /// As [`Cluster::settle`], but panics when the cluster does not settle.
-    pub(super) fn at_rest(&self) -> census::Census {
+    /// Waits as [`Cluster::settle`] does, and panics if the cluster does not settle.
+    pub(super) fn assert_settled(&self) -> census::Census {
         self.settle().unwrap_or_else(|why| panic!("not settled: {why:?}"))
     }
 
-    /// Runs etcd's command line against the cluster.
+    /// Runs `etcdctl` against the cluster.
     pub(super) fn etcdctl(&self, arguments: &[&str]) -> String {
         let endpoints: Vec<&str> = self.members.iter().map(|member| member.url.as_str()).collect();
         let output = Command::new(Tools::from_env().require(Tool::Etcdctl).unwrap())
@@ -218,13 +218,14 @@ impl Cluster {
     }
 }
 
-/// Returns what was appended to a manager's log since it had that length.
-pub(super) fn said_since(manager: &Manager, length: usize) -> String {
+/// Returns the part of a manager's log after its first `length` bytes.
+pub(super) fn log_since(manager: &Manager, length: usize) -> String {
     let log = std::fs::read(manager.process.log()).unwrap();
     String::from_utf8_lossy(&log[length.min(log.len())..]).into_owned()
 }
 
-pub(super) fn length_of_log(manager: &Manager) -> usize {
+/// Returns the length of a manager's log in bytes.
+pub(super) fn log_length(manager: &Manager) -> usize {
     std::fs::metadata(manager.process.log()).map_or(0, |log| log.len() as usize)
 }
 
@@ -237,7 +238,7 @@ pub(super) fn post(url: &str, path: &str, body: &Value) -> Result<Value, String>
     serde_json::from_str(&text).map_err(|error| error.to_string())
 }
 
-fn members(world: &World, network: Option<&Network>, size: usize, more: &[&str]) -> Vec<Member> {
+fn members(world: &World, network: Option<&Network>, size: usize, extra_args: &[&str]) -> Vec<Member> {
     let etcd = Tools::from_env().require(Tool::Etcd).unwrap();
     let mut planned = Vec::new();
     for at in 0..size {
@@ -276,11 +277,11 @@ fn members(world: &World, network: Option<&Network>, size: usize, more: &[&str])
         ] {
             spec = spec.arg(argument);
         }
-        for argument in more {
+        for argument in extra_args {
             spec = spec.arg(*argument);
         }
         if let Some(network) = network {
-            spec = network.enter(at, spec);
+            spec = network.in_namespace(at, spec);
         }
         Member { process: Process::run(spec).unwrap(), url, _reserved: reserved }
     };

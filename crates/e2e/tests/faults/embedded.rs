@@ -1,4 +1,4 @@
-//! The embedded store under SIGKILL at random moments.
+//! The embedded store survives SIGKILL of its manager at random moments.
 
 use std::{sync::atomic::AtomicBool, time::Duration};
 
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::{
     census,
     load::{Client, Driver, Ledger},
-    scenario::{quick, write_scenarios},
+    scenario::{quick_scenario, write_scenarios},
 };
 use crate::harness::{Backend, POLL, World};
 
@@ -22,8 +22,8 @@ fn sigkill_loses_no_acknowledged_write() {
     let dir = world.path("data/process/instances");
     let mut manager = world.manager("m1");
     let _instances = KillInstances(dir.clone());
-    manager.create_challenge("plain", &quick(), &json!({ "timeout": "600s" }));
-    manager.create_challenge("pooled", &quick(), &json!({ "timeout": "600s", "min": "2", "max": "20" }));
+    manager.create_challenge("plain", &quick_scenario(), &json!({ "timeout": "600s" }));
+    manager.create_challenge("pooled", &quick_scenario(), &json!({ "timeout": "600s", "min": "2", "max": "20" }));
     let seed: u32 = rand::random();
     let mut rng = SmallRng::seed_from_u64(seed.into());
     let urls = [manager.url.clone()];
@@ -35,20 +35,21 @@ fn sigkill_loses_no_acknowledged_write() {
             for driver in &mut drivers {
                 scope.spawn(|| driver.drive(&ledger, &stop));
             }
-            // A random moment, during a call or between calls.
+            // The kill comes during a call or between calls.
             std::thread::sleep(Duration::from_millis(rng.random_range(20..400)));
             stop.store(true, std::sync::atomic::Ordering::Relaxed);
             manager.process.kill().unwrap();
         });
         manager.process.start().unwrap();
-        drivers.iter().for_each(|driver| driver.hold(&ledger, &urls));
+        drivers.iter().for_each(|driver| driver.verify(&ledger, &urls));
     }
     let mut client = Client::new(&urls, 0);
     for id in ["plain", "pooled"] {
-        let (status, body) = client.insist("DELETE", &format!("/api/v1/challenge/{id}"), &Value::Null).unwrap();
+        let (status, body) =
+            client.call_until_available("DELETE", &format!("/api/v1/challenge/{id}"), &Value::Null).unwrap();
         assert!(matches!(status, 200 | 404), "{status} {body}");
     }
-    POLL.try_until_blocking(|| census::take(&dir, &[])).unwrap();
+    POLL.try_until_blocking(|| census::take_census(&dir, &[])).unwrap();
     println!("{CYCLES} kills, {ledger}");
-    ledger.assert_kept();
+    ledger.assert_no_violations();
 }

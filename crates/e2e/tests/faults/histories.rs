@@ -1,6 +1,6 @@
-//! What concurrent clients of one seat see is linearizable: of real managers, as processes, on an etcd cluster of three members.
+//! Concurrent calls for one instance are linearizable, with real managers on an etcd cluster of three members.
 //!
-//! As `linear` does it within one process: histories are recorded and checked. Half of them run while managers and members are killed and
+//! Records and checks histories as `linear` does within one process. Half of the histories run while managers and members are killed and
 //! paused.
 
 use std::sync::{
@@ -14,27 +14,27 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::{
-    cluster::{Between, Cluster, LEASE_TTL},
-    load::{Client, Reply, Stopping},
+    cluster::{Cluster, LEASE_TTL, NetworkMode},
+    load::{Client, Reply, StopOnDrop},
     scenario::quick,
 };
 use crate::linear::model::{History, Step};
 
-/// Of each half.
+/// The minimum number of histories, without and with faults each.
 const HISTORIES: usize = 40;
-const AT_ONCE: usize = 4;
+const CONCURRENT_HISTORIES: usize = 4;
 const CLIENTS: usize = 4;
 const CALLS: usize = 7;
 const REPLICAS: usize = 3;
 
-/// Numbers calls. A create passes its number on as a setting of the instance: so it is known by whom it was created.
+/// Numbers the calls. A create stores its number as a setting of the instance, so that readers know which call created it.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
 fn next() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// The call that created it, and when it was last renewed.
+/// Returns the call that created the instance, and the time of its last renewal.
 fn seen(instance: &Value) -> (u64, u64) {
     let created = instance["additional"]["call"].as_str().unwrap_or_else(|| panic!("{instance}"));
     let renewed: Timestamp = instance["lastRenew"].as_str().unwrap_or_else(|| panic!("{instance}")).parse().unwrap();
@@ -46,54 +46,56 @@ fn saw(instance: &Value) -> Step {
     Step::Saw { created, renewed }
 }
 
-/// One call, and what its answer says.
-fn act(client: &mut Client, challenge: &str, source: &str, dice: u64, number: u64) -> Vec<Step> {
+/// Makes one call and returns the steps that its answer implies.
+fn act(client: &mut Client, challenge: &str, source: &str, choice: u64, number: u64) -> Vec<Step> {
     let path = format!("/api/v1/instance/{challenge}/{source}");
     let unknown = |reply: Reply, steps: &[Step]| match reply {
-        // Given up before anything was recorded.
-        Reply::Said(503, body) if ["CONFLICT", "BUSY"].iter().any(|code| body.to_string().contains(code)) => Vec::new(),
-        Reply::Said(503, _) | Reply::Nothing(_) => {
+        // The call gave up before it wrote anything.
+        Reply::Response(503, body) if ["CONFLICT", "BUSY"].iter().any(|code| body.to_string().contains(code)) => {
+            Vec::new()
+        }
+        Reply::Response(503, _) | Reply::NoResponse(_) => {
             steps.iter().map(|step| Step::Maybe(Box::new(step.clone()))).collect()
         }
-        Reply::Said(status, body) => panic!("{path}: {status} {body}"),
+        Reply::Response(status, body) => panic!("{path}: {status} {body}"),
     };
-    match dice {
+    match choice {
         0..=29 => {
             let create = json!({
                 "challengeId": challenge, "sourceId": source, "additional": { "call": number.to_string() }
             });
-            match client.ask("POST", "/api/v1/instance", &create) {
-                Reply::Said(200, instance) => {
+            match client.call("POST", "/api/v1/instance", &create) {
+                Reply::Response(200, instance) => {
                     let (created, renewed) = seen(&instance);
                     assert_eq!(created, number, "{instance}");
                     vec![Step::Take(number), Step::Show(number, Some(renewed))]
                 }
-                Reply::Said(409, _) => vec![Step::Taken],
+                Reply::Response(409, _) => vec![Step::Taken],
                 reply => unknown(reply, &[Step::Take(number), Step::Show(number, None), Step::GiveBack(number)]),
             }
         }
-        30..=49 => match client.ask("DELETE", &path, &Value::Null) {
-            Reply::Said(200, _) => vec![Step::Remove],
-            Reply::Said(404, _) => vec![Step::Free],
+        30..=49 => match client.call("DELETE", &path, &Value::Null) {
+            Reply::Response(200, _) => vec![Step::Remove],
+            Reply::Response(404, _) => vec![Step::Free],
             reply => unknown(reply, &[Step::Remove]),
         },
-        50..=69 => match client.ask("PATCH", &path, &json!({})) {
-            Reply::Said(200, instance) => {
+        50..=69 => match client.call("PATCH", &path, &json!({})) {
+            Reply::Response(200, instance) => {
                 let (created, renewed) = seen(&instance);
                 vec![Step::Renewed { created, renewed }]
             }
-            Reply::Said(404, _) => vec![Step::NotShown],
+            Reply::Response(404, _) => vec![Step::NotShown],
             reply => unknown(reply, &[Step::RenewedUnseen]),
         },
-        _ => match client.ask("GET", &path, &Value::Null) {
-            Reply::Said(200, instance) => vec![saw(&instance)],
-            Reply::Said(404, _) => vec![Step::NotShown],
+        _ => match client.call("GET", &path, &Value::Null) {
+            Reply::Response(200, instance) => vec![saw(&instance)],
+            Reply::Response(404, _) => vec![Step::NotShown],
             reply => unknown(reply, &[]),
         },
     }
 }
 
-/// Records what four clients see of one seat, each over the managers in turn.
+/// Records a history: several clients call for one instance, each using the managers in turn.
 fn record(urls: &[String], run: u64) -> History {
     let (challenge, source) = (["plain", "pooled"][run as usize % 2], format!("source-{run}"));
     let history = Mutex::new(History::default());
@@ -104,30 +106,30 @@ fn record(urls: &[String], run: u64) -> History {
                 let mut rng = SmallRng::seed_from_u64(run * CLIENTS as u64 + at as u64);
                 let mut client = Client::new(urls, at);
                 for _ in 0..CALLS {
-                    let (dice, number) = (rng.random_range(0..100), next());
+                    let (choice, number) = (rng.random_range(0..100), next());
                     history.lock().unwrap().called(number);
-                    let steps = act(&mut client, challenge, source, dice, number);
+                    let steps = act(&mut client, challenge, source, choice, number);
                     history.lock().unwrap().answered(number, steps);
                 }
             });
         }
     });
-    // At last somebody sees what is left, and removes it.
+    // The last read fixes the final state; then the instance is removed.
     let (mut history, mut client, number) = (history.into_inner().unwrap(), Client::new(urls, 0), next());
     let path = format!("/api/v1/instance/{challenge}/{source}");
     history.called(number);
-    let last = match client.insist("GET", &path, &Value::Null).unwrap() {
+    let last = match client.call_until_available("GET", &path, &Value::Null).unwrap() {
         (200, instance) => saw(&instance),
         (404, _) => Step::NotShown,
         (status, body) => panic!("{path}: {status} {body}"),
     };
     history.answered(number, vec![last]);
-    let (status, body) = client.insist("DELETE", &path, &Value::Null).unwrap();
+    let (status, body) = client.call_until_available("DELETE", &path, &Value::Null).unwrap();
     assert!(matches!(status, 200 | 404), "{path}: {status} {body}");
     history
 }
 
-/// What was recorded.
+/// Totals of the recorded histories.
 #[derive(Default)]
 struct Recorded {
     histories: AtomicUsize,
@@ -135,13 +137,13 @@ struct Recorded {
     overlaps: AtomicUsize,
 }
 
-/// Records and checks so many histories, and more until `over`.
-fn check(urls: &[String], recorded: &Recorded, over: &AtomicBool) {
-    let begun = AtomicUsize::new(0);
+/// Records and checks [`HISTORIES`] histories, and more until `stop` is set.
+fn check(urls: &[String], recorded: &Recorded, stop: &AtomicBool) {
+    let started = AtomicUsize::new(0);
     std::thread::scope(|scope| {
-        for _ in 0..AT_ONCE {
+        for _ in 0..CONCURRENT_HISTORIES {
             scope.spawn(|| {
-                while begun.fetch_add(1, Ordering::Relaxed) < HISTORIES || !over.load(Ordering::Relaxed) {
+                while started.fetch_add(1, Ordering::Relaxed) < HISTORIES || !stop.load(Ordering::Relaxed) {
                     let run = next();
                     let history = record(urls, run);
                     assert!(history.is_linearizable(), "history {run} has no order that explains it:\n{history}");
@@ -157,19 +159,19 @@ fn check(urls: &[String], recorded: &Recorded, over: &AtomicBool) {
 #[test]
 fn histories_of_managers_are_linearizable() {
     let environment = [("ETCD_DEADLINE", "1500ms")];
-    let mut cluster = Cluster::start(3, &Between::Loopback, &[]).with_managers_of(REPLICAS, &environment);
+    let mut cluster = Cluster::start(3, &NetworkMode::Loopback, &[]).with_managers_and_env(REPLICAS, &environment);
     let urls: Vec<String> = cluster.managers.iter().map(|manager| manager.url.clone()).collect();
-    cluster.managers[0].create_challenge("plain", &quick(), &json!({ "timeout": "600s" }));
-    cluster.managers[0].create_challenge("pooled", &quick(), &json!({ "timeout": "600s", "min": "2" }));
-    let (calm, faults, over) = (Recorded::default(), Recorded::default(), AtomicBool::new(true));
-    check(&urls, &calm, &over);
-    assert_eq!(calm.unknown.load(Ordering::Relaxed), 0, "without a fault every outcome is known");
-    over.store(false, Ordering::Relaxed);
+    cluster.managers[0].create_challenge("plain", &quick_scenario(), &json!({ "timeout": "600s" }));
+    cluster.managers[0].create_challenge("pooled", &quick_scenario(), &json!({ "timeout": "600s", "min": "2" }));
+    let (calm, faults, stop) = (Recorded::default(), Recorded::default(), AtomicBool::new(true));
+    check(&urls, &calm, &stop);
+    assert_eq!(calm.unknown.load(Ordering::Relaxed), 0, "outcomes are unknown although there was no fault");
+    stop.store(false, Ordering::Relaxed);
     std::thread::scope(|scope| {
-        // However this ends, the clients do too.
-        let stopping = Stopping(&over);
-        scope.spawn(|| check(&urls, &faults, &over));
-        let lasting = LEASE_TTL + LEASE_TTL / 2;
+        // Stops the clients even if a fault panics.
+        let stop_on_drop = StopOnDrop(&stop);
+        scope.spawn(|| check(&urls, &faults, &stop));
+        let pause = LEASE_TTL + LEASE_TTL / 2;
         for at in 0..REPLICAS {
             let manager = &mut cluster.managers[at].process;
             manager.kill().unwrap();
@@ -179,23 +181,23 @@ fn histories_of_managers_are_linearizable() {
             cluster.members[member].process.start().unwrap();
             let paused = &cluster.managers[(at + 1) % REPLICAS].process;
             paused.signal(Signal::STOP);
-            std::thread::sleep(lasting);
+            std::thread::sleep(pause);
             paused.signal(Signal::CONT);
         }
-        drop(stopping);
+        drop(stop_on_drop);
     });
-    cluster.at_rest();
-    for (name, recorded) in [("calm", &calm), ("under faults", &faults)] {
+    cluster.assert_settled();
+    for (name, recorded) in [("without faults", &calm), ("with faults", &faults)] {
         let count = |counter: &AtomicUsize| counter.load(Ordering::Relaxed);
         let histories = count(&recorded.histories);
         println!(
-            "{name}: {histories} histories of {} calls each are linearizable; {} calls began while another of the same seat was under \
-             way; {} outcomes were unknown",
+            "{name}: {histories} histories of {} calls each are linearizable; {} calls overlapped another call for the same instance; \
+             {} outcomes were unknown",
             CLIENTS * CALLS,
             count(&recorded.overlaps),
             count(&recorded.unknown),
         );
-        assert!(histories >= HISTORIES && count(&recorded.overlaps) > histories * CALLS, "clients met");
+        assert!(histories >= HISTORIES && count(&recorded.overlaps) > histories * CALLS, "too few calls overlapped");
     }
-    assert!(faults.unknown.load(Ordering::Relaxed) > 0, "faults were felt");
+    assert!(faults.unknown.load(Ordering::Relaxed) > 0, "no fault affected a call");
 }

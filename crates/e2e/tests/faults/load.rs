@@ -1,4 +1,4 @@
-//! Clients that know what they were promised: each call's answer is held against what was acknowledged before.
+//! Clients that compare every answer with the operations acknowledged before, and a ledger of the violations.
 
 use std::{
     fmt,
@@ -12,91 +12,92 @@ use std::{
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use serde_json::{Value, json};
 
-use super::scenario::quick;
+use super::scenario::quick_scenario;
 use crate::harness::POLL;
 
-/// Longer than a manager is paused, and than it waits for others.
+/// Longer than managers are paused, and than they wait for locks.
 const DEADLINE: Duration = Duration::from_secs(40);
-/// Who did not answer at all is not asked again at once.
-const BREATH: Duration = Duration::from_millis(50);
-/// Seats of each client.
-const SEATS: usize = 6;
+/// The delay after a call without an answer.
+const RETRY_DELAY: Duration = Duration::from_millis(50);
+/// The number of instances that a driver uses at a time.
+const INSTANCES_PER_DRIVER: usize = 6;
 
-/// What was promised, and what was broken.
+/// Counts the operations and collects the violations.
 #[derive(Default)]
 pub(super) struct Ledger {
     acknowledged: AtomicU64,
     unknown: AtomicU64,
-    unread: AtomicU64,
-    broken: Mutex<Vec<Broken>>,
+    failed_reads: AtomicU64,
+    violations: Mutex<Vec<Violation>>,
 }
 
-/// A promise that was not kept.
+/// What kind of guarantee was violated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// What was acknowledged is not there, or not as it was acknowledged.
+    /// An acknowledged change is missing or differs.
     Lost,
-    /// There is more than was asked for, or what was deleted is back.
-    Doubled,
-    /// Something runs, or has a directory, and is not stored.
+    /// An operation took effect twice, or something deleted is back.
+    Duplicated,
+    /// Something has processes or a directory, but no record.
     Orphan,
-    /// An answer that the contract does not have, or a state that does not come to rest.
-    Odd,
+    /// The contract does not allow the answer, or the cluster does not settle.
+    Unexpected,
 }
 
-/// How, and what.
+/// A violated guarantee, with a description.
 #[derive(Debug)]
-pub(super) struct Broken(pub(super) Kind, pub(super) String);
+pub(super) struct Violation(pub(super) Kind, pub(super) String);
 
 impl Ledger {
-    pub(super) fn broken(&self, kind: Kind, what: impl fmt::Display) {
+    pub(super) fn report(&self, kind: Kind, what: impl fmt::Display) {
         let what = what.to_string();
         eprintln!("{kind:?}: {what}");
-        self.broken.lock().unwrap().push(Broken(kind, what));
+        self.violations.lock().unwrap().push(Violation(kind, what));
     }
 
     pub(super) fn acknowledged(&self) -> u64 {
         self.acknowledged.load(Ordering::Relaxed)
     }
 
-    /// Calls after which nobody knows whether they came to pass.
-    pub(super) fn outcomes_unknown(&self) -> u64 {
+    /// The number of writes that may or may not have taken effect.
+    pub(super) fn unknown_outcomes(&self) -> u64 {
         self.unknown.load(Ordering::Relaxed)
     }
 
-    /// Calls that failed, of whatever kind: those above, and reads.
+    /// The number of failed calls: writes with an unknown outcome, and reads.
     pub(super) fn failed(&self) -> u64 {
-        self.outcomes_unknown() + self.unread.load(Ordering::Relaxed)
+        self.unknown_outcomes() + self.failed_reads.load(Ordering::Relaxed)
     }
 
-    pub(super) fn is_kept(&self) -> bool {
-        self.broken.lock().unwrap().is_empty()
+    pub(super) fn has_no_violations(&self) -> bool {
+        self.violations.lock().unwrap().is_empty()
     }
 
-    pub(super) fn assert_kept(&self) {
-        let broken = self.broken.lock().unwrap();
-        let broken: Vec<String> = broken.iter().map(|Broken(kind, what)| format!("{kind:?}: {what}")).collect();
-        assert!(broken.is_empty(), "promises were broken:\n{}", broken.join("\n"));
-        assert!(self.acknowledged() > 0, "something was promised");
+    pub(super) fn assert_no_violations(&self) {
+        let violations = self.violations.lock().unwrap();
+        let violations: Vec<String> =
+            violations.iter().map(|Violation(kind, what)| format!("{kind:?}: {what}")).collect();
+        assert!(violations.is_empty(), "guarantees were violated:\n{}", violations.join("\n"));
+        assert!(self.acknowledged() > 0, "no operation was acknowledged");
     }
 
-    /// Counts an answer and says what it means.
-    fn means(&self, what: &str, answer: Reply) -> Means {
+    /// Counts the answer to a write and returns its outcome.
+    fn classify(&self, what: &str, answer: Reply) -> Outcome {
         match answer {
-            Reply::Said(200, body) => {
+            Reply::Response(200, body) => {
                 self.acknowledged.fetch_add(1, Ordering::Relaxed);
-                Means::Done(body)
+                Outcome::Done(body)
             }
-            Reply::Said(404, _) => Means::Missing,
-            Reply::Said(409, _) => Means::Exists,
-            Reply::Said(503, _) | Reply::Nothing(_) => {
+            Reply::Response(404, _) => Outcome::NotFound,
+            Reply::Response(409, _) => Outcome::AlreadyExists,
+            Reply::Response(503, _) | Reply::NoResponse(_) => {
                 self.unknown.fetch_add(1, Ordering::Relaxed);
-                Means::Unknown
+                Outcome::Unknown
             }
-            Reply::Said(status, body) => {
+            Reply::Response(status, body) => {
                 self.unknown.fetch_add(1, Ordering::Relaxed);
-                self.broken(Kind::Odd, format_args!("{what}: {status} {body}"));
-                Means::Unknown
+                self.report(Kind::Unexpected, format_args!("{what}: {status} {body}"));
+                Outcome::Unknown
             }
         }
     }
@@ -104,47 +105,48 @@ impl Ledger {
 
 impl fmt::Display for Ledger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let broken = self.broken.lock().unwrap();
-        let count = |kind| broken.iter().filter(|broken| broken.0 == kind).count();
+        let violations = self.violations.lock().unwrap();
+        let count = |kind| violations.iter().filter(|violation| violation.0 == kind).count();
         write!(
             f,
-            "operations: {} acknowledged, {} of unknown outcome, {} reads failed; lost: {}; doubled: {}; orphans: {}; odd: {}",
+            "operations: {} acknowledged, {} of unknown outcome, {} reads failed; lost: {}; duplicated: {}; orphans: {}; unexpected: {}",
             self.acknowledged(),
-            self.outcomes_unknown(),
-            self.unread.load(Ordering::Relaxed),
+            self.unknown_outcomes(),
+            self.failed_reads.load(Ordering::Relaxed),
             count(Kind::Lost),
-            count(Kind::Doubled),
+            count(Kind::Duplicated),
             count(Kind::Orphan),
-            count(Kind::Odd)
+            count(Kind::Unexpected)
         )
     }
 }
 
-/// Tells clients to stop when it is dropped, however the test ends.
-pub(super) struct Stopping<'a>(pub(super) &'a AtomicBool);
+/// Stops the clients when it is dropped, so that they also stop when the test panics.
+pub(super) struct StopOnDrop<'a>(pub(super) &'a AtomicBool);
 
-impl Drop for Stopping<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
-/// What came back.
+/// The result of a call.
 pub(super) enum Reply {
-    Said(u16, Value),
-    /// No connection, or no answer in time.
-    Nothing(String),
+    Response(u16, Value),
+    /// The connection failed, or the deadline passed.
+    NoResponse(String),
 }
 
-enum Means {
+/// The outcome of a write.
+enum Outcome {
     Done(Value),
-    Missing,
-    Exists,
-    /// It may have happened, or may yet.
+    NotFound,
+    AlreadyExists,
+    /// The write may have taken effect, or may still do so.
     Unknown,
 }
 
-/// Talks to one manager after the other of those that it knows.
+/// A client that uses its managers in turn.
 pub(super) struct Client {
     agent: ureq::Agent,
     deadline: Duration,
@@ -162,35 +164,40 @@ impl Client {
         Client { agent: config.new_agent(), deadline: DEADLINE, urls: urls.to_vec(), next: first }
     }
 
-    /// The same, for what may take longer.
-    pub(super) fn patient(mut self, deadline: Duration) -> Client {
+    /// Sets the deadline of each call.
+    pub(super) fn with_deadline(mut self, deadline: Duration) -> Client {
         self.deadline = deadline;
         self
     }
 
-    /// Asks the next manager.
-    pub(super) fn ask(&mut self, method: &str, path: &str, body: &Value) -> Reply {
+    /// Calls the next manager.
+    pub(super) fn call(&mut self, method: &str, path: &str, body: &Value) -> Reply {
         self.next += 1;
-        let reply = self.ask_again(method, path, body);
-        if matches!(reply, Reply::Nothing(_)) {
-            std::thread::sleep(BREATH);
+        let reply = self.call_same_manager(method, path, body);
+        if matches!(reply, Reply::NoResponse(_)) {
+            std::thread::sleep(RETRY_DELAY);
         }
         reply
     }
 
-    /// Asks the next manager until it answers, and not that it is unavailable: for when all faults are over. An election may still follow
-    /// when a member that was cut off is back.
-    pub(super) fn insist(&mut self, method: &str, path: &str, body: &Value) -> Result<(u16, Value), String> {
+    /// Calls the next manager until it answers with something other than 503. Use it after all faults have ended: the return of a
+    /// partitioned member can still cause an election.
+    pub(super) fn call_until_available(
+        &mut self,
+        method: &str,
+        path: &str,
+        body: &Value,
+    ) -> Result<(u16, Value), String> {
         self.next += 1;
-        POLL.try_until_blocking(|| match self.ask_again(method, path, body) {
-            Reply::Said(503, body) => Err(body.to_string()),
-            Reply::Said(status, body) => Ok((status, body)),
-            Reply::Nothing(why) => Err(why),
+        POLL.try_until_blocking(|| match self.call_same_manager(method, path, body) {
+            Reply::Response(503, body) => Err(body.to_string()),
+            Reply::Response(status, body) => Ok((status, body)),
+            Reply::NoResponse(why) => Err(why),
         })
     }
 
-    /// Asks the manager that was asked last.
-    fn ask_again(&self, method: &str, path: &str, body: &Value) -> Reply {
+    /// Calls the same manager as the last call.
+    fn call_same_manager(&self, method: &str, path: &str, body: &Value) -> Reply {
         let url = format!("{}{path}", self.urls[self.next % self.urls.len()]);
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let request = ureq::http::Request::builder().method(method).uri(url).body(body).unwrap();
@@ -200,155 +207,166 @@ impl Client {
             Ok((answer.status().as_u16(), text))
         });
         match answer {
-            Ok((status, text)) => Reply::Said(status, serde_json::from_str(&text).unwrap_or(Value::String(text))),
-            Err(error) => Reply::Nothing(error.to_string()),
+            Ok((status, text)) => Reply::Response(status, serde_json::from_str(&text).unwrap_or(Value::String(text))),
+            Err(error) => Reply::NoResponse(error.to_string()),
         }
     }
 
     pub(super) fn create(&mut self, challenge: &str, source: &str) -> Reply {
-        self.ask("POST", "/api/v1/instance", &json!({ "challengeId": challenge, "sourceId": source }))
+        self.call("POST", "/api/v1/instance", &json!({ "challengeId": challenge, "sourceId": source }))
     }
 }
 
-/// A seat that one client has for itself, and what it was promised there.
-struct Seat {
+/// An instance that only one driver uses, with its expected state.
+struct TrackedInstance {
     challenge: &'static str,
     source: String,
-    /// The instance as it was last acknowledged; `None` if there is none.
-    promised: Option<Value>,
-    /// The outcome of a call is not known, and it may come to pass at any time: this seat is given up for another.
-    unknown: bool,
+    /// The instance as last acknowledged; `None` if it does not exist.
+    acknowledged: Option<Value>,
+    /// The outcome of a call is unknown. It may take effect at any time, so the driver stops using this instance.
+    is_uncertain: bool,
 }
 
-impl Seat {
+impl TrackedInstance {
     fn path(&self) -> String {
         format!("/api/v1/instance/{}/{}", self.challenge, self.source)
     }
 
-    fn holds(&self, ledger: &Ledger, seen: Option<&Value>) {
-        match (&self.promised, seen) {
+    fn verify(&self, ledger: &Ledger, seen: Option<&Value>) {
+        match (&self.acknowledged, seen) {
             (None, None) => {}
-            (Some(promised), Some(seen)) => {
+            (Some(acknowledged), Some(seen)) => {
                 for field in ["flags", "connectionInfo", "since", "until", "lastRenew"] {
-                    if promised[field] != seen[field] {
-                        ledger.broken(
+                    if acknowledged[field] != seen[field] {
+                        ledger.report(
                             Kind::Lost,
-                            format_args!("{}: {field}: promised {promised}, seen {seen}", self.path()),
+                            format_args!("{}: {field}: acknowledged {acknowledged}, read {seen}", self.path()),
                         );
                     }
                 }
             }
-            (Some(promised), None) => {
-                ledger.broken(Kind::Lost, format_args!("{}: promised {promised}, gone", self.path()));
+            (Some(acknowledged), None) => {
+                ledger.report(Kind::Lost, format_args!("{}: acknowledged {acknowledged}, now missing", self.path()));
             }
-            (None, Some(seen)) => ledger.broken(Kind::Doubled, format_args!("{}: gone, seen {seen}", self.path())),
+            (None, Some(seen)) => {
+                ledger.report(Kind::Duplicated, format_args!("{}: deleted, but read {seen}", self.path()));
+            }
         }
     }
 }
 
-/// A client with seats of its own, on a challenge with a pool and on one without.
+/// A client with its own instances, of a challenge with a pool and of one without.
 pub(super) struct Driver {
     name: String,
     client: Client,
     rng: SmallRng,
-    seats: Vec<Seat>,
-    made: usize,
+    instances: Vec<TrackedInstance>,
+    used: usize,
 }
 
 impl Driver {
     pub(super) fn new(name: &str, urls: &[String], seed: u64) -> Driver {
         let client = Client::new(urls, seed as usize);
-        Driver { name: name.to_owned(), client, rng: SmallRng::seed_from_u64(seed), seats: Vec::new(), made: 0 }
+        Driver { name: name.to_owned(), client, rng: SmallRng::seed_from_u64(seed), instances: Vec::new(), used: 0 }
     }
 
-    /// Calls until told to stop.
+    /// Makes random calls until `stop` is set.
     pub(super) fn drive(&mut self, ledger: &Ledger, stop: &AtomicBool) {
         while !stop.load(Ordering::Relaxed) {
-            while self.seats.len() < SEATS {
-                self.made += 1;
-                let challenge = if self.made.is_multiple_of(2) { "pooled" } else { "plain" };
-                let source = format!("{}-{}", self.name, self.made);
-                self.seats.push(Seat { challenge, source, promised: None, unknown: false });
+            while self.instances.len() < INSTANCES_PER_DRIVER {
+                self.used += 1;
+                let challenge = if self.used.is_multiple_of(2) { "pooled" } else { "plain" };
+                let source = format!("{}-{}", self.name, self.used);
+                self.instances.push(TrackedInstance { challenge, source, acknowledged: None, is_uncertain: false });
             }
-            let at = self.rng.random_range(0..self.seats.len());
-            let dice = self.rng.random_range(0..100);
-            self.step(ledger, at, dice);
-            self.seats.retain(|seat| !seat.unknown);
+            let at = self.rng.random_range(0..self.instances.len());
+            let choice = self.rng.random_range(0..100);
+            self.step(ledger, at, choice);
+            self.instances.retain(|instance| !instance.is_uncertain);
         }
     }
 
-    fn step(&mut self, ledger: &Ledger, at: usize, dice: u32) {
-        let seat = &mut self.seats[at];
-        let path = seat.path();
-        if seat.promised.is_none() && dice < 60 || dice < 10 {
-            let means = ledger.means(&path, self.client.create(seat.challenge, &seat.source));
-            match (means, &seat.promised) {
-                (Means::Done(instance), None) => seat.promised = Some(instance),
-                (Means::Done(instance), Some(promised)) => {
-                    ledger.broken(Kind::Doubled, format_args!("{path}: {promised} and {instance}"));
+    fn step(&mut self, ledger: &Ledger, at: usize, choice: u32) {
+        let tracked = &mut self.instances[at];
+        let path = tracked.path();
+        if tracked.acknowledged.is_none() && choice < 60 || choice < 10 {
+            let outcome = ledger.classify(&path, self.client.create(tracked.challenge, &tracked.source));
+            match (outcome, &tracked.acknowledged) {
+                (Outcome::Done(instance), None) => tracked.acknowledged = Some(instance),
+                (Outcome::Done(instance), Some(acknowledged)) => {
+                    ledger.report(
+                        Kind::Duplicated,
+                        format_args!("{path}: created {instance}, although {acknowledged} exists"),
+                    );
                 }
-                (Means::Exists, Some(_)) => {}
-                (Means::Exists, None) => ledger.broken(Kind::Doubled, format_args!("{path}: gone, and exists")),
-                (Means::Missing, _) => ledger.broken(Kind::Lost, format_args!("{path}: its challenge")),
-                (Means::Unknown, _) => seat.unknown = true,
+                (Outcome::AlreadyExists, Some(_)) => {}
+                (Outcome::AlreadyExists, None) => {
+                    ledger.report(Kind::Duplicated, format_args!("{path}: deleted, but a create finds it"));
+                }
+                (Outcome::NotFound, _) => ledger.report(Kind::Lost, format_args!("{path}: the challenge is missing")),
+                (Outcome::Unknown, _) => tracked.is_uncertain = true,
             }
-        } else if dice < 40 {
-            match ledger.means(&path, self.client.ask("PATCH", &path, &json!({}))) {
-                Means::Done(instance) if seat.promised.is_some() => seat.promised = Some(instance),
-                Means::Missing => seat.holds(ledger, None),
-                Means::Unknown => seat.unknown = true,
-                Means::Done(seen) => seat.holds(ledger, Some(&seen)),
-                Means::Exists => ledger.broken(Kind::Odd, format_args!("{path}: a renewal says that it exists")),
+        } else if choice < 40 {
+            match ledger.classify(&path, self.client.call("PATCH", &path, &json!({}))) {
+                Outcome::Done(instance) if tracked.acknowledged.is_some() => tracked.acknowledged = Some(instance),
+                Outcome::NotFound => tracked.verify(ledger, None),
+                Outcome::Unknown => tracked.is_uncertain = true,
+                Outcome::Done(seen) => tracked.verify(ledger, Some(&seen)),
+                Outcome::AlreadyExists => {
+                    ledger.report(Kind::Unexpected, format_args!("{path}: a renewal answered 409"));
+                }
             }
-        } else if dice < 70 {
-            match ledger.means(&path, self.client.ask("DELETE", &path, &Value::Null)) {
-                Means::Done(_) if seat.promised.is_some() => seat.promised = None,
-                Means::Missing => seat.holds(ledger, None),
-                Means::Unknown => seat.unknown = true,
-                Means::Done(_) | Means::Exists => {
-                    ledger.broken(Kind::Doubled, format_args!("{path}: gone, and deleted"));
+        } else if choice < 70 {
+            match ledger.classify(&path, self.client.call("DELETE", &path, &Value::Null)) {
+                Outcome::Done(_) if tracked.acknowledged.is_some() => tracked.acknowledged = None,
+                Outcome::NotFound => tracked.verify(ledger, None),
+                Outcome::Unknown => tracked.is_uncertain = true,
+                Outcome::Done(_) | Outcome::AlreadyExists => {
+                    ledger.report(Kind::Duplicated, format_args!("{path}: deleted twice"));
                 }
             }
         } else {
-            self.look(ledger, at);
+            self.read(ledger, at);
         }
     }
 
-    fn look(&mut self, ledger: &Ledger, at: usize) {
-        let seat = &self.seats[at];
-        match self.client.ask("GET", &seat.path(), &Value::Null) {
-            Reply::Said(200, seen) => seat.holds(ledger, Some(&seen)),
-            Reply::Said(404, _) => seat.holds(ledger, None),
-            Reply::Said(503, _) | Reply::Nothing(_) => drop(ledger.unread.fetch_add(1, Ordering::Relaxed)),
-            Reply::Said(status, body) => {
-                ledger.broken(Kind::Odd, format_args!("{}: {status} {body}", seat.path()));
+    fn read(&mut self, ledger: &Ledger, at: usize) {
+        let instance = &self.instances[at];
+        match self.client.call("GET", &instance.path(), &Value::Null) {
+            Reply::Response(200, seen) => instance.verify(ledger, Some(&seen)),
+            Reply::Response(404, _) => instance.verify(ledger, None),
+            Reply::Response(503, _) | Reply::NoResponse(_) => drop(ledger.failed_reads.fetch_add(1, Ordering::Relaxed)),
+            Reply::Response(status, body) => {
+                ledger.report(Kind::Unexpected, format_args!("{}: {status} {body}", instance.path()));
             }
         }
     }
 
-    /// When all is at rest every manager must answer, and answer what was promised.
-    pub(super) fn hold(&self, ledger: &Ledger, urls: &[String]) {
+    /// Checks that every manager returns the acknowledged state. The cluster must have settled.
+    pub(super) fn verify(&self, ledger: &Ledger, urls: &[String]) {
         let mut client = Client::new(urls, 0);
-        for seat in &self.seats {
+        for instance in &self.instances {
             for _ in urls {
-                match client.insist("GET", &seat.path(), &Value::Null) {
-                    Ok((200, seen)) => seat.holds(ledger, Some(&seen)),
-                    Ok((404, _)) => seat.holds(ledger, None),
-                    Ok((status, body)) => ledger.broken(Kind::Odd, format_args!("{}: {status} {body}", seat.path())),
-                    Err(why) => ledger.broken(Kind::Lost, format_args!("{}: {why}", seat.path())),
+                match client.call_until_available("GET", &instance.path(), &Value::Null) {
+                    Ok((200, seen)) => instance.verify(ledger, Some(&seen)),
+                    Ok((404, _)) => instance.verify(ledger, None),
+                    Ok((status, body)) => {
+                        ledger.report(Kind::Unexpected, format_args!("{}: {status} {body}", instance.path()));
+                    }
+                    Err(why) => ledger.report(Kind::Lost, format_args!("{}: {why}", instance.path())),
                 }
             }
         }
     }
 
-    /// The seats with an instance: `challenge s source`.
-    pub(super) fn promised(&self) -> impl Iterator<Item = String> {
-        let there = self.seats.iter().filter(|seat| seat.promised.is_some());
-        there.map(|seat| format!("{} s {}", seat.challenge, seat.source))
+    /// The keys of the instances that must exist: `challenge s source`.
+    pub(super) fn expected_keys(&self) -> impl Iterator<Item = String> {
+        let existing = self.instances.iter().filter(|instance| instance.acknowledged.is_some());
+        existing.map(|instance| format!("{} s {}", instance.challenge, instance.source))
     }
 }
 
-/// All managers at once are asked for the same seat: one of them gives it. Then all are asked to take it back: one of them does.
+/// Calls all managers at once to create the same instance, then to delete it. Each time exactly one call must succeed.
 pub(super) fn race(urls: &[String], ledger: &Ledger, stop: &AtomicBool, round: usize) {
     let mut clients: Vec<Client> = (0..urls.len()).map(|first| Client::new(urls, first)).collect();
     let mut number = 0;
@@ -356,26 +374,26 @@ pub(super) fn race(urls: &[String], ledger: &Ledger, stop: &AtomicBool, round: u
         number += 1;
         let source = format!("race-{round}-{number}");
         let path = format!("/api/v1/instance/plain/{source}");
-        for what in ["created", "deleted"] {
-            let answers: Vec<Means> = std::thread::scope(|scope| {
-                let ask = |client: &mut Client| {
-                    let reply = match what {
+        for verb in ["created", "deleted"] {
+            let outcomes: Vec<Outcome> = std::thread::scope(|scope| {
+                let call = |client: &mut Client| {
+                    let reply = match verb {
                         "created" => client.create("plain", &source),
-                        _ => client.ask("DELETE", &path, &Value::Null),
+                        _ => client.call("DELETE", &path, &Value::Null),
                     };
-                    ledger.means(&path, reply)
+                    ledger.classify(&path, reply)
                 };
-                let racers: Vec<_> = clients.iter_mut().map(|client| scope.spawn(move || ask(client))).collect();
+                let racers: Vec<_> = clients.iter_mut().map(|client| scope.spawn(move || call(client))).collect();
                 racers.into_iter().map(|racer| racer.join().unwrap()).collect()
             });
-            let done = answers.iter().filter(|means| matches!(means, Means::Done(_))).count();
-            let unknown = answers.iter().any(|means| matches!(means, Means::Unknown));
+            let done = outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Done(_))).count();
+            let unknown = outcomes.iter().any(|outcome| matches!(outcome, Outcome::Unknown));
             if done > 1 {
-                ledger.broken(Kind::Doubled, format_args!("{path}: {what} {done} times"));
+                ledger.report(Kind::Duplicated, format_args!("{path}: {verb} {done} times"));
             } else if done == 0 && !unknown {
-                ledger.broken(
+                ledger.report(
                     Kind::Lost,
-                    format_args!("{path}: {what} by nobody, though everybody was told that it was"),
+                    format_args!("{path}: not {verb} by any call, although every outcome is known"),
                 );
             }
             if unknown {
@@ -385,47 +403,51 @@ pub(super) fn race(urls: &[String], ledger: &Ledger, stop: &AtomicBool, round: u
     }
 }
 
-/// Registers challenges, gives them instances and deletes them: what is deleted is gone with all that belongs to it.
-pub(super) fn come_and_go(urls: &[String], ledger: &Ledger, stop: &AtomicBool, round: usize) {
+/// Creates challenges with instances and deletes them. A deleted challenge must not be found again.
+pub(super) fn create_and_delete_challenges(urls: &[String], ledger: &Ledger, stop: &AtomicBool, round: usize) {
     let mut client = Client::new(urls, round);
     let mut number = 0;
     while !stop.load(Ordering::Relaxed) {
         number += 1;
         let id = format!("brief-{round}-{number}");
         let path = format!("/api/v1/challenge/{id}");
-        let new = json!({ "id": id, "scenario": quick() });
-        let Means::Done(_) = ledger.means(&path, client.ask("POST", "/api/v1/challenge", &new)) else { continue };
-        let instances = ["a", "b"].map(|source| ledger.means(&path, client.create(&id, source)));
-        let Means::Done(_) = ledger.means(&path, client.ask("DELETE", &path, &Value::Null)) else { continue };
-        if instances.iter().any(|means| matches!(means, Means::Missing | Means::Exists)) {
-            ledger.broken(Kind::Lost, format_args!("{path}: a new challenge that takes no instance"));
+        let new = json!({ "id": id, "scenario": quick_scenario() });
+        let Outcome::Done(_) = ledger.classify(&path, client.call("POST", "/api/v1/challenge", &new)) else { continue };
+        let instances = ["a", "b"].map(|source| ledger.classify(&path, client.create(&id, source)));
+        let Outcome::Done(_) = ledger.classify(&path, client.call("DELETE", &path, &Value::Null)) else { continue };
+        if instances.iter().any(|outcome| matches!(outcome, Outcome::NotFound | Outcome::AlreadyExists)) {
+            ledger.report(Kind::Lost, format_args!("{path}: a new challenge rejected an instance"));
         }
         for _ in urls {
-            match client.ask("GET", &path, &Value::Null) {
-                Reply::Said(200, seen) => ledger.broken(Kind::Doubled, format_args!("{path}: gone, seen {seen}")),
-                Reply::Said(404 | 503, _) | Reply::Nothing(_) => {}
-                Reply::Said(status, body) => ledger.broken(Kind::Odd, format_args!("{path}: {status} {body}")),
+            match client.call("GET", &path, &Value::Null) {
+                Reply::Response(200, seen) => {
+                    ledger.report(Kind::Duplicated, format_args!("{path}: deleted, but read {seen}"));
+                }
+                Reply::Response(404 | 503, _) | Reply::NoResponse(_) => {}
+                Reply::Response(status, body) => {
+                    ledger.report(Kind::Unexpected, format_args!("{path}: {status} {body}"));
+                }
             }
         }
     }
 }
 
-/// Updates one challenge with two instances, each time by another strategy.
+/// Updates a challenge with two instances, with each update strategy in turn.
 pub(super) struct Updater {
     client: Client,
-    /// The last that was acknowledged, and later ones whose outcome is not known.
-    promised: Vec<String>,
+    /// The last acknowledged message, and a later one if its outcome is unknown.
+    acknowledged: Vec<String>,
     number: usize,
 }
 
 impl Updater {
     pub(super) fn new(urls: &[String]) -> Updater {
-        Updater { client: Client::new(urls, 1), promised: vec!["none".to_owned()], number: 0 }
+        Updater { client: Client::new(urls, 1), acknowledged: vec!["none".to_owned()], number: 0 }
     }
 
     pub(super) fn drive(&mut self, ledger: &Ledger, stop: &AtomicBool) {
-        // One whose outcome is not known may come to pass after the next: there is none in this round.
-        while !stop.load(Ordering::Relaxed) && self.promised.len() == 1 {
+        // An update with an unknown outcome may take effect after a later one, so it is the last of this round.
+        while !stop.load(Ordering::Relaxed) && self.acknowledged.len() == 1 {
             self.number += 1;
             let strategy = ["update_in_place", "blue_green", "recreate"][self.number % 3];
             let motd = format!("number {}", self.number);
@@ -433,28 +455,34 @@ impl Updater {
                 "additional": { "motd": motd }, "updateMask": "additional", "updateStrategy": strategy
             });
             let path = "/api/v1/challenge/shifting";
-            match ledger.means(path, self.client.ask("PATCH", path, &update)) {
-                Means::Done(_) => self.promised = vec![motd],
-                Means::Unknown => self.promised.push(motd),
-                Means::Missing | Means::Exists => ledger.broken(Kind::Lost, "the challenge that is updated"),
+            match ledger.classify(path, self.client.call("PATCH", path, &update)) {
+                Outcome::Done(_) => self.acknowledged = vec![motd],
+                Outcome::Unknown => self.acknowledged.push(motd),
+                Outcome::NotFound | Outcome::AlreadyExists => {
+                    ledger.report(Kind::Lost, "an update did not find its challenge");
+                }
             }
         }
     }
 
-    pub(super) fn hold(&mut self, ledger: &Ledger) {
-        match self.client.insist("GET", "/api/v1/challenge/shifting", &Value::Null) {
+    pub(super) fn verify(&mut self, ledger: &Ledger) {
+        match self.client.call_until_available("GET", "/api/v1/challenge/shifting", &Value::Null) {
             Ok((200, challenge)) => {
                 let motd = challenge["additional"]["motd"].as_str().unwrap_or_default().to_owned();
-                if !self.promised.contains(&motd) {
-                    ledger.broken(Kind::Lost, format_args!("update: promised {:?}, seen {motd}", self.promised));
+                if !self.acknowledged.contains(&motd) {
+                    ledger
+                        .report(Kind::Lost, format_args!("update: acknowledged {:?}, read {motd}", self.acknowledged));
                 }
                 if challenge["instances"].as_array().map(Vec::len) != Some(2) {
-                    ledger.broken(Kind::Lost, format_args!("an update lost an instance: {challenge}"));
+                    ledger.report(
+                        Kind::Lost,
+                        format_args!("an updated challenge does not have two instances: {challenge}"),
+                    );
                 }
-                self.promised = vec![motd];
+                self.acknowledged = vec![motd];
             }
-            Ok((status, body)) => ledger.broken(Kind::Lost, format_args!("updated challenge: {status} {body}")),
-            Err(why) => ledger.broken(Kind::Lost, format_args!("updated challenge: {why}")),
+            Ok((status, body)) => ledger.report(Kind::Lost, format_args!("updated challenge: {status} {body}")),
+            Err(why) => ledger.report(Kind::Lost, format_args!("updated challenge: {why}")),
         }
     }
 }

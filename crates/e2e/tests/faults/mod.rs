@@ -1,4 +1,4 @@
-//! What is promised, while managers, etcd members and the network between them fail.
+//! The guarantees hold while managers, etcd members and the network between them fail.
 //!
 //! `cargo xtask faults --minutes N` runs [`storm`] for longer than CI does.
 

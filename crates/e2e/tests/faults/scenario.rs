@@ -1,23 +1,24 @@
-//! What instances run here: next to nothing.
+//! Minimal scenarios for instances under test.
 
 use std::path::PathBuf;
 
 use crate::harness::{World, local};
 
-/// Ready at once.
-pub(super) fn quick() -> String {
+/// The reference of a scenario whose instances are ready at once.
+pub(super) fn quick_scenario() -> String {
     local("quick")
 }
 
-/// Ready when the [`Gate`] is open: what is to go wrong meanwhile does, however fast or slow the machine is.
-pub(super) fn gated() -> String {
+/// The reference of a scenario whose instances are ready once the [`Gate`] is open. A test can inject its fault before that, independent of
+/// timing.
+pub(super) fn gated_scenario() -> String {
     local("gated")
 }
 
-/// Both, below the world's scenarios. An instance says its identity in its connection info.
+/// Writes both scenarios. The connection info of their instances is the identity.
 pub(super) fn write_scenarios(world: &World) {
-    let wait = format!("while [ ! -e {} ]; do sleep 0.05; done; ", Gate::of(world).0.display());
-    for (name, before) in [("quick", ""), ("gated", &wait)] {
+    let wait_for_gate = format!("while [ ! -e {} ]; do sleep 0.05; done; ", Gate::of(world).0.display());
+    for (name, before) in [("quick", ""), ("gated", &wait_for_gate)] {
         let dir = world.path("scenarios").join(name);
         std::fs::create_dir_all(&dir).unwrap();
         let text = SCENARIO.replace("BEFORE", before);
@@ -25,7 +26,7 @@ pub(super) fn write_scenarios(world: &World) {
     }
 }
 
-/// What instances of [`gated`] wait for while they are brought up. It is closed at first.
+/// Blocks instances of [`gated_scenario`] while they are provisioned. The gate is closed at first.
 pub(super) struct Gate(PathBuf);
 
 impl Gate {
@@ -37,19 +38,19 @@ impl Gate {
         std::fs::write(&self.0, "").unwrap();
     }
 
-    /// Closes it until what is answered is dropped, or it is opened.
-    pub(super) fn close(&self) -> Closed {
+    /// Closes the gate until the returned guard is dropped.
+    pub(super) fn close(&self) -> ClosedGate {
         match std::fs::remove_file(&self.0) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{error}"),
-            _ => Closed(Gate(self.0.clone())),
+            _ => ClosedGate(Gate(self.0.clone())),
         }
     }
 }
 
 /// Opens the gate when it is dropped.
-pub(super) struct Closed(Gate);
+pub(super) struct ClosedGate(Gate);
 
-impl Drop for Closed {
+impl Drop for ClosedGate {
     fn drop(&mut self) {
         self.0.open();
     }

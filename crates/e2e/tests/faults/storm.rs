@@ -1,4 +1,5 @@
-//! Three managers and three etcd members under load, one fault after the other; after each round everything is compared with everything.
+//! Three managers and three etcd members under load, with one fault after another. Each round ends with a comparison of the acknowledged
+//! operations, the store and the running processes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,50 +20,50 @@ use serde_json::{Value, json};
 use signal_hook::consts::SIGINT;
 
 use super::{
-    cluster::{Between, Cluster, LEASE_TTL, length_of_log, said_since},
-    load::{Broken, Client, Driver, Kind, Ledger, Reply, Stopping, Updater, come_and_go, race},
+    cluster::{Cluster, LEASE_TTL, NetworkMode, log_length, log_since},
+    load::{Client, Driver, Kind, Ledger, Reply, StopOnDrop, Updater, Violation, create_and_delete_challenges, race},
     network::Side,
-    scenario::{Gate, gated, quick},
+    scenario::{Gate, gated_scenario, quick_scenario},
 };
 use crate::harness::{Backend, Manager, POLL, SOON, World};
 
-/// How long the storm lasts, in minutes, unless it is interrupted (SIGINT); without it, one round of each kind of fault.
+/// The minutes that the storm lasts, unless SIGINT ends it. Without this variable it runs the rounds of [`Fault::IN_CI`].
 const MINUTES: &str = "GAUNTLET_FAULTS_MINUTES";
-/// What the choice of faults follows from.
+/// The seed for the choice of faults.
 const SEED: &str = "GAUNTLET_FAULTS_SEED";
-/// The faults to choose among, by name; one round of these when no time is set.
+/// The names of the faults to inject, separated by commas. Without [`MINUTES`], one round injects each of them.
 const ONLY: &str = "GAUNTLET_FAULTS_ONLY";
 
 const STORM: &str = "faults::storm::random_faults_lose_duplicate_and_leak_nothing";
 const MANAGERS: usize = 3;
 const MEMBERS: usize = 3;
-/// Clients that go from manager to manager; beside them each manager has one that stays.
+/// Clients that use all managers in turn. In addition, each manager has a client of its own.
 const ROAMING: usize = 2;
-/// Load before a fault, and after it.
-const CALM: Duration = Duration::from_millis(1200);
-/// What lasts outlives a lease.
-const LASTING: Duration = Duration::from_millis(LEASE_TTL.as_millis() as u64 + 1000);
-/// The challenges that stay.
-const STAY: [&str; 4] = ["plain", "pooled", "shifting", "gated"];
+/// How long clients run before the first fault and after the last one.
+const LOAD_PERIOD: Duration = Duration::from_millis(1200);
+/// The duration of pauses and partitions, longer than a lease.
+const FAULT_DURATION: Duration = Duration::from_millis(LEASE_TTL.as_millis() as u64 + 1000);
+/// The challenges that exist until the end.
+const PERMANENT_CHALLENGES: [&str; 4] = ["plain", "pooled", "shifting", "gated"];
 
-/// What goes wrong.
+/// An injected fault. The names are used by `cargo xtask faults --only` and in the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Fault {
-    /// kill -9, and started again.
+    /// Killed with SIGKILL and restarted.
     ManagerKilled,
-    /// Stopped while it brings an instance up, for longer than its lease.
+    /// Paused for longer than its lease while it provisions an instance.
     ManagerPaused,
-    /// kill -9, and started again.
+    /// Killed with SIGKILL and restarted.
     LeaderKilled,
     FollowerKilled,
-    /// Stopped for longer than a lease, then continued.
+    /// Paused for longer than a lease.
     LeaderPaused,
     FollowerPaused,
-    /// It leads, and does not hear the others; clients reach it.
+    /// Partitioned from its peers while it leads. Clients still reach it.
     LeaderCutFromPeers,
-    /// Its peers reach it, clients do not.
+    /// Partitioned from clients. Peers still reach it.
     MemberCutFromClients,
-    /// Nobody reaches it.
+    /// Partitioned from peers and clients.
     MemberCutOff,
 }
 
@@ -78,7 +79,7 @@ impl Fault {
         Fault::MemberCutFromClients,
         Fault::MemberCutOff,
     ];
-    /// One round of each line.
+    /// The rounds that CI runs.
     const IN_CI: [&[Fault]; 4] = [
         &[Fault::ManagerKilled, Fault::ManagerPaused],
         &[Fault::FollowerKilled, Fault::LeaderKilled],
@@ -86,16 +87,16 @@ impl Fault {
         &[Fault::LeaderCutFromPeers, Fault::MemberCutFromClients],
     ];
 
-    /// Those of that name; all if none is named.
-    fn named(names: &str) -> Vec<Fault> {
+    /// Parses a list of names separated by commas. An empty list means all faults.
+    fn parse_list(names: &str) -> Vec<Fault> {
         let name = |name: &str| {
             let fault = Fault::ALL.into_iter().find(|fault| format!("{fault:?}") == name);
-            fault.unwrap_or_else(|| panic!("{name:?} is no fault; there are {:?}", Fault::ALL))
+            fault.unwrap_or_else(|| panic!("{name:?} is not a fault; use one of {:?}", Fault::ALL))
         };
         if names.is_empty() { Fault::ALL.to_vec() } else { names.split(',').map(name).collect() }
     }
 
-    /// What comes nearest to it where nothing can be cut.
+    /// Returns the fault to inject instead if members cannot be partitioned.
     fn without_network(self) -> Fault {
         match self {
             Fault::LeaderCutFromPeers => Fault::LeaderPaused,
@@ -113,28 +114,31 @@ struct Storm {
     updater: Updater,
     rng: SmallRng,
     injected: BTreeMap<Fault, usize>,
-    /// What cannot be had here.
-    left_out: BTreeSet<Fault>,
-    /// Managers that were paused in the middle of their work, and those whose commit was then seen refused.
-    pauses: (usize, usize),
+    /// The faults that this machine does not support.
+    skipped: BTreeSet<Fault>,
+    /// How often a manager was paused during an operation.
+    pauses: usize,
+    /// How often the commit after such a pause was rejected.
+    rejected_commits: usize,
     rounds: usize,
-    begun: Instant,
+    started: Instant,
 }
 
 impl Storm {
     fn new(seed: u64) -> Storm {
-        let begun = Instant::now();
-        // Who asks a member that is gone is free again soon.
+        let started = Instant::now();
+        // A call to an unreachable member fails early, so the client soon continues.
         let environment = [("ETCD_DEADLINE", "1500ms")];
-        let cluster = Cluster::start(MEMBERS, &Between::Namespaces, &[]).with_managers_of(MANAGERS, &environment);
+        let cluster =
+            Cluster::start(MEMBERS, &NetworkMode::Namespaces, &[]).with_managers_and_env(MANAGERS, &environment);
         let urls: Vec<String> = cluster.managers.iter().map(|manager| manager.url.clone()).collect();
         let known = (0..ROAMING).map(|_| &urls[..]).chain(urls.iter().map(std::slice::from_ref)).enumerate();
         let drivers = known.map(|(at, known)| Driver::new(&format!("driver-{at}"), known, seed + at as u64)).collect();
         let manager = &cluster.managers[0];
-        manager.create_challenge("plain", &quick(), &json!({ "timeout": "600s" }));
-        manager.create_challenge("pooled", &quick(), &json!({ "timeout": "600s", "min": "2", "max": "20" }));
-        manager.create_challenge("shifting", &quick(), &json!({ "additional": { "motd": "none" } }));
-        manager.create_challenge("gated", &gated(), &json!({}));
+        manager.create_challenge("plain", &quick_scenario(), &json!({ "timeout": "600s" }));
+        manager.create_challenge("pooled", &quick_scenario(), &json!({ "timeout": "600s", "min": "2", "max": "20" }));
+        manager.create_challenge("shifting", &quick_scenario(), &json!({ "additional": { "motd": "none" } }));
+        manager.create_challenge("gated", &gated_scenario(), &json!({}));
         for source in ["a", "b"] {
             manager.create_instance("shifting", source).ok();
         }
@@ -143,155 +147,175 @@ impl Storm {
             rng: SmallRng::seed_from_u64(seed),
             ledger: Ledger::default(),
             injected: BTreeMap::new(),
-            left_out: BTreeSet::new(),
-            pauses: (0, 0),
+            skipped: BTreeSet::new(),
+            pauses: 0,
+            rejected_commits: 0,
             rounds: 0,
             cluster,
             urls,
             drivers,
-            begun,
+            started,
         }
     }
 
-    /// Load, faults, load, rest; then all promises are looked at.
-    fn round(&mut self, faults: &[Fault], interrupted: &AtomicBool) {
-        let Storm { cluster, ledger, urls, drivers, updater, rng, injected, left_out, pauses, rounds, begun } = self;
+    /// Runs clients, injects the faults, waits until the cluster settles, and then checks every guarantee.
+    fn run_round(&mut self, faults: &[Fault], interrupted: &AtomicBool) {
+        let Storm {
+            cluster,
+            ledger,
+            urls,
+            drivers,
+            updater,
+            rng,
+            injected,
+            skipped,
+            pauses,
+            rejected_commits,
+            rounds,
+            started,
+        } = self;
         *rounds += 1;
         let round = *rounds;
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let (ledger, stop, urls) = (&*ledger, &stop, &*urls);
-            // However this ends, the clients do too.
-            let stopping = Stopping(stop);
+            // Stops the clients even if a fault panics.
+            let stop_on_drop = StopOnDrop(stop);
             for driver in &mut *drivers {
                 scope.spawn(move || driver.drive(ledger, stop));
             }
             scope.spawn(|| updater.drive(ledger, stop));
             scope.spawn(move || race(urls, ledger, stop, round));
-            scope.spawn(move || come_and_go(urls, ledger, stop, round));
-            std::thread::sleep(CALM);
+            scope.spawn(move || create_and_delete_challenges(urls, ledger, stop, round));
+            std::thread::sleep(LOAD_PERIOD);
             for planned in faults {
                 if interrupted.load(Ordering::Relaxed) {
                     break;
                 }
                 let fault = if cluster.network.is_ok() { *planned } else { planned.without_network() };
                 if fault != *planned {
-                    left_out.insert(*planned);
+                    skipped.insert(*planned);
                 }
-                eprintln!("{:6.1} s, round {round}: {fault:?}", begun.elapsed().as_secs_f64());
+                eprintln!("{:6.1} s, round {round}: {fault:?}", started.elapsed().as_secs_f64());
                 *injected.entry(fault).or_default() += 1;
                 if fault == Fault::ManagerPaused {
-                    pauses.0 += 1;
-                    match pause(cluster, rng.random_range(0..MANAGERS), round) {
-                        Ok(()) => pauses.1 += 1,
-                        Err(why) => ledger.broken(Kind::Odd, format_args!("a pause: {why}")),
+                    *pauses += 1;
+                    match pause_manager(cluster, rng.random_range(0..MANAGERS), round) {
+                        Ok(()) => *rejected_commits += 1,
+                        Err(why) => ledger.report(Kind::Unexpected, format_args!("pause of a manager: {why}")),
                     }
                 } else {
                     inject(cluster, fault, rng);
                 }
             }
-            std::thread::sleep(CALM);
-            drop(stopping);
+            std::thread::sleep(LOAD_PERIOD);
+            drop(stop_on_drop);
         });
         let census = match self.cluster.settle() {
             Ok(census) => census,
-            Err(Broken(kind, what)) => {
-                self.cluster.explain();
-                return self.ledger.broken(kind, what);
+            Err(Violation(kind, what)) => {
+                self.cluster.print_diagnostics();
+                return self.ledger.report(kind, what);
             }
         };
         for driver in &self.drivers {
-            driver.hold(&self.ledger, &self.urls);
+            driver.verify(&self.ledger, &self.urls);
         }
-        self.updater.hold(&self.ledger);
-        for seat in self.drivers.iter().flat_map(Driver::promised) {
-            if !census.contains_key(&seat) {
-                self.ledger.broken(Kind::Lost, format_args!("{seat}: promised, and not stored"));
+        self.updater.verify(&self.ledger);
+        for instance in self.drivers.iter().flat_map(Driver::expected_keys) {
+            if !census.contains_key(&instance) {
+                self.ledger.report(Kind::Lost, format_args!("{instance}: acknowledged, but not stored"));
             }
         }
-        self.tidy(census.keys());
+        self.delete_unexpected(census.keys());
         eprintln!(
-            "{:6.1} s, round {round}: at rest with {} instances; {} operations acknowledged so far, nothing lost",
-            self.begun.elapsed().as_secs_f64(),
+            "{:6.1} s, round {round}: settled with {} instances; {} operations acknowledged so far",
+            self.started.elapsed().as_secs_f64(),
             census.len(),
             self.ledger.acknowledged()
         );
     }
 
-    /// Takes down what nobody counts on any more: what the outcome of which was not known.
-    fn tidy<'a>(&mut self, seats: impl Iterator<Item = &'a String>) {
-        let promised: Vec<String> = self.drivers.iter().flat_map(Driver::promised).collect();
+    /// Deletes the instances and challenges that no client expects, because the outcome of a call was unknown.
+    fn delete_unexpected<'a>(&mut self, instances: impl Iterator<Item = &'a String>) {
+        let expected: Vec<String> = self.drivers.iter().flat_map(Driver::expected_keys).collect();
         let mut client = Client::new(&self.urls, 0);
-        for seat in seats {
-            let Some((challenge, source)) = seat.split_once(" s ") else { continue };
-            if challenge != "shifting" && STAY.contains(&challenge) && !promised.contains(seat) {
-                self.gone(&mut client, &format!("/api/v1/instance/{challenge}/{source}"));
+        for instance in instances {
+            let Some((challenge, source)) = instance.split_once(" s ") else { continue };
+            if challenge != "shifting" && PERMANENT_CHALLENGES.contains(&challenge) && !expected.contains(instance) {
+                self.delete(&mut client, &format!("/api/v1/instance/{challenge}/{source}"));
             }
         }
         match self.cluster.stored("challenges") {
             Ok(challenges) => {
                 for (key, _) in challenges {
                     let id = key.trim_start_matches("gauntlet/challenges ");
-                    if !STAY.contains(&id) {
-                        self.gone(&mut client, &format!("/api/v1/challenge/{id}"));
+                    if !PERMANENT_CHALLENGES.contains(&id) {
+                        self.delete(&mut client, &format!("/api/v1/challenge/{id}"));
                     }
                 }
             }
-            Err(why) => self.ledger.broken(Kind::Odd, why),
+            Err(why) => self.ledger.report(Kind::Unexpected, why),
         }
     }
 
-    fn gone(&self, client: &mut Client, path: &str) {
-        match client.insist("DELETE", path, &Value::Null) {
+    fn delete(&self, client: &mut Client, path: &str) {
+        match client.call_until_available("DELETE", path, &Value::Null) {
             Ok((200 | 404, _)) => {}
-            Ok((status, body)) => self.ledger.broken(Kind::Odd, format_args!("{path}: {status} {body}")),
-            Err(why) => self.ledger.broken(Kind::Odd, format_args!("{path}: {why}")),
+            Ok((status, body)) => self.ledger.report(Kind::Unexpected, format_args!("{path}: {status} {body}")),
+            Err(why) => self.ledger.report(Kind::Unexpected, format_args!("{path}: {why}")),
         }
     }
 
-    /// Everything is deleted and nothing is left; then the report.
-    fn end(mut self) {
-        if self.ledger.is_kept() {
+    /// Deletes everything, checks that nothing is left, and prints the report.
+    fn finish(mut self) {
+        if self.ledger.has_no_violations() {
             let mut client = Client::new(&self.urls, 0);
-            for id in STAY {
-                self.gone(&mut client, &format!("/api/v1/challenge/{id}"));
+            for id in PERMANENT_CHALLENGES {
+                self.delete(&mut client, &format!("/api/v1/challenge/{id}"));
             }
             match self.cluster.settle() {
                 Ok(census) if census.is_empty() => {}
-                Ok(census) => self.ledger.broken(Kind::Orphan, format_args!("all was deleted: {census:?}")),
-                Err(Broken(kind, what)) => self.ledger.broken(kind, what),
+                Ok(census) => {
+                    self.ledger.report(Kind::Orphan, format_args!("left after everything was deleted: {census:?}"))
+                }
+                Err(Violation(kind, what)) => self.ledger.report(kind, what),
             }
         }
         for manager in &mut self.cluster.managers {
             if !manager.process.is_running() {
-                self.ledger.broken(Kind::Odd, format_args!("{} has ended by itself", manager.url));
+                self.ledger.report(Kind::Unexpected, format_args!("{} has exited unexpectedly", manager.url));
             }
         }
         println!("{self}");
-        self.ledger.assert_kept();
-        assert_eq!(self.pauses.0, self.pauses.1, "each pause is seen refused by its fence");
+        self.ledger.assert_no_violations();
+        assert_eq!(self.pauses, self.rejected_commits, "a commit after a pause was not rejected");
     }
 }
 
 impl fmt::Display for Storm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (all, seconds) = (self.injected.values().sum::<usize>(), self.begun.elapsed().as_secs_f64());
+        let (all, seconds) = (self.injected.values().sum::<usize>(), self.started.elapsed().as_secs_f64());
         writeln!(f, "faults: {all} injected in {} rounds, {seconds:.0} s", self.rounds)?;
         for (fault, times) in &self.injected {
             writeln!(f, "  {:<22} {times:>5}", format!("{fault:?}"))?;
         }
         match &self.cluster.network {
-            Ok(_) => writeln!(f, "partitions: by network namespaces")?,
-            Err(why) if self.left_out.is_empty() => writeln!(f, "partitions: none ({why})")?,
-            Err(why) => writeln!(f, "partitions: none ({why}): {:?} left out, members stopped instead", self.left_out)?,
+            Ok(_) => writeln!(f, "partitions: with network namespaces")?,
+            Err(why) if self.skipped.is_empty() => writeln!(f, "partitions: none ({why})")?,
+            Err(why) => writeln!(f, "partitions: none ({why}): {:?} left out, members stopped instead", self.skipped)?,
         }
         writeln!(f, "{}", self.ledger)?;
-        write!(f, "pauses of a manager at work: {}, refused by their fence: {}", self.pauses.0, self.pauses.1)
+        write!(
+            f,
+            "managers paused during an operation: {}; late commits rejected: {}",
+            self.pauses, self.rejected_commits
+        )
     }
 }
 
 fn inject(cluster: &mut Cluster, fault: Fault, rng: &mut SmallRng) {
-    let anyone = rng.random_range(0..MEMBERS);
+    let random_member = rng.random_range(0..MEMBERS);
     match fault {
         Fault::ManagerKilled => {
             let process = &mut cluster.managers[rng.random_range(0..MANAGERS)].process;
@@ -303,31 +327,31 @@ fn inject(cluster: &mut Cluster, fault: Fault, rng: &mut SmallRng) {
             let at = if fault == Fault::LeaderKilled { cluster.leader() } else { cluster.follower() };
             let process = &mut cluster.members[at].process;
             process.kill().unwrap();
-            std::thread::sleep(CALM);
+            std::thread::sleep(LOAD_PERIOD);
             process.start().unwrap();
         }
         Fault::LeaderPaused | Fault::FollowerPaused => {
             let at = if fault == Fault::LeaderPaused { cluster.leader() } else { cluster.follower() };
             cluster.members[at].process.signal(Signal::STOP);
-            std::thread::sleep(LASTING);
+            std::thread::sleep(FAULT_DURATION);
             cluster.members[at].process.signal(Signal::CONT);
         }
         Fault::LeaderCutFromPeers | Fault::MemberCutFromClients | Fault::MemberCutOff => {
             let (at, sides) = match fault {
                 Fault::LeaderCutFromPeers => (cluster.leader(), &Side::BOTH[1..]),
-                Fault::MemberCutFromClients => (anyone, &Side::BOTH[..1]),
-                _ => (anyone, &Side::BOTH[..]),
+                Fault::MemberCutFromClients => (random_member, &Side::BOTH[..1]),
+                _ => (random_member, &Side::BOTH[..]),
             };
-            // Where there is none, these are not chosen.
+            // `Fault::without_network` replaces these faults if there is no network.
             let Ok(network) = &cluster.network else { return };
-            sides.iter().for_each(|side| network.cut(at, *side));
-            std::thread::sleep(LASTING);
-            sides.iter().for_each(|side| network.heal(at, *side));
+            sides.iter().for_each(|side| network.disconnect(at, *side));
+            std::thread::sleep(FAULT_DURATION);
+            sides.iter().for_each(|side| network.reconnect(at, *side));
         }
     }
 }
 
-/// Continues a manager when it is dropped.
+/// A paused manager; continues it when dropped.
 struct Paused<'a>(&'a Manager);
 
 impl Drop for Paused<'_> {
@@ -336,55 +360,58 @@ impl Drop for Paused<'_> {
     }
 }
 
-/// Pauses a manager in the middle of bringing an instance up, until another manager owns it. Back again it must not commit: its caller is told
-/// so, and the instance is the other's work. The error is what of that was not seen.
-fn pause(cluster: &Cluster, victim: usize, round: usize) -> Result<(), String> {
+/// Pauses a manager while it provisions an instance, until another manager owns the instance. Then the first manager's commit must be
+/// rejected, its caller must get FENCED, and the other manager must finish the instance.
+///
+/// # Errors
+/// The expectation that was not met.
+fn pause_manager(cluster: &Cluster, victim: usize, round: usize) -> Result<(), String> {
     let (manager, name) = (&cluster.managers[victim], format!("m{}", victim + 1));
     let new = |manager: &Manager| Client::new(std::slice::from_ref(&manager.url), 0);
     let gate = Gate::of(&cluster.world);
     let (source, answer) = std::thread::scope(|scope| {
         let closed = gate.close();
         let mut tries = 0;
-        // A call that is refused before it has begun, by an etcd that is about to elect, proves nothing: then another is made.
+        // During an election a call may fail before it starts any work. Such a call proves nothing, so try another.
         let (source, caller) = POLL.try_until_blocking(|| {
             tries += 1;
             let source = format!("paused-{round}-{tries}");
             let caller = scope.spawn({
                 let source = source.clone();
-                move || new(manager).patient(2 * SOON).create("gated", &source)
+                move || new(manager).with_deadline(2 * SOON).create("gated", &source)
             });
-            while !cluster.at_work(&name, "gated", &source).unwrap_or(false) {
+            while !cluster.is_provisioning(&name, "gated", &source).unwrap_or(false) {
                 if caller.is_finished() {
-                    return Err("no instance is being brought up".to_owned());
+                    return Err("no instance is being provisioned".to_owned());
                 }
                 std::thread::sleep(Duration::from_millis(20));
             }
             Ok((source, caller))
         })?;
-        let length = length_of_log(manager);
+        let length = log_length(manager);
         manager.process.signal(Signal::STOP);
         let paused = Paused(manager);
         POLL.try_until_blocking(|| match cluster.owner("gated", &source)? {
             Some(owner) if owner != name => Ok(()),
-            owner => Err(format!("its work was not taken over, but owned by {owner:?}")),
+            owner => Err(format!("no other manager took over the instance; its owner is {owner:?}")),
         })?;
-        // What it was waiting for is there when it comes back.
+        // Opens the gate before the manager continues, so that it tries to commit at once.
         drop((closed, paused));
         POLL.try_until_blocking(|| {
-            if said_since(manager, length).contains("FENCED") { Ok(()) } else { Err("no fence in its log") }
+            if log_since(manager, length).contains("FENCED") { Ok(()) } else { Err("its log does not contain FENCED") }
         })?;
         Ok::<_, String>((source, caller.join().unwrap()))
     })?;
     match answer {
-        Reply::Said(503, body) if body.to_string().contains("FENCED") => {}
-        Reply::Said(status, body) => return Err(format!("its caller was told {status} {body}")),
-        Reply::Nothing(why) => return Err(format!("its caller was told nothing: {why}")),
+        Reply::Response(503, body) if body.to_string().contains("FENCED") => {}
+        Reply::Response(status, body) => return Err(format!("its caller got {status} {body}")),
+        Reply::NoResponse(why) => return Err(format!("its caller got no answer: {why}")),
     }
     let mut other = new(&cluster.managers[(victim + 1) % MANAGERS]);
-    POLL.try_until_blocking(|| match other.ask("GET", &format!("/api/v1/instance/gated/{source}"), &Value::Null) {
-        Reply::Said(200, _) => Ok(()),
-        Reply::Said(status, body) => Err(format!("nobody finished it: {status} {body}")),
-        Reply::Nothing(why) => Err(format!("nobody finished it: {why}")),
+    POLL.try_until_blocking(|| match other.call("GET", &format!("/api/v1/instance/gated/{source}"), &Value::Null) {
+        Reply::Response(200, _) => Ok(()),
+        Reply::Response(status, body) => Err(format!("no manager finished the instance: {status} {body}")),
+        Reply::NoResponse(why) => Err(format!("no manager finished the instance: {why}")),
     })
 }
 
@@ -393,7 +420,7 @@ fn random_faults_lose_duplicate_and_leak_nothing() {
     let number = |name| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
     let (minutes, seed) = (number(MINUTES), number(SEED).unwrap_or_else(|| rand::random::<u32>().into()));
     let only = std::env::var(ONLY).unwrap_or_default();
-    let choice = Fault::named(&only);
+    let choice = Fault::parse_list(&only);
     eprintln!("{SEED}={seed}");
     let interrupted = Arc::new(AtomicBool::new(false));
     match minutes {
@@ -401,51 +428,52 @@ fn random_faults_lose_duplicate_and_leak_nothing() {
             let mut storm = Storm::new(seed);
             let rounds = if only.is_empty() { &Fault::IN_CI[..] } else { &[&choice[..]] };
             for faults in rounds {
-                storm.round(faults, &interrupted);
+                storm.run_round(faults, &interrupted);
             }
-            storm.end();
+            storm.finish();
         }
         Some(minutes) => {
-            // The first asks for an end, the second is one.
+            // The first SIGINT stops after the round; the second exits at once.
             signal_hook::flag::register_conditional_shutdown(SIGINT, 130, interrupted.clone()).unwrap();
             signal_hook::flag::register(SIGINT, interrupted.clone()).unwrap();
             let mut storm = Storm::new(seed);
-            let ends = Instant::now() + Duration::from_secs(60 * minutes);
-            while Instant::now() < ends && !interrupted.load(Ordering::Relaxed) && storm.ledger.is_kept() {
-                let many = storm.rng.random_range(1..=3);
-                let faults: Vec<Fault> = choice.sample(&mut storm.rng, many).copied().collect();
-                storm.round(&faults, &interrupted);
+            let deadline = Instant::now() + Duration::from_secs(60 * minutes);
+            while Instant::now() < deadline && !interrupted.load(Ordering::Relaxed) && storm.ledger.has_no_violations()
+            {
+                let count = storm.rng.random_range(1..=3);
+                let faults: Vec<Fault> = choice.sample(&mut storm.rng, count).copied().collect();
+                storm.run_round(&faults, &interrupted);
             }
-            storm.end();
+            storm.finish();
         }
     }
 }
 
-/// Without the privilege to make network namespaces, as in most containers, the storm does without partitions, and says so.
+/// Most containers lack the privilege to create network namespaces. There the storm stops members instead, and reports it.
 #[test]
-fn members_are_stopped_where_the_network_cannot_be_cut() {
-    let alone = World::bare(Backend::Embedded);
-    let this = std::env::current_exe().unwrap();
+fn members_are_stopped_where_namespaces_are_unavailable() {
+    let world = World::bare(Backend::Embedded);
+    let test_binary = std::env::current_exe().unwrap();
     let mut storm = if rustix::process::geteuid().is_root() {
-        let mut without = Command::new("setpriv");
-        without.arg("--bounding-set=-sys_admin,-net_admin").arg(this);
-        without
+        let mut unprivileged = Command::new("setpriv");
+        unprivileged.arg("--bounding-set=-sys_admin,-net_admin").arg(test_binary);
+        unprivileged
     } else {
-        Command::new(this)
+        Command::new(test_binary)
     };
-    let log = alone.path("storm.log");
-    let said = File::create(&log).unwrap();
+    let log = world.path("storm.log");
+    let output = File::create(&log).unwrap();
     storm.args(["--exact", "--nocapture", STORM]).env(ONLY, "MemberCutFromClients").env_remove(MINUTES);
-    storm.stdin(Stdio::null()).stdout(said.try_clone().unwrap()).stderr(said);
+    storm.stdin(Stdio::null()).stdout(output.try_clone().unwrap()).stderr(output);
     let status = spawn_bound(storm).unwrap().wait().unwrap();
-    let said = std::fs::read_to_string(log).unwrap();
-    assert!(status.success(), "{said}");
+    let output = std::fs::read_to_string(log).unwrap();
+    assert!(status.success(), "{output}");
     for part in [
-        "NO NETWORK NAMESPACES HERE",
+        "NETWORK NAMESPACES ARE UNAVAILABLE",
         "{MemberCutFromClients} left out",
         "FollowerPaused",
-        "lost: 0; doubled: 0; orphans: 0",
+        "lost: 0; duplicated: 0; orphans: 0",
     ] {
-        assert!(said.contains(part), "{part}:\n{said}");
+        assert!(output.contains(part), "{part}:\n{output}");
     }
 }
