@@ -1,4 +1,4 @@
-//! A model of etcd: one map with revisions, leases, watches and compaction. The caller passes the time and injects the faults.
+//! A model of etcd: one map with revisions, leases, watches and compaction. Callers pass the time and inject the faults.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,7 +31,7 @@ pub struct Change {
     pub after: Option<Entry>,
 }
 
-/// A point in history.
+/// The map at one revision.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     map: Arc<Map>,
@@ -40,7 +40,7 @@ pub struct Snapshot {
 
 struct Lease {
     ttl: Duration,
-    ends: Duration,
+    expires: Duration,
     keys: BTreeSet<Arc<str>>,
 }
 
@@ -49,7 +49,7 @@ struct Watcher {
     events: UnboundedSender<KvResult<Vec<Event>>>,
 }
 
-/// The server.
+/// The state of the modelled server.
 #[derive(Default)]
 pub struct Server {
     map: Arc<Map>,
@@ -61,12 +61,12 @@ pub struct Server {
 }
 
 impl Server {
-    /// Runs a transaction and returns the changes.
+    /// Runs a transaction, publishes its changes to the watches, and returns them.
     pub fn txn(&mut self, txn: &Txn) -> KvResult<(TxnResponse, Vec<Change>)> {
         let succeeded = txn.compare.iter().all(|compare| self.holds(compare));
         let branch = if succeeded { &txn.success } else { &txn.failure };
-        let gone = |lease: &LeaseId| !self.leases.contains_key(lease);
-        if branch.iter().any(|op| matches!(op, Op::Put { lease: Some(lease), .. } if gone(lease))) {
+        let is_missing = |lease: &LeaseId| !self.leases.contains_key(lease);
+        if branch.iter().any(|op| matches!(op, Op::Put { lease: Some(lease), .. } if is_missing(lease))) {
             return Err(KvError::LeaseNotFound);
         }
         let (mut reads, mut counts, mut changes) = (Vec::new(), Vec::new(), Vec::new());
@@ -75,8 +75,8 @@ impl Server {
             match op {
                 Op::Put { key, value, lease } => changes.push(self.put(key, value, *lease, next)),
                 Op::Delete(range) => {
-                    let gone: Vec<Arc<str>> = self.range(range).map(|(key, _)| key.clone()).collect();
-                    changes.extend(gone.iter().map(|key| self.remove(key)));
+                    let keys: Vec<Arc<str>> = self.range(range).map(|(key, _)| key.clone()).collect();
+                    changes.extend(keys.iter().map(|key| self.remove(key)));
                 }
                 Op::Get(get) => reads.push(read(&self.map, get).0),
                 Op::Oldest { range, limit } => {
@@ -93,12 +93,14 @@ impl Server {
         Ok((TxnResponse { succeeded, revision: self.revision, reads, counts }, changes))
     }
 
+    /// Reads a page of the range, at `at` or at the current revision.
     pub fn page(&self, get: &Get, at: Option<&Snapshot>) -> KvResult<Page<Snapshot>> {
         let at = self.at(at)?;
         let (kvs, more) = read(&at.map, get);
         Ok(Page { kvs, more, snapshot: at })
     }
 
+    /// Counts the keys of the range, at `at` or at the current revision.
     pub fn count(&self, keys: &KeyRange, at: Option<&Snapshot>) -> KvResult<u64> {
         Ok(range(&self.at(at)?.map, keys).count() as u64)
     }
@@ -116,13 +118,13 @@ impl Server {
 
     pub fn grant(&mut self, now: Duration, ttl: Duration) -> LeaseId {
         self.last_lease += 1;
-        self.leases.insert(self.last_lease, Lease { ttl, ends: now + ttl, keys: BTreeSet::new() });
+        self.leases.insert(self.last_lease, Lease { ttl, expires: now + ttl, keys: BTreeSet::new() });
         self.last_lease
     }
 
     pub fn keep_alive(&mut self, now: Duration, lease: LeaseId) -> KvResult<()> {
         let lease = self.leases.get_mut(&lease).ok_or(KvError::LeaseNotFound)?;
-        lease.ends = now + lease.ttl;
+        lease.expires = now + lease.ttl;
         Ok(())
     }
 
@@ -134,12 +136,12 @@ impl Server {
         changes
     }
 
-    /// The expired leases.
-    pub fn overdue(&self, now: Duration) -> Vec<LeaseId> {
-        self.leases.iter().filter(|(_, lease)| lease.ends <= now).map(|(id, _)| *id).collect()
+    /// Returns the expired leases. They stay until they are revoked.
+    pub fn expired_leases(&self, now: Duration) -> Vec<LeaseId> {
+        self.leases.iter().filter(|(_, lease)| lease.expires <= now).map(|(id, _)| *id).collect()
     }
 
-    /// The live leases.
+    /// Returns the leases that are not revoked.
     pub fn leases(&self) -> Vec<LeaseId> {
         self.leases.keys().copied().collect()
     }
@@ -147,7 +149,7 @@ impl Server {
     /// Elects a new leader, which extends every lease by its full TTL. Returns how many watches end.
     pub fn change_leader(&mut self, now: Duration) -> u64 {
         for lease in self.leases.values_mut() {
-            lease.ends = now + lease.ttl;
+            lease.expires = now + lease.ttl;
         }
         self.break_watches("the leader changed")
     }
@@ -165,7 +167,7 @@ impl Server {
         notified.count() as u64
     }
 
-    /// All entries, ordered by key.
+    /// Returns all entries, ordered by key.
     pub fn entries(&self) -> impl Iterator<Item = (&Arc<str>, &Entry)> {
         self.map.iter()
     }
@@ -174,6 +176,7 @@ impl Server {
         range(&self.map, keys)
     }
 
+    /// Whether the comparison is true now.
     pub fn holds(&self, compare: &Compare) -> bool {
         let Compare { range, condition } = compare;
         let holds = |entry: &Entry| condition.holds_for(entry.create_revision, entry.mod_revision, &entry.value);
@@ -224,7 +227,7 @@ impl Server {
         self.revision += 1;
         let revision = self.revision;
         self.watchers.retain(|watcher| {
-            let mine: Vec<Event> = changes
+            let matching: Vec<Event> = changes
                 .iter()
                 .filter(|change| watcher.range.contains(&change.key))
                 .map(|change| Event {
@@ -233,7 +236,7 @@ impl Server {
                     create_revision: change.after.as_ref().map(|entry| entry.create_revision),
                 })
                 .collect();
-            mine.is_empty() || watcher.events.send(Ok(mine)).is_ok()
+            matching.is_empty() || watcher.events.send(Ok(matching)).is_ok()
         });
     }
 }
@@ -242,7 +245,7 @@ fn range<'a>(map: &'a Map, keys: &KeyRange) -> impl Iterator<Item = (&'a Arc<str
     let from = keys.start.as_str();
     let to = match keys.end.as_deref() {
         None => Bound::Included(from),
-        // An empty range: its end is not after its start.
+        // A range that ends before it starts is empty; `BTreeMap::range` would panic.
         Some(to) => Bound::Excluded(to.max(from)),
     };
     let empty = matches!(to, Bound::Excluded(to) if to == from);

@@ -1,5 +1,5 @@
-//! The lock: one key for each acquisition, in order of creation, observed through a watch cache that lags behind. Within a replica, the lock is
-//! handed over before the key of the last holder is removed.
+//! A model of the lock. Each acquisition creates a key, and the keys are served in order of creation. Clients observe them through watch
+//! caches that lag behind. Within a replica, the lock is handed over before the key of the previous holder is removed.
 
 use stateright::{Model, Property};
 
@@ -7,7 +7,7 @@ use super::{breaks, check};
 
 const CLIENTS: usize = 3;
 
-/// The replica of each client, and a flaw that the check has to find.
+/// The replica of each client, and a part to leave out, which the check must detect.
 #[derive(Clone)]
 struct Lock {
     replicas: [usize; CLIENTS],
@@ -16,20 +16,20 @@ struct Lock {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
-    /// The comparison of the token in the commit.
-    Fence,
+    /// The comparison of the fencing token in the commit.
+    Token,
     /// The expiry of a crashed client's keys with its lease.
     Lease,
     /// The order of waiters.
     Queue,
-    /// The rule that a handover within a replica goes to the next waiter of all replicas.
-    Next,
+    /// The rule that a handover within a replica goes only to the next waiter of all replicas.
+    Handover,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq)]
 enum Client {
     Idle,
-    /// Its key, and the keys that it waits for.
+    /// It waits for the keys `ahead` of its own.
     Waiting {
         own: u8,
         ahead: Vec<u8>,
@@ -41,7 +41,7 @@ enum Client {
     Leaving {
         own: u8,
     },
-    /// It has committed, was refused, or knows that its lease has expired.
+    /// It has committed, its commit was rejected, or it knows that its lease has expired.
     Done,
     Dead,
 }
@@ -51,16 +51,16 @@ struct State {
     revision: u8,
     /// The stored keys: create revision and client.
     keys: Vec<(u8, usize)>,
-    /// Of each replica.
+    /// Whether the lease of each replica is alive.
     leases: [bool; CLIENTS],
     clients: [Client; CLIENTS],
-    /// What each has seen through its watch cache.
-    mirrors: [Vec<u8>; CLIENTS],
+    /// The keys in the watch cache of each client.
+    caches: [Vec<u8>; CLIENTS],
     crashes: u8,
     expiries: u8,
-    /// A client committed without owning the lock.
+    /// A client has committed without owning the lock.
     stale: bool,
-    /// A client overtook an earlier one.
+    /// A client has overtaken an earlier one.
     overtaken: bool,
 }
 
@@ -73,13 +73,13 @@ enum Action {
     Leave(usize),
     Remove(usize),
     Notice(usize),
-    /// Of a replica.
+    /// The argument of `Crash` and `Expire` is a replica.
     Crash(usize),
     Expire(usize),
 }
 
 impl Lock {
-    /// The stored keys that a new acquisition would wait for.
+    /// Returns the stored keys that a new acquisition must wait for.
     fn blocking(&self, state: &State) -> Vec<u8> {
         let blocks = |(created, of): &(u8, usize)| {
             let held = matches!(state.clients[*of], Client::Held { own } if own == *created);
@@ -88,26 +88,28 @@ impl Lock {
         state.keys.iter().filter(|key| blocks(key)).map(|(created, _)| *created).collect()
     }
 
+    /// Returns the client that is releasing this key.
     fn leaving(state: &State, key: u8) -> Option<usize> {
         (0..CLIENTS).find(|client| state.clients[*client] == Client::Leaving { own: key })
     }
 
-    /// Whether a waiting client proceeds: according to its watch cache, the keys ahead are removed, or are being released by its own replica.
-    fn goes_on(&self, state: &State, client: usize, ahead: &[u8]) -> bool {
-        let here = |key: u8| Self::leaving(state, key).is_some_and(|of| self.replicas[of] == self.replicas[client]);
-        let gone = |key: u8| !state.mirrors[client].contains(&key) || here(key);
+    /// Whether a waiting client acquires the lock: every key ahead of it is absent from its watch cache or is being released by its own replica.
+    fn can_enter(&self, state: &State, client: usize, ahead: &[u8]) -> bool {
+        let handed_over =
+            |key: u8| Self::leaving(state, key).is_some_and(|of| self.replicas[of] == self.replicas[client]);
+        let released = |key: u8| !state.caches[client].contains(&key) || handed_over(key);
         match self.without {
-            Some(Part::Next) => ahead.iter().all(|key| gone(*key)) || ahead.iter().any(|key| here(*key)),
-            _ => ahead.iter().all(|key| gone(*key)),
+            Some(Part::Handover) => ahead.iter().all(|key| released(*key)) || ahead.iter().any(|key| handed_over(*key)),
+            _ => ahead.iter().all(|key| released(*key)),
         }
     }
 
-    /// The clients of a replica.
-    fn of(&self, replica: usize) -> impl Iterator<Item = usize> {
+    /// Returns the clients of a replica.
+    fn clients_of(&self, replica: usize) -> impl Iterator<Item = usize> {
         (0..CLIENTS).filter(move |client| self.replicas[*client] == replica)
     }
 
-    /// The holders according to the store.
+    /// Returns the holders whose keys are stored.
     fn holders(state: &State) -> impl Iterator<Item = usize> {
         let holds = |client: &usize| matches!(state.clients[*client], Client::Held { own } if state.keys.contains(&(own, *client)));
         (0..CLIENTS).filter(holds)
@@ -124,7 +126,7 @@ impl Model for Lock {
             keys: Vec::new(),
             leases: [true; CLIENTS],
             clients: [const { Client::Idle }; CLIENTS],
-            mirrors: [const { Vec::new() }; CLIENTS],
+            caches: [const { Vec::new() }; CLIENTS],
             crashes: 1,
             expiries: 1,
             stale: false,
@@ -135,14 +137,14 @@ impl Model for Lock {
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
         let stored: Vec<u8> = state.keys.iter().map(|(created, _)| *created).collect();
         for client in 0..CLIENTS {
-            let lives = !matches!(state.clients[client], Client::Done | Client::Dead);
+            let is_running = !matches!(state.clients[client], Client::Done | Client::Dead);
             match &state.clients[client] {
                 Client::Idle => actions.push(Action::Acquire(client)),
                 Client::Waiting { ahead, .. } => {
-                    if self.goes_on(state, client, ahead) {
+                    if self.can_enter(state, client, ahead) {
                         actions.push(Action::Enter(client));
                     }
-                    if state.mirrors[client] != stored {
+                    if state.caches[client] != stored {
                         actions.push(Action::Sync(client));
                     }
                 }
@@ -150,17 +152,17 @@ impl Model for Lock {
                 Client::Leaving { .. } => actions.push(Action::Remove(client)),
                 Client::Done | Client::Dead => {}
             }
-            if lives && !state.leases[self.replicas[client]] {
+            if is_running && !state.leases[self.replicas[client]] {
                 actions.push(Action::Notice(client));
             }
         }
         for replica in 0..CLIENTS {
-            let clients = || self.of(replica).map(|client| &state.clients[client]);
-            let lives = clients().any(|client| !matches!(client, Client::Done | Client::Dead));
-            if lives && state.crashes > 0 {
+            let clients = || self.clients_of(replica).map(|client| &state.clients[client]);
+            let has_running = clients().any(|client| !matches!(client, Client::Done | Client::Dead));
+            if has_running && state.crashes > 0 {
                 actions.push(Action::Crash(replica));
             }
-            let expires = clients().any(|client| *client == Client::Dead) || (lives && state.expiries > 0);
+            let expires = clients().any(|client| *client == Client::Dead) || (has_running && state.expiries > 0);
             if state.leases[replica] && expires && self.without != Some(Part::Lease) {
                 actions.push(Action::Expire(replica));
             }
@@ -179,13 +181,13 @@ impl Model for Lock {
                 state.revision += 1;
                 let own = state.revision;
                 state.keys.push((own, client));
-                // Read in the same transaction. The watch cache continues from there.
-                state.mirrors[client] = state.keys.iter().map(|(created, _)| *created).collect();
+                // The transaction also reads the queue, and the watch cache continues from that revision.
+                state.caches[client] = state.keys.iter().map(|(created, _)| *created).collect();
                 state.clients[client] =
                     if ahead.is_empty() { Client::Held { own } } else { Client::Waiting { own, ahead } };
                 state.overtaken |= matches!(state.clients[client], Client::Held { .. }) && Self::earlier(&state, own);
             }
-            Action::Sync(client) => state.mirrors[client] = state.keys.iter().map(|(created, _)| *created).collect(),
+            Action::Sync(client) => state.caches[client] = state.keys.iter().map(|(created, _)| *created).collect(),
             Action::Enter(client) => {
                 let Client::Waiting { own, .. } = state.clients[client] else { return None };
                 state.clients[client] = Client::Held { own };
@@ -194,7 +196,7 @@ impl Model for Lock {
             Action::Commit(client) => {
                 let Client::Held { own } = state.clients[client] else { return None };
                 let owns = state.keys.contains(&(own, client));
-                state.stale |= !owns && self.without == Some(Part::Fence);
+                state.stale |= !owns && self.without == Some(Part::Token);
                 state.keys.retain(|(created, _)| *created != own);
                 state.clients[client] = Client::Done;
             }
@@ -210,10 +212,10 @@ impl Model for Lock {
             Action::Notice(client) => state.clients[client] = Client::Done,
             Action::Crash(replica) => {
                 state.crashes -= 1;
-                self.of(replica).for_each(|client| state.clients[client] = Client::Dead);
+                self.clients_of(replica).for_each(|client| state.clients[client] = Client::Dead);
             }
             Action::Expire(replica) => {
-                if self.of(replica).all(|client| state.clients[client] != Client::Dead) {
+                if self.clients_of(replica).all(|client| state.clients[client] != Client::Dead) {
                     state.expiries -= 1;
                 }
                 state.leases[replica] = false;
@@ -225,10 +227,10 @@ impl Model for Lock {
 
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
-            Property::always("who holds it is alone", |_, state: &State| Self::holders(state).count() < 2),
-            Property::always("nothing stale is committed", |_, state: &State| !state.stale),
+            Property::always("at most one client holds the lock", |_, state: &State| Self::holders(state).count() < 2),
+            Property::always("no stale commit succeeds", |_, state: &State| !state.stale),
             Property::always("no client is overtaken", |_, state: &State| !state.overtaken),
-            Property::eventually("everybody is served", |_, state: &State| {
+            Property::eventually("every client finishes", |_, state: &State| {
                 state.clients.iter().all(|client| matches!(client, Client::Done | Client::Dead))
             }),
         ]
@@ -236,17 +238,17 @@ impl Model for Lock {
 }
 
 impl Lock {
-    /// Whether an older key of an unfinished client is stored.
+    /// Whether an older key is stored whose client is not releasing it.
     fn earlier(state: &State, own: u8) -> bool {
         state.keys.iter().any(|(created, _)| *created < own && Self::leaving(state, *created).is_none())
     }
 }
 
-/// Each client in its own replica; the first and the last in one; all in one.
+/// Each client in its own replica; the first and the last in the same replica; all in the same replica.
 const REPLICAS: [[usize; CLIENTS]; 3] = [[0, 1, 2], [0, 1, 0], [0, 0, 0]];
 
 #[test]
-fn the_lock_is_safe_and_serves_everybody() {
+fn lock_is_exclusive_fair_and_live() {
     for replicas in REPLICAS {
         let states = check(Lock { replicas, without: None });
         println!("replicas {replicas:?}: {states} states");
@@ -255,11 +257,11 @@ fn the_lock_is_safe_and_serves_everybody() {
 }
 
 #[test]
-fn the_lock_needs_each_of_its_parts() {
-    let breaks = |replicas, part, promise| breaks(Lock { replicas, without: Some(part) }, promise);
+fn lock_needs_each_of_its_parts() {
+    let breaks = |replicas, part, property| breaks(Lock { replicas, without: Some(part) }, property);
     let (apart, shared) = ([0, 1, 2], [0, 1, 0]);
-    assert!(breaks(apart, Part::Fence, "nothing stale is committed"));
-    assert!(breaks(apart, Part::Lease, "everybody is served"));
+    assert!(breaks(apart, Part::Token, "no stale commit succeeds"));
+    assert!(breaks(apart, Part::Lease, "every client finishes"));
     assert!(breaks(apart, Part::Queue, "no client is overtaken"));
-    assert!(breaks(shared, Part::Next, "who holds it is alone"));
+    assert!(breaks(shared, Part::Handover, "at most one client holds the lock"));
 }

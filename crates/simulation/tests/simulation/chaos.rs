@@ -13,7 +13,7 @@ pub async fn etcd(world: Arc<World>) {
         sleep(Duration::from_millis(500)).await;
         let now = world.now();
         let mut state = world.lock();
-        for lease in state.etcd.overdue(now) {
+        for lease in state.etcd.expired_leases(now) {
             let gone = state.etcd.revoke(lease).len();
             state.log(now, "etcd", format_args!("lease {lease} expires with {gone} keys"));
             state.count(Event::LeaseExpired);
