@@ -1,8 +1,8 @@
-//! What concurrent clients of one seat see is linearizable: there is one order of what happened that explains every answer, and in which
-//! nothing comes before it was asked for or after it was answered.
+//! Concurrent calls for one instance are linearizable: one order of the calls explains every answer, and each call takes effect between its
+//! request and its answer.
 //!
-//! A thousand short histories are recorded over three replicas and checked. A call whose outcome the caller cannot know may have happened
-//! at any time since, or never. Half of them run while requests and answers are lost, provisioning fails and leases run out.
+//! Records and checks short histories over three replicas. A call whose outcome is unknown may take effect at any time after its request, or
+//! never. Half of the histories run while requests and answers are lost, provisioning fails and leases are lost.
 
 pub(crate) mod model;
 mod world;
@@ -24,17 +24,17 @@ use self::{
 use crate::harness;
 
 const HISTORIES: u64 = 500;
-const AT_ONCE: usize = 16;
+const CONCURRENT_HISTORIES: usize = 16;
 const CLIENTS: u64 = 4;
 const CALLS: usize = 7;
 
-/// Numbers calls, and is the time at which each happens: what a call wrote is known by it.
+/// Numbers the calls. The number is also the time of the call, so that readers know which call wrote what they see.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
-/// One call, and what its answer says.
-async fn act(gauntlet: &Gauntlet, challenge: &ChallengeId, source: &SourceId, dice: u64, number: u64) -> Vec<Step> {
+/// Makes one call and returns the steps that its answer implies.
+async fn act(gauntlet: &Gauntlet, challenge: &ChallengeId, source: &SourceId, choice: u64, number: u64) -> Vec<Step> {
     let call = call(number);
-    match dice {
+    match choice {
         0..=29 => match gauntlet.create_instance(&call, challenge, source, Additional::new()).await {
             Ok(instance) => {
                 assert_eq!(seen(&instance), (number, number));
@@ -66,7 +66,7 @@ async fn act(gauntlet: &Gauntlet, challenge: &ChallengeId, source: &SourceId, di
 
 fn unknown(error: Error, steps: &[Step]) -> Vec<Step> {
     match error {
-        // Given up before anything was recorded.
+        // The call gave up before it wrote anything.
         Error::Busy { .. } | Error::Conflict => Vec::new(),
         Error::Unavailable { .. } | Error::Fenced(_) => {
             steps.iter().map(|step| Step::Maybe(Box::new(step.clone()))).collect()
@@ -75,7 +75,7 @@ fn unknown(error: Error, steps: &[Step]) -> Vec<Step> {
     }
 }
 
-/// The calls that created and that last renewed it.
+/// Returns the calls that created the instance and last renewed it.
 fn seen(instance: &Instance) -> (u64, u64) {
     (at(instance.since), at(instance.last_renew))
 }
@@ -85,7 +85,7 @@ fn saw(instance: &Instance) -> Step {
     Step::Saw { created, renewed }
 }
 
-/// Records what four clients see of one seat, each over the replicas in turn.
+/// Records a history: several clients call for one instance, each using the replicas in turn.
 async fn record<K: Kv>(world: &World<K>, number: u64) -> History {
     let challenge = ChallengeId::new(CHALLENGES[(number % 2) as usize]).unwrap();
     let source = SourceId::new(format!("source-{number}")).unwrap();
@@ -96,29 +96,29 @@ async fn record<K: Kv>(world: &World<K>, number: u64) -> History {
         async move {
             for turn in 0..CALLS {
                 let replica = &world.replicas[(client as usize + turn) % world.replicas.len()];
-                let (dice, number) = (rng.random_range(0..100), NEXT.fetch_add(1, Ordering::Relaxed));
+                let (choice, number) = (rng.random_range(0..100), NEXT.fetch_add(1, Ordering::Relaxed));
                 history.lock().unwrap().called(number);
-                let steps = act(&replica.gauntlet, challenge, source, dice, number).await;
+                let steps = act(&replica.gauntlet, challenge, source, choice, number).await;
                 history.lock().unwrap().answered(number, steps);
             }
         }
     });
     futures::future::join_all(clients).await;
-    // At last all is quiet, and everybody sees the same.
+    // The last read fixes the final state, after unfinished work has been completed.
     let key = InstanceKey { challenge: challenge.clone(), assignment: Assignment::Source(source.clone()) };
     world
-        .until("the seat is at rest", || async {
-            let stored = world.judge().store().instance(&key).await.unwrap();
+        .wait_until("the instance to settle", || async {
+            let stored = world.observer().store().instance(&key).await.unwrap();
             stored.is_none_or(|stored| stored.value.phase == Phase::Ready)
         })
         .await;
     let mut history = history.into_inner().unwrap();
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     history.called(number);
-    let last = world.judge().retrieve_instance(&challenge, &source).await;
+    let last = world.observer().retrieve_instance(&challenge, &source).await;
     history.answered(number, vec![last.as_ref().map_or(Step::NotShown, saw)]);
     if last.is_ok() {
-        world.judge().delete_instance(&call(number), &challenge, &source).await.unwrap();
+        world.observer().delete_instance(&call(number), &challenge, &source).await.unwrap();
     }
     history
 }
@@ -127,34 +127,34 @@ async fn all_are_linearizable<K: Kv>(kv: Arc<K>) {
     let world = World::start(kv).await;
     let (mut recorded, mut unknown, mut overlaps) = (0, 0, 0);
     for faults in [false, true] {
-        world.faults(faults);
+        world.set_faults(faults);
         let first = if faults { HISTORIES / 2 } else { 0 };
-        // Until a lease is lost, too, however fast the others were.
+        // With faults, continues until a lease was lost.
         let more = |number: &u64| *number < first + HISTORIES / 2 || faults && world.leases_lost() == 0;
         let mut histories = futures::stream::iter((first..).take_while(more))
             .map(|number| {
                 let world = &world;
                 async move { (number, record(world, number).await) }
             })
-            .buffer_unordered(AT_ONCE);
+            .buffer_unordered(CONCURRENT_HISTORIES);
         while let Some((number, history)) = histories.next().await {
             assert!(history.is_linearizable(), "history {number} has no order that explains it:\n{history}");
-            assert!(faults || history.unknown() == 0, "without a fault every outcome is known:\n{history}");
+            assert!(faults || history.unknown() == 0, "outcomes are unknown although there was no fault:\n{history}");
             unknown += history.unknown();
             overlaps += history.overlaps();
             recorded += 1;
         }
     }
-    world.faults(false);
-    world.at_rest().await;
+    world.set_faults(false);
+    world.wait_until_settled().await;
     eprintln!(
-        "{recorded} histories of {} calls each are linearizable; {overlaps} calls began while another of the same seat was under way; \
+        "{recorded} histories of {} calls each are linearizable; {overlaps} calls overlapped another call for the same instance; \
          {unknown} outcomes were unknown, {} leases were lost",
         CLIENTS as usize * CALLS,
         world.leases_lost()
     );
-    assert!(unknown > 0, "faults were felt");
-    assert!(overlaps > HISTORIES as usize * CALLS, "clients met");
+    assert!(unknown > 0, "no fault affected a call");
+    assert!(overlaps > HISTORIES as usize * CALLS, "too few calls overlapped");
     world.stop().await;
 }
 
@@ -175,7 +175,7 @@ fn histories_are_linearizable_etcd() {
     world.runtime.block_on(all_are_linearizable(kv));
 }
 
-/// The checker itself: what must not happen is found.
+/// Tests the checker itself.
 #[test]
 fn impossible_history_is_not_linearizable() {
     use Step::{Free, GiveBack, Maybe, NotShown, Remove, Renew, Renewed, RenewedUnseen, Saw, Show, Take, Taken};
@@ -190,30 +190,36 @@ fn impossible_history_is_not_linearizable() {
     let created = |number| vec![Take(number), Show(number, Some(number))];
     let saw = |created, renewed| Saw { created, renewed };
     assert!(sequence(&[&created(0), &[Taken], &[saw(0, 0)], &[Remove], &[Free], &created(5), &[saw(5, 5)]]));
-    assert!(!sequence(&[&created(0), &created(1)]), "two creates of one seat");
-    assert!(!sequence(&[&created(0), &[NotShown]]), "an acknowledged create is lost");
-    assert!(!sequence(&[&created(0), &[Remove], &[saw(0, 0)]]), "a deleted one is seen");
-    assert!(!sequence(&[&created(0), &[Remove], &[Remove]]), "one is deleted twice");
+    assert!(!sequence(&[&created(0), &created(1)]), "an instance was created twice");
+    assert!(!sequence(&[&created(0), &[NotShown]]), "an acknowledged create was lost");
+    assert!(!sequence(&[&created(0), &[Remove], &[saw(0, 0)]]), "a deleted instance was read");
+    assert!(!sequence(&[&created(0), &[Remove], &[Remove]]), "an instance was deleted twice");
     let renewed = [Renew { number: 1, saw: Some((0, 1)) }];
     assert!(sequence(&[&created(0), &renewed, &[saw(0, 1)]]));
-    assert!(!sequence(&[&created(0), &renewed, &[saw(0, 0)]]), "an acknowledged renewal is lost");
+    assert!(!sequence(&[&created(0), &renewed, &[saw(0, 0)]]), "an acknowledged renewal was lost");
     assert!(
         !sequence(&[&created(0), &[Renew { number: 2, saw: Some((0, 2)) }], &renewed]),
-        "a late renewal takes back"
+        "a delayed renewal shortened a later one"
     );
-    assert!(!sequence(&[&[Take(0), GiveBack(0)], &[saw(0, 0)]]), "what failed is seen");
+    assert!(!sequence(&[&[Take(0), GiveBack(0)], &[saw(0, 0)]]), "a failed instance was read");
     let maybe = |step: Step| Maybe(Box::new(step));
     for after in [&[NotShown], &[saw(0, 0)]] {
-        assert!(sequence(&[&[maybe(Take(0)), maybe(Show(0, Some(0))), maybe(GiveBack(0))], after]), "either may be");
+        assert!(
+            sequence(&[&[maybe(Take(0)), maybe(Show(0, Some(0))), maybe(GiveBack(0))], after]),
+            "either outcome is possible"
+        );
     }
-    assert!(!sequence(&[&[maybe(Take(0)), maybe(Show(0, Some(0)))], &[saw(0, 0)], &[NotShown]]), "but not both");
-    // Where times are those of the managers.
+    assert!(
+        !sequence(&[&[maybe(Take(0)), maybe(Show(0, Some(0)))], &[saw(0, 0)], &[NotShown]]),
+        "both outcomes were seen"
+    );
+    // The managers chose the renewal times.
     let at = |renewed| [Renewed { created: 0, renewed }];
     assert!(sequence(&[&created(0), &at(5), &at(7), &[saw(0, 7)]]));
-    assert!(!sequence(&[&created(0), &at(7), &at(5)]), "a late renewal takes back");
-    assert!(!sequence(&[&created(0), &at(7), &[saw(0, 5)]]), "an acknowledged renewal is lost");
-    assert!(!sequence(&[&created(0), &[Remove], &created(2), &at(7)]), "another is renewed");
+    assert!(!sequence(&[&created(0), &at(7), &at(5)]), "a delayed renewal shortened a later one");
+    assert!(!sequence(&[&created(0), &at(7), &[saw(0, 5)]]), "an acknowledged renewal was lost");
+    assert!(!sequence(&[&created(0), &[Remove], &created(2), &at(7)]), "a renewal returned another instance");
     let unseen = [maybe(RenewedUnseen)];
     assert!(sequence(&[&created(0), &unseen, &[saw(0, 6)], &[saw(0, 6)]]));
-    assert!(!sequence(&[&created(0), &unseen, &[saw(0, 6)], &[saw(0, 7)]]), "two times are seen");
+    assert!(!sequence(&[&created(0), &unseen, &[saw(0, 6)], &[saw(0, 7)]]), "one renewal has two times");
 }

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::{
     cluster::{Cluster, LEASE_TTL, NetworkMode},
     load::{Client, Reply, StopOnDrop},
-    scenario::quick,
+    scenario::quick_scenario,
 };
 use crate::linear::model::{History, Step};
 

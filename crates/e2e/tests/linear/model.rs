@@ -1,35 +1,35 @@
-//! What one seat may do, and a history of it.
+//! The sequential specification of one instance, and histories of calls for it.
 
 use std::{collections::BTreeMap, fmt};
 
 use todc_utils::{Action, History as Recorded, Specification, WGLChecker};
 
-/// What the answer to a call says happened, or was so. A create is two steps: it takes the seat, and shows the instance when it is ready.
+/// A step that an answer implies: a change, or an observation. A create has two steps: it reserves the instance, and shows it when it is ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// A create took the free seat.
+    /// A create reserved the instance, which did not exist.
     Take(u64),
-    /// Its instance was ready, renewed last at that time if that is known.
+    /// The instance of a create became ready, with the time of its last renewal if known.
     Show(u64, Option<u64>),
-    /// Its instance could not be brought up.
+    /// The instance of a create could not be provisioned and was removed.
     GiveBack(u64),
-    /// The seat was taken.
+    /// The instance was reserved or existed.
     Taken,
-    /// The seat was free.
+    /// The instance was neither reserved nor ready.
     Free,
-    /// There was no instance to see.
+    /// A read found no ready instance.
     NotShown,
-    /// There was one, created and last renewed by these calls.
+    /// A read found an instance, created and last renewed by these calls.
     Saw { created: u64, renewed: u64 },
-    /// It was renewed by a call of that number, unless it had been by a later one; and so the answer says, if there was one.
+    /// A renewal by this call, unless a later call has renewed already. `saw` is the answer, if there was one.
     Renew { number: u64, saw: Option<(u64, u64)> },
-    /// It was renewed, and the answer says by whom it was created and when it was renewed last: by this call or by a later one.
+    /// A renewal whose answer has the creating call and the last renewal, which is this or a later one.
     Renewed { created: u64, renewed: u64 },
-    /// It was renewed at a time that nobody knows.
+    /// A renewal at an unknown time.
     RenewedUnseen,
-    /// It was taken down.
+    /// The instance was removed.
     Remove,
-    /// Nobody knows: at some time, or never.
+    /// The step took effect at some time after its request, or never.
     Maybe(Box<Step>),
 }
 
@@ -37,14 +37,14 @@ pub(crate) enum Step {
 enum State {
     Free,
     Taken(u64),
-    /// `renewed` is `None` until somebody sees it.
+    /// `renewed` is `None` until a read returns it.
     Shown {
         created: u64,
         renewed: Option<u64>,
     },
 }
 
-/// The seat after a step; `None` if it cannot come then.
+/// Returns the state after a step; `None` if the step is impossible in this state.
 fn after(step: &Step, state: State) -> Option<State> {
     match (step, state) {
         (Step::Take(call), State::Free) => Some(State::Taken(*call)),
@@ -66,16 +66,16 @@ fn after(step: &Step, state: State) -> Option<State> {
             && r.is_none_or(|r| r <= *renewed))
         .then_some(State::Shown { created: c, renewed: Some(*renewed) }),
         (Step::RenewedUnseen, State::Shown { created, .. }) => Some(State::Shown { created, renewed: None }),
-        // One whose creator was lost half-way can be removed before it is shown.
+        // An instance whose create was interrupted can be removed before it is ready.
         (Step::Remove, State::Taken(_) | State::Shown { .. }) => Some(State::Free),
         (Step::Maybe(step), state) => Some(after(step, state).unwrap_or(state)),
         _ => None,
     }
 }
 
-struct OneSeat;
+struct OneInstance;
 
-impl Specification for OneSeat {
+impl Specification for OneInstance {
     type State = State;
     type Operation = Step;
 
@@ -88,7 +88,7 @@ impl Specification for OneSeat {
     }
 }
 
-/// Calls and answers, in the order in which they were seen.
+/// Calls and answers in the order of their observation, with the steps that each answer implies.
 #[derive(Default)]
 pub(crate) struct History {
     events: Vec<(u64, bool)>,
@@ -105,12 +105,12 @@ impl History {
         self.steps.insert(number, steps);
     }
 
-    /// How many calls have an outcome that nobody knows.
+    /// Returns the number of calls with an unknown outcome.
     pub(crate) fn unknown(&self) -> usize {
         self.steps.values().filter(|steps| matches!(steps.first(), Some(Step::Maybe(_)))).count()
     }
 
-    /// How many calls began while another was under way: without these every history has but one order.
+    /// Returns the number of calls that began during another call. A history without overlaps has only one possible order.
     pub(crate) fn overlaps(&self) -> usize {
         let mut open = 0;
         let began = self.events.iter().filter(|(_, called)| {
@@ -130,14 +130,14 @@ impl History {
                 let response = (process, Action::Response(step.clone()));
                 match (called, step) {
                     (true, _) => actions.push((process, Action::Call(step.clone()))),
-                    // Its answer never came, as far as the order goes.
+                    // The step may come at any time, so its response comes last.
                     (false, Step::Maybe(_)) => open.push(response),
                     (false, _) => actions.push(response),
                 }
             }
         }
         actions.append(&mut open);
-        actions.is_empty() || WGLChecker::<OneSeat>::is_linearizable(Recorded::from_actions(actions))
+        actions.is_empty() || WGLChecker::<OneInstance>::is_linearizable(Recorded::from_actions(actions))
     }
 }
 

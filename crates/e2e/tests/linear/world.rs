@@ -1,4 +1,4 @@
-//! Three replicas of the use cases over one store, in this process, with faults between them and the store, and instances that are names.
+//! Three replicas of the use cases on one store in this process, with injected faults and a provisioner in memory.
 
 use std::{
     collections::BTreeMap,
@@ -23,13 +23,13 @@ use gauntlet_domain::{
 use jiff::Timestamp;
 use tokio::task::JoinHandle;
 
-/// One without a pool, and one with.
+/// A challenge without a pool, and one with a pool.
 pub(super) const CHALLENGES: [&str; 2] = ["plain", "pooled"];
 const POOL: i64 = 2;
-/// In microseconds since 1970, in the past: all numbers of calls are after it.
+/// The time of call 0, in microseconds since 1970. It is in the past.
 const EPOCH: i64 = 1_700_000_000_000_000;
 
-/// A call that happens at its number.
+/// Returns a call whose time is given by its number.
 pub(super) fn call(number: u64) -> Call {
     let now = Timestamp::from_microsecond(EPOCH + number as i64).unwrap();
     Call { now, traceparent: None, entropy: Arc::new(Random), clock: Arc::new(Random) }
@@ -47,7 +47,7 @@ impl Clock for Random {
     }
 }
 
-/// The number of the call that happened then.
+/// Returns the number of the call with this time.
 pub(super) fn at(time: Timestamp) -> u64 {
     (time.as_microsecond() - EPOCH) as u64
 }
@@ -60,12 +60,12 @@ impl Entropy for Random {
     }
 }
 
-/// Whether one in so many is chosen.
-fn one_in(many: u64) -> bool {
-    rand::random::<u64>().is_multiple_of(many)
+/// Returns true with a probability of `1 / n`.
+fn one_in(n: u64) -> bool {
+    rand::random::<u64>().is_multiple_of(n)
 }
 
-/// What goes wrong, and how often it did.
+/// Switches fault injection on and off, and counts lost leases.
 #[derive(Default)]
 struct Faults {
     on: AtomicBool,
@@ -73,12 +73,12 @@ struct Faults {
 }
 
 impl Faults {
-    fn strike(&self, one: u64) -> bool {
-        self.on.load(Ordering::Relaxed) && one_in(one)
+    fn strikes(&self, one_of: u64) -> bool {
+        self.on.load(Ordering::Relaxed) && one_in(one_of)
     }
 }
 
-/// A store that loses requests, answers and leases. Clones of its inside share one store.
+/// A store that loses requests, answers and leases.
 pub(super) struct Faulty<K> {
     inner: Arc<K>,
     faults: Arc<Faults>,
@@ -97,15 +97,15 @@ impl<K: Kv> Kv for Faulty<K> {
 
     async fn txn(&self, txn: Txn) -> KvResult<TxnResponse> {
         let writes = !txn.is_read_only();
-        if writes && self.faults.strike(50) {
+        if writes && self.faults.strikes(50) {
             return Err(KvError::Ambiguous("the request was lost".to_owned()));
         }
         let answer = self.inner.txn(txn).await?;
-        if writes && self.faults.strike(50) {
+        if writes && self.faults.strikes(50) {
             return Err(KvError::Ambiguous("the answer was lost".to_owned()));
         }
-        if !writes && self.faults.strike(100) {
-            return Err(KvError::Unavailable("not reached".to_owned()));
+        if !writes && self.faults.strikes(100) {
+            return Err(KvError::Unavailable("the store was not reached".to_owned()));
         }
         Ok(answer)
     }
@@ -127,7 +127,7 @@ impl<K: Kv> Kv for Faulty<K> {
     }
 
     async fn keep_alive(&self, lease: LeaseId) -> KvResult<()> {
-        if self.faults.strike(2) {
+        if self.faults.strikes(2) {
             self.faults.leases_lost.fetch_add(1, Ordering::Relaxed);
             self.inner.revoke(lease).await?;
         }
@@ -138,22 +138,22 @@ impl<K: Kv> Kv for Faulty<K> {
         self.inner.revoke(lease).await
     }
 
-    /// The store is the world's.
+    /// The replicas share the inner store, so it stays open.
     async fn close(&self) {}
 }
 
-/// Instances as names: identity and the generation that brought it up.
+/// A provisioner that records in memory which instances run.
 #[derive(Default)]
-struct Names {
-    /// Of those that are gone the generation is kept: older orders change nothing.
-    there: Mutex<BTreeMap<(ChallengeId, Identity), (u64, bool)>>,
+struct MemoryProvisioner {
+    /// The generation of each instance, and whether it runs. Removed instances stay, so that older requests are rejected.
+    instances: Mutex<BTreeMap<(ChallengeId, Identity), (u64, bool)>>,
     faults: Arc<Faults>,
 }
 
-impl Names {
+impl MemoryProvisioner {
     fn set(&self, challenge: &ChallengeId, identity: &Identity, generation: u64, up: bool) -> Result<()> {
-        let mut there = self.there.lock().unwrap();
-        let entry = there.entry((challenge.clone(), identity.clone())).or_insert((generation, false));
+        let mut instances = self.instances.lock().unwrap();
+        let entry = instances.entry((challenge.clone(), identity.clone())).or_insert((generation, false));
         if entry.0 > generation {
             return Err(Error::Fenced(format!("instance {identity}")));
         }
@@ -161,15 +161,15 @@ impl Names {
         Ok(())
     }
 
-    async fn takes_a_moment(&self) {
+    async fn random_delay(&self) {
         tokio::time::sleep(Duration::from_micros(rand::random::<u64>() % 3000)).await;
     }
 }
 
 #[async_trait]
-impl Provisioner for Names {
+impl Provisioner for MemoryProvisioner {
     fn name(&self) -> &'static str {
-        "names"
+        "memory"
     }
 
     async fn reserve(&self, _: &ChallengeId, _: &Identity, _: u64, _: &[PortSpec]) -> Result<Placement> {
@@ -177,10 +177,10 @@ impl Provisioner for Names {
     }
 
     async fn up(&self, request: &LaunchRequest) -> Result<Outputs> {
-        self.takes_a_moment().await;
+        self.random_delay().await;
         self.set(&request.challenge, &request.identity, request.generation, true)?;
-        self.takes_a_moment().await;
-        if self.faults.strike(10) {
+        self.random_delay().await;
+        if self.faults.strikes(10) {
             return Err(Error::Provision { step: "up", detail: "injected".to_owned() });
         }
         Ok(Outputs { connection_info: request.identity.to_string(), flags: Vec::new() })
@@ -191,13 +191,13 @@ impl Provisioner for Names {
     }
 
     async fn down(&self, challenge: &ChallengeId, identity: &Identity, generation: u64) -> Result<()> {
-        self.takes_a_moment().await;
+        self.random_delay().await;
         self.set(challenge, identity, generation, false)
     }
 
     async fn list(&self) -> Result<Vec<ProvisionedInstance>> {
-        let there = self.there.lock().unwrap();
-        let up = there.iter().filter(|(_, (_, up))| *up);
+        let instances = self.instances.lock().unwrap();
+        let up = instances.iter().filter(|(_, (_, up))| *up);
         let found = up.map(|((challenge, identity), (generation, _))| ProvisionedInstance {
             challenge: challenge.clone(),
             identity: identity.clone(),
@@ -235,36 +235,37 @@ impl Facts for Nothing {
     fn record(&self, _: Fact) {}
 }
 
-/// One replica.
+/// A replica with its reconcile loop.
 pub(super) struct Replica<K: Kv> {
     pub(super) gauntlet: Gauntlet,
     store: Arc<Coordination<Faulty<K>>>,
     reconciler: JoinHandle<()>,
 }
 
-/// The replicas, and one more without faults that looks on.
+/// The replicas, and an observer that is not subject to faults.
 pub(super) struct World<K: Kv> {
     pub(super) replicas: Vec<Replica<K>>,
-    judge: Replica<K>,
-    names: Arc<Names>,
+    observer: Replica<K>,
+    provisioner: Arc<MemoryProvisioner>,
     faults: Arc<Faults>,
 }
 
 impl<K: Kv> World<K> {
-    /// To be called within a runtime.
+    /// Starts the replicas. Call it within a runtime.
     pub(super) async fn start(kv: Arc<K>) -> Self {
         let faults = Arc::new(Faults::default());
-        let names = Arc::new(Names { faults: faults.clone(), ..Names::default() });
+        let provisioner = Arc::new(MemoryProvisioner { faults: faults.clone(), ..MemoryProvisioner::default() });
         let replica = |name: &str, faults: Arc<Faults>| {
             let faulty = Faulty { inner: kv.clone(), faults };
             let store = Arc::new(Coordination::new(faulty, "linear/", Duration::from_secs(2), name.to_owned()));
             let settings = Settings { lock_timeout: Duration::from_secs(10), ..Settings::default() };
-            let gauntlet = Gauntlet::new(store.clone(), names.clone(), Arc::new(Nothing), Arc::new(Nothing), settings);
+            let gauntlet =
+                Gauntlet::new(store.clone(), provisioner.clone(), Arc::new(Nothing), Arc::new(Nothing), settings);
             let reconciler = tokio::spawn(reconcile(gauntlet.clone()));
             Replica { gauntlet, store, reconciler }
         };
         let replicas = ["a", "b", "c"].map(|name| replica(name, faults.clone())).into();
-        let judge = replica("judge", Arc::default());
+        let observer = replica("observer", Arc::default());
         for (id, min) in CHALLENGES.into_iter().zip([0, POOL]) {
             let new = NewChallenge {
                 id: ChallengeId::new(id).unwrap(),
@@ -275,12 +276,12 @@ impl<K: Kv> World<K> {
                 min,
                 max: 0,
             };
-            judge.gauntlet.create_challenge(&call(0), new).await.unwrap();
+            observer.gauntlet.create_challenge(&call(0), new).await.unwrap();
         }
-        Self { replicas, judge, names, faults }
+        Self { replicas, observer, provisioner, faults }
     }
 
-    pub(super) fn faults(&self, on: bool) {
+    pub(super) fn set_faults(&self, on: bool) {
         self.faults.on.store(on, Ordering::Relaxed);
     }
 
@@ -288,31 +289,31 @@ impl<K: Kv> World<K> {
         self.faults.leases_lost.load(Ordering::Relaxed)
     }
 
-    /// Sees the store without faults.
-    pub(super) fn judge(&self) -> &Gauntlet {
-        &self.judge.gauntlet
+    /// Returns the use cases of the observer.
+    pub(super) fn observer(&self) -> &Gauntlet {
+        &self.observer.gauntlet
     }
 
-    pub(super) async fn until<F: Future<Output = bool>>(&self, what: &str, mut ask: impl FnMut() -> F) {
-        let ends = Instant::now() + Duration::from_secs(60);
-        while !ask().await {
-            assert!(Instant::now() < ends, "not in time: {what}");
+    pub(super) async fn wait_until<F: Future<Output = bool>>(&self, what: &str, mut condition: impl FnMut() -> F) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !condition().await {
+            assert!(Instant::now() < deadline, "timed out waiting for {what}");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
-    /// Waits until what is up is what is stored: the pool, and nothing else.
-    pub(super) async fn at_rest(&self) {
-        self.until("what is up is what is stored, and the pool is full", || async {
+    /// Waits until exactly the stored instances run, and only the pool is stored.
+    pub(super) async fn wait_until_settled(&self) {
+        self.wait_until("exactly the stored instances to run, and the pool to be full", || async {
             let mut stored = Vec::new();
             for id in CHALLENGES {
                 let id = ChallengeId::new(id).unwrap();
-                let store: &dyn Store = self.judge().store();
+                let store: &dyn Store = self.observer().store();
                 let instances: Vec<_> = store.instances_of(&id).try_collect().await.unwrap();
                 stored.extend(instances.into_iter().map(|instance| (id.clone(), instance.value.identity)));
             }
             stored.sort();
-            let mut up = self.names.list().await.unwrap();
+            let mut up = self.provisioner.list().await.unwrap();
             up.sort_by(|a, b| (&a.challenge, &a.identity).cmp(&(&b.challenge, &b.identity)));
             let up: Vec<_> = up.into_iter().map(|found| (found.challenge, found.identity)).collect();
             up == stored && stored.len() == POOL as usize
@@ -321,7 +322,7 @@ impl<K: Kv> World<K> {
     }
 
     pub(super) async fn stop(self) {
-        for replica in self.replicas.iter().chain([&self.judge]) {
+        for replica in self.replicas.iter().chain([&self.observer]) {
             replica.reconciler.abort();
             replica.store.shutdown().await;
         }
@@ -330,7 +331,7 @@ impl<K: Kv> World<K> {
 
 async fn reconcile(gauntlet: Gauntlet) {
     loop {
-        // What fails is tried again in the next pass.
+        // The next pass retries what failed in this one.
         let done = gauntlet.reconcile(&call(0)).await;
         for id in done.into_iter().flat_map(|done| done.pools) {
             let _ = gauntlet_testing::maintain_pool(&gauntlet, &call(0), &id).await;
