@@ -111,7 +111,7 @@ impl SimulatedEtcd {
         tokio::task::yield_now().await;
         let now = self.started.elapsed();
         let mut server = self.server.lock().unwrap();
-        for lease in server.overdue(now) {
+        for lease in server.expired_leases(now) {
             server.revoke(lease);
         }
         call(&mut server, now)
