@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt};
 
 use todc_utils::{Action, History as Recorded, Specification, WGLChecker};
 
-/// A step that an answer implies: a change, or an observation. A create has two steps: it reserves the instance, and shows it when it is ready.
+/// A step that an response implies: a change, or an observation. A create has two steps: it reserves the instance, and shows it when it is ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Step {
     /// A create reserved the instance, which did not exist.
@@ -21,9 +21,9 @@ pub(crate) enum Step {
     NotShown,
     /// A read found an instance, created and last renewed by these calls.
     Saw { created: u64, renewed: u64 },
-    /// A renewal by this call, unless a later call has renewed already. `saw` is the answer, if there was one.
+    /// A renewal by this call, unless a later call has renewed already. `saw` is the response, if there was one.
     Renew { number: u64, saw: Option<(u64, u64)> },
-    /// A renewal whose answer has the creating call and the last renewal, which is this or a later one.
+    /// A renewal whose response has the creating call and the last renewal, which is this or a later one.
     Renewed { created: u64, renewed: u64 },
     /// A renewal at an unknown time.
     RenewedUnseen,
@@ -88,7 +88,7 @@ impl Specification for OneInstance {
     }
 }
 
-/// Calls and answers in the order of their observation, with the steps that each answer implies.
+/// Calls and responses in the order of their observation, with the steps that each response implies.
 #[derive(Default)]
 pub(crate) struct History {
     events: Vec<(u64, bool)>,
@@ -147,7 +147,7 @@ impl fmt::Display for History {
             if *called {
                 writeln!(f, "  call {number}")?;
             } else {
-                writeln!(f, "  answer to {number}: {:?}", self.steps[number])?;
+                writeln!(f, "  response to {number}: {:?}", self.steps[number])?;
             }
         }
         Ok(())
