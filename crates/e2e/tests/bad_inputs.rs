@@ -1,12 +1,12 @@
-//! Inputs that no platform should send: each is refused as the contract says, and the store is as before.
+//! Invalid requests: each fails with the status and code of the contract, and changes nothing in the store.
 
 use serde_json::{Value, json};
 
 use crate::harness::{Backend, Manager, World, local};
 
-/// Method, path, body, and what is answered: HTTP status, code, and the reason (empty where the contract gives none).
-struct Bad {
-    what: &'static str,
+/// An invalid request and the expected error: HTTP status, gRPC code and reason. The reason is empty where the contract gives none.
+struct BadInput {
+    description: &'static str,
     method: &'static str,
     path: String,
     body: Option<Vec<u8>>,
@@ -15,32 +15,48 @@ struct Bad {
     reason: &'static str,
 }
 
-fn bad(
-    what: &'static str,
+fn refused(
+    description: &'static str,
     method: &'static str,
     path: &str,
     body: Option<&str>,
     status: u16,
     code: u64,
     reason: &'static str,
-) -> Bad {
-    Bad { what, method, path: path.to_owned(), body: body.map(|body| body.as_bytes().to_vec()), status, code, reason }
+) -> BadInput {
+    BadInput {
+        description,
+        method,
+        path: path.to_owned(),
+        body: body.map(|body| body.as_bytes().to_vec()),
+        status,
+        code,
+        reason,
+    }
 }
 
 const CHALLENGE: &str = "/api/v1/challenge";
 const INSTANCE: &str = "/api/v1/instance";
 
-fn inputs() -> Vec<Bad> {
+fn inputs() -> Vec<BadInput> {
     let long = "x".repeat(257);
     let mut inputs = vec![
-        bad("no JSON", "POST", CHALLENGE, Some("{"), 400, 3, ""),
-        bad("text", "POST", CHALLENGE, Some("hello"), 400, 3, ""),
-        bad("a list", "POST", CHALLENGE, Some("[]"), 400, 3, ""),
-        bad("two documents", "POST", CHALLENGE, Some("{} {}"), 400, 3, ""),
-        bad("a number as id", "POST", CHALLENGE, Some(r#"{"id":7,"scenario":"file://web"}"#), 400, 3, ""),
-        bad("a list as scenario", "POST", CHALLENGE, Some(r#"{"id":"n","scenario":["a"]}"#), 400, 3, ""),
-        bad("text as min", "POST", CHALLENGE, Some(r#"{"id":"n","scenario":"file://web","min":"two"}"#), 400, 3, ""),
-        bad(
+        refused("a body that is not JSON", "POST", CHALLENGE, Some("{"), 400, 3, ""),
+        refused("plain text", "POST", CHALLENGE, Some("hello"), 400, 3, ""),
+        refused("a list as body", "POST", CHALLENGE, Some("[]"), 400, 3, ""),
+        refused("two JSON documents", "POST", CHALLENGE, Some("{} {}"), 400, 3, ""),
+        refused("a number as id", "POST", CHALLENGE, Some(r#"{"id":7,"scenario":"file://web"}"#), 400, 3, ""),
+        refused("a list as scenario", "POST", CHALLENGE, Some(r#"{"id":"n","scenario":["a"]}"#), 400, 3, ""),
+        refused(
+            "text as min",
+            "POST",
+            CHALLENGE,
+            Some(r#"{"id":"n","scenario":"file://web","min":"two"}"#),
+            400,
+            3,
+            "",
+        ),
+        refused(
             "a fraction as max",
             "POST",
             CHALLENGE,
@@ -49,8 +65,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad(
-            "min past int64",
+        refused(
+            "a min beyond int64",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"file://web","min":"9223372036854775808"}"#),
@@ -58,7 +74,7 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad(
+        refused(
             "a list as additional",
             "POST",
             CHALLENGE,
@@ -67,7 +83,7 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad(
+        refused(
             "a nested additional",
             "POST",
             CHALLENGE,
@@ -76,10 +92,18 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad("an id given twice", "POST", CHALLENGE, Some(r#"{"id":"n","id":"m","scenario":"file://web"}"#), 400, 3, ""),
-        bad("no id", "POST", CHALLENGE, Some(r#"{"scenario":"file://web"}"#), 400, 3, ""),
-        bad("an empty id", "POST", CHALLENGE, Some(r#"{"id":"","scenario":"file://web"}"#), 400, 3, ""),
-        bad(
+        refused(
+            "a duplicate id field",
+            "POST",
+            CHALLENGE,
+            Some(r#"{"id":"n","id":"m","scenario":"file://web"}"#),
+            400,
+            3,
+            "",
+        ),
+        refused("no id", "POST", CHALLENGE, Some(r#"{"scenario":"file://web"}"#), 400, 3, ""),
+        refused("an empty id", "POST", CHALLENGE, Some(r#"{"id":"","scenario":"file://web"}"#), 400, 3, ""),
+        refused(
             "a control character in an id",
             "POST",
             CHALLENGE,
@@ -88,8 +112,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad("no scenario", "POST", CHALLENGE, Some(r#"{"id":"n"}"#), 400, 3, ""),
-        bad(
+        refused("no scenario", "POST", CHALLENGE, Some(r#"{"id":"n"}"#), 400, 3, ""),
+        refused(
             "a duration without unit",
             "POST",
             CHALLENGE,
@@ -98,7 +122,7 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad(
+        refused(
             "a duration in minutes",
             "POST",
             CHALLENGE,
@@ -107,7 +131,7 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad(
+        refused(
             "a negative duration",
             "POST",
             CHALLENGE,
@@ -116,8 +140,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad(
-            "a duration past the range",
+        refused(
+            "a duration out of range",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"file://web","timeout":"315576000001s"}"#),
@@ -125,7 +149,7 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad(
+        refused(
             "a number as duration",
             "POST",
             CHALLENGE,
@@ -134,8 +158,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad(
-            "a day as time",
+        refused(
+            "a date without a time",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"file://web","until":"2026-11-22"}"#),
@@ -143,8 +167,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad(
-            "the 13th month",
+        refused(
+            "a time in the 13th month",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"file://web","until":"2026-13-01T00:00:00Z"}"#),
@@ -152,8 +176,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad(
-            "the year 10000",
+        refused(
+            "a time in the year 10000",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"file://web","until":"10000-01-01T00:00:00Z"}"#),
@@ -161,8 +185,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad(
-            "min below zero",
+        refused(
+            "a negative min",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"file://web","min":-1}"#),
@@ -170,8 +194,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "CHALLENGE_POOLER_OUT_OF_BOUNDS",
         ),
-        bad(
-            "max below zero",
+        refused(
+            "a negative max",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"file://web","max":-1}"#),
@@ -179,8 +203,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "CHALLENGE_POOLER_OUT_OF_BOUNDS",
         ),
-        bad(
-            "max below min",
+        refused(
+            "a max below min",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"file://web","min":3,"max":2}"#),
@@ -188,8 +212,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "CHALLENGE_POOLER_OUT_OF_BOUNDS",
         ),
-        bad(
-            "a scenario out of the root",
+        refused(
+            "a scenario outside the root",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"file://../../etc"}"#),
@@ -197,8 +221,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "SCENARIO_NOT_FOUND",
         ),
-        bad(
-            "an absolute scenario elsewhere",
+        refused(
+            "an absolute path outside the root",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"file:///etc"}"#),
@@ -206,8 +230,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "SCENARIO_NOT_FOUND",
         ),
-        bad(
-            "a scenario that is not there",
+        refused(
+            "a missing scenario",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"file://nothing"}"#),
@@ -215,8 +239,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "SCENARIO_NOT_FOUND",
         ),
-        bad(
-            "a reference with a blank",
+        refused(
+            "a reference with a space",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"regi stry/x:y"}"#),
@@ -224,7 +248,7 @@ fn inputs() -> Vec<Bad> {
             3,
             "OCI_REFERENCE_MALFORMED",
         ),
-        bad(
+        refused(
             "a reference in capitals",
             "POST",
             CHALLENGE,
@@ -233,8 +257,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "OCI_REFERENCE_MALFORMED",
         ),
-        bad(
-            "a registry that is not there",
+        refused(
+            "an unreachable registry",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"n","scenario":"127.0.0.1:1/a/b:c"}"#),
@@ -242,8 +266,8 @@ fn inputs() -> Vec<Bad> {
             9,
             "OCI_INTERACTION",
         ),
-        bad(
-            "a known challenge",
+        refused(
+            "an existing challenge",
             "POST",
             CHALLENGE,
             Some(r#"{"id":"web","scenario":"file://web"}"#),
@@ -251,11 +275,19 @@ fn inputs() -> Vec<Bad> {
             6,
             "CHALLENGE_ALREADY_EXISTS",
         ),
-        bad("an unknown challenge", "GET", "/api/v1/challenge/nope", None, 404, 5, "CHALLENGE_NOT_FOUND"),
-        bad("a path as id", "GET", "/api/v1/challenge/..%2F..%2Fetc%2Fpasswd", None, 404, 5, "CHALLENGE_NOT_FOUND"),
-        bad("deleting a path", "DELETE", "/api/v1/challenge/..%2Fweb", None, 404, 5, "CHALLENGE_NOT_FOUND"),
-        bad("no UTF-8 in an id", "GET", "/api/v1/challenge/%ff", None, 400, 3, ""),
-        bad(
+        refused("an unknown challenge", "GET", "/api/v1/challenge/nope", None, 404, 5, "CHALLENGE_NOT_FOUND"),
+        refused(
+            "a file path as id",
+            "GET",
+            "/api/v1/challenge/..%2F..%2Fetc%2Fpasswd",
+            None,
+            404,
+            5,
+            "CHALLENGE_NOT_FOUND",
+        ),
+        refused("deletion of a file path", "DELETE", "/api/v1/challenge/..%2Fweb", None, 404, 5, "CHALLENGE_NOT_FOUND"),
+        refused("an id that is not UTF-8", "GET", "/api/v1/challenge/%ff", None, 400, 3, ""),
+        refused(
             "a mask with an underscore",
             "PATCH",
             "/api/v1/challenge/web",
@@ -264,8 +296,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad(
-            "a mask of what cannot change",
+        refused(
+            "a mask with an immutable field",
             "PATCH",
             "/api/v1/challenge/web",
             Some(r#"{"updateMask":"id"}"#),
@@ -273,8 +305,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "CHALLENGE_INVALID_UPDATE_MASK",
         ),
-        bad(
-            "a mask of nothing known",
+        refused(
+            "a mask with an unknown field",
             "PATCH",
             "/api/v1/challenge/web",
             Some(r#"{"updateMask":"instances,min"}"#),
@@ -282,9 +314,9 @@ fn inputs() -> Vec<Bad> {
             3,
             "CHALLENGE_INVALID_UPDATE_MASK",
         ),
-        bad("a number as mask", "PATCH", "/api/v1/challenge/web", Some(r#"{"updateMask":3}"#), 400, 3, ""),
-        bad(
-            "an update to bounds that cannot be",
+        refused("a number as mask", "PATCH", "/api/v1/challenge/web", Some(r#"{"updateMask":3}"#), 400, 3, ""),
+        refused(
+            "an update to a max below min",
             "PATCH",
             "/api/v1/challenge/web",
             Some(r#"{"min":5,"max":1,"updateMask":"min,max"}"#),
@@ -292,8 +324,8 @@ fn inputs() -> Vec<Bad> {
             3,
             "CHALLENGE_POOLER_OUT_OF_BOUNDS",
         ),
-        bad(
-            "a strategy of another type",
+        refused(
+            "a boolean as strategy",
             "PATCH",
             "/api/v1/challenge/web",
             Some(r#"{"updateStrategy":true}"#),
@@ -301,9 +333,17 @@ fn inputs() -> Vec<Bad> {
             3,
             "",
         ),
-        bad("an update of nothing", "PATCH", "/api/v1/challenge/nope", Some("{}"), 404, 5, "CHALLENGE_NOT_FOUND"),
-        bad(
-            "an instance of nothing",
+        refused(
+            "an update of an unknown challenge",
+            "PATCH",
+            "/api/v1/challenge/nope",
+            Some("{}"),
+            404,
+            5,
+            "CHALLENGE_NOT_FOUND",
+        ),
+        refused(
+            "an instance of an unknown challenge",
             "POST",
             INSTANCE,
             Some(r#"{"challengeId":"nope","sourceId":"1"}"#),
@@ -311,9 +351,9 @@ fn inputs() -> Vec<Bad> {
             5,
             "CHALLENGE_NOT_FOUND",
         ),
-        bad("an instance for nobody", "POST", INSTANCE, Some(r#"{"challengeId":"web"}"#), 400, 3, ""),
-        bad(
-            "a second instance",
+        refused("an instance without a source", "POST", INSTANCE, Some(r#"{"challengeId":"web"}"#), 400, 3, ""),
+        refused(
+            "a second instance for a source",
             "POST",
             INSTANCE,
             Some(r#"{"challengeId":"web","sourceId":"1"}"#),
@@ -321,9 +361,9 @@ fn inputs() -> Vec<Bad> {
             6,
             "INSTANCE_ALREADY_EXISTS",
         ),
-        bad("an unknown instance", "GET", "/api/v1/instance/web/nobody", None, 404, 5, "INSTANCE_NOT_FOUND"),
-        bad(
-            "deleting an unknown instance",
+        refused("an unknown instance", "GET", "/api/v1/instance/web/nobody", None, 404, 5, "INSTANCE_NOT_FOUND"),
+        refused(
+            "deletion of an unknown instance",
             "DELETE",
             "/api/v1/instance/web/nobody",
             None,
@@ -331,12 +371,20 @@ fn inputs() -> Vec<Bad> {
             5,
             "INSTANCE_NOT_FOUND",
         ),
-        bad("a renewal without timeout", "PATCH", "/api/v1/instance/web/1", Some("{}"), 400, 9, "CHALLENGE_NO_RENEWAL"),
-        bad("an unknown path", "GET", "/api/v2/challenge", None, 404, 5, ""),
-        bad("an unknown method", "PUT", CHALLENGE, Some("{}"), 501, 12, ""),
+        refused(
+            "a renewal of a challenge without timeout",
+            "PATCH",
+            "/api/v1/instance/web/1",
+            Some("{}"),
+            400,
+            9,
+            "CHALLENGE_NO_RENEWAL",
+        ),
+        refused("an unknown path", "GET", "/api/v2/challenge", None, 404, 5, ""),
+        refused("an unknown method", "PUT", CHALLENGE, Some("{}"), 501, 12, ""),
     ];
-    let with = |what, value: Value| Bad {
-        what,
+    let invalid_challenge = |description, value: Value| BadInput {
+        description,
         method: "POST",
         path: CHALLENGE.into(),
         body: Some(value.to_string().into_bytes()),
@@ -344,66 +392,69 @@ fn inputs() -> Vec<Bad> {
         code: 3,
         reason: "",
     };
-    inputs.push(with("an id too long", json!({ "id": long, "scenario": local("web") })));
-    inputs.push(with(
-        "a body too large",
+    inputs.push(invalid_challenge("an id that is too long", json!({ "id": long, "scenario": local("web") })));
+    inputs.push(invalid_challenge(
+        "a body that is too large",
         json!({ "id": "n", "scenario": local("web"), "additional": { "a": "x".repeat(3 << 20) } }),
     ));
-    inputs.push(with(
-        "additional too large",
+    inputs.push(invalid_challenge(
+        "additional values that are too large",
         json!({ "id": "n", "scenario": local("web"), "additional": { "a": "x".repeat(300 << 10) } }),
     ));
     let nested = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
-    inputs.push(Bad {
+    inputs.push(BadInput {
         body: Some(format!(r#"{{"id":"n","x":{nested}}}"#).into_bytes()),
-        ..with("a body too deep", Value::Null)
+        ..invalid_challenge("a body nested too deeply", Value::Null)
     });
-    inputs.push(Bad { body: Some(b"{\"id\":\"\xff\"}".to_vec()), ..with("no UTF-8 in a body", Value::Null) });
+    inputs.push(BadInput {
+        body: Some(b"{\"id\":\"\xff\"}".to_vec()),
+        ..invalid_challenge("a body that is not UTF-8", Value::Null)
+    });
     inputs
 }
 
-/// Everything that is stored, as the API tells it.
-fn stored(manager: &Manager) -> (String, String) {
+/// Returns every challenge and instance in the store, as the API lists them.
+fn snapshot(manager: &Manager) -> (String, String) {
     (manager.get(CHALLENGE).text, manager.get(INSTANCE).text)
 }
 
-fn bad_inputs_change_nothing(backend: Backend) {
+fn assert_bad_inputs_change_nothing(backend: Backend) {
     let world = World::bare(backend);
     let manager = world.manager("m1");
     manager.create_challenge("web", &local("web"), &json!({}));
     manager.create_instance("web", "1").ok();
-    let before = stored(&manager);
+    let before = snapshot(&manager);
 
     let inputs = inputs();
     assert!(inputs.len() >= 50, "{}", inputs.len());
-    let mut wrong = Vec::new();
+    let mut failures = Vec::new();
     for input in &inputs {
-        let answer = manager.call(input.method, &input.path, input.body.as_deref());
-        let body: Value = serde_json::from_str(&answer.text).unwrap_or_default();
+        let response = manager.call(input.method, &input.path, input.body.as_deref());
+        let body: Value = serde_json::from_str(&response.text).unwrap_or_default();
         let reasons: Vec<_> =
             body["details"].as_array().into_iter().flatten().filter_map(|detail| detail["reason"].as_str()).collect();
-        let as_said = answer.status == input.status
+        let as_expected = response.status == input.status
             && body["code"] == input.code
             && body["message"].as_str().is_some_and(|message| !message.is_empty())
             && body["details"].is_array()
             && (input.reason.is_empty() || reasons == [input.reason]);
-        if !as_said {
-            wrong.push(format!(
+        if !as_expected {
+            failures.push(format!(
                 "{}: expected {} {} {}, got {} {}",
-                input.what, input.status, input.code, input.reason, answer.status, answer.text
+                input.description, input.status, input.code, input.reason, response.status, response.text
             ));
         }
     }
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert_eq!(stored(&manager), before);
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert_eq!(snapshot(&manager), before);
 }
 
 #[test]
-fn change_nothing_embedded() {
-    bad_inputs_change_nothing(Backend::Embedded);
+fn bad_inputs_change_nothing_embedded() {
+    assert_bad_inputs_change_nothing(Backend::Embedded);
 }
 
 #[test]
-fn change_nothing_etcd() {
-    bad_inputs_change_nothing(Backend::Etcd);
+fn bad_inputs_change_nothing_etcd() {
+    assert_bad_inputs_change_nothing(Backend::Etcd);
 }

@@ -1,4 +1,4 @@
-//! A data directory and the store that it belongs to.
+//! A data directory belongs to one store.
 
 use std::path::Path;
 
@@ -7,8 +7,8 @@ use serde_json::json;
 
 use crate::harness::{Backend, World, address, binary, eventually, fetch, local, rest};
 
-/// A manager on a directory and an etcd, which is not waited for longer than until it listens.
-fn on_etcd(
+/// Starts a manager on the given data directory and etcd. Waits only until it listens, not until it is healthy.
+fn start_manager_on_etcd(
     world: &World,
     dir: &Path,
     etcd: &str,
@@ -42,14 +42,14 @@ fn directory_of_another_store_is_refused() {
     drop(manager);
 
     let log = world.path("refused.log");
-    let refused = on_etcd(&world, &world.path("data"), &etcd.url(), &Reserved::any().unwrap(), &log);
-    assert!(refused.is_err(), "it started");
-    let said = std::fs::read_to_string(log).unwrap();
+    let refused = start_manager_on_etcd(&world, &world.path("data"), &etcd.url(), &Reserved::any().unwrap(), &log);
+    assert!(refused.is_err(), "the manager started");
+    let output = std::fs::read_to_string(log).unwrap();
     let directory = world.path("data/process").canonicalize().unwrap().display().to_string();
     for part in ["holds the instances of store", "and this is store", &directory, "give another directory"] {
-        assert!(said.contains(part), "{part:?} is not in:\n{said}");
+        assert!(output.contains(part), "{part:?} is not in:\n{output}");
     }
-    fetch(&url).expect("the instance was left alone");
+    fetch(&url).expect("the instance keeps running");
 
     let manager = world.manager("embedded");
     assert_eq!(manager.get("/api/v1/instance/web/me").ok(), instance);
@@ -59,27 +59,30 @@ fn directory_of_another_store_is_refused() {
 #[test]
 fn manager_started_before_etcd_serves_once_etcd_is_up() {
     let world = World::bare(Backend::Embedded);
-    // Another store's, which cannot be known before the store is there.
+    // Makes the default data directory belong to the embedded store. The managers cannot compare the stores before etcd is up.
     drop(world.manager("embedded"));
     let (client, peer) = (Reserved::any().unwrap(), Reserved::any().unwrap());
     let url = format!("http://127.0.0.1:{}", client.number());
     let managers = ["new", "data"].map(|dir| {
         let port = Reserved::any().unwrap();
-        let process = on_etcd(&world, &world.path(dir), &url, &port, &world.path(&format!("{dir}.log"))).unwrap();
+        let process =
+            start_manager_on_etcd(&world, &world.path(dir), &url, &port, &world.path(&format!("{dir}.log"))).unwrap();
         (format!("http://127.0.0.1:{}", port.number()), process, port)
     });
-    let [new, others] = managers.each_ref().map(|(url, ..)| url.as_str());
+    let [new, foreign] = managers.each_ref().map(|(url, ..)| url.as_str());
     let health = |url: &str| rest(url, "GET", "/healthcheck", None).unwrap();
-    for url in [new, others] {
+    for url in [new, foreign] {
         assert!(health(url).text.contains("etcd does not answer"), "{}", health(url).text);
     }
     let _etcd = Etcd::start_on(world.path("etcd"), client.number(), peer.number()).unwrap();
-    eventually("it serves", || if health(new).status == 200 { Ok(()) } else { Err(health(new).text) });
+    eventually("the manager on the new directory serves", || {
+        if health(new).status == 200 { Ok(()) } else { Err(health(new).text) }
+    });
     let challenge = json!({ "id": "web", "scenario": local("web") }).to_string();
     let created = rest(new, "POST", "/api/v1/challenge", Some(challenge.as_bytes())).unwrap();
     assert_eq!(created.status, 200, "{}", created.text);
-    eventually("the other says why it does not", || {
-        let health = health(others);
+    eventually("the health of the other manager names the directory", || {
+        let health = health(foreign);
         if health.status == 503 && health.text.contains("its data directory") { Ok(()) } else { Err(health.text) }
     });
 }

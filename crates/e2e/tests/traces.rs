@@ -1,4 +1,4 @@
-//! Traces as Jaeger gives them back, and the tree of a create.
+//! Traces read from Jaeger, and the trace of a create.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +23,8 @@ pub(crate) struct Trace {
 }
 
 impl Trace {
-    pub(crate) fn of(trace: &Value) -> Self {
+    /// Parses a trace of Jaeger's query API.
+    pub(crate) fn from_json(trace: &Value) -> Self {
         let spans = trace["spans"].as_array().unwrap().iter().map(|span| Span {
             id: span["spanID"].as_str().unwrap().to_owned(),
             parent: span["references"]
@@ -56,36 +57,36 @@ impl Trace {
         self.spans.iter().find(|span| span.id == id)
     }
 
-    /// Every span but one leads to another span of the trace.
-    pub(crate) fn whole(&self) -> Result<(), String> {
+    /// Fails unless exactly one span has no parent in the trace. Others have none while spans are still missing.
+    pub(crate) fn check_complete(&self) -> Result<(), String> {
         let roots: Vec<_> =
             self.spans.iter().filter(|span| span.parent.as_deref().and_then(|id| self.by_id(id)).is_none()).collect();
         if roots.len() == 1 { Ok(()) } else { Err(format!("{} roots: {roots:#?}", roots.len())) }
     }
 
-    /// Every span and every attribute of it has a row in the table of names.
-    pub(crate) fn in_the_table(&self) {
+    /// Asserts that the table of telemetry names lists every span and each of its attributes.
+    pub(crate) fn assert_documented(&self) {
         for span in &self.spans {
-            let served = span.tags.contains_key("http.request.method");
-            let called = ["api.v1.", "gauntlet.v1."].iter().any(|package| span.name.starts_with(package));
-            let row = match (served, called, span.tags["span.kind"].as_str()) {
+            let is_http = span.tags.contains_key("http.request.method");
+            let is_rpc = ["api.v1.", "gauntlet.v1."].iter().any(|package| span.name.starts_with(package));
+            let row = match (is_http, is_rpc, span.tags["span.kind"].as_str()) {
                 (true, ..) => &names::HTTP_SERVER,
                 (_, true, Some("client")) => &names::RPC_CLIENT,
                 (_, true, _) => &names::RPC_SERVER,
                 _ => names::SPANS
                     .iter()
                     .find(|row| row.name == span.name)
-                    .unwrap_or_else(|| panic!("{} has no row", span.name)),
+                    .unwrap_or_else(|| panic!("{} is not in the table of span names", span.name)),
             };
-            // What Jaeger and the SDK add to every span.
+            // Jaeger and the SDK add these to every span.
             let added = |key: &str| key == "span.kind" || key == "error" || key.starts_with("otel.");
             for key in span.tags.keys().filter(|key| !added(key)) {
-                assert!(row.attributes.contains(&key.as_str()), "{key} is not in the row of {}", span.name);
+                assert!(row.attributes.contains(&key.as_str()), "{key} is not listed as an attribute of {}", span.name);
             }
         }
     }
 
-    /// The names from the root to a span.
+    /// Returns the span names from the root to `span`.
     pub(crate) fn path(&self, span: &Span) -> Vec<String> {
         let mut path =
             span.parent.as_deref().and_then(|id| self.by_id(id)).map(|parent| self.path(parent)).unwrap_or_default();
@@ -94,7 +95,7 @@ impl Trace {
     }
 }
 
-fn a_create_is_one_tree(backend: Backend) {
+fn create_is_one_trace(backend: Backend) {
     let mut world = World::observed(backend);
     let manager = world.manager("m1");
     manager.create_challenge("web", &local("web"), &json!({}));
@@ -102,15 +103,16 @@ fn a_create_is_one_tree(backend: Backend) {
     assert_eq!(created.status, 200, "{}", created.text);
     let trace_id = created.trace_parent.split('-').nth(1).unwrap().to_owned();
 
-    let trace = eventually("the trace is whole", || {
-        let found = world.stack().jaeger.get(&format!("/api/traces/{trace_id}")).map_err(|error| error.to_string())?;
-        let trace = Trace::of(found["data"].get(0).ok_or("no trace yet")?);
+    let trace = eventually("the trace is complete", || {
+        let response =
+            world.stack().jaeger.get(&format!("/api/traces/{trace_id}")).map_err(|error| error.to_string())?;
+        let trace = Trace::from_json(response["data"].get(0).ok_or("no trace yet")?);
         for name in
             ["POST /api/v1/instance", "lock.acquire", "lock.hold", "provision.up", "provision.start", "provision.ready"]
         {
             trace.find("gauntlet-manager", name).ok_or_else(|| format!("{name} is missing"))?;
         }
-        trace.whole()?;
+        trace.check_complete()?;
         Ok(trace)
     });
     let span = |name: &str| trace.find("gauntlet-manager", name).unwrap();
@@ -124,31 +126,34 @@ fn a_create_is_one_tree(backend: Backend) {
     assert_eq!(trace.path(span("provision.ready")), ["POST /api/v1/instance", "provision.up", "provision.ready"]);
     let hold = span("lock.hold");
     assert_eq!(hold.tags["lock.kind"], "instance");
-    assert!(hold.micros >= span("provision.up").micros, "the instance is owned while it is brought up");
+    assert!(hold.micros >= span("provision.up").micros, "the lock is held during the launch");
     assert!(server.micros >= hold.micros);
     let acquire = span("lock.acquire");
     assert_eq!(acquire.tags["lock.token"], hold.tags["lock.token"]);
     assert_eq!(acquire.tags["lock.contended"], false);
     assert_eq!(span("provision.up").tags["outcome"], "ok");
-    trace.in_the_table();
+    trace.assert_documented();
     if backend == Backend::Embedded {
-        refusals_have_codes(&mut world, &manager);
+        refused_requests_have_error_codes(&mut world, &manager);
     }
     let text = format!("{trace:?}");
     let flag = created.json()["flags"][0].as_str().unwrap().to_owned();
-    assert!(!text.contains(&flag), "no flag on any span");
+    assert!(!text.contains(&flag), "a flag is on a span");
     if backend == Backend::Etcd {
         let txns: Vec<_> = trace.spans.iter().filter(|span| span.name == "etcd.txn").collect();
         for txn in &txns {
             assert_eq!((&txn.tags["span.kind"], &txn.tags["db.system.name"]), (&json!("client"), &json!("etcd")));
         }
         let acquiring = ["POST /api/v1/instance", "lock.acquire", "etcd.txn"];
-        assert!(txns.iter().any(|txn| trace.path(txn) == acquiring), "the intent is a transaction of its own");
+        assert!(
+            txns.iter().any(|txn| trace.path(txn) == acquiring),
+            "the intent is not recorded in a transaction of its own"
+        );
     }
 }
 
-/// What REST refuses before there is a call has a code on its span, too.
-fn refusals_have_codes(world: &mut World, manager: &Manager) {
+/// Requests that the REST gateway refuses before it makes a call have the error code on their span.
+fn refused_requests_have_error_codes(world: &mut World, manager: &Manager) {
     let refused = [
         ("POST", "/api/v1/instance", "{", 400, "INVALID_ARGUMENT"),
         ("POST", "/api/v1/challenge", &" ".repeat((1 << 20) + 1), 400, "INVALID_ARGUMENT"),
@@ -158,25 +163,25 @@ fn refusals_have_codes(world: &mut World, manager: &Manager) {
         ("GET", "/api/v1/challenge/none", "", 404, "CHALLENGE_NOT_FOUND"),
     ];
     for (method, path, body, status, code) in refused {
-        let answer = manager.call(method, path, Some(body.as_bytes()));
-        assert_eq!(answer.status, status, "{method} {path}: {}", answer.text);
-        let trace_id = answer.trace_parent.split('-').nth(1).unwrap().to_owned();
-        let found = eventually("its span has come", || {
-            let found =
+        let response = manager.call(method, path, Some(body.as_bytes()));
+        assert_eq!(response.status, status, "{method} {path}: {}", response.text);
+        let trace_id = response.trace_parent.split('-').nth(1).unwrap().to_owned();
+        let trace = eventually("Jaeger has the span", || {
+            let response =
                 world.stack().jaeger.get(&format!("/api/traces/{trace_id}")).map_err(|error| error.to_string())?;
-            Ok(Trace::of(found["data"].get(0).ok_or("no trace yet")?))
+            Ok(Trace::from_json(response["data"].get(0).ok_or("no trace yet")?))
         });
-        assert_eq!(found.spans[0].tags["gauntlet.error.code"], code, "{method} {path}");
-        found.in_the_table();
+        assert_eq!(trace.spans[0].tags["gauntlet.error.code"], code, "{method} {path}");
+        trace.assert_documented();
     }
 }
 
 #[test]
 fn create_is_one_trace_embedded() {
-    a_create_is_one_tree(Backend::Embedded);
+    create_is_one_trace(Backend::Embedded);
 }
 
 #[test]
 fn create_is_one_trace_etcd() {
-    a_create_is_one_tree(Backend::Etcd);
+    create_is_one_trace(Backend::Etcd);
 }
