@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt};
 
 use todc_utils::{Action, History as Recorded, Specification, WGLChecker};
 
-/// A step that an response implies: a change, or an observation. A create has two steps: it reserves the instance, and shows it when it is ready.
+/// A step that a response implies: a change, or an observation. A create has two steps: it reserves the instance, and shows it when it is ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Step {
     /// A create reserved the instance, which did not exist.
