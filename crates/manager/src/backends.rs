@@ -140,4 +140,10 @@ mod tests {
         assert!(tls.ca == Some("ca.pem".into()) && tls.identity.is_none());
         assert!(etcd(&Config::try_parse_from(["manager", "--etcd-endpoints", "a:2379"]).unwrap()).tls.is_none());
     }
+
+    #[test]
+    fn keys_in_etcd_have_the_configured_prefix() {
+        let arguments = ["manager", "--etcd-endpoints", "a:2379", "--etcd-prefix", "other/"];
+        assert_eq!(etcd(&Config::try_parse_from(arguments).unwrap()).prefix, "other/");
+    }
 }

@@ -293,6 +293,7 @@ mod tests {
         for (arguments, part) in [
             (["--lock-timeout", "soon"], "expected a duration above zero such as 30s"),
             (["--instance-ports", "9-3"], "expected FIRST-LAST"),
+            (["--instance-ports", "0-9"], "expected FIRST-LAST"),
             (["--debug-address", "8081"], "expected HOST:PORT"),
             (["--port", "70000"], "70000"),
             (["--scenario-keep", "10GB"], "expected a size such as 500MiB or 10GiB"),

@@ -198,6 +198,14 @@ mod tests {
         assert_eq!(response.headers().get("grpc-status").unwrap(), "4");
     }
 
+    /// gRPC's Trailers-Only response: no data frame follows the headers.
+    #[tokio::test]
+    async fn error_within_the_deadline_ends_with_its_headers() {
+        let fails = tower::service_fn(|_: Request<()>| async { Ok::<_, Status>(Status::not_found("no").into_http()) });
+        let response: Response<Body> = DeadlineLayer.layer(fails).oneshot(request("1H")).await.unwrap();
+        assert!(http_body::Body::is_end_stream(response.body()));
+    }
+
     #[tokio::test]
     async fn stream_past_its_deadline_ends() {
         let streams = tower::service_fn(|_: Request<()>| async {

@@ -92,7 +92,8 @@ async fn in_use(store: &dyn Store) -> Result<BTreeSet<String>> {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use gauntlet_coordination::Coordination;
-    use gauntlet_domain::{Challenge, Identity, Instance, LockOptions, Phase, Strategy, Target};
+    use gauntlet_domain::{Challenge, Identity, Instance, LockOptions, Phase, Scenarios as _, Strategy, Target};
+    use gauntlet_scenario::FlagKey;
     use gauntlet_testing::fixtures::{challenge, instance, pinned, source_key};
 
     use super::*;
@@ -119,5 +120,42 @@ mod tests {
         let _guard = store.begin_create(&stored, &instance, None, &LockOptions::default()).await.unwrap();
         let expected = ["challenge", "instance", "target"].map(|reference| pinned(reference).digest);
         assert_eq!(in_use(&store).await.unwrap(), BTreeSet::from(expected));
+    }
+
+    const SCENARIO: &str = r#"
+version: 1
+provisioner: process
+process: { command: ["./run.sh"] }
+ports: { http: tcp }
+ready: { tcp: { port: http } }
+flags: { main: "FLAG{none}" }
+connection_info: "http://{{ host }}:{{ ports.http }}"
+"#;
+
+    #[tokio::test]
+    async fn unused_scenario_is_evicted_when_the_cache_exceeds_its_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
+        let (root, cache) = (dir.path().join("root"), dir.path().join("cache"));
+        std::fs::create_dir_all(root.join("web")).unwrap();
+        std::fs::write(root.join("web/scenario.yaml"), SCENARIO).unwrap();
+        std::fs::write(root.join("web/run.sh"), "").unwrap();
+        let config = gauntlet_scenario::Config {
+            local_root: Some(root),
+            ..gauntlet_scenario::Config::new(&cache, FlagKey::new([1; 32]))
+        };
+        let library = Library::new(config).unwrap();
+        library.resolve("file://web").await.unwrap();
+        // Scenarios that were used within the last hour are kept.
+        let used = std::time::SystemTime::now() - Duration::from_secs(2 * 3600);
+        for entry in std::fs::read_dir(cache.join("sha256")).unwrap() {
+            std::fs::File::open(entry.unwrap().path()).unwrap().set_modified(used).unwrap();
+        }
+        let cached = library.bytes().await.unwrap();
+        assert!(cached > 0);
+        evict(&library, &store, cached).await;
+        assert_eq!(library.bytes().await.unwrap(), cached, "the limit is not exceeded");
+        evict(&library, &store, cached - 1).await;
+        assert_eq!(library.bytes().await.unwrap(), 0);
     }
 }

@@ -112,11 +112,15 @@ async fn publish(reporter: &HealthReporter, sender: &watch::Sender<Health>, heal
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests")]
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
     use std::path::Path;
 
     use gauntlet_coordination::{Coordination, Embedded};
     use gauntlet_provision::process::{self, Process};
+    use tonic_health::pb::{
+        HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+        health_server::HealthServer,
+    };
 
     use super::*;
     use crate::backends::Backend;
@@ -126,6 +130,21 @@ mod tests {
         let processes = Process::new(process::Config::new(dir.join("instances"))).unwrap();
         let instances = Claimed::new(processes, Backend::Embedded(store.clone()));
         (store, Arc::new(instances))
+    }
+
+    /// The status of all services over grpc.health.v1, which must be the same.
+    async fn reported<H: tonic_health::pb::health_server::Health>(
+        grpc: &mut HealthClient<HealthServer<H>>,
+    ) -> ServingStatus {
+        let mut statuses = Vec::new();
+        for service in ["", "api.v1.challenge.ChallengeStore", "api.v1.instance.InstanceManager", "gauntlet.v1.Sweeper"]
+        {
+            let request = HealthCheckRequest { service: service.to_owned() };
+            statuses.push(grpc.check(request).await.unwrap().into_inner().status());
+        }
+        statuses.dedup();
+        assert_eq!(statuses.len(), 1, "{statuses:?}");
+        statuses[0]
     }
 
     #[tokio::test]
@@ -146,14 +165,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (store, instances) = on(dir.path()).await;
         let (recovered, receiver) = watch::channel(false);
-        let (reporter, _service) = tonic_health::server::health_reporter();
+        let (reporter, service) = tonic_health::server::health_reporter();
+        let mut grpc = HealthClient::new(service);
         let tasks = Tasks::default();
         let mut health = start(&tasks, Checks { store, instances, recovered: receiver }, reporter).await;
         assert_ne!(*health.borrow(), Health::Serving);
+        assert_eq!(reported(&mut grpc).await, ServingStatus::NotServing);
         recovered.send_replace(true);
         let soon = Duration::from_secs(60);
         tokio::time::timeout(soon, health.wait_for(|health| *health == Health::Serving)).await.unwrap().unwrap();
+        assert_eq!(reported(&mut grpc).await, ServingStatus::Serving);
         tasks.drain(soon).await;
         assert_eq!(*health.borrow(), Health::Stopping);
+        assert_eq!(reported(&mut grpc).await, ServingStatus::NotServing);
     }
 }

@@ -124,12 +124,20 @@ fn record_error(error: &Error) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests")]
-    use std::sync::Arc;
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    };
 
+    use futures::FutureExt as _;
     use gauntlet_coordination::Coordination;
     use gauntlet_domain::Settings;
     use gauntlet_testing::fakes::{FakeProvisioner, FakeScenarios, IgnoredFacts};
+    use opentelemetry::trace::{Status, TracerProvider as _};
+    use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider};
+    use tracing::instrument::WithSubscriber as _;
+    use tracing_subscriber::layer::SubscriberExt as _;
 
     use super::*;
 
@@ -145,5 +153,46 @@ mod tests {
         Reconciler::new(Signals::default()).start(&tasks, &gauntlet, Duration::from_secs(3600));
         listing.arrived().await;
         assert_eq!(tasks.drain(Duration::from_secs(10)).await, 0);
+    }
+
+    #[tokio::test]
+    async fn failed_first_pass_is_repeated_without_waiting_for_the_interval() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
+        let failed = AtomicBool::new(false);
+        let provisioner = FakeProvisioner::default().before(move |_| {
+            let first = !failed.swap(true, Ordering::SeqCst);
+            let result = if first { Err(Error::Internal("fails once".into())) } else { Ok(()) };
+            std::future::ready(result).boxed()
+        });
+        let scenarios = Arc::new(FakeScenarios::default());
+        let gauntlet = Gauntlet::new(
+            Arc::new(store),
+            Arc::new(provisioner),
+            scenarios,
+            Arc::new(IgnoredFacts),
+            Settings::default(),
+        );
+        let (tasks, reconciler) = (Tasks::default(), Reconciler::new(Signals::default()));
+        let mut recovered = reconciler.recovered();
+        tokio::time::pause();
+        reconciler.start(&tasks, &gauntlet, Duration::from_secs(3600));
+        let repeated = recovered.wait_for(|recovered| *recovered);
+        tokio::time::timeout(Duration::from_secs(60), repeated).await.expect("a second pass").unwrap();
+    }
+
+    #[tokio::test]
+    async fn span_of_a_failed_pass_has_the_error() {
+        let exporter = InMemorySpanExporter::default();
+        let traces = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
+        let layer = tracing_opentelemetry::layer().with_tracer(traces.tracer("test"));
+        let pass = async { Err(Error::Internal("the disk is full".into())) };
+        let subscriber = tracing_subscriber::registry().with(layer);
+        assert!(!run_reconcile(pass, &Signals::default()).with_subscriber(subscriber).await);
+        let spans = exporter.get_finished_spans().unwrap();
+        let [span] = spans.as_slice() else { panic!("one span: {spans:?}") };
+        assert!(matches!(&span.status, Status::Error { description } if description.contains("the disk is full")));
+        let code = span.attributes.iter().find(|attribute| attribute.key.as_str() == "error.type").unwrap();
+        assert_eq!(code.value.as_str(), Error::Internal(String::new()).code());
     }
 }

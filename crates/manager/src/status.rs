@@ -67,3 +67,25 @@ pub(crate) fn refusal(mut status: Status) -> Status {
     status.set_source(Arc::new(Cause::Refusal(code)));
     status
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn refused_request_has_the_code_of_its_cause() {
+        for (code, expected) in [
+            (Code::NotFound, "UNKNOWN_PATH"),
+            (Code::Unimplemented, "UNKNOWN_METHOD"),
+            (Code::DeadlineExceeded, "BODY_TIMEOUT"),
+            (Code::InvalidArgument, "INVALID_ARGUMENT"),
+            (Code::Internal, "INTERNAL_ERROR"),
+        ] {
+            let status = refusal(Status::new(code, ""));
+            assert_eq!(status.source().unwrap().to_string(), expected);
+        }
+    }
+}

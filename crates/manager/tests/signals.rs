@@ -82,3 +82,18 @@ fn second_signal_exits_at_once() {
     thread::spawn(move || sender.send(child.wait().unwrap()));
     assert_eq!(ended.recv_timeout(LONG).expect("the manager to exit").signal(), Some(15));
 }
+
+#[test]
+fn manager_without_running_calls_stops_without_a_warning() {
+    let mut manager = Manager::start();
+    manager.wait_for_line("listening");
+    manager.wait_for_line("health changed");
+    manager.terminate();
+    manager.wait_for_line("stopping");
+    let mut left = Vec::new();
+    while let Ok(line) = manager.lines.recv_timeout(LONG) {
+        left.push(line);
+    }
+    assert!(!left.iter().any(|line| line.contains("calls were still running")), "{left:?}");
+    assert!(manager.child.wait().unwrap().success());
+}
