@@ -194,3 +194,19 @@ fn register_signals() -> io::Result<(UnixStream, Arc<AtomicBool>)> {
     signal_hook::low_level::pipe::register(Signal::CHILD.as_raw(), write)?;
     Ok((read, stop))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    #[test]
+    fn unusable_lock_is_an_error_unless_the_instance_was_removed() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = top.path().join("instances/one");
+        assert!(wait_for_lock(&dir).unwrap().is_none());
+        // A directory in place of the lock file.
+        std::fs::create_dir_all(record::supervisor_lock_path(&dir)).unwrap();
+        assert_eq!(wait_for_lock(&dir).unwrap_err().kind(), io::ErrorKind::IsADirectory);
+    }
+}

@@ -7,7 +7,7 @@ use gauntlet_provision::process::Process;
 use gauntlet_testing::{eventually_blocking, processes::is_running};
 use rustix::process::Signal;
 
-use crate::support::{Fixture, LaunchExt as _, launch, remove, send_signal};
+use crate::support::{Fixture, LaunchExt as _, launch, remove, send_signal, state};
 
 #[tokio::test]
 async fn instance_outlives_its_manager_and_is_found_by_the_next() {
@@ -62,6 +62,21 @@ async fn check_down_ends_every_descendant(fixture: Fixture) {
     eventually_blocking("program and supervisor have exited", || {
         [supervisor, child].iter().chain(&pids).all(|pid| !is_running(*pid))
     });
+}
+
+#[tokio::test]
+async fn program_that_exits_within_its_grace_period_is_not_killed() {
+    let mut fixture = Fixture::new();
+    // Longer than the timeouts that the manager adds to it: it must not give up earlier.
+    fixture.config.grace = Duration::from_secs(60);
+    let manager = fixture.manager();
+    let script = "trap 'sleep 0.2; echo done > saved; exit 7' TERM; $GREETER & while :; do wait; done";
+    manager.launch(&launch(1, 1, &fixture.script(script))).await.unwrap();
+    assert_eq!(manager.halt().await.unwrap(), 1);
+    let dir = fixture.instance_dir();
+    assert_eq!(fixture.file(&dir, "saved"), "done");
+    let state = state(&dir).unwrap();
+    assert!(state["end"].to_string().contains("ended with exit status 7"), "{state}");
 }
 
 #[tokio::test]

@@ -288,6 +288,7 @@ fn recorded(dir: &Path) -> Option<(i32, i32)> {
     Some((pid("shim")?, pid("child")?))
 }
 
-fn state(dir: &Path) -> Option<serde_json::Value> {
+/// What the supervisor has recorded about the run.
+pub(crate) fn state(dir: &Path) -> Option<serde_json::Value> {
     serde_json::from_slice(&std::fs::read(dir.join("state.json")).ok()?).ok()
 }
