@@ -1,5 +1,5 @@
-//! The reads of an operation don't grow with the number of other processes. The test has a binary of its own, because it counts the reads of
-//! this process and of the supervisors that it has waited for.
+//! The number of reads of an operation doesn't grow with the number of other processes. The test is a separate binary, because it counts the
+//! read syscalls of the whole process and of the supervisors it has reaped.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 #![allow(dead_code, reason = "parts that only other tests use")]
@@ -13,10 +13,10 @@ use gauntlet_domain::{Identity, Provisioner as _};
 
 use crate::support::{Fixture, LaunchExt as _, challenge, launch};
 
-/// How many processes to add.
+/// The number of unrelated processes to start.
 const OTHERS: u64 = 400;
 
-/// The reads of this process, and of the children that it has waited for.
+/// Returns the number of read syscalls made by this process and by the children it has reaped.
 fn reads() -> u64 {
     let io = std::fs::read_to_string("/proc/self/io").unwrap();
     io.lines().find_map(|line| line.strip_prefix("syscr: ")).unwrap().parse().unwrap()
@@ -55,7 +55,7 @@ async fn reads_of_an_operation_do_not_grow_with_other_processes() {
         let others = Others((0..OTHERS).map(|_| other.spawn().unwrap()).collect());
         let beside = reads_of_a_lifecycle(&fixture, 2).await;
         drop(others);
-        // The number of probes differs from run to run. A search of all processes would read each of the others.
-        assert!(beside < alone + OTHERS, "{beside} reads beside {OTHERS} other processes, {alone} alone");
+        // The number of probes varies between runs. A scan of `/proc` would add at least one read for each of the other processes.
+        assert!(beside < alone + OTHERS, "{beside} reads with {OTHERS} other processes, {alone} without");
     }
 }

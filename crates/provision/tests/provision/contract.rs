@@ -1,4 +1,4 @@
-//! The contract of [`Provisioner`], tested on every backend. To add a backend, implement [`Backend`] and add a line at the end.
+//! Tests of the [`Provisioner`] contract, run on every backend. To add a backend, implement [`Backend`] and add a `contract!` line at the end.
 
 use std::sync::Arc;
 
@@ -7,11 +7,11 @@ use gauntlet_domain::{Error, Identity, Provisioner};
 
 /// What the tests need from a backend.
 trait Backend {
-    /// A new manager of the same resources.
+    /// Creates another manager of the same resources.
     fn manager(&self) -> Arc<dyn Provisioner>;
-    /// A script whose instance sends the greeting to each client, and has the flag `FLAG{greeting}`.
+    /// Returns a script whose instance sends the greeting to each client and has the flag `FLAG{greeting}`.
     fn plan(&self, greeting: &str) -> Script;
-    /// A script whose instance never becomes ready.
+    /// Returns a script whose instance never becomes ready.
     fn broken(&self) -> Script;
 }
 
@@ -43,7 +43,7 @@ async fn up_returns_the_outputs_of_the_instance(backend: impl Backend) {
 
 async fn second_up_keeps_the_instance(backend: impl Backend) {
     let first = backend.manager().launch(&launch(1, 1, &backend.plan("one"))).await.unwrap();
-    // By another manager, later, and with another plan: what is up is kept.
+    // Another manager, a later generation and a different plan: the running instance is kept.
     let again = backend.manager().launch(&launch(1, 2, &backend.plan("two"))).await.unwrap();
     assert_eq!(first, again);
     assert_eq!(backend.manager().list().await.unwrap().len(), 1);
@@ -106,7 +106,7 @@ async fn older_requests_change_nothing(backend: impl Backend) {
     assert!(fenced(manager.update(&older.request(placement.clone())).await.unwrap_err()));
     assert!(fenced(manager.up(&older.request(placement.clone())).await.unwrap_err()));
     assert_eq!(greeting_at(&outputs.connection_info).as_deref(), Some("one"));
-    // Nor do they bring back what a later one took down, even if it never was.
+    // Nor do they recreate an instance that a later request removed, even if it never existed.
     manager.down(&id, &identity, 6).await.unwrap();
     manager.down(&id, &Identity::from_bits(2), 6).await.unwrap();
     for identity in [1, 2] {
@@ -122,7 +122,7 @@ async fn identity_keeps_its_ports(backend: impl Backend) {
     let (one, other) = (launch(1, 1, &backend.plan("one")), launch(2, 1, &backend.plan("two")));
     let ports = one.reserve(&*backend.manager()).await.unwrap().ports;
     assert_eq!(ports.len(), 1);
-    // By another manager, and by a later request.
+    // Another manager and a later request get the same ports.
     assert_eq!(one.reserve(&*backend.manager()).await.unwrap().ports, ports);
     let later = launch(1, 2, &backend.plan("one"));
     let placement = later.reserve(&*backend.manager()).await.unwrap();
@@ -130,7 +130,7 @@ async fn identity_keeps_its_ports(backend: impl Backend) {
     assert_ne!(other.reserve(&*backend.manager()).await.unwrap().ports, ports);
     let outputs = backend.manager().up(&later.request(placement)).await.unwrap();
     assert_eq!(later.reserve(&*backend.manager()).await.unwrap().ports, ports);
-    assert_eq!(greeting_at(&outputs.connection_info).as_deref(), Some("one"), "a reservation disturbs nothing");
+    assert_eq!(greeting_at(&outputs.connection_info).as_deref(), Some("one"), "the instance must keep running");
 }
 
 async fn crash_after_reserve_can_be_finished_or_undone(backend: impl Backend) {
@@ -138,7 +138,7 @@ async fn crash_after_reserve_can_be_finished_or_undone(backend: impl Backend) {
     let ports = one.reserve(&*backend.manager()).await.unwrap().ports;
     let manager = backend.manager();
     let found = manager.list().await.unwrap();
-    assert_eq!(found.len(), 1, "it is found");
+    assert_eq!(found.len(), 1, "the reserved instance must be listed");
     assert!(!found[0].alive);
     let placement = one.reserve(&*manager).await.unwrap();
     assert_eq!(placement.ports, ports);
@@ -168,7 +168,7 @@ async fn cancelled_call_can_be_repeated_or_undone(backend: impl Backend) {
         {
             let mut up = manager.launch(&launch);
             for _ in 0..polls {
-                // Dropped after each number of steps.
+                // The call is dropped after this many polls.
                 if futures::poll!(&mut up).is_ready() {
                     break;
                 }

@@ -34,7 +34,7 @@ async fn instance_has_its_own_environment_directory_and_limits() {
          grep NoNewPrivs /proc/self/status > privileges; ls -l /proc/self/fd > open; exec $GREETER",
     );
     plan.limits = Limits { memory: Some(512 << 20), cpu_seconds: Some(50), open_files: Some(64), output: None };
-    // Not closed on exec, as careless parents leave them.
+    // A file without `CLOEXEC`, as a careless parent process may leave open.
     let leaked = std::fs::File::create(fixture.dir.path().join("leaked")).unwrap();
     let _leaked = rustix::io::dup(&leaked).unwrap();
     let manager = fixture.manager();
@@ -77,8 +77,8 @@ async fn only_the_owner_can_read_the_files() {
     let dir = fixture.instance_dir();
     assert_eq!(mode(&dir), 0o700);
     for file in ["instance.json", "label.json", "state.json", "output.log"] {
-        // The supervisor may write its own after the program answers.
-        eventually_blocking("the file is there", || dir.join(file).exists());
+        // The supervisor may write its files only after the program answers.
+        eventually_blocking("the file exists", || dir.join(file).exists());
         assert_eq!(mode(&dir.join(file)), 0o600, "{file}");
     }
 }

@@ -19,7 +19,7 @@ async fn instance_outlives_its_manager_and_is_found_by_the_next() {
     let two = fixture.manager();
     assert_eq!(two.list().await.unwrap().len(), 1);
     assert_eq!(two.launch(&launch(1, 2, &plan)).await.unwrap(), outputs);
-    assert_eq!(fixture.pids(&fixture.instance_dir()).unwrap(), pids, "neither restarted nor duplicated");
+    assert_eq!(fixture.pids(&fixture.instance_dir()).unwrap(), pids, "must be neither restarted nor duplicated");
     remove(&two, 1).await;
     eventually_blocking("program and supervisor have exited", || !is_running(pids.0) && !is_running(pids.1));
 }
@@ -46,7 +46,7 @@ async fn down_ends_every_descendant() {
 async fn check_down_ends_every_descendant(fixture: Fixture) {
     let manager = fixture.manager();
     fixture.program("linger", "trap '' TERM; echo $$ > $1; while :; do sleep 1; done");
-    // One in its group, one that left group and session, one that is nobody's child and hides its origin; all deaf to SIGTERM.
+    // One in the program's process group, one in its own session, one reparented with a cleared environment; all ignore SIGTERM.
     let script = "$SCENARIO_DIR/linger a &
         setsid $SCENARIO_DIR/linger b &
         setsid env -i PATH=$PATH sh -c \"$SCENARIO_DIR/linger c & exit\" &
@@ -55,7 +55,9 @@ async fn check_down_ends_every_descendant(fixture: Fixture) {
     let dir = fixture.instance_dir();
     let (supervisor, child) = fixture.pids(&dir).unwrap();
     let names = ["a", "b", "c"];
-    eventually_blocking("all have said who they are", || names.iter().all(|name| !fixture.file(&dir, name).is_empty()));
+    eventually_blocking("all have written their pids", || {
+        names.iter().all(|name| !fixture.file(&dir, name).is_empty())
+    });
     let pids = names.map(|name| fixture.file(&dir, name).parse().unwrap());
     assert!(pids.iter().all(|pid| is_running(*pid)));
     remove(&manager, 1).await;
@@ -100,7 +102,7 @@ async fn instance_that_ended_is_launched_again_in_its_directory() {
     send_signal(child, Signal::KILL);
     eventually_blocking("the supervisor has exited", || !is_running(supervisor));
     assert_eq!(manager.launch(&launch(1, 1, &plan)).await.unwrap(), outputs);
-    assert_eq!(fixture.file(&fixture.instance_dir(), "runs"), "again\nagain", "what it wrote is still there");
+    assert_eq!(fixture.file(&fixture.instance_dir(), "runs"), "again\nagain", "the first run's file must be kept");
 }
 
 #[tokio::test]
@@ -121,20 +123,22 @@ async fn end_of_an_instance_is_reported_at_once() {
         let manager = fixture.manager();
         let plan = fixture.greeter();
         let mut ends = manager.ends().unwrap();
-        // Those that are taken down are not told of.
+        // An instance that is removed on request is not reported.
         manager.launch(&launch(1, 1, &plan)).await.unwrap();
         remove(&manager, 1).await;
         manager.launch(&launch(2, 7, &plan)).await.unwrap();
         let dir = fixture.instance_dirs().into_iter().find(|dir| dir.join("state.json").exists()).unwrap();
         let (_, child) = fixture.pids(&dir).unwrap();
         send_signal(child, Signal::KILL);
-        let found = tokio::time::timeout(Duration::from_secs(20), ends.next()).await.expect("noticed").unwrap();
+        let found =
+            tokio::time::timeout(Duration::from_secs(20), ends.next()).await.expect("no exit reported").unwrap();
         assert_eq!((found.identity.clone(), found.generation, found.alive), (Identity::from_bits(2), 7, false));
         assert_eq!(manager.list().await.unwrap(), [found]);
-        // Nor is one whose supervisor was killed missed.
+        // An instance whose supervisor was killed is reported too.
         manager.launch(&launch(2, 8, &plan)).await.unwrap();
         send_signal(fixture.pids(&dir).unwrap().0, Signal::KILL);
-        let found = tokio::time::timeout(Duration::from_secs(20), ends.next()).await.expect("noticed").unwrap();
+        let found =
+            tokio::time::timeout(Duration::from_secs(20), ends.next()).await.expect("no exit reported").unwrap();
         assert_eq!(found.generation, 8);
         remove(&manager, 2).await;
     }
@@ -158,19 +162,19 @@ async fn repeated_ends_are_reported_after_a_delay() {
         }
     };
     end(1).await;
-    assert!(!manager.list().await.unwrap()[0].alive, "the first time it is due at once");
+    assert!(!manager.list().await.unwrap()[0].alive, "the first exit must be reported at once");
     assert_eq!(ends.next().await.unwrap().generation, 1);
     end(2).await;
-    assert!(manager.list().await.unwrap()[0].alive, "the second time it is left alone for a while");
-    // Another one that ends is told of meanwhile.
+    assert!(manager.list().await.unwrap()[0].alive, "the second exit must be reported only after the delay");
+    // The exit of another instance is reported meanwhile.
     let other = launch(2, 3, &plan);
     manager.launch(&other).await.unwrap();
     let dir = fixture.instance_dirs().into_iter().find(|dir| dir.display().to_string().ends_with("2")).unwrap();
     send_signal(fixture.pids(&dir).unwrap().1, Signal::KILL);
     assert_eq!(ends.next().await.unwrap().generation, 3);
-    // A launch does not wait.
+    // A launch ignores the delay.
     end(4).await;
-    // One that ran well begins again.
+    // The delay is reset once an instance has run for `reset_after`.
     let mut config = fixture.config.clone();
     config.restart.reset_after = Duration::ZERO;
     assert!(!Process::new(config).unwrap().list().await.unwrap().iter().any(|found| found.alive));

@@ -1,4 +1,4 @@
-//! Tests every backend against the contract of its port, and what each guarantees beyond it.
+//! Tests every backend against the `Provisioner` contract, and its further guarantees.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 

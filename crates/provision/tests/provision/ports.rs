@@ -13,7 +13,7 @@ async fn update_reserves_and_releases_ports() {
     let named = |names: &[&str]| {
         let mut plan = fixture.greeter();
         plan.ports = names.iter().map(|name| PortSpec { name: (*name).to_owned(), protocol: Protocol::Tcp }).collect();
-        // Another number of ports is another plan to run.
+        // The plan differs with the ports, so that the update restarts the program.
         plan.greeting = names.join(",");
         plan
     };
@@ -23,10 +23,10 @@ async fn update_reserves_and_releases_ports() {
     assert_eq!(fixture.ports().len(), 2);
     manager.relaunch(&launch(1, 1, &named(&["main"]))).await.unwrap();
     assert_eq!(fixture.ports().len(), 1);
-    // A port that was reserved for an update that never came is given back too.
+    // A port that was reserved for an update that never happened is released too.
     launch(1, 1, &named(&["extra", "main"])).reserve(&manager).await.unwrap();
     assert_eq!(fixture.ports().len(), 2);
-    assert_eq!(greeting_at(&first.connection_info).as_deref(), Some("main"), "a reservation disturbs nothing");
+    assert_eq!(greeting_at(&first.connection_info).as_deref(), Some("main"), "the instance must keep running");
     remove(&manager, 1).await;
     assert_eq!(fixture.ports().len(), 0);
 }
@@ -37,12 +37,12 @@ async fn reservation_holds_its_ports_until_it_is_dropped_and_keeps_them_until_do
     let launch = launch(1, 1, &fixture.greeter());
     let placement = launch.reserve(&fixture.manager()).await.unwrap();
     let address = (fixture.config.bind, placement.ports["main"]);
-    assert!(std::net::TcpListener::bind(address).is_err(), "held");
+    assert!(std::net::TcpListener::bind(address).is_err(), "the reservation must hold its port");
     let again = launch.reserve(&fixture.manager()).await.unwrap();
-    assert_ne!(again.ports, placement.ports, "the first manager holds the port, as a paused one would");
+    assert_ne!(again.ports, placement.ports, "a port that another manager holds must not be reserved");
     drop((placement, again));
     std::net::TcpListener::bind(address).unwrap();
-    // As after a crash: the reservation is found by what is recorded.
+    // As after a crash, only the record of the reservation is left.
     assert_eq!(fixture.ports().len(), 1);
     remove(&fixture.manager(), 1).await;
     assert_eq!(fixture.ports(), [0; 0]);
@@ -87,7 +87,7 @@ async fn port_in_use_is_not_reserved() {
     assert_eq!(outputs.connection_info, format!("127.0.0.1:{}", first + 1));
     let error = manager.launch(&launch(2, 1, &fixture.greeter())).await.unwrap_err();
     assert!(provision_error(error).contains("no free port"));
-    // What an instance left behind without giving it back is given out again.
+    // A port whose instance no longer exists is reserved again.
     drop(taken);
     std::os::unix::fs::symlink("../instances/none", fixture.config.dir.join(format!("ports/{first}"))).unwrap();
     manager.launch(&launch(2, 1, &fixture.greeter())).await.unwrap();
@@ -97,7 +97,7 @@ async fn port_in_use_is_not_reserved() {
 async fn port_taken_while_the_program_starts_is_replaced() {
     let fixture = Fixture::new();
     let manager = fixture.manager();
-    // The first time, it begins when another has its port.
+    // On its first run, the program starts only once another socket is bound to its port.
     let script = "echo $PORT >> ports; while [ ! -e taken ]; do sleep 0.01; done; exec $GREETER";
     let plan = fixture.script(script);
     let launch = launch(1, 1, &plan);
@@ -107,7 +107,7 @@ async fn port_taken_while_the_program_starts_is_replaced() {
                 .instance_dirs()
                 .first()
                 .and_then(|dir| fixture.file(dir, "ports").lines().next()?.parse::<u16>().ok());
-            // Bound, and not listening: an answer would be mistaken for the program's.
+            // Bound but not listening, so that the readiness probe doesn't succeed on this socket.
             if let Some(port) = port {
                 let socket =
                     rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None);
@@ -126,19 +126,19 @@ async fn port_taken_while_the_program_starts_is_replaced() {
     let outputs = outputs.unwrap();
     assert_ne!(outputs.connection_info, format!("127.0.0.1:{taken}"));
     assert_eq!(greeting_at(&outputs.connection_info).as_deref(), Some("hello"));
-    assert_eq!(fixture.ports().len(), 1, "the other is given back");
+    assert_eq!(fixture.ports().len(), 1, "the taken port must be released");
 }
 
 #[tokio::test]
 async fn port_is_held_until_the_program_starts() {
     let fixture = Fixture::new();
-    // What becomes the program says, as the last thing before, what it has open.
+    // The shell lists its open descriptors right before it becomes the program.
     fixture
         .manager()
         .launch(&launch(1, 1, &fixture.script("ls -l /proc/self/fd > open; exec $GREETER")))
         .await
         .unwrap();
     let open = fixture.file(&fixture.instance_dir(), "open");
-    assert!(!open.contains("socket"), "the program has none of the sockets that hold ports: {open}");
+    assert!(!open.contains("socket"), "the program must not inherit the sockets that hold ports: {open}");
     assert!(open.contains("/dev/null"), "{open}");
 }

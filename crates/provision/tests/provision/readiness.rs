@@ -15,10 +15,10 @@ async fn ended_program_is_not_reported_as_ready() {
     let plan = fixture.greeter();
     let outputs = manager.launch(&launch(1, 1, &plan)).await.unwrap();
     let (supervisor, child) = fixture.pids(&fixture.instance_dir()).unwrap();
-    // Its supervisor is there and has not noticed.
+    // The supervisor is stopped, so it cannot notice the exit.
     send_signal(supervisor, Signal::STOP);
     send_signal(child, Signal::KILL);
-    eventually_blocking("the program has ended", || !is_running(child));
+    eventually_blocking("the program has exited", || !is_running(child));
     assert_eq!(manager.launch(&launch(1, 1, &plan)).await.unwrap(), outputs);
     assert_eq!(greeting_at(&outputs.connection_info).as_deref(), Some("hello"));
 }
@@ -42,7 +42,7 @@ async fn each_kind_of_probe_waits_until_it_succeeds() {
     manager.launch(&launch(1, 1, &plan.clone())).await.unwrap();
     plan = plan.probe(Probe::Output { contains: "istenin".to_owned() });
     manager.launch(&launch(2, 1, &plan.clone())).await.unwrap();
-    // However long the program takes to answer what is not asked for.
+    // Retries with longer timeouts until the program has answered with the wrong status, however slow the machine is.
     let mut text = String::new();
     for (generation, timeout) in (1..).zip([100, 1000, 10_000, 30_000]).map(|(at, ms)| (at, Duration::from_millis(ms)))
     {
@@ -68,7 +68,7 @@ async fn instance_that_is_not_ready_in_time_is_stopped() {
     let fixture = Fixture::new();
     let manager = fixture.manager();
     let mut plan = fixture.script("echo $$ > pid; exec sleep 1000");
-    // However long it takes to begin.
+    // Retries with longer timeouts until the program has started, however slow the machine is.
     for (generation, timeout) in (1..).zip([200, 2000, 30_000]) {
         plan.timeout = Duration::from_millis(timeout);
         let text = provision_error(manager.launch(&launch(1, generation, &plan.clone())).await.unwrap_err());
@@ -84,7 +84,7 @@ async fn instance_that_is_not_ready_in_time_is_stopped() {
 async fn errors_describe_the_failure() {
     let fixture = Fixture::new();
     let manager = fixture.manager();
-    // Long before the timeout.
+    // A launch fails as soon as the program exits, long before the timeout.
     let plan = fixture.script("echo one; echo \"bad: $GREETING FLAG{$GREETING}\" >&2; exit 3").greeting("secret");
     let text = provision_error(manager.launch(&launch(1, 1, &plan)).await.unwrap_err());
     assert_eq!(text, "ready: the program ended with exit status 3; its last output:\none\nbad: secret [flag]");

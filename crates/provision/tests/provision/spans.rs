@@ -18,7 +18,7 @@ use crate::support::{Fixture, LaunchExt as _, launch, remove};
 async fn each_step_has_a_span_and_none_contains_a_secret() {
     let fixture = Fixture::new();
     let seen = Seen::default();
-    // Tests run beside this one on threads without a subscriber: the first to come to a span would settle for all that nobody is interested.
+    // Other tests run on threads without a subscriber. Without a global one, the first to reach a span would disable its callsite for all.
     tracing::subscriber::set_global_default(tracing_subscriber::registry()).unwrap();
     let guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(seen.clone()));
     let manager = fixture.manager();
@@ -40,11 +40,14 @@ async fn each_step_has_a_span_and_none_contains_a_secret() {
     assert_eq!(all.matches("otel.status_code=\"ERROR\"").count(), 1, "{all}");
     assert!(all.contains("error.type="), "{all}");
     let why = "why=\"switched off\"";
-    assert!(all.contains(why) && all.contains("instances have no control groups"), "it is said once why: {all}");
+    assert!(
+        all.contains(why) && all.contains("instances have no control groups"),
+        "the reason must be reported: {all}"
+    );
     assert!(!all.contains("secret-") && !all.contains("FLAG{"), "{all}");
 }
 
-/// Everything that spans and events say.
+/// The names and fields of all spans and events.
 #[derive(Clone, Default)]
 struct Seen(Arc<Mutex<Vec<String>>>);
 

@@ -24,14 +24,14 @@ async fn check_processes_of_a_killed_supervisor_are_killed(fixture: Fixture) {
     let outputs = manager.launch(&launch(1, 1, &plan)).await.unwrap();
     let dir = fixture.instance_dir();
     let (supervisor, child) = fixture.pids(&dir).unwrap();
-    eventually_blocking("both have said who they are", || {
+    eventually_blocking("both have written their process ids", || {
         ["far", "near"].iter().all(|name| !fixture.file(&dir, name).is_empty())
     });
     let left = ["far", "near"].map(|name| fixture.file(&dir, name).parse().unwrap());
     send_signal(supervisor, Signal::KILL);
     eventually_blocking("the program has exited with its supervisor", || !is_running(child));
     assert!(left.iter().all(|pid| is_running(*pid)));
-    // Brought up again, in the same place.
+    // Launched again, at the same address.
     assert_eq!(manager.launch(&launch(1, 1, &plan)).await.unwrap(), outputs);
     eventually_blocking("program and supervisor have exited", || left.iter().all(|pid| !is_running(*pid)));
 
@@ -42,7 +42,7 @@ async fn check_processes_of_a_killed_supervisor_are_killed(fixture: Fixture) {
         });
         fixture.file(&dir, name).parse().unwrap()
     });
-    // Another directory's instance of the same name is none of its business.
+    // An instance of the same name in another data directory must not be affected.
     let other = Fixture::new();
     let elsewhere = other.manager().launch(&launch(1, 1, &other.greeter())).await.unwrap();
     send_signal(supervisor, Signal::KILL);
@@ -51,7 +51,7 @@ async fn check_processes_of_a_killed_supervisor_are_killed(fixture: Fixture) {
     eventually_blocking("program and supervisor have exited", || again.iter().all(|pid| !is_running(*pid)));
 }
 
-/// The processes that run that program.
+/// Returns the ids of the processes that run `program`.
 fn running(program: &Path) -> Vec<i32> {
     let processes = std::fs::read_dir("/proc").unwrap().flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -65,18 +65,18 @@ async fn one_supervisor_waits_for_the_next_instance_and_ends_with_its_manager() 
     std::fs::copy(fixture.config.supervisor.as_ref().unwrap(), &own).unwrap();
     fixture.config.supervisor = Some(own.clone());
     let manager = fixture.manager();
-    assert!(running(&own).is_empty(), "none before the first instance");
+    assert!(running(&own).is_empty(), "a supervisor runs before the first instance");
     manager.launch(&launch(1, 1, &fixture.greeter())).await.unwrap();
     let (first, _) = fixture.pids(&fixture.instance_dir()).unwrap();
-    // A supervisor, and what becomes the program.
+    // A pair is a supervisor and the process that becomes the program.
     let waiting = || running(&own).into_iter().filter(|pid| *pid != first).collect::<Vec<_>>();
     eventually_blocking("a pair waits", || waiting().len() == 2);
     let pair = waiting();
     manager.launch(&launch(2, 1, &fixture.greeter())).await.unwrap();
     let (second, program) = fixture.pids(&fixture.instance_dirs()[1]).unwrap();
-    assert!(pair.contains(&second) && pair.contains(&program), "{pair:?} became {second} and {program}");
+    assert!(pair.contains(&second) && pair.contains(&program), "{pair:?} waited, but {second} and {program} run");
     eventually_blocking("another pair waits", || waiting().len() == 3);
-    // One that was killed is not waited for.
+    // A waiting pair that was killed is not used.
     for pid in waiting().into_iter().filter(|pid| *pid != second) {
         send_signal(pid, Signal::KILL);
     }
@@ -87,12 +87,12 @@ async fn one_supervisor_waits_for_the_next_instance_and_ends_with_its_manager() 
     for identity in 1..=3 {
         remove(&manager, identity).await;
     }
-    eventually_blocking("none is left", || running(&own).is_empty());
+    eventually_blocking("no supervisor is left", || running(&own).is_empty());
 }
 
 #[tokio::test]
 async fn control_group_finds_processes_without_the_environment() {
-    // Nothing but a control group finds it.
+    // With a cleared environment and its own session, the process is found only by its control group.
     let fixture = Fixture::new();
     let manager = fixture.manager();
     fixture.program("linger", "echo $$ > $1; while :; do sleep 1; done");
@@ -110,7 +110,7 @@ async fn control_group_finds_processes_without_the_environment() {
     send_signal(supervisor, Signal::KILL);
     eventually_blocking("the program has exited with its supervisor", || !is_running(child));
     assert!(is_running(hidden) && group.exists());
-    // At the start of a manager, before anything is launched.
+    // The next manager kills the process when it starts, before it launches anything.
     fixture.manager().claim("store").await.unwrap();
     eventually_blocking("the process has exited", || !is_running(hidden));
     assert!(!group.exists());
@@ -132,7 +132,7 @@ async fn control_group_is_created_and_removed_with_its_instance() {
     assert!(processes.contains(&child) && !processes.contains(&supervisor), "{processes:?}");
     manager.down(&challenge("a challenge"), &Identity::from_bits(1), 2).await.unwrap();
     assert!(!group.exists());
-    // One of that name that is there already, with something in it, goes first.
+    // An existing control group of the same name is removed first, with its processes.
     std::fs::create_dir(&group).unwrap();
     let mut stray =
         std::process::Command::new("sleep").arg("1000").stdout(std::process::Stdio::null()).spawn().unwrap();
@@ -160,7 +160,7 @@ async fn supervisor_errors_are_logged_and_returned() {
     assert!(text.contains("exit status: 126") && text.contains("Is a directory"), "{text}");
     let log = std::fs::read_to_string(dir.join("supervisor.log")).unwrap();
     assert!(log.contains("failed: Is a directory"), "{log}");
-    // It is there to be read when the instance runs again, and does not grow without bound.
+    // The log is kept when the instance runs again, and its size is bounded.
     std::fs::write(dir.join("supervisor.log"), "x".repeat(20 << 10)).unwrap();
     manager.launch(&launch(1, 1, &plan)).await.unwrap_err();
     std::fs::remove_dir(dir.join("state.json.new")).unwrap();

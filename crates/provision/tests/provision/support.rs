@@ -1,4 +1,4 @@
-//! Scripts to launch, and a directory of the process backend whose instances end with the test.
+//! Scripts to launch, and a data directory of the process backend whose instances stop with the test.
 
 use std::{
     collections::BTreeMap,
@@ -33,7 +33,7 @@ pub(crate) struct Script {
 }
 
 impl Script {
-    /// A shell script; `$GREETER` is the greeter.
+    /// Creates a shell script; `$GREETER` is the path of the greeter.
     pub(crate) fn shell(files: &Path, script: &str) -> Self {
         Self {
             files: files.to_owned(),
@@ -106,7 +106,7 @@ impl Launch {
     }
 }
 
-/// Complete launches, as the use cases do them.
+/// Reserves and launches in one call, as the use cases do.
 #[async_trait]
 pub(crate) trait LaunchExt: Provisioner {
     async fn launch(&self, launch: &Launch) -> Result<Outputs> {
@@ -167,7 +167,7 @@ pub(crate) fn send_signal(pid: i32, signal: Signal) {
     rustix::process::kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
 }
 
-/// A directory of the process backend. Dropping it stops its instances.
+/// A data directory of the process backend. Dropping it stops its instances.
 pub(crate) struct Fixture {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) config: Config,
@@ -199,7 +199,7 @@ impl Fixture {
         [Self::new(), Self::without_cgroups()]
     }
 
-    /// The control group of an instance, once all of its processes are in it.
+    /// Returns the control group of an instance, once it contains all of its processes.
     pub(crate) fn cgroup(&self, dir: &Path) -> Option<PathBuf> {
         let state = || state(dir).filter(|state| !state["cgroup"].is_null());
         if self.config.cgroups {
@@ -210,7 +210,7 @@ impl Fixture {
         Some(state()?["cgroup"].as_str()?.into())
     }
 
-    /// Another manager on the same directory.
+    /// Creates a manager of this directory.
     pub(crate) fn manager(&self) -> Process {
         Process::new(self.config.clone()).unwrap()
     }
@@ -227,7 +227,6 @@ impl Fixture {
         path
     }
 
-    /// The greeter.
     pub(crate) fn greeter(&self) -> Script {
         self.script("exec $GREETER")
     }
@@ -246,19 +245,19 @@ impl Fixture {
         dirs.remove(0)
     }
 
-    /// The reserved ports.
+    /// Returns the reserved ports.
     pub(crate) fn ports(&self) -> Vec<u16> {
         let entries = std::fs::read_dir(self.config.dir.join("ports")).unwrap();
         entries.map(|e| e.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect()
     }
 
-    /// The process ids of supervisor and program. Waits until the supervisor has recorded them, which may be after the program is ready.
+    /// Returns the process ids of supervisor and program. Waits until they are recorded, which may be after the program is ready.
     pub(crate) fn pids(&self, dir: &Path) -> Option<(i32, i32)> {
         eventually_blocking("the supervisor has recorded the process ids", || recorded(dir).is_some());
         recorded(dir)
     }
 
-    /// The content of a file in the instance's working directory; empty if it doesn't exist.
+    /// Returns the content of a file in the instance's working directory; empty if it doesn't exist.
     pub(crate) fn file(&self, dir: &Path, name: &str) -> String {
         std::fs::read_to_string(dir.join("work").join(name)).unwrap_or_default().trim().to_owned()
     }
@@ -281,7 +280,7 @@ impl Drop for Fixture {
     }
 }
 
-/// The process ids of supervisor and program, once they are recorded.
+/// Returns the process ids of supervisor and program, once they are recorded.
 fn recorded(dir: &Path) -> Option<(i32, i32)> {
     let state = state(dir)?;
     let pid = |name: &str| state[name]["pid"].as_i64().map(|pid| pid as i32);
