@@ -15,8 +15,8 @@ fn scenario_of_the_guide_is_valid() {
     let dir = tempfile::tempdir().unwrap();
     for (start, name) in [("cat > serve.sh <<'EOF'\n", "serve.sh"), ("cat > scenario.yaml <<'EOF'\n", "scenario.yaml")]
     {
-        let (_, rest) = guide.split_once(start).expect("the guide writes the file");
-        let (text, _) = rest.split_once("   EOF\n").expect("the text ends");
+        let (_, rest) = guide.split_once(start).expect("the guide has no here-document for the file");
+        let (text, _) = rest.split_once("   EOF\n").expect("the here-document has no end");
         let text: String =
             text.lines().map(|line| line.strip_prefix("   ").unwrap_or(line).to_owned() + "\n").collect();
         fs::write(dir.path().join(name), text).unwrap();

@@ -1,4 +1,4 @@
-//! The spans of resolving, and the secrets that they must not contain.
+//! Spans of `resolve`: their fields, and that they contain no secrets.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 use std::{
@@ -88,15 +88,15 @@ async fn spans_describe_the_fetch_without_secrets() {
     };
     for hit in ["false", "true"] {
         let spans = seen(&reference).await;
-        let [pull] = <[Fields; 1]>::try_from(spans.named("scenario.pull")).expect("one pull");
+        let [pull] = <[Fields; 1]>::try_from(spans.named("scenario.pull")).expect("one scenario.pull span");
         let expected =
             [("cache.hit", hit), ("oci.reference", &reference), ("otel.kind", "client"), ("scenario.digest", &digest)];
         assert_eq!(pull, expected.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect());
-        let [validate] = <[Fields; 1]>::try_from(spans.named("scenario.validate")).expect("one check");
+        let [validate] = <[Fields; 1]>::try_from(spans.named("scenario.validate")).expect("one scenario.validate span");
         assert_eq!(validate.get("scenario.digest"), Some(&digest));
     }
     let spans = seen(&format!("{}/none:v1", registry.address())).await;
-    let [pull] = <[Fields; 1]>::try_from(spans.named("scenario.pull")).expect("one pull");
+    let [pull] = <[Fields; 1]>::try_from(spans.named("scenario.pull")).expect("one scenario.pull span");
     assert_eq!(pull.get("error.type").map(String::as_str), Some("OCI_REFERENCE_NOT_FOUND"));
     assert_eq!(pull.get("otel.status_code").map(String::as_str), Some("ERROR"));
 }

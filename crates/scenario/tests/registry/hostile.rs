@@ -1,4 +1,4 @@
-//! What a hostile or broken registry may serve.
+//! Artifacts from a hostile or broken registry are rejected.
 
 use std::{fs, path::Path};
 

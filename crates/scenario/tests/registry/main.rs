@@ -1,4 +1,4 @@
-//! Push and pull against a real registry, and what a hostile one may serve.
+//! Push to and pull from a real registry, and artifacts from a hostile one.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 mod access;

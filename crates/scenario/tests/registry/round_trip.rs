@@ -1,4 +1,4 @@
-//! What is pushed can be pulled, and how references resolve.
+//! Round trips of push and pull, and resolution of references.
 
 use std::{fs, sync::Mutex};
 
@@ -30,9 +30,9 @@ async fn pushed_scenario_can_be_pulled() {
 
     seen.lock().unwrap().clear();
     let again = push(&fixture.scenario(), &fixture.reference("a/web:v2"), &plain(), &progress).await.unwrap();
-    assert_eq!(again, pushed, "the same files give the same digest");
+    assert_eq!(again, pushed, "the same files must give the same digest");
     let known = |step: &Progress| matches!(step, Progress::Manifest { .. } | Progress::File { known: true, .. });
-    assert!(seen.lock().unwrap().iter().all(known), "nothing is sent twice");
+    assert!(seen.lock().unwrap().iter().all(known), "a known blob was sent again");
 
     let library = fixture.library(plain());
     for reference in [
@@ -44,7 +44,7 @@ async fn pushed_scenario_can_be_pulled() {
         let pinned = library.resolve(&reference).await.unwrap();
         assert_eq!(pinned, Pinned { reference, digest: pushed.clone() });
     }
-    assert_eq!(fixture.blobs_served(), 4, "one pull");
+    assert_eq!(fixture.blobs_served(), 4, "each blob must be pulled once");
     let pinned = Pinned { reference, digest: pushed };
     let files = files_of(&library, &pinned).await;
     for name in ["bin/run", "empty", "large", "scenario.yaml"] {
@@ -89,7 +89,7 @@ async fn concurrent_resolves_share_one_pull() {
     assert!(all.iter().all(|pinned| pinned.as_ref().unwrap().digest == digest));
     assert_eq!(fixture.blobs_served(), 4);
 
-    // Other processes, as far as the cache can tell.
+    // Several libraries with one cache directory stand in for several processes.
     let others: Vec<_> = (0..4).map(|_| fixture.library_at("shared", plain(), FileLimits::default())).collect();
     let all = futures::future::join_all(others.iter().map(|library| library.resolve(&reference))).await;
     assert!(all.iter().all(|pinned| pinned.as_ref().unwrap().digest == digest));
@@ -159,7 +159,11 @@ async fn malformed_and_unknown_references_are_rejected() {
     fs::write(fixture.scenario().join("scenario.yaml"), "version: 2").unwrap();
     let error = push(&fixture.scenario(), &fixture.reference("web:v1"), &plain(), &|_| {}).await.unwrap_err();
     assert!(matches!(&error, PushError::Unsound(report) if !report.problems.is_empty()), "{error}");
-    assert_eq!(library.resolve(&fixture.reference("web:v1")).await.unwrap().digest, digest, "nothing was sent");
+    assert_eq!(
+        library.resolve(&fixture.reference("web:v1")).await.unwrap().digest,
+        digest,
+        "a rejected push must not move the tag"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -178,7 +182,7 @@ async fn artifacts_of_oras_and_of_older_tools_are_accepted() {
         assert_eq!(fs::read_to_string(files.join("sub/one")).unwrap(), "1");
         assert_eq!(fs::read_to_string(files.join("sub/deep/two")).unwrap(), "#!/bin/sh");
     }
-    // Before artifact types, the configuration's type was the artifact's.
+    // Manifests without `artifactType` use the media type of the config as the artifact's type.
     let layer = fixture.layer("old", &json!({}), "scenario.yaml", DOCUMENT.as_bytes());
     let mut manifest = fixture.manifest("old", vec![layer]);
     manifest.as_object_mut().unwrap().remove("artifactType");

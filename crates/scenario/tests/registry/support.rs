@@ -30,7 +30,7 @@ impl Fixture {
 
     pub(crate) fn with(options: RegistryOptions) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let registry = Registry::start(dir.path().join("registry"), &options).expect("the real registry runs");
+        let registry = Registry::start(dir.path().join("registry"), &options).expect("the registry did not start");
         let scenario = dir.path().join("scenario");
         fs::create_dir_all(scenario.join("bin")).unwrap();
         fs::write(scenario.join("scenario.yaml"), DOCUMENT).unwrap();
@@ -71,7 +71,7 @@ impl Fixture {
         fs::read_dir(self.dir.path().join(cache).join("drafts")).unwrap().count()
     }
 
-    /// How many blobs the registry has served.
+    /// Returns the number of blobs that the registry has served.
     pub(crate) fn blobs_served(&self) -> usize {
         let log = fs::read_to_string(self.registry.process.log()).unwrap();
         log.lines().filter(|line| line.contains("\"GET /v2/") && line.contains("/blobs/sha256:")).count()
@@ -154,7 +154,7 @@ pub(crate) fn unpacked(title: &str) -> Value {
     })
 }
 
-/// A gzipped tar of entries (kind, name, content or link target). Names are written unchecked.
+/// Builds a gzipped tar of entries (kind, name, content or link target). Names are written unchecked.
 pub(crate) fn packed(entries: &[(tar::EntryType, &str, &str)]) -> Vec<u8> {
     let mut archive = tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
     for (kind, name, text) in entries {
