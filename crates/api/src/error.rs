@@ -1,8 +1,8 @@
 //! The errors of the v1 contract: a constructor for each reason, and their REST form.
 //!
-//! Each has a code, a message and details (`google.rpc.Status`). gRPC servers return it as it is; REST servers use [`http_status`] and
-//! [`body`]. Clients match on `ErrorInfo.reason` within its domain. Texts from a request are cut to 1024 bytes, because gRPC sends them in
-//! a header.
+//! Each has a code, a message and details (`google.rpc.Status`). gRPC servers return it unchanged; REST servers use [`http_status`] and
+//! [`body`]. Clients match on `ErrorInfo.reason` within its domain. Text from a request is truncated to 1024 bytes, because gRPC sends it in a
+//! header.
 
 use std::{borrow::Cow, collections::HashMap};
 
@@ -16,7 +16,7 @@ use tonic_types::{
 
 use crate::json;
 
-/// The domain of all reasons but the registry's. Clients match on it.
+/// The domain of all reasons except the registry's. Clients match on it.
 pub const DOMAIN: &str = "github.com/ctfer-io/chall-manager";
 /// The domain of the reasons that start with `OCI_`.
 pub const DOMAIN_OCI: &str = "github.com/ctfer-io/chall-manager/OCI";
@@ -57,7 +57,7 @@ pub fn challenge_expired(id: &str) -> Status {
     )
 }
 
-/// CHALLENGE_NO_RENEWAL: the challenge has no `timeout` to renew by.
+/// CHALLENGE_NO_RENEWAL: the challenge has no `timeout`, so its instances can't be renewed.
 #[must_use]
 pub fn challenge_no_renewal(id: &str) -> Status {
     of_challenge(
@@ -160,7 +160,7 @@ pub fn instance_not_found(challenge_id: &str, source_id: &str) -> Status {
     )
 }
 
-/// INSTANCE_EXPIRED: too late to renew.
+/// INSTANCE_EXPIRED: the instance has expired, so it can't be renewed.
 #[must_use]
 pub fn instance_expired(challenge_id: &str, source_id: &str) -> Status {
     of_instance(
@@ -259,7 +259,7 @@ pub fn unavailable(reason: &str) -> Status {
 }
 
 /// A field with an invalid value of the right type, such as an empty id or a negative timeout: `why` names the value and the fix. The
-/// contract has no reason for it.
+/// contract defines no reason for it.
 #[must_use]
 pub fn invalid_field(field: &str, why: &str) -> Status {
     Status::with_error_details_vec(
@@ -353,7 +353,7 @@ impl Serialize for Detail {
 
 fn encode(status: &Status, write: impl Fn(Body<'_>) -> serde_json::Result<String>) -> String {
     let body = |details| Body { code: i32::from(status.code()), message: status.message(), details };
-    // A foreign detail may have no JSON form; code and message always have one.
+    // Some details have no JSON form; code and message always have one.
     write(body(details(status))).or_else(|_| write(body(Vec::new()))).unwrap_or_default()
 }
 
@@ -419,7 +419,7 @@ fn violation<'a>(field: &str, reason: &str, description: impl Into<Cow<'a, str>>
     FieldViolation { reason: reason.to_owned(), ..FieldViolation::new(field, cut(&description.into())) }
 }
 
-/// Limits how much of a request ends up in a header.
+/// Truncates text from a request, because it is sent in a header.
 fn cut(text: &str) -> Cow<'_, str> {
     const BYTES: usize = 1024;
     if text.len() <= BYTES {

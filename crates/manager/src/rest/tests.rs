@@ -335,7 +335,7 @@ async fn client_that_sends_too_much_gets_the_error() {
     };
     tokio::select! {
         () = client => {}
-        served = axum::serve(listener, api.router()).into_future() => panic!("the server ended: {served:?}"),
+        served = axum::serve(listener, api.router()).into_future() => panic!("the server stopped: {served:?}"),
     }
 }
 
@@ -409,7 +409,7 @@ async fn methods() {
     assert_snapshot!(responses);
 }
 
-/// The response of a handler with these messages.
+/// Builds the response of a handler that returns these messages.
 fn messages<const N: usize>(messages: [Result<Challenge, tonic::Status>; N]) -> tonic::Response<Messages<Challenge>> {
     tonic::Response::new(futures::stream::iter(messages).boxed())
 }
@@ -426,7 +426,7 @@ fn error() -> Result<Challenge, tonic::Status> {
 #[tokio::test]
 async fn streams_that_fail() {
     let before = stream(messages([error()])).await;
-    assert!(before.is_err(), "an error before the first message is the response");
+    assert!(before.is_err(), "an error before the first message must be the response");
     let midway = stream(messages([message(None), error()])).await.unwrap_or_default();
     assert_snapshot!(text(midway).await);
 }
