@@ -10,7 +10,7 @@ use gauntlet_testing::{
 };
 use serde_json::{Value, json};
 
-/// One test for the whole pipeline: the stack takes seconds to start, and most of a small machine's memory bandwidth.
+/// One test for the whole pipeline, because starting the stack takes seconds and most of a small machine's memory bandwidth.
 #[test]
 fn pushed_metrics_and_spans_reach_their_backends() {
     let mut say = |line: &str| eprintln!("{line}");
@@ -25,7 +25,7 @@ fn pushed_metrics_and_spans_reach_their_backends() {
     assert_eq!(fired.path, "/page");
     assert_eq!(fired.body["commonAnnotations"]["runbook_url"], "docs/runbooks/GauntletManagerDown.md");
 
-    // Two managers of different versions read the same store: its gauges are one series, their own metrics are one series each.
+    // Two managers of different versions read the same store: its gauges are one series, and each manager's own metrics are a series.
     let push = |stack: &Stack, challenges: i64| {
         for (replica, version) in [("a", "1.0.0"), ("b", "1.1.0")] {
             http::post_json(
@@ -77,7 +77,7 @@ fn pushed_metrics_and_spans_reach_their_backends() {
         found.len() == 2 && of("STATUS_CODE_UNSET") == 7.0 && of("STATUS_CODE_ERROR") == 3.0
     });
     let series = stack.prometheus.query("traces_span_metrics_calls_total").unwrap();
-    assert_eq!(series.len(), 2, "labels of a process or collector make more series: {series:?}");
+    assert_eq!(series.len(), 2, "unexpected labels: {series:?}");
     assert_eq!(series.iter().filter(|(labels, _)| labels["error_type"] == "INTERNAL_ERROR").count(), 1);
     let under_50_ms =
         "sum(traces_span_metrics_duration_milliseconds_bucket{service_name=\"gauntlet-manager\",le=~\"50|50.0\"})";
@@ -121,8 +121,8 @@ fn pushed_metrics_and_spans_reach_their_backends() {
         stack.prometheus.query("challenges").unwrap().iter().map(|(_, value)| *value).eq([9.0])
     });
 
-    // When managers stop reporting, their series end and the alert fires again.
-    eventually("the managers' series have ended", || {
+    // When managers stop reporting, their series go stale and the alert fires again.
+    eventually("the managers' series are stale", || {
         stack.prometheus.query("challenges or process_uptime_seconds").unwrap().is_empty()
     });
     notification(&webhook, "GauntletManagerDown", "firing");
@@ -193,7 +193,7 @@ fn span(number: u32, failed: bool) -> Value {
     }]}]}]})
 }
 
-/// Waits for the notification that this alert has this status.
+/// Waits for a notification with this alert and status.
 fn notification(webhook: &WebhookSink, alert: &str, status: &str) -> Notification {
     webhook.wait_for(Duration::from_secs(90), &format!("{alert} is {status}"), |notification| {
         let body = &notification.body;

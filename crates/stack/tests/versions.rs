@@ -9,7 +9,7 @@ fn file(path: &str) -> String {
     fs::read_to_string(workspace_root().join(path)).unwrap()
 }
 
-/// The tag of an image in deploy/compose/compose.yaml, without its `v`.
+/// Returns the tag of an image in deploy/compose/compose.yaml, without its `v`.
 fn tag(image: &str) -> String {
     let compose = file("deploy/compose/compose.yaml");
     let mut tags = compose.lines().filter_map(|line| line.trim().strip_prefix("image: ")?.split_once(':'));
@@ -17,13 +17,13 @@ fn tag(image: &str) -> String {
     tag.trim_start_matches('v').to_owned()
 }
 
-/// The version that the binary used by the tests prints.
+/// Returns the version printed by the binary that the tests use.
 fn reported_version(tool: Tool) -> String {
     let version = tool.version(&Tools::from_env().require(tool).unwrap());
     version.unwrap_or_else(|| panic!("{} does not print its version", tool.binary()))
 }
 
-/// Whether a text contains the version: `v3.6.16`, `3.6.16+ds`, but not `3.6.160`.
+/// Returns whether a text contains the version: `v3.6.16`, `3.6.16+ds`, but not `3.6.160`.
 fn contains_version(text: &str, version: &str) -> bool {
     let mut words = text.split(|c: char| !(c.is_ascii_digit() || c == '.'));
     words.any(|word| word == version)

@@ -94,7 +94,7 @@ fn exported_metrics_match_their_rows() {
     assert!(exported.len() > 10, "{exported:?}");
     for metric in &exported {
         let row = names::METRICS.iter().find(|row| row.name == metric.name);
-        let row = row.unwrap_or_else(|| panic!("{} is not in the table", metric.name));
+        let row = row.unwrap_or_else(|| panic!("{} is not in names::METRICS", metric.name));
         assert_eq!((row.unit, row.description), (metric.unit.as_str(), metric.description.as_str()));
         let points: Vec<_> = match metric.data.clone().unwrap() {
             Data::Gauge(gauge) => gauge.data_points.into_iter().map(|point| point.attributes).collect(),

@@ -25,12 +25,12 @@ fn telemetry_records_nothing_about_its_own_export() {
         tracing::info_span!("work").in_scope(|| tracing::info!("a log record"));
         telemetry.flush().unwrap();
     }
-    // A thread of the application.
+    // Other threads of the application use the global subscriber too.
     std::thread::spawn(|| tracing::info_span!("work elsewhere").in_scope(|| {})).join().unwrap();
     telemetry.shutdown().unwrap();
     let mut names = collector.names();
     names.sort();
-    // The collector runs in this process: the spans of its libraries would be here too if they were not filtered.
+    // The collector runs in this process: the spans of its libraries would appear too if they were not filtered.
     assert_eq!(names, [vec!["work"; 3], vec!["work elsewhere"]].concat());
     assert_eq!(collector.logs().len(), 3);
 }

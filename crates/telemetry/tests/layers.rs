@@ -32,7 +32,7 @@ use tracing::Instrument as _;
 
 const METHOD: &str = "opentelemetry.proto.collector.trace.v1.TraceService/Export";
 
-/// A service whose response depends on the number of spans in the request: OK, NOT_FOUND, INTERNAL, and none at all for more than two.
+/// A service whose response depends on the number of spans in the request: OK, NOT_FOUND, INTERNAL, and no response for more than two.
 #[derive(Clone)]
 struct Scripted;
 
@@ -195,7 +195,7 @@ async fn dropped_grpc_call_is_recorded_as_cancelled_on_both_sides() {
     }
 }
 
-/// Flushes until the exported spans are as expected. It yields in between, because the server runs on this thread.
+/// Flushes until `done` accepts the exported spans. Yields in between, because the server runs on this thread.
 async fn flush_until(telemetry: &Telemetry, collector: &Collector, what: &str, done: impl Fn(&[Span]) -> bool) {
     let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(30);
     while !done(&collector.spans()) {
@@ -249,7 +249,7 @@ async fn streamed_grpc_call_ends_with_its_trailers() {
     let mut body = call("/a.B/C", frames(Some(Code::DataLoss))).await;
     body.frame().await.unwrap().unwrap();
     telemetry.flush().unwrap();
-    assert!(collector.spans().is_empty(), "the call is not over");
+    assert!(collector.spans().is_empty(), "no span may be exported before the call ends");
     body.frame().await.unwrap().unwrap();
     body.frame().await.unwrap().unwrap();
     // A body that is dropped half-way is cancelled.

@@ -78,7 +78,7 @@ async fn scraped_metrics_have_the_names_of_the_table() {
         types.map(|line| line.split(' ').next().unwrap()).filter(|name| *name != "target_info").collect();
     assert!(scraped.len() > 8, "{text}");
     for name in scraped {
-        assert!(known.contains(name), "{name} is not in the table");
+        assert!(known.contains(name), "{name} is not in names::METRICS");
     }
     assert!(text.contains("process_memory_usage_bytes "), "{text}");
     assert!(text.contains("tokio_workers "), "{text}");
