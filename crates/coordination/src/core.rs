@@ -167,7 +167,7 @@ impl<K: Kv> Core<K> {
 struct Detached<T: Send + 'static> {
     write: Option<BoxFuture<'static, Result<T>>>,
     writes: TaskTracker,
-    /// Shutdown waits for this token, whoever polls the write.
+    /// Shutdown waits for this token, regardless of which task polls the write.
     _running: TaskTrackerToken,
 }
 

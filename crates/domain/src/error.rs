@@ -7,7 +7,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a use case failed or was refused.
 ///
-/// `Display` is for operators and may name hosts, paths and causes; what clients are told depends on the variant alone. [`Error::code`] is
+/// `Display` is for operators and may contain hosts, paths and causes; the response to clients depends only on the variant. [`Error::code`] is
 /// stable: it is `error.type` on spans and metrics, and the key in `docs/errors.md`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {

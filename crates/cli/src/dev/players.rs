@@ -21,7 +21,7 @@ const PLAYERS: usize = 4;
 const PAUSE: Duration = Duration::from_millis(700);
 /// The timeouts of the challenges in seconds: short enough that some instances expire and are swept while somebody watches.
 const TIMEOUTS: [i64; 3] = [15, 20, 120];
-/// The upper bound of each pool: enough for the players, the pool and whoever tries the API by hand.
+/// The upper bound of each pool: enough for the players, the pool and manual calls of the API.
 const POOL_MAX: i64 = 10;
 
 async fn connect(url: &str) -> Result<Channel> {
