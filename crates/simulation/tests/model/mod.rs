@@ -19,7 +19,7 @@ where
     checker.unique_state_count()
 }
 
-/// Whether a reachable state violates the property.
+/// Returns whether a reachable state violates the property.
 fn breaks<M>(model: M, property: &'static str) -> bool
 where
     M: Model + Send + Sync + 'static,

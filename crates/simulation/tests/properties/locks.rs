@@ -12,7 +12,7 @@ use super::{Direct, Unanswered, histories, run};
 
 const REPLICAS: usize = 3;
 const KIND: LockKind = LockKind::Rollout;
-/// Some acquisitions do not wait, some wait for a while, some for as long as it takes.
+/// Some acquisitions do not wait, some wait for a few seconds, and some as long as necessary.
 const TIMEOUTS: [Duration; 4] =
     [Duration::ZERO, Duration::from_secs(5), Duration::from_secs(3600), Duration::from_secs(3600)];
 
@@ -22,18 +22,18 @@ enum Command {
         replica: usize,
         timeout: usize,
     },
-    /// Lets an acquisition make some progress.
+    /// Polls an acquisition once.
     Poll(Index),
     /// Drops an acquisition at whatever point it has reached.
     Cancel(Index),
     Release(Index),
-    /// Starts a release without waiting for its end.
+    /// Polls a release once, then drops it.
     Abandon(Index),
     /// Drops a guard.
     Drop(Index),
-    /// Revokes a lease without the knowledge of its replica.
+    /// Revokes the lease of a replica without notifying it.
     LoseLease(usize),
-    /// Loses the answer to the next write of a replica.
+    /// Loses the response to the next write of a replica.
     Fault {
         replica: usize,
         done: bool,
@@ -63,10 +63,10 @@ fn command() -> impl Strategy<Value = Command> {
 /// The state of an acquisition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum EntryState {
-    /// It waits for the lock or holds it.
+    /// Waits for the lock, or holds it and has not returned the guard yet.
     Queued,
     Held,
-    /// Its owner has released it.
+    /// Released, cancelled or timed out; its key may still be stored.
     Leaving,
     /// Its key was removed with its lease.
     Lost,
@@ -80,7 +80,7 @@ struct QueueEntry {
     /// Its token, once its key is stored.
     created: Option<u64>,
     ends: Instant,
-    /// Whether it may fail: its lease was lost, or the answer to a write of its replica was.
+    /// Whether it may fail, because its lease or the response to a write of its replica was lost.
     excused: bool,
 }
 
@@ -89,7 +89,7 @@ type Acquiring = BoxFuture<'static, Result<LockGuard>>;
 struct History {
     replicas: Vec<(Direct, Arc<Coordination<Direct>>)>,
     id: ChallengeId,
-    /// The entries that have a token, in the order of acquisition.
+    /// All acquisitions, in the order in which they started.
     entries: Vec<QueueEntry>,
     acquiring: BTreeMap<usize, Acquiring>,
     held: BTreeMap<usize, LockGuard>,
@@ -151,7 +151,7 @@ impl History {
             Command::Fault { replica, done } => {
                 let fault = if done { Unanswered::Done } else { Unanswered::NotDone };
                 let mut own = self.replicas[replica].0.own();
-                // One at a time, so that no write has to be repeated for long.
+                // One at a time, so that no write is retried for long.
                 if own.faults.is_empty() {
                     own.faults.push_back(fault);
                 }
@@ -165,7 +165,7 @@ impl History {
                     let knows = held.lost().now_or_never().is_some();
                     assert!(
                         knows || self.entries[*n].state == EntryState::Held,
-                        "{n} does not know that its lease is lost"
+                        "{n} was not notified that its lease was lost"
                     );
                 }
             }
@@ -193,7 +193,7 @@ impl History {
         }
     }
 
-    /// The stored tokens, by acquisition.
+    /// Returns the stored tokens, by acquisition.
     fn stored(&self) -> BTreeMap<usize, u64> {
         let server = self.replicas[0].0.server();
         let live = KeyRange::between("p/live ", "p/live!");
@@ -204,22 +204,22 @@ impl History {
         stored.collect()
     }
 
-    /// Adds acquisitions whose keys were stored meanwhile.
+    /// Records the tokens of acquisitions whose keys are stored.
     fn observe(&mut self) {
         for (n, created) in self.stored() {
             let before = self.entries[n].created.replace(created);
-            assert!(before.is_none_or(|before| before == created), "{n} has a second entry");
+            assert!(before.is_none_or(|before| before == created), "{n} has a second key");
         }
     }
 
-    /// The entries ahead of this one.
+    /// Returns the entries ahead of `n` in the queue.
     fn ahead(&self, n: usize, stored: &BTreeMap<usize, u64>) -> Vec<usize> {
         let entry = &self.entries[n];
         let blocks = |(other, before): &(usize, &QueueEntry)| {
             before.created.is_some_and(|created| Some(created) < entry.created)
                 && match before.state {
                     EntryState::Queued | EntryState::Held => true,
-                    // Handed over within the replica; otherwise its key must be removed.
+                    // Handed over within a replica; another replica must wait until the key is removed.
                     EntryState::Leaving => before.replica != entry.replica && stored.contains_key(other),
                     EntryState::Lost => false,
                 }
@@ -235,20 +235,23 @@ impl History {
         let entry = self.entries[n].clone();
         match answer {
             Ok(held) => {
-                assert!(entry.state == EntryState::Lost || entry.created == Some(held.token), "{n} has another token");
+                assert!(
+                    entry.state == EntryState::Lost || entry.created == Some(held.token),
+                    "{n} has a token other than its key's"
+                );
                 if entry.state == EntryState::Queued {
                     let ahead = self.ahead(n, &stored);
-                    assert!(ahead.is_empty(), "{n} comes in before {ahead:?}: {:#?}", self.entries);
+                    assert!(ahead.is_empty(), "{n} acquired the lock before {ahead:?}: {:#?}", self.entries);
                     self.entries[n].state = EntryState::Held;
                 }
                 self.held.insert(n, held);
             }
             Err(Error::Busy { .. }) => {
-                assert!(Instant::now() >= entry.ends, "{n} gives up too early");
+                assert!(Instant::now() >= entry.ends, "{n} timed out before its deadline");
                 self.leave(n);
             }
             Err(Error::Unavailable { .. }) => {
-                assert!(entry.excused, "{n} fails for no reason");
+                assert!(entry.excused, "{n} failed without a fault");
                 self.leave(n);
             }
             Err(error) => panic!("{n}: {error}"),
@@ -263,7 +266,7 @@ impl History {
             self.observe();
             let before = (self.acquiring.len(), self.stored());
             for n in self.acquiring.keys().copied().collect::<Vec<_>>() {
-                // A few steps for each poll.
+                // An acquisition takes several steps.
                 for _ in 0..4 {
                     if self.acquiring.contains_key(&n) {
                         self.poll(n);
@@ -276,15 +279,15 @@ impl History {
         for (n, entry) in self.entries.iter().enumerate() {
             match entry.state {
                 EntryState::Held => {
-                    assert!(stored.contains_key(&n), "{n} holds what is not there: {:#?}", self.entries)
+                    assert!(stored.contains_key(&n), "{n} holds the lock without a key: {:#?}", self.entries)
                 }
                 EntryState::Queued => {
-                    assert!(stored.contains_key(&n), "{n} has lost its entry");
+                    assert!(stored.contains_key(&n), "{n} waits without a key");
                     let ahead = self.ahead(n, &stored);
                     assert!(!ahead.is_empty(), "{n} waits though no entry is ahead: {:#?}", self.entries);
                 }
                 EntryState::Leaving | EntryState::Lost => {
-                    assert!(!stored.contains_key(&n), "{n} leaves something behind")
+                    assert!(!stored.contains_key(&n), "{n} left its key behind")
                 }
             }
         }
@@ -303,7 +306,7 @@ impl History {
             assert_eq!(store.queue(KIND, &self.id).await.unwrap(), []);
             let held = store.lock(KIND, &self.id, &none).await.unwrap();
             let last = self.entries.iter().filter_map(|entry| entry.created).max();
-            assert!(last.is_none_or(|last| held.token > last), "tokens grow");
+            assert!(last.is_none_or(|last| held.token > last), "token {} is not above {last:?}", held.token);
             held.release().await.unwrap();
         }
         assert_eq!(self.stored(), BTreeMap::new());

@@ -38,14 +38,14 @@ fn histories() -> ProptestConfig {
     config
 }
 
-/// The effect of a write whose answer is lost.
+/// Whether a write whose response is lost took effect.
 #[derive(Debug, Clone, Copy)]
 enum Unanswered {
     Done,
     NotDone,
 }
 
-/// The etcd client of one replica. Calls take no time. A write yields once before its effect and once before its answer.
+/// The etcd client of one replica. Calls take no time. A write yields once before its effect and once before its response.
 #[derive(Clone)]
 struct Direct {
     server: Arc<Mutex<Server>>,
@@ -81,7 +81,7 @@ impl Direct {
         (client.clone(), Arc::new(Coordination::new(client, "p/", LEASE, name.to_owned())))
     }
 
-    /// Revokes the lease without the replica's knowledge.
+    /// Revokes the lease without notifying the replica.
     fn lose_lease(&self) {
         let lease = self.own().lease;
         self.server().revoke(lease);

@@ -1,5 +1,5 @@
-//! The store behaves as a map from keys to instances beside a challenge, on every replica. Its indexes follow the map, and only the owner changes
-//! an instance. One file, because commands, model and comparison only make sense together.
+//! On every replica, the store behaves like one challenge and a map from keys to instances. Its indexes match the map, and only the owner
+//! changes an instance. One file, because commands, model and comparison only make sense together.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -16,7 +16,7 @@ use proptest::{prelude::*, sample::Index, strategy::Strategy};
 use super::{Direct, Unanswered, histories, run, settle};
 
 const REPLICAS: usize = 2;
-/// The first keys belong to sources, the others to the pool.
+/// The first `SOURCES` of the keys belong to sources, the others to the pool.
 const KEYS: usize = 4;
 const SOURCES: usize = 2;
 /// The time of the comparison, in seconds.
@@ -24,7 +24,7 @@ const NOW: i64 = 150;
 
 #[derive(Debug, Clone)]
 enum Command {
-    /// With the current challenge, or the one in the replica cache.
+    /// Uses the current challenge, or the one in the replica cache.
     Create {
         index: usize,
         cached: bool,
@@ -46,14 +46,14 @@ enum Command {
         index: usize,
         second: i64,
     },
-    /// With `values` of its own, the instance has to be updated.
+    /// If the claim has `values` of its own, the instance must be updated.
     Claim {
         pool: usize,
         index: usize,
         values: bool,
         then: Then,
     },
-    /// Finishes kept work, perhaps with a lost answer.
+    /// Finishes kept work, optionally losing the response.
     End {
         kept: Index,
         then: Then,
@@ -73,7 +73,7 @@ enum Then {
         retry: i64,
     },
     Gone,
-    /// It is dropped without a commit.
+    /// Dropped without a commit.
     Drop,
     Keep,
 }
@@ -239,7 +239,7 @@ impl History {
             Command::Create { index, cached, then } => {
                 let intent = self.fresh(index, number);
                 let cached = intent.key.assignment.source().filter(|_| cached);
-                // Older than the snapshot that this replica has just read.
+                // The cache of the other replica may be older than the challenge that this replica has just read.
                 let other = &self.replicas[(replica + 1) % REPLICAS].1;
                 let (store, snapshot) = match cached {
                     Some(source) => (other.clone(), other.cached_snapshot(&self.id, source)),
@@ -398,7 +398,7 @@ impl History {
         }
     }
 
-    /// A guard was acquired.
+    /// Records an acquired guard, then keeps, finishes or drops it.
     async fn owns(&mut self, replica: usize, held: LockGuard, instance: Instance, then: Then) {
         self.model.insert(instance.key.clone(), Known::of(&instance));
         let kept = Kept { replica, held, instance, lost: false };
@@ -413,7 +413,7 @@ impl History {
         let Kept { held, mut instance, lost, .. } = kept;
         let key = instance.key.clone();
         let commit = match then {
-            // Kept work is not kept a second time.
+            // Kept work cannot be kept a second time.
             Then::Drop | Then::Keep => return drop(held),
             Then::Gone => Outcome::Remove,
             Then::Ready => {
@@ -442,7 +442,7 @@ impl History {
         }
     }
 
-    /// Every answer of a replica matches the model.
+    /// Checks that every read from a replica matches the model.
     async fn compare(&self, replica: usize) {
         let (store, id, model) = (&self.replicas[replica].1, &self.id, &self.model);
         let known = |all: Vec<Instance>| -> BTreeMap<InstanceKey, Known> {

@@ -1,4 +1,4 @@
-//! Random disturbances that are independent of any step.
+//! Random faults that are independent of any step.
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,7 +24,7 @@ pub async fn etcd(world: Arc<World>) {
     }
 }
 
-/// Disturbs something at random intervals until faults end, then undoes partitions, pauses and outages.
+/// Injects faults at random intervals until the fault phase ends, then ends partitions, pauses and outages.
 pub async fn chaos(cluster: Arc<Cluster>) {
     let world = cluster.world.clone();
     while world.lock().faulty {

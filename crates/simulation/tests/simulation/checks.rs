@@ -22,17 +22,17 @@ use crate::etcd::{Change, Entry, Server};
 struct ClientView {
     /// Its creation was acknowledged, and no deletion has been requested since.
     acknowledged: bool,
-    /// Deletions that are under way.
+    /// Deletions in progress.
     pending_deletions: u32,
-    /// Until when a failed deletion may still take effect.
+    /// The time until which a failed deletion may still take effect.
     uncertain_until: Duration,
     /// The instance that such a deletion may affect: the one that existed when its manager gave up.
     possible_victim: Option<String>,
-    /// How many deletions were requested.
+    /// The number of requested deletions.
     deletions: u64,
 }
 
-/// How many deletions of the instance and of its challenge had been requested when a create began. `None` if one may still take effect.
+/// The numbers of deletions of the instance and its challenge requested before a create began. `None` if one may still take effect.
 pub type Begun = Option<(u64, u64)>;
 
 /// The model: stored records, and what clients know.
@@ -44,17 +44,17 @@ pub struct Checks {
     known: BTreeMap<String, (String, bool)>,
     instances: BTreeMap<(String, String), ClientView>,
     challenge_views: BTreeMap<String, ClientView>,
-    /// How many steps were checked.
+    /// The number of checked steps.
     pub steps: u64,
 }
 
-/// Whether a transaction compares a token that is no longer valid.
+/// Returns whether a transaction compares a token that is no longer valid.
 pub fn stale(etcd: &Server, txn: &Txn) -> bool {
     txn.compare.iter().any(|compare| matches!(compare.condition, Condition::CreateRevision(_)) && !etcd.holds(compare))
 }
 
 impl Checks {
-    /// Checks a transaction.
+    /// Checks the invariants after a transaction.
     pub fn check_transaction(
         &mut self,
         now: Duration,
@@ -133,7 +133,7 @@ impl Checks {
         }
     }
 
-    /// Invariants 2 and 5 on a challenge.
+    /// Checks invariants 2 and 5 on a challenge.
     fn check_challenge(&self, directories: &Directories, id: &str, before: Option<&Challenge>) -> Result<(), String> {
         match (before, self.challenges.get(id)) {
             (None, _) => {}
@@ -152,13 +152,13 @@ impl Checks {
                     format!("2: challenge {id} is removed and these resources are left: {left:?}")
                 })?;
                 let lost = self.challenge_views.get(id).is_some_and(|view| view.acknowledged);
-                ensure(!lost, || format!("5: challenge {id} was acknowledged and has disappeared without a deletion"))?;
+                ensure(!lost, || format!("5: challenge {id} was acknowledged and disappeared without a deletion"))?;
             }
         }
         Ok(())
     }
 
-    /// Invariants 1 to 5 on an instance.
+    /// Checks invariants 1 to 5 on an instance.
     fn check_instance(
         &mut self,
         now: Duration,
@@ -198,7 +198,10 @@ impl Checks {
                     let within = pooled <= challenge.min && (challenge.max == 0 || claimed + pooled <= challenge.max);
                     ensure(within, || {
                         let of: Vec<_> = self.records.iter().filter(|(of, _)| of.0 == key.0).collect();
-                        format!("3: the pool of {} grows to {pooled} beside {claimed}: {challenge:?}, {of:?}", key.0)
+                        format!(
+                            "3: the pool of {} grows to {pooled} with {claimed} claimed: {challenge:?}, {of:?}",
+                            key.0
+                        )
                     })?;
                 }
             }
@@ -212,7 +215,7 @@ impl Checks {
                     }
                     let view = self.instances.get(&(key.0.clone(), key.2.clone())).filter(|_| key.1 == "s");
                     ensure(!view.is_some_and(|view| view.acknowledged), || {
-                        format!("5: {key:?} was acknowledged and has disappeared without a deletion")
+                        format!("5: {key:?} was acknowledged and disappeared without a deletion")
                     })?;
                 }
             }
@@ -236,7 +239,6 @@ impl Checks {
             }
             _ => {}
         }
-        // Remembers the identities.
         if let Some(after) = self.records.get(key) {
             let first = !before.contains_key(key);
             for identity in after.identities() {
@@ -248,7 +250,7 @@ impl Checks {
         ensure(deletes <= 16, || format!("a transaction on {key:?} deletes {deletes} keys"))
     }
 
-    /// Invariants 1 and 3: no identity belongs to two instances.
+    /// Checks invariants 1 and 3: no identity belongs to two instances.
     fn check_identities_are_unique(&self) -> Result<(), String> {
         let mut of: BTreeMap<&String, &InstanceKey> = BTreeMap::new();
         for (key, record) in &self.records {
@@ -261,7 +263,7 @@ impl Checks {
         Ok(())
     }
 
-    /// Invariants 1 and 4 after an instance was started on the machine.
+    /// Checks invariants 1 and 4 after an instance was started on the machine.
     pub fn check_start(
         &mut self,
         directories: &Directories,
@@ -276,7 +278,7 @@ impl Checks {
         })?;
         let named = self.records.iter().find(|(_, record)| record.identities().any(|own| *own == identity));
         ensure(named.is_some(), || format!("4: {identity} is started though no record names it"))?;
-        // Other running instances have records too, or are orphans. An orphan that was the first of its instance would be a duplicate.
+        // Other running instances have records or are orphans. An orphan whose identity was the first of its instance would be a duplicate.
         for (of, other, running) in directories.existing() {
             let first = self.known.get(other.as_str()).is_some_and(|(_, first)| *first);
             let stray = !self.records.values().any(|record| record.identities().any(|own| own == other.as_str()));
@@ -287,7 +289,7 @@ impl Checks {
         Ok(())
     }
 
-    /// A client starts to create an instance or, without a source, a challenge.
+    /// Records that a client starts to create an instance or, without a source, a challenge.
     pub fn begin_create(&mut self, now: Duration, c: &str, s: Option<&str>) -> Begun {
         let challenge = self.challenge_views.entry(c.to_owned()).or_default();
         let (sure, ends) = (challenge.is_certain(now), challenge.deletions);
@@ -296,7 +298,7 @@ impl Checks {
         (sure && view.pending_deletions == 0).then_some((view.deletions, ends))
     }
 
-    /// A client received the acknowledgement of its create.
+    /// Records that a client received the acknowledgement of its create.
     pub fn acknowledge(&mut self, begun: Begun, c: &str, s: Option<&str>) {
         let Some((ends, of_challenge)) = begun else { return };
         let challenge = self.challenge_views.entry(c.to_owned()).or_default();
@@ -311,14 +313,14 @@ impl Checks {
         view.acknowledged = view.deletions == ends;
     }
 
-    /// How many deletions of the instance and its challenge were requested, if a client may rely on the instance. Two equal values mean that the
-    /// instance existed all the time in between.
+    /// Returns the numbers of requested deletions of the instance and its challenge, if a client may rely on the instance. Two equal results
+    /// mean that the instance existed all the time in between.
     pub fn guaranteed(&self, c: &str, s: &str) -> Option<(u64, u64)> {
         let view = self.instances.get(&(c.to_owned(), s.to_owned())).filter(|view| view.acknowledged)?;
         Some((view.deletions, self.challenge_views.get(c).map_or(0, |challenge| challenge.deletions)))
     }
 
-    /// A client starts to delete an instance or, without a source, a challenge.
+    /// Records that a client starts to delete an instance or, without a source, a challenge.
     pub fn begin_delete(&mut self, c: &str, s: Option<&str>) {
         match s {
             Some(s) => self.instances.entry((c.to_owned(), s.to_owned())).or_default().request_deletion(),
@@ -331,7 +333,7 @@ impl Checks {
         }
     }
 
-    /// A deletion was answered, or never will be; `sure` if it can have no further effect.
+    /// Records the end of a deletion, with or without a response; `sure` if it can have no further effect.
     pub fn end_delete(&mut self, now: Duration, c: &str, s: Option<&str>, sure: bool) {
         let there = s.and_then(|s| self.records.get(&(c.to_owned(), "s".to_owned(), s.to_owned())));
         let there = there.map(|record| record.since.clone());
@@ -345,7 +347,7 @@ impl Checks {
         }
     }
 
-    /// Invariants 3 to 5 of a system at rest: no faults are injected, and nothing is under way.
+    /// Checks invariants 3 to 5 on a system at rest: no faults are injected, and no call is in progress.
     pub fn check_at_rest(
         &self,
         etcd: &Server,
@@ -361,7 +363,7 @@ impl Checks {
         };
         for rest in ["live", "working", "rollouts"] {
             let left = all(rest);
-            ensure(left.is_empty(), || format!("at rest: {left:?}"))?;
+            ensure(left.is_empty(), || format!("at rest these keys are left: {left:?}"))?;
         }
         for (id, challenge) in &self.challenges {
             ensure(!challenge.deleting && !challenge.rollout, || format!("at rest: {id} is {challenge:?}"))?;

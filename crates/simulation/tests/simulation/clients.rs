@@ -51,7 +51,7 @@ where
     world.lock().count(Event::Operation);
     world.log("client", format_args!("calls {name}: {what}"));
     let (answer, answered) = tokio::sync::oneshot::channel();
-    // The connection breaks, and the call is dropped at whatever point it has reached.
+    // Breaks the connection of some calls; the manager drops the call at whatever point it has reached.
     let dropped = {
         let mut state = world.lock();
         let drops = state.faulty && state.rng.random_ratio(1, 15);
@@ -201,7 +201,7 @@ async fn create(manager: Arc<Manager>, c: &'static str, s: &'static str) {
     if let Answer::Received(Ok(instance)) = call(manager, format!("create {c} {s}"), work, |_, _| {}).await {
         world.lock().checks.acknowledge(begun, c, Some(s));
         if instance.connection_info != instance.identity.as_str() {
-            world.report_violation(format!("1: {c} {s} returns {instance:?}, which is not what runs"));
+            world.report_violation(format!("1: {c} {s} returns the output of another identity: {instance:?}"));
         }
     }
 }
@@ -229,7 +229,7 @@ async fn renew(manager: Arc<Manager>, c: &'static str, s: &'static str) {
     call(manager, format!("renew {c} {s}"), work, |_, _| {}).await;
 }
 
-/// What clients do in one run, how often, and to which challenges. Runs with different mixes reach states that an average run does not.
+/// The calls of the clients in one run, their frequencies and their challenges. Varied mixes reach states that an average run does not.
 pub struct Mix {
     pub clients: usize,
     /// The longest pause between two calls, in milliseconds.
@@ -249,7 +249,7 @@ impl Mix {
             clients: world.between(2, 8) as usize,
             pause: [150, 1200][world.between(0, 2) as usize],
             weights: if create == 0 { [45, 17, 10, 12, 7, 4, 5] } else { weights },
-            // All of them, or a single one.
+            // All challenges, or a single one.
             challenges: if which < CHALLENGES.len() { vec![which] } else { (0..CHALLENGES.len()).collect() },
             sources: world.between(1, SOURCES.len() as u64 + 1) as usize,
         }
@@ -314,7 +314,7 @@ pub async fn janitor(cluster: Arc<Cluster>) {
     }
 }
 
-/// Creates all challenges. Calls may fail; clients create what is missing later.
+/// Creates all challenges. Calls may fail; the clients create missing challenges later.
 pub async fn prepare(cluster: &Cluster) {
     for which in 0..CHALLENGES.len() {
         create_challenge(cluster.any(), which).await;

@@ -1,4 +1,4 @@
-//! Coverage: counts how often each step meets each fault, and other events, so that a test can check that nothing is left out.
+//! Coverage: counts how often each step meets each fault, and other events, so that a test can check that each occurs.
 
 use std::fmt::Write as _;
 
@@ -52,17 +52,17 @@ named! {
     Fault {
         /// Refused: the step has no effect.
         ErrorBefore = "refused",
-        /// The request is lost: no effect, no answer.
+        /// The request is lost: no effect, no response.
         LostRequest = "lost",
-        /// The answer is lost. On the machine, the step reports a failure after its effect.
+        /// The response is lost. On the machine, the step reports a failure after its effect.
         LostAnswer = "unanswered",
-        /// The effect comes after the caller has given up.
+        /// The step takes effect after the caller has given up.
         Late = "late",
         /// The manager is killed before the effect.
         AbortBefore = "end before",
         /// The manager is killed after the effect.
         AbortAfter = "end after",
-        /// The manager is paused before the effect, which comes when the manager resumes.
+        /// The manager is paused before the effect; the step takes effect when the manager resumes.
         HangBefore = "hang before",
         /// The manager is paused after the effect.
         HangAfter = "hang after",
@@ -167,17 +167,17 @@ impl Step {
         matches!(self, Self::LockDirectory | Self::Allocate | Self::Stop | Self::Start | Self::TakeDown)
     }
 
-    /// Whether it is simply done again if it was not answered: its outcome is of no interest.
+    /// Whether it is simply retried if there is no response, because its outcome doesn't matter.
     pub fn may_be_repeated(self) -> bool {
         matches!(self, Self::Read | Self::Watch | Self::Lease)
     }
 
-    /// The faults that it can meet.
+    /// Returns the faults that can be injected at it.
     pub fn faults(self) -> &'static [Fault] {
         if self.is_on_machine() { ON_MACHINE } else { ON_ETCD }
     }
 
-    /// One in this many meets a fault.
+    /// A fault is injected at one in this many steps.
     pub fn rarity(self) -> u32 {
         match self {
             Self::Read | Self::Lease => 240,
@@ -192,18 +192,18 @@ impl Step {
 }
 
 impl Fault {
-    /// It ends the manager or holds it up.
+    /// Whether it kills or pauses the manager.
     pub fn is_heavy(self) -> bool {
         matches!(self, Self::AbortBefore | Self::AbortAfter | Self::HangBefore | Self::HangAfter)
     }
 }
 
-/// Each step with each fault that it can meet.
+/// Returns each step with each fault that can be injected at it.
 pub fn pairs() -> impl Iterator<Item = (Step, Fault)> {
     Step::ALL.iter().flat_map(|step| step.faults().iter().map(|fault| (*step, *fault)))
 }
 
-/// How often each step was taken, each fault met, and each event seen.
+/// The counts of steps, of faults injected at each step, and of events.
 #[derive(Debug, Clone)]
 pub struct Coverage {
     steps: [u64; Step::ALL.len()],
@@ -242,7 +242,7 @@ impl Coverage {
         mine.zip(all(other)).for_each(|(mine, other)| *mine += other);
     }
 
-    /// What can happen and did not.
+    /// Returns the faults and events that never occurred.
     pub fn missing(&self) -> Vec<String> {
         let faults = pairs().filter(|(step, fault)| self.faults[*step as usize][*fault as usize] == 0);
         let faults = faults.map(|(step, fault)| format!("{} at {:?}", fault.name(), step.name()));
@@ -250,7 +250,7 @@ impl Coverage {
         faults.chain(events.map(|event| event.name().to_owned())).collect()
     }
 
-    /// As tables: how often each fault met each step, and what else happened.
+    /// Renders the counts as tables: faults by step, and events.
     pub fn report(&self) -> String {
         let mut text = format!("{:<22}{:>10}", "fault, by step", "steps");
         for fault in Fault::ALL {

@@ -32,7 +32,7 @@ pub struct Directories {
 struct Directory {
     generation: u64,
     exists: bool,
-    /// What runs, if anything.
+    /// The content of the instance, if it runs.
     running: Option<Content>,
     /// The number of the lock, and the life of the manager that holds it.
     locked: Option<(u64, u64)>,
@@ -51,7 +51,7 @@ impl Directories {
         }
     }
 
-    /// The instances that have resources, running or not.
+    /// Returns the instances that have resources, running or not.
     pub fn existing(&self) -> impl Iterator<Item = (&ChallengeId, &Identity, Option<&Content>)> {
         self.by_key
             .iter()

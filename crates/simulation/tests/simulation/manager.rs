@@ -27,7 +27,6 @@ use super::{
 pub const LEASE: Duration = Duration::from_secs(10);
 const RECONCILE: Duration = Duration::from_secs(4);
 
-/// A manager.
 pub struct Manager {
     pub process: Arc<Process>,
     pub gauntlet: Gauntlet,
@@ -115,7 +114,7 @@ impl Manager {
         manager
     }
 
-    /// The context of a call that happens now.
+    /// Returns the context of a call made now.
     pub fn call(&self) -> Call {
         Call {
             now: self.process.world.timestamp(),
@@ -125,7 +124,7 @@ impl Manager {
         }
     }
 
-    /// What the manager's operations do after a use case: maintain the pool, and reconcile after a fault.
+    /// Maintains the pool or, after a fault, reconciles, as the manager's operations do after a use case.
     pub fn after<T>(&self, result: &Result<T, Error>, pool: Option<&ChallengeId>) {
         match (result, pool) {
             (Ok(_), Some(id)) => drop(self.pools.send(id.clone())),

@@ -45,14 +45,14 @@ const FAULTY: Duration = Duration::from_secs(30);
 const REST_TIMEOUT: Duration = Duration::from_secs(240);
 /// The longest time from the end or shutdown of a manager until it runs again.
 const RESTART_TIME: Duration = Duration::from_secs(12);
-/// The default number of seeds. So many seeds have to meet every fault at every step.
+/// The default number of seeds. This many seeds must inject every fault at every step.
 const DEFAULT_SEEDS: u64 = 500;
 
 /// The managers, each in its current life.
 pub struct Cluster {
     pub world: Arc<World>,
     lives: Mutex<Vec<Arc<Manager>>>,
-    /// Kept, because their tasks still exist. They never make progress again.
+    /// Kept because their tasks still exist, although they never make progress again.
     ended: Mutex<Vec<Arc<Manager>>>,
     next: AtomicU64,
 }
@@ -182,7 +182,7 @@ async fn scenario(world: &Arc<World>) {
         let _ = task.await;
     }
     world.log("world", "faults end");
-    // By then all managers that have ended, or are shutting down, run again.
+    // Long enough for all managers that have ended or are shutting down to run again.
     sleep(RESTART_TIME).await;
     wait_until_at_rest(&cluster).await;
     delete_everything(&cluster).await;

@@ -27,7 +27,7 @@ use super::{
 use crate::etcd::Snapshot;
 
 const DEADLINE: Duration = Duration::from_secs(5);
-/// How long after it was sent a request may still arrive.
+/// The longest time from sending a request until it arrives.
 const MAX_DELIVERY_DELAY: Duration = Duration::from_secs(10);
 
 /// The etcd client of one manager.
@@ -98,7 +98,7 @@ async fn deliver<T: Send + 'static>(
     };
     sleep(delay).await;
     let sent = world.now();
-    // A request delayed by a partition arrives after it, if that is soon enough.
+    // A request delayed by a partition still arrives if the partition ends soon enough.
     while process.is_partitioned() || world.lock().etcd_down {
         if world.now() - sent + delay > MAX_DELIVERY_DELAY || world.chance(20) {
             return lose_response(answer).await;
@@ -230,7 +230,7 @@ impl Kv for Client {
 struct Watching {
     process: Arc<Process>,
     receive: mpsc::UnboundedReceiver<KvResult<Vec<Change>>>,
-    /// Received by the network, not yet delivered.
+    /// Taken from `receive`, but not yet returned by `next`.
     ready: Option<KvResult<Vec<Change>>>,
 }
 

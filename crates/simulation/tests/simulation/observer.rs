@@ -1,5 +1,5 @@
-//! Mutual exclusion, judged only by what managers learn: a manager counts as holding a lock from the time it gets the guard until it releases
-//! the guard, or until the guard reports that the lock may be lost.
+//! Checks mutual exclusion as the managers see it: a manager counts as holding a lock from the time it gets the guard until it releases the
+//! guard, or until the guard reports that the lock may be lost.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,19 +25,20 @@ struct Holder {
     lost: Mutex<BoxFuture<'static, ()>>,
 }
 
-/// The holders of locks, by what the managers know.
+/// The holders of locks, as the managers see them.
 #[derive(Default)]
 pub struct Observer {
     /// By fencing token.
     holders: BTreeMap<u64, Holder>,
     /// The last token that was issued for each lock.
     last: BTreeMap<(&'static str, ChallengeId), u64>,
-    /// Tokens whose lease etcd lost before its time, which their holders cannot know yet.
+    /// Tokens whose lease etcd lost early, which their holders cannot know yet.
     lost_early: BTreeSet<u64>,
 }
 
 impl Observer {
-    /// A manager gets a guard. Returns whether a paused manager, which cannot notice that its lease has expired, had it until then.
+    /// Records that a manager acquires a guard. Returns whether an earlier holder is paused or has ended, so that
+    /// it can't notice that its lease has expired.
     fn acquired(&mut self, etcd: &Server, token: u64, holder: Holder) -> std::result::Result<bool, String> {
         let exists = |token: u64| {
             etcd.entries().any(|(key, entry)| entry.create_revision == token && key.contains("live locks"))
@@ -47,7 +48,7 @@ impl Observer {
         }
         let name = &holder.process.name;
         if !exists(token) {
-            return Err(format!("{name} acquires {:?} ({token}), but its key is gone", holder.lock));
+            return Err(format!("{name} acquires {:?} ({token}), but its key does not exist", holder.lock));
         }
         let last = self.last.insert(holder.lock.clone(), token).unwrap_or(0);
         if last >= token {
@@ -78,12 +79,12 @@ impl Observer {
         Ok(after_paused)
     }
 
-    /// A manager begins to release a lock.
+    /// Records that a manager starts to release a lock.
     fn released(&mut self, token: u64) {
         self.holders.remove(&token);
     }
 
-    /// Etcd loses a lease before its time, and these keys with it.
+    /// Records that etcd lost a lease early and deleted these keys.
     pub fn lost_early(&mut self, deleted: &[EtcdChange]) {
         self.lost_early.extend(deleted.iter().filter_map(|change| Some(change.before.as_ref()?.create_revision)));
     }
@@ -150,7 +151,7 @@ impl Ownership for ObservedOwnership {
     }
 }
 
-/// Dropped when the manager begins to release the lock.
+/// Dropped when the manager starts to release the lock.
 struct Holding(Arc<World>, u64);
 
 impl Drop for Holding {

@@ -56,7 +56,7 @@ impl Process {
         Arc::new(Self { life, name, world, status, resumed_at: Mutex::default(), changed: Notify::new() })
     }
 
-    /// Waits until the process runs: not at all if it runs now, and forever if it has ended.
+    /// Waits until the process runs. Returns at once if it runs now, and never if it has ended.
     pub async fn wait_until_running(&self) {
         self.wait_for(Status::Running).await;
     }
@@ -109,7 +109,7 @@ impl Process {
         self.status().0 == Status::Running
     }
 
-    /// Whether it was resumed at this very moment, so that some of its tasks have not seen the new time yet.
+    /// Whether it was resumed at the current time, so that some of its tasks have not seen the new time yet.
     pub fn resumed_now(&self) -> bool {
         *self.resumed_at.lock().unwrap_or_else(PoisonError::into_inner) == Some(self.world.now())
     }
@@ -140,7 +140,7 @@ impl Process {
         }
     }
 
-    /// Pauses it for a while.
+    /// Pauses it for `length`.
     pub fn freeze(self: &Arc<Self>, length: Duration, why: &str) {
         if !self.transition(&[Status::Running], Status::Frozen) {
             return;

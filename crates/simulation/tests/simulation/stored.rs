@@ -16,7 +16,7 @@ pub type InstanceKey = (String, String, String);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     pub identity: String,
-    /// The identities that the record's target and the recorded intent name.
+    /// The identities of the target in the record and of the target in the recorded intent.
     pub target: Option<String>,
     pub intent: Option<String>,
     pub phase: String,
@@ -46,7 +46,7 @@ pub struct Challenge {
     pub rollout: bool,
 }
 
-/// The instance that a stored key belongs to, and whether it is the key of its intent.
+/// Returns the instance that a stored key belongs to, and whether it is the key of the intent.
 pub fn instance_key_of(key: &str) -> Option<(InstanceKey, bool)> {
     match key.strip_prefix(PREFIX)?.split(' ').collect::<Vec<_>>().as_slice() {
         ["instances", c, kind, name] => Some((((*c).to_owned(), (*kind).to_owned(), (*name).to_owned()), false)),
@@ -83,7 +83,7 @@ pub fn read_record(entry: &Entry) -> Record {
         target: target(&value),
         phase: text(&value["phase"]["name"]),
         since: text(&value["since"]),
-        last_renew: text(&value["last_renew"]).parse().expect("a record has its times"),
+        last_renew: text(&value["last_renew"]).parse().expect("a record has last_renew"),
         until: value["until"].as_str().map(str::to_owned),
         digest: text(&value["scenario"]["digest"]),
         intent: None,

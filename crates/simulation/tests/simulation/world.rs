@@ -20,7 +20,7 @@ use super::{
 };
 use crate::etcd::Server;
 
-/// How many events are kept to be printed with a failure.
+/// The number of events to keep and print with a failure.
 const LAST: usize = 120;
 /// How often a run injects the fault that it focuses on.
 const FOCUSED: u32 = 3;
@@ -37,7 +37,7 @@ pub struct State {
     /// Whether etcd answers no requests.
     pub etcd_down: bool,
     pub coverage: Coverage,
-    /// The step and the fault that this run focuses on, and how often to inject it still.
+    /// The step and the fault that this run focuses on, and how many injections are left.
     focus: (Step, Fault, u32),
     pub violation: Option<String>,
     last: VecDeque<String>,
@@ -110,7 +110,7 @@ impl World {
         self.violation_found.notify_one();
     }
 
-    /// Reports the failure of a check.
+    /// Reports a failed check as a violation.
     pub fn check(&self, result: Result<(), String>) {
         if let Err(what) = result {
             self.report_violation(what);
@@ -175,7 +175,7 @@ impl State {
         Duration::from_millis(if long { self.rng.random_range(50..3000) } else { self.rng.random_range(0..6) })
     }
 
-    /// A hash of the log, and its number of events.
+    /// Returns a hash of the log, and its number of events.
     pub fn digest(&self) -> (u64, u64) {
         (self.hash.finish(), self.events)
     }
