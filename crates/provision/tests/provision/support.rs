@@ -150,7 +150,7 @@ pub(crate) fn greeting_at(connection_info: &str) -> Option<String> {
     Some(text)
 }
 
-/// Removes the instance, whatever its generation.
+/// Removes the instance, regardless of its generation.
 pub(crate) async fn remove(manager: &Process, identity: u64) {
     manager.down(&challenge("a challenge"), &Identity::from_bits(identity), u64::MAX).await.unwrap();
 }

@@ -99,7 +99,7 @@ impl Fixture {
             .unwrap();
     }
 
-    /// Pushes an artifact with these layers (overrides of the descriptor, content) beside a valid `scenario.yaml`; returns its reference.
+    /// Pushes an artifact with these layers (overrides of the descriptor, content) and a valid `scenario.yaml`; returns its reference.
     pub(crate) fn put(&self, repository: &str, layers: &[(Value, &[u8])]) -> String {
         let mut all = vec![self.layer(repository, &json!({}), "scenario.yaml", DOCUMENT.as_bytes())];
         for (over, content) in layers {
