@@ -1,5 +1,4 @@
-//! A handful of players, so that there is something to see: they start instances, renew them, give up, walk away, and ask for what is not
-//! there.
+//! A few simulated players that generate activity: they create, renew, delete and abandon instances, and retrieve missing ones.
 
 use std::{path::Path, time::Duration};
 
@@ -79,7 +78,7 @@ pub(super) async fn play(url: String, challenges: Vec<String>, stop: Cancellatio
     }
 }
 
-/// Plays one challenge after the other, without end.
+/// Plays one challenge after another, forever.
 async fn play_rounds(channel: Channel, challenges: &[String], player: usize) {
     let client = InstanceManagerClient::new(channel);
     for (round, challenge) in challenges.iter().cycle().skip(player).enumerate() {
