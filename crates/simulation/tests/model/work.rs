@@ -15,7 +15,7 @@ struct Work {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
     /// The comparison of the token in the commit.
-    Fence,
+    Token,
     /// The comparison of the token on the machine.
     Generation,
     /// The recovery of unfinished work.
@@ -32,7 +32,7 @@ enum Intent {
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 enum Client {
     Idle,
-    /// Owns the instance, or believes so: its token, the client that the instance is for, and its intent.
+    /// It owns the instance, or believes so: its token, the client that the instance is for, and its intent.
     Begun {
         token: u8,
         of: usize,
@@ -79,8 +79,8 @@ enum Action {
 
 impl State {
     fn settled(&self) -> bool {
-        let at_rest = self.clients.iter().all(|client| matches!(client, Client::Done | Client::Dead));
-        at_rest && self.owner.is_none() && !matches!(self.record, Record::Provisioning(_))
+        let all_finished = self.clients.iter().all(|client| matches!(client, Client::Done | Client::Dead));
+        all_finished && self.owner.is_none() && !matches!(self.record, Record::Provisioning(_))
     }
 }
 
@@ -102,7 +102,7 @@ impl Model for Work {
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
-        let stranded = matches!(state.record, Record::Provisioning(_)) && state.owner.is_none();
+        let unfinished = matches!(state.record, Record::Provisioning(_)) && state.owner.is_none();
         for client in 0..CLIENTS {
             match state.clients[client] {
                 Client::Idle => actions.push(Action::Create(client)),
@@ -110,11 +110,11 @@ impl Model for Work {
                 Client::Acted { .. } => actions.push(Action::Commit(client)),
                 Client::Done | Client::Dead => {}
             }
-            if state.clients[client] == Client::Done && stranded && self.without != Some(Part::Recovery) {
+            if state.clients[client] == Client::Done && unfinished && self.without != Some(Part::Recovery) {
                 actions.extend([Action::Recover(client, Intent::Up), Action::Recover(client, Intent::Down)]);
             }
-            let works = matches!(state.clients[client], Client::Begun { .. } | Client::Acted { .. });
-            if works && state.crashes > 0 {
+            let is_working = matches!(state.clients[client], Client::Begun { .. } | Client::Acted { .. });
+            if is_working && state.crashes > 0 {
                 actions.push(Action::Crash(client));
             }
             let owns = state.owner.is_some_and(|(owner, _)| owner == client);
@@ -158,7 +158,7 @@ impl Model for Work {
                 let Client::Acted { token, of, intent } = state.clients[client] else { return None };
                 state.clients[client] = Client::Done;
                 let owns = state.owner == Some((client, token));
-                if owns || self.without == Some(Part::Fence) {
+                if owns || self.without == Some(Part::Token) {
                     state.stale |= !owns;
                     state.record = if intent == Intent::Up { Record::Ready(of) } else { Record::Absent };
                     state.owner = state.owner.filter(|_| !owns);
@@ -180,19 +180,19 @@ impl Model for Work {
 
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
-            Property::always("one instance of a seat runs", |_, state: &State| {
+            Property::always("at most one instance runs", |_, state: &State| {
                 state.machine.iter().filter(|(_, up)| *up).count() <= 1
             }),
-            Property::always("what is ready runs", |_, state: &State| match state.record {
+            Property::always("a ready instance runs", |_, state: &State| match state.record {
                 Record::Ready(of) => state.machine[of].1,
                 Record::Absent | Record::Provisioning(_) => true,
             }),
-            Property::always("nothing stale is committed", |_, state: &State| !state.stale),
-            Property::always("no orphan is left", |_, state: &State| {
+            Property::always("no stale commit succeeds", |_, state: &State| !state.stale),
+            Property::always("no orphan remains", |_, state: &State| {
                 !state.settled() || state.record != Record::Absent || state.machine.iter().all(|(_, up)| !up)
             }),
-            Property::eventually("all work ends", |_, state: &State| state.settled()),
-            Property::sometimes("a stale order is refused", |_, state: &State| {
+            Property::eventually("all work finishes", |_, state: &State| state.settled()),
+            Property::sometimes("a stale request is rejected", |_, state: &State| {
                 state.clients.iter().any(|client| match *client {
                     Client::Begun { token, of, .. } => state.machine[of].0 > token,
                     Client::Idle | Client::Acted { .. } | Client::Done | Client::Dead => false,
@@ -203,7 +203,7 @@ impl Model for Work {
 }
 
 #[test]
-fn work_is_done_once_and_to_its_end() {
+fn work_runs_once_and_finishes() {
     let states = check(Work { without: None });
     println!("{states} states");
     assert!(states > 100);
@@ -211,7 +211,7 @@ fn work_is_done_once_and_to_its_end() {
 
 #[test]
 fn work_needs_each_of_its_parts() {
-    assert!(breaks(Work { without: Some(Part::Fence) }, "nothing stale is committed"));
-    assert!(breaks(Work { without: Some(Part::Generation) }, "what is ready runs"));
-    assert!(breaks(Work { without: Some(Part::Recovery) }, "all work ends"));
+    assert!(breaks(Work { without: Some(Part::Token) }, "no stale commit succeeds"));
+    assert!(breaks(Work { without: Some(Part::Generation) }, "a ready instance runs"));
+    assert!(breaks(Work { without: Some(Part::Recovery) }, "all work finishes"));
 }
