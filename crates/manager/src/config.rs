@@ -132,7 +132,7 @@ pub struct Config {
     /// at once.
     #[arg(long, env = "DRAIN", default_value = "5s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
     pub drain: Duration,
-    /// The log level, or a filter such as info,gauntlet_manager=debug.
+    /// The log level, or a list with levels of modules, such as info,gauntlet_manager=debug.
     #[arg(long, env = "LOG_LEVEL", default_value = "info", value_name = "LEVEL", help_heading = "Background")]
     pub log_level: String,
 }

@@ -25,15 +25,23 @@ pub(crate) fn log_filter(settings: &Settings, config: &Config) -> Result<EnvFilt
         Some((variable, text)) => (variable.as_str(), text.as_str()),
         None => ("LOG_LEVEL", settings.log_filter.as_str()),
     };
-    let fix = "set it to error, warn, info, debug, trace or off";
-    if variable == "LOG_LEVEL" && text.parse::<LevelFilter>().is_err() {
-        // EnvFilter would take an unknown level for the name of a module, and silence all others.
-        return Err(EnvError::new(variable, text, fix));
+    let invalid = || {
+        let fix = "set it to error, warn, info, debug, trace or off, or to a list such as info,gauntlet_manager=debug";
+        EnvError::new(variable, text, fix)
+    };
+    // EnvFilter would take an unknown level for the name of a module, and silence all others.
+    if variable == "LOG_LEVEL" && !text.split(',').all(is_level_directive) {
+        return Err(invalid());
     }
     // The SDK logs every failed batch. `export::Health` counts them and warns once a minute.
     let filter = if text.contains("opentelemetry") { text.to_owned() } else { format!("opentelemetry=off,{text}") };
-    EnvFilter::try_new(filter)
-        .map_err(|_| EnvError::new(variable, text, format!("{fix}, or to a list such as info,gauntlet_manager=debug")))
+    EnvFilter::try_new(filter).map_err(|_| invalid())
+}
+
+/// Whether a part of a log filter is a level, or the level of a module such as `gauntlet_manager=debug`.
+fn is_level_directive(directive: &str) -> bool {
+    let (module, level) = directive.rsplit_once('=').map_or((None, directive), |(module, level)| (Some(module), level));
+    module != Some("") && level.parse::<LevelFilter>().is_ok()
 }
 
 /// The format of log lines, and whether they have colours.
@@ -80,6 +88,16 @@ pub(crate) fn subscriber(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn log_level_takes_levels_of_modules() {
+        for valid in ["info", "off", "info,gauntlet_manager=debug", "gauntlet_manager=debug"] {
+            assert!(valid.split(',').all(is_level_directive), "{valid}");
+        }
+        for invalid in ["", "loud", "info,", "=debug", "gauntlet_manager", "gauntlet_manager=loud"] {
+            assert!(!invalid.split(',').all(is_level_directive), "{invalid}");
+        }
+    }
 
     #[test]
     fn only_human_lines_on_a_terminal_have_colours() {
