@@ -30,7 +30,7 @@ pub(crate) fn log_filter(settings: &Settings, config: &Config) -> Result<EnvFilt
         EnvError::new(variable, text, fix)
     };
     // EnvFilter would take an unknown level for the name of a module, and silence all others.
-    if variable == "LOG_LEVEL" && !text.split(',').all(is_level_directive) {
+    if variable == "LOG_LEVEL" && !text.is_empty() && !text.split(',').all(is_level_directive) {
         return Err(invalid());
     }
     // The SDK logs every failed batch. `export::Health` counts them and warns once a minute.
@@ -41,7 +41,7 @@ pub(crate) fn log_filter(settings: &Settings, config: &Config) -> Result<EnvFilt
 /// Whether a part of a log filter is a level, or the level of a module such as `gauntlet_manager=debug`.
 fn is_level_directive(directive: &str) -> bool {
     let (module, level) = directive.rsplit_once('=').map_or((None, directive), |(module, level)| (Some(module), level));
-    module != Some("") && level.parse::<LevelFilter>().is_ok()
+    module != Some("") && !level.is_empty() && level.parse::<LevelFilter>().is_ok()
 }
 
 /// The format of log lines, and whether they have colours.

@@ -6,7 +6,7 @@ use std::{
     io,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -42,6 +42,9 @@ pub(super) enum Presence {
 impl InstanceDir {
     /// Locks the directory, creates it if necessary, and records the generation.
     ///
+    /// # Cancel safety
+    /// Once the future has been dropped, nothing is recorded: an attempt that is still queued gives up.
+    ///
     /// # Errors
     /// [`Error::Fenced`] if a higher generation is recorded, [`Error::Busy`] if the directory stays locked for longer than `timeout`, and
     /// [`Error::Provision`].
@@ -62,9 +65,11 @@ impl InstanceDir {
             gone: presence == Presence::Keep,
             ports: BTreeMap::new(),
         };
+        let caller = Arc::new(());
         loop {
             let (dir, label) = (instances.join(record::key(challenge, identity)), label.clone());
-            if let Some(instance) = blocking(move || Self::try_lock(dir, label, presence)).await? {
+            let waiting = Arc::downgrade(&caller);
+            if let Some(instance) = blocking(move || Self::try_lock(dir, label, presence, &waiting)).await? {
                 return Ok(instance);
             }
             let waited = started.elapsed();
@@ -80,8 +85,17 @@ impl InstanceDir {
         }
     }
 
-    fn try_lock(dir: PathBuf, mut label: Label, presence: Presence) -> Result<Option<Self>> {
+    /// Locks the directory unless another holder has it, or the caller has gone.
+    fn try_lock(dir: PathBuf, mut label: Label, presence: Presence, caller: &Weak<()>) -> Result<Option<Self>> {
+        let is_cancelled = || caller.upgrade().is_none();
+        if is_cancelled() {
+            return Ok(None);
+        }
         let Some(lock) = try_lock_dir(&dir).map_err(failed("lock", "locking its directory"))? else { return Ok(None) };
+        // Checked again under the lock: the call may have been dropped meanwhile, and the instance removed.
+        if is_cancelled() {
+            return Ok(None);
+        }
         let key = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
         let recorded = record::read::<Label>(&dir, LABEL).unwrap_or_else(|error| {
             tracing::warn!(directory = %dir.display(), %error, "the label of an instance is unreadable and will be replaced");
@@ -197,6 +211,23 @@ pub(super) mod tests {
         drop(clone);
         assert!(matches!(lock(dir.path(), 4).await, Err(Error::Fenced(_))));
         assert!(lock(dir.path(), 6).await.is_ok());
+    }
+
+    #[test]
+    fn attempt_of_a_dropped_call_records_nothing() {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+        let top = tempfile::tempdir().unwrap();
+        runtime.block_on(async {
+            let (release, released) = std::sync::mpsc::channel::<()>();
+            let busy = tokio::task::spawn_blocking(move || released.recv());
+            // The attempt is queued behind the busy thread when its caller is dropped.
+            assert!(futures::FutureExt::now_or_never(lock(top.path(), 5)).is_none());
+            drop(release);
+            assert!(busy.await.unwrap().is_err());
+            tokio::task::spawn_blocking(|| ()).await.unwrap();
+        });
+        assert_eq!(std::fs::read_dir(top.path()).unwrap().count(), 0);
     }
 
     /// Creates a directory for instances, and one for their supervisor locks.
