@@ -247,12 +247,20 @@ impl Process {
 
     async fn launch(&self, request: &LaunchRequest, if_running: IfRunning) -> Result<Outputs> {
         let instance = self.lock(&request.challenge, &request.identity, request.generation, Presence::Record).await?;
-        let Existing { alive, mut lock, record: before } = self.existing(&instance).await?;
+        let Existing { mut alive, mut lock, record: before } = self.existing(&instance).await?;
         if alive
             && if_running == IfRunning::Keep
             && let Some(record) = &before
         {
-            return self.wait_until_ready(&instance, record, None, &[LABEL]).await;
+            let kept = self.wait_until_ready(&instance, record, None, &[LABEL]).await;
+            let Err(error) = kept else { return kept };
+            let now = self.existing(&instance).await?;
+            if now.alive {
+                return Err(error);
+            }
+            // A cancelled launch may have left the instance starting, and it has exited since: it is started again.
+            tracing::info!(instance.identity = instance.identity(), %error, "a running instance exited before it was ready");
+            (alive, lock) = (false, now.lock);
         }
         if !alive && lock.is_none() {
             lock = Some(self.stop(&instance).await?);

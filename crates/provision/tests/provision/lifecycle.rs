@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use gauntlet_domain::{Identity, Provisioner as _};
 use gauntlet_provision::process::Process;
-use gauntlet_testing::{eventually_blocking, processes::is_running};
+use gauntlet_testing::{eventually, eventually_blocking, processes::is_running};
 use rustix::process::Signal;
 
 use crate::support::{Fixture, LaunchExt as _, launch, remove, send_signal, state};
@@ -34,6 +34,28 @@ async fn supervisors_and_programs_leave_no_zombie() {
     eventually_blocking("both are reaped", || {
         [supervisor, child].iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists())
     });
+}
+
+#[tokio::test]
+async fn instance_that_a_cancelled_launch_left_starting_is_started_again_if_it_exits() {
+    let fixture = Fixture::new();
+    let manager = fixture.manager();
+    let script =
+        "[ -e started ] && exec $GREETER; echo yes > started; while [ ! -e exit ]; do sleep 0.01; done; exit 1";
+    let launch = launch(1, 1, &fixture.script(script));
+    let started = || fixture.instance_dirs().first().is_some_and(|dir| !fixture.file(dir, "started").is_empty());
+    tokio::select! {
+        launched = manager.launch(&launch) => panic!("the program does not listen yet: {launched:?}"),
+        () = eventually("the program runs", async || started()) => {}
+    }
+    let mut repeated = manager.launch(&launch);
+    for _ in 0..1000 {
+        // Until it waits for the running program.
+        assert!(futures::poll!(&mut repeated).is_pending());
+        tokio::task::yield_now().await;
+    }
+    std::fs::write(fixture.instance_dir().join("work/exit"), "").unwrap();
+    repeated.await.unwrap();
 }
 
 #[tokio::test]

@@ -77,9 +77,9 @@ async fn one_supervisor_waits_for_the_next_instance_and_ends_with_its_manager() 
     assert!(pair.contains(&second) && pair.contains(&program), "{pair:?} waited, but {second} and {program} run");
     eventually_blocking("another pair waits", || waiting().len() == 3);
     // A waiting pair that was killed is not used.
-    for pid in waiting().into_iter().filter(|pid| *pid != second) {
-        send_signal(pid, Signal::KILL);
-    }
+    let killed: Vec<_> = waiting().into_iter().filter(|pid| *pid != second).collect();
+    killed.iter().for_each(|pid| send_signal(*pid, Signal::KILL));
+    eventually_blocking("the killed pair has exited", || killed.iter().all(|pid| !is_running(*pid)));
     manager.launch(&launch(3, 1, &fixture.greeter())).await.unwrap();
     drop(manager);
     eventually_blocking("the waiting pair has ended", || running(&own).len() == 3);
