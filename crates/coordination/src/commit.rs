@@ -1,4 +1,4 @@
-//! Releasing locks: the transactions that write an outcome and delete the owned key.
+//! Commits: the transactions that write an outcome and release the lock in one step.
 
 use std::sync::Arc;
 

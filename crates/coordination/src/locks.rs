@@ -49,6 +49,7 @@ impl<K: Kv> Core<K> {
         let own_key = live.key.clone();
         let (owned, mut response) = self.put_live(live, Subject::Lock(kind, id.clone()), txn, enqueue).await?;
         let mut ahead = response.next_read();
+        // Before this call's own key is taken out: the read may have included it.
         let truncated = ahead.len() == QUEUE_READ_LIMIT;
         ahead.retain(|kv| kv.key != own_key);
         let Some(owned) = owned else {
@@ -210,14 +211,14 @@ impl LockWait {
         ahead: Vec<KeyValue>,
         predecessors: Predecessors,
     ) -> WaitHandle {
-        let first = owners(core, ahead);
+        let known = owners(core, ahead);
         if !self.stats.contended {
             self.stats.contended = true;
             self.stats.queue_depth = depth as u64;
         }
-        self.stats.holder = first.last().and_then(|last| last.owner.origin.clone());
+        self.stats.holder = known.last().and_then(|last| last.owner.origin.clone());
         let (kind, challenge) = (self.kind, self.challenge.clone());
-        core.waits.register(WaitEntry { kind, challenge, since: Timestamp::now(), predecessors, first })
+        core.waits.register(WaitEntry { kind, challenge, since: Timestamp::now(), predecessors, first: known })
     }
 
     /// Waits for `turn`, and fails if the lease is lost first. `None` at the deadline.

@@ -119,7 +119,7 @@ pub enum Error {
     #[error("the stored state changed meanwhile")]
     Conflict,
     /// Another call held a lock for longer than this one could wait.
-    #[error("{what} is busy: waited {waited_ms} ms behind {ahead}")]
+    #[error("{what} is busy: waited {waited_ms} ms, queue depth {ahead}")]
     Busy {
         /// The lock.
         what: String,

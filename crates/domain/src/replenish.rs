@@ -1,4 +1,4 @@
-//! Keeping pools within their bounds without a lock: an instance is added only while the pool still has the version at which it was counted.
+//! Replenishes pools, and drains what is above their bounds, without a lock: an instance is added only while the pool still has the version at which it was counted.
 //! So two replicas, or a replica and a create, never both add an instance on the strength of the same count.
 
 use std::sync::Arc;

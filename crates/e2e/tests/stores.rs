@@ -46,7 +46,7 @@ fn directory_of_another_store_is_refused() {
     assert!(refused.is_err(), "the manager started");
     let output = std::fs::read_to_string(log).unwrap();
     let directory = world.path("data/process").canonicalize().unwrap().display().to_string();
-    for part in ["contains the instances of store", "and this is store", &directory, "give another directory"] {
+    for part in ["contains the instances of store", "but this is store", &directory, "use another directory"] {
         assert!(output.contains(part), "{part:?} is not in:\n{output}");
     }
     fetch(&url).expect("the instance keeps running");

@@ -121,9 +121,10 @@ pub struct Config {
     #[arg(long, env = "KEEPALIVE", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Limits")]
     pub keepalive: Duration,
 
-    /// How long a call waits for locks in all before it fails with UNAVAILABLE.
-    #[arg(long, env = "LOCK_TIMEOUT", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
+    /// How long a call waits for locks in all, before it fails with UNAVAILABLE (503).
+    #[arg(long, env = "LOCK_TIMEOUT", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Limits")]
     pub lock_timeout: Duration,
+
     /// How often to look for unfinished work that a crash left behind.
     #[arg(long, env = "RECONCILE_EVERY", default_value = "30s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
     pub reconcile_every: Duration,
@@ -256,6 +257,21 @@ mod tests {
         assert!(config.etcd_endpoints.is_empty());
         assert_eq!(config.port, 8080);
         assert_eq!(config.debug_address, DebugAddress(Some(([127, 0, 0, 1], 8081).into())));
+    }
+
+    #[test]
+    fn default_limits_are_those_of_the_domain() {
+        let (config, domain) = (parse(&[]).unwrap(), gauntlet_domain::Settings::default());
+        assert_eq!((config.lock_timeout, config.pool_max), (domain.lock_timeout, domain.pool_max));
+        assert_eq!(config.lock_timeout, Duration::from_secs(30));
+    }
+
+    #[test]
+    fn default_timeouts() {
+        let config = parse(&[]).unwrap();
+        let seconds =
+            [config.reconcile_every, config.header_timeout, config.stall_timeout, config.keepalive, config.drain];
+        assert_eq!(seconds.map(|timeout| timeout.as_secs()), [30, 30, 30, 30, 5]);
     }
 
     #[test]

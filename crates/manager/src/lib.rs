@@ -6,7 +6,6 @@ mod claimed;
 mod config;
 mod connections;
 mod deadline;
-mod errors;
 mod eviction;
 mod exits;
 #[cfg(test)]
@@ -18,6 +17,7 @@ mod observed;
 mod operations;
 mod pools;
 mod reconciler;
+mod report;
 mod rest;
 mod server;
 mod signals;

@@ -1,4 +1,4 @@
-//! The reconciler: finishes or undoes the work that a crash or a failure left unfinished. Every replica runs it, periodically and on request.
+//! Runs the reconciler ([`Gauntlet::reconcile`]) in this replica, periodically and on request.
 
 use std::time::Duration;
 

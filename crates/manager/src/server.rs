@@ -21,8 +21,8 @@ use tower::{Layer as _, ServiceExt as _, util::MapResponseLayer};
 use crate::{
     connections::{Port, accept},
     deadline::{DeadlineLayer, TimedRequestBody},
-    errors,
     grpc::Handlers,
+    report,
     tasks::Tasks,
 };
 
@@ -70,11 +70,12 @@ where
         .add_service(reflection().build_v1().context("reflection")?)
         .add_service(reflection().build_v1alpha().context("reflection")?)
         .prepare();
-    let errors = MapResponseLayer::new(errors::report);
-    let grpc = GrpcServerLayer::new(instruments, METHODS).layer(errors.layer(DeadlineLayer.layer(routes)));
+    let reported = MapResponseLayer::new(report::report_failure);
+    let grpc = GrpcServerLayer::new(instruments, METHODS).layer(reported.layer(DeadlineLayer.layer(routes)));
     let grpc = tonic_web::GrpcWebLayer::new().layer(grpc);
-    let rest =
-        rest.layer(MapResponseLayer::new(errors::report)).layer(HttpServerLayer::new(instruments, &["/healthcheck"]));
+    let rest = rest
+        .layer(MapResponseLayer::new(report::report_failure))
+        .layer(HttpServerLayer::new(instruments, &["/healthcheck"]));
     Ok(Router::new().fallback(move |request: Request| {
         let (grpc, rest) = (grpc.clone(), rest.clone());
         async move {

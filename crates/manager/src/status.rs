@@ -1,4 +1,4 @@
-//! Maps domain errors to the gRPC statuses of the contract. The only place that knows codes.
+//! Maps domain errors to the gRPC statuses of the contract. The only place that knows status codes.
 
 use std::{fmt, sync::Arc};
 
@@ -6,7 +6,7 @@ use gauntlet_api::error;
 use gauntlet_domain::Error;
 use tonic::{Code, Status};
 
-/// Why a call failed: the [source](std::error::Error::source) of its status, for [`errors::report`](crate::errors::report). Sources are never
+/// Why a call failed: the [source](std::error::Error::source) of its status, for [`report::report_failure`](crate::report::report_failure). Sources are never
 /// sent to clients, so this may name hosts, paths and causes.
 #[derive(Debug)]
 pub(crate) enum Cause {

@@ -88,7 +88,7 @@ const MAX_CONCURRENT_STOPS: usize = 64;
 
 /// The `process` backend of [`Provisioner`].
 ///
-/// A call waits at most [`Config::lock_timeout`] for another manager that works on the same instance. A launch then takes at most the plan's
+/// A call waits at most [`Config::directory_lock_timeout`] for another manager that works on the same instance. A launch then takes at most the plan's
 /// readiness timeout, a removal the grace period and a few seconds.
 ///
 /// # Cancel safety
@@ -296,7 +296,7 @@ impl Process {
         generation: u64,
         presence: Presence,
     ) -> Result<InstanceDir> {
-        let timeout = self.config.lock_timeout;
+        let timeout = self.config.directory_lock_timeout;
         InstanceDir::lock(&self.instances, challenge, identity, generation, presence, timeout).await
     }
 

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status};
 
-use crate::{errors::StreamFailure, operations::Operations, status::status};
+use crate::{operations::Operations, report::StreamFailure, status::status};
 
 /// The messages of a stream; it ends after the first error.
 pub(crate) type Messages<M> = Pin<Box<dyn Stream<Item = Result<M, Status>> + Send>>;

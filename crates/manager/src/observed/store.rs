@@ -61,6 +61,9 @@ impl LockLayer for ObservedLocks {
                 Ok(acquired.map_guard(|guard| self.observe(&span, guard)))
             }
             Err(error) => {
+                if let Error::Busy { ahead, .. } = &error {
+                    span.record("lock.contended", true).record("lock.queue_depth", *ahead);
+                }
                 if error.is_fault() && error != Error::Conflict {
                     span.record("error.type", error.code());
                     span.in_scope(|| context::fail_span(error.to_string()));

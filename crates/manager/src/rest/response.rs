@@ -51,7 +51,7 @@ impl From<Status> for Failure {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let mut response = with_json(error::http_status(self.0.code()), error::body(&self.0));
-        // `errors::report` reads it. tonic does the same for its responses.
+        // `report::report_failure` reads it. tonic does the same for its responses.
         response.extensions_mut().insert(self.0);
         response
     }

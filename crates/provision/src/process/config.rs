@@ -39,7 +39,7 @@ pub struct Config {
     /// The delays before an instance that ended on its own is launched again.
     pub restart: Restart,
     /// How long to wait for another manager that works on the same instance.
-    pub lock_timeout: Duration,
+    pub directory_lock_timeout: Duration,
 }
 
 impl Config {
@@ -60,7 +60,7 @@ impl Config {
             grace: Duration::from_secs(2),
             cgroups: true,
             restart: Restart::default(),
-            lock_timeout: Duration::from_secs(10),
+            directory_lock_timeout: Duration::from_secs(10),
         }
     }
 }

@@ -36,7 +36,7 @@ use super::{
 };
 
 /// How long to wait for other reservations, each of which takes milliseconds.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+const PORTS_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 const STEP: &str = "allocate";
 
 /// The reservations of one directory.
@@ -173,7 +173,7 @@ impl Ports {
     }
 
     fn lock(&self) -> Result<File> {
-        let deadline = Instant::now() + LOCK_TIMEOUT;
+        let deadline = Instant::now() + PORTS_LOCK_TIMEOUT;
         let lock_failed = failed(STEP, "locking the ports");
         let file = match File::open(&self.dir) {
             Ok(file) => file,

@@ -44,7 +44,7 @@ use super::{
 pub(super) const SUPERVISE: &str = "__instance-shim";
 
 /// How long to wait for the supervisor lock, which a manager may hold for a moment to check it.
-const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
+const SUPERVISOR_LOCK_TIMEOUT: Duration = Duration::from_millis(500);
 const LOCK_PAUSE: Duration = Duration::from_millis(2);
 
 /// Supervises an instance and never returns, if this process was started for that; otherwise returns at once. Call it first in `main`, before
@@ -174,7 +174,7 @@ fn close_inherited() -> io::Result<()> {
 
 /// Waits for the supervisor lock; `None` if another process keeps it, or the directory has been removed.
 fn wait_for_lock(dir: &Path) -> io::Result<Option<File>> {
-    let deadline = Instant::now() + LOCK_TIMEOUT;
+    let deadline = Instant::now() + SUPERVISOR_LOCK_TIMEOUT;
     loop {
         match record::try_supervisor_lock(dir, LockRole::Supervisor) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::support::{Fixture, LaunchExt as _, Script, challenge, greeting_at, launch};
 use gauntlet_domain::{Error, Identity, Provisioner};
+use gauntlet_testing::eventually;
 
 /// What the tests need from a backend.
 trait Backend {
@@ -137,9 +138,9 @@ async fn crash_after_reserve_can_be_finished_or_undone(backend: impl Backend) {
     let one = launch(1, 1, &backend.plan("one"));
     let ports = one.reserve(&*backend.manager()).await.unwrap().ports;
     let manager = backend.manager();
-    let found = manager.list().await.unwrap();
-    assert_eq!(found.len(), 1, "the reserved instance must be listed");
-    assert!(!found[0].alive);
+    assert_eq!(manager.list().await.unwrap().len(), 1, "the reserved instance must be listed");
+    // A process that starts elsewhere in these tests has a copy of the lock until it calls exec.
+    eventually("the instance is listed as stopped", async || !manager.list().await.unwrap()[0].alive).await;
     let placement = one.reserve(&*manager).await.unwrap();
     assert_eq!(placement.ports, ports);
     let outputs = manager.up(&one.request(placement)).await.unwrap();

@@ -29,7 +29,7 @@ impl StreamFailure {
 
 /// Reports the error in a response's extensions ([`Status`] or [`StreamFailure`]). Map it over the responses of a service, inside the layer that
 /// makes the span of the call. The error of a stream is reported when it is passed on, or when the body is dropped.
-pub(crate) fn report<B>(response: Response<B>) -> Response<ReportedBody<B>> {
+pub(crate) fn report_failure<B>(response: Response<B>) -> Response<ReportedBody<B>> {
     if let Some(status) = response.extensions().get::<Status>() {
         report_cause(status);
     }
@@ -126,7 +126,7 @@ mod tests {
     #[test]
     fn error_of_a_call_is_logged_once_and_not_sent() {
         let logs = Logs::default();
-        let response = logs.record(|| report(failed().into_http::<Full<bytes::Bytes>>()));
+        let response = logs.record(|| report_failure(failed().into_http::<Full<bytes::Bytes>>()));
         assert_eq!(logs.containing("disk of host-7"), 1);
         let sent = format!("{:?}", response.headers());
         assert!(sent.contains("grpc-status") && !sent.contains("host-7"), "{sent}");
@@ -137,7 +137,7 @@ mod tests {
         let (logs, failure) = (Logs::default(), StreamFailure::default());
         let mut response = Response::new(Full::new(bytes::Bytes::from_static(b"message")));
         response.extensions_mut().insert(failure.clone());
-        let response = logs.record(|| report(response));
+        let response = logs.record(|| report_failure(response));
         failure.set(&failed());
         assert_eq!(logs.containing("disk of host-7"), 0);
         logs.record(|| response.into_body().collect().now_or_never().unwrap()).unwrap();
@@ -150,7 +150,7 @@ mod tests {
         let mut response = Response::new(Full::new(bytes::Bytes::new()));
         response.extensions_mut().insert(failure.clone());
         failure.set(&failed());
-        logs.record(|| drop(report(response)));
+        logs.record(|| drop(report_failure(response)));
         assert_eq!(logs.containing("disk of host-7"), 1);
     }
 }
