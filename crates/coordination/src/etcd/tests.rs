@@ -93,6 +93,38 @@ async fn frozen_etcd_does_not_hang_calls() {
     store.shutdown().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn next_write_goes_to_another_endpoint_after_an_unknown_outcome() {
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let servers = dirs.each_ref().map(|dir| Server::start(dir.path()).unwrap());
+    let endpoints = servers.each_ref().map(Server::url);
+    let config = EtcdConfig { deadline: Duration::from_millis(500), ..EtcdConfig::new(endpoints) };
+    let etcd = tokio::task::spawn_blocking(move || Etcd::new(&config, database())).await.unwrap().unwrap();
+    let write = || etcd.txn(Txn { compare: Vec::new(), success: vec![Op::put("key", "value")], failure: Vec::new() });
+    eventually("the first endpoint answers", async || write().await.is_ok()).await;
+    etcd.start_at(0);
+    servers[0].process.signal(rustix::process::Signal::STOP);
+    eventually("a write has an unknown outcome", async || matches!(write().await, Err(KvError::Ambiguous(_)))).await;
+    write().await.unwrap();
+    servers[0].process.signal(rustix::process::Signal::CONT);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn watch_begins_with_a_list_of_several_pages() {
+    const KEYS: usize = LIST_PAGE + 100;
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path()).unwrap();
+    let config = EtcdConfig::new([server.url()]);
+    let etcd = tokio::task::spawn_blocking(move || Etcd::new(&config, database())).await.unwrap().unwrap();
+    let puts: Vec<_> = (0..KEYS).map(|number| Op::put(format!("key {number:05}"), "")).collect();
+    // etcd takes at most 128 operations in a transaction.
+    for puts in puts.chunks(128) {
+        etcd.txn(Txn { compare: Vec::new(), success: puts.to_vec(), failure: Vec::new() }).await.unwrap();
+    }
+    let watch = etcd.list_and_watch(KeyRange::between("key ", "key!")).await.unwrap();
+    assert_eq!(watch.keys.len(), KEYS);
+}
+
 /// The calls that etcd counts in its own metrics, by method, without those of the replica's background tasks.
 async fn served(server: &Server) -> std::collections::BTreeMap<String, u64> {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -297,7 +329,8 @@ fn debug_hides_the_password() {
         password: Some("hunter2".into()),
         ..EtcdConfig::new(["http://a:1".to_owned()])
     };
-    assert!(!format!("{config:?}").contains("hunter2"));
+    let text = format!("{config:?}");
+    assert!(text.contains("http://a:1") && !text.contains("hunter2"), "{text}");
 }
 
 /// Writes an authority's certificate, and a certificate for loopback with its key that the authority signed.
