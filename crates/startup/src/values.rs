@@ -14,7 +14,7 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 }
 
 /// Parses a size in bytes: a whole number of B, KiB, MiB or GiB. A number without a unit is refused, as are decimal units and fractions,
-/// which are easily mistaken for something else.
+/// which are easily mistaken for something else. The `bytesize` crate accepts all of these.
 ///
 /// # Errors
 /// When the text is not such a size, or one above 2^64 - 1 bytes. The message has the text and the expected form.
