@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
     BTreeMap::from([
         ("gauntlet-api", &[] as &[_]),
+        ("gauntlet-access", &[]),
+        ("gauntlet-sandbox", &[]),
         ("gauntlet-domain", &[]),
         ("gauntlet-telemetry", &[]),
         ("gauntlet-stack", &[]),
@@ -13,10 +15,11 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("gauntlet-client", &["gauntlet-api", "gauntlet-telemetry"]),
         ("gauntlet-coordination", &["gauntlet-domain", "gauntlet-telemetry"]),
         ("gauntlet-scenario", &["gauntlet-domain", "gauntlet-telemetry"]),
-        ("gauntlet-provision", &["gauntlet-domain", "gauntlet-telemetry"]),
+        ("gauntlet-provision", &["gauntlet-domain", "gauntlet-sandbox", "gauntlet-telemetry"]),
         (
             "gauntlet-manager",
             &[
+                "gauntlet-access",
                 "gauntlet-api",
                 "gauntlet-coordination",
                 "gauntlet-domain",
@@ -30,6 +33,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         (
             "gauntlet-cli",
             &[
+                "gauntlet-access",
                 "gauntlet-api",
                 "gauntlet-client",
                 "gauntlet-domain",

@@ -1,0 +1,1 @@
+//! Runs a program in namespaces of its own, with a minimal root, without capabilities, and with limits.
