@@ -1,4 +1,4 @@
-//! Checks that every test named in `docs/guarantees.md` exists and is run by a test binary.
+//! Checks that every test named in `docs/guarantees.md` and `docs/security.md` exists and is run by a test binary.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,14 +12,21 @@ use crate::runner::Binary;
 const CONTRACT: &str = "crates/coordination/src/contract";
 const BACKENDS: [&str; 2] = ["embedded", "etcd"];
 
+/// The documents, and how many tests each names at least: a check that finds none would pass.
+const DOCUMENTS: [(&str, usize); 2] = [("docs/guarantees.md", 50), ("docs/security.md", 20)];
+
 /// # Errors
-/// When a named test is not run. The error lists all of them.
+/// When a named test is not run. The error lists all of a document.
 pub(crate) fn check(binaries: &[Binary]) -> Result<()> {
-    let path = workspace_root().join("docs/guarantees.md");
+    DOCUMENTS.into_iter().try_for_each(|(document, least)| check_document(document, least, binaries))
+}
+
+fn check_document(document: &str, least: usize, binaries: &[Binary]) -> Result<()> {
+    let path = workspace_root().join(document);
     let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
     let named = named_tests(&text);
-    if named.len() < 50 {
-        bail!("docs/guarantees.md names only {} tests; write them as `file.rs::function`", named.len());
+    if named.len() < least {
+        bail!("{document} names only {} tests; write them as `file.rs::function`", named.len());
     }
     let missing: Vec<String> = named
         .into_iter()
@@ -27,7 +34,7 @@ pub(crate) fn check(binaries: &[Binary]) -> Result<()> {
         .map(|(file, function)| format!("{}::{function}", file.display()))
         .collect();
     if !missing.is_empty() {
-        bail!("docs/guarantees.md names tests that no test binary runs: {}", missing.join(", "));
+        bail!("{document} names tests that no test binary runs: {}", missing.join(", "));
     }
     Ok(())
 }
