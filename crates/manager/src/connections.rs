@@ -28,7 +28,10 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use self::activity::Activity;
-use crate::tasks::Tasks;
+use crate::{
+    peer::{Peer, PeerAddress, Policy},
+    tasks::Tasks,
+};
 
 /// At shutdown: how long to wait for an idle connection to close, and for half-sent headers to become a call.
 const IDLE_CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
@@ -60,6 +63,7 @@ pub(crate) struct Port {
     /// The value of `server` in metrics and logs.
     pub(crate) name: &'static str,
     pub(crate) limits: Limits,
+    pub(crate) policy: Policy,
     pub(crate) router: Router,
     /// Whether the limit on calls doesn't apply to a request: health checks.
     pub(crate) is_exempt: fn(&Request) -> bool,
@@ -84,8 +88,8 @@ pub(crate) async fn accept(tasks: Tasks, port: Port, listener: TcpListener, stop
             () = stop.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, address) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) if is_client_gone(&error) => continue,
             Err(error) => {
                 port.refused("accept_failed");
@@ -100,9 +104,10 @@ pub(crate) async fn accept(tasks: Tasks, port: Port, listener: TcpListener, stop
         };
         // Responses are written whole: Nagle's algorithm would only delay them.
         let _ = stream.set_nodelay(true);
+        let peer = Peer { address: PeerAddress::Tcp(address), certificate: None, policy: port.policy };
         let (port, calls, executor) = (port.clone(), calls.clone(), tasks.clone());
         tasks.spawn("connection", |stop| async move {
-            if let Some(reason) = serve_connection(&port, calls, executor, stream, stop).await {
+            if let Some(reason) = serve_connection(&port, calls, executor, stream, peer, stop).await {
                 port.refused(reason);
             }
             drop(slot);
@@ -122,6 +127,7 @@ async fn serve_connection(
     calls: Arc<Semaphore>,
     executor: Tasks,
     stream: TcpStream,
+    peer: Peer,
     stop: CancellationToken,
 ) -> Option<&'static str> {
     let limits = port.limits;
@@ -133,7 +139,8 @@ async fn serve_connection(
         .timer(TokioTimer::new())
         .keep_alive_interval(limits.keepalive)
         .keep_alive_timeout(MAX_PING_TIMEOUT.min(limits.keepalive));
-    let service = service_fn(|request| serve_call(port.clone(), calls.clone(), activity.clone(), request));
+    let service =
+        service_fn(|request| serve_call(port.clone(), calls.clone(), activity.clone(), peer.clone(), request));
     let mut connection = pin!(builder.serve_connection(TokioIo::new(activity.stream(stream)), service));
 
     // hyper applies its own timeouts only once it knows the version of HTTP.
@@ -184,9 +191,11 @@ async fn serve_call(
     port: Port,
     calls: Arc<Semaphore>,
     activity: Activity,
-    request: hyper::Request<Incoming>,
+    peer: Peer,
+    mut request: hyper::Request<Incoming>,
 ) -> Result<Response, Infallible> {
     let call = activity.begin_call(request.version());
+    request.extensions_mut().insert(peer);
     let request = request.map(Body::new);
     let permit = match calls.try_acquire_owned() {
         Ok(permit) => Some(permit),

@@ -15,6 +15,7 @@ mod grpc;
 mod health;
 mod observed;
 mod operations;
+mod peer;
 mod pools;
 mod reconciler;
 mod report;
@@ -122,6 +123,7 @@ impl Manager {
         let port = |name, router| Port {
             name,
             limits: config.limits(),
+            policy: peer::Policy { anonymous: Some(gauntlet_access::Scope::Admin) },
             router,
             is_exempt: server::is_health_check,
             overloaded: server::overloaded,

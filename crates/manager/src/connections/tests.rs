@@ -7,8 +7,9 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use axum::{body::Bytes, routing::get};
+use axum::{Extension, body::Bytes, routing::get};
 use futures::stream;
+use gauntlet_access::Scope;
 use gauntlet_telemetry::Instruments;
 use gauntlet_testing::eventually;
 use http::StatusCode;
@@ -71,9 +72,11 @@ async fn serve(limits: Limits) -> Served {
     let port = Port {
         name: "test",
         limits,
+        policy: Policy { anonymous: Some(Scope::Operate) },
         router: Router::new()
             .route("/", get(async || "here"))
             .route("/healthcheck", get(async || "ok"))
+            .route("/peer", get(peer))
             .route("/waits", get(waits))
             .route("/endless", get(endless)),
         is_exempt: crate::server::is_health_check,
@@ -130,6 +133,10 @@ impl Served {
     }
 }
 
+async fn peer(Extension(peer): Extension<Peer>) -> String {
+    format!("{} {:?} {}", peer.address, peer.policy.anonymous, peer.certificate.is_none())
+}
+
 fn request(path: &str) -> String {
     format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n")
 }
@@ -146,6 +153,14 @@ async fn read_head(stream: &mut TcpStream) -> String {
 async fn wait_until_closed(mut stream: TcpStream) {
     let reading = async { while !matches!(stream.read(&mut [0; 64 * 1024]).await, Ok(0) | Err(_)) {} };
     tokio::time::timeout(LONG, reading).await.expect("the connection to be closed");
+}
+
+#[tokio::test]
+async fn requests_carry_their_peer() {
+    let served = serve(NO_TIMEOUTS).await;
+    let mut stream = served.connect_and_send(request("/peer").as_bytes()).await;
+    let expected = format!("{} Some(Operate) true", stream.local_addr().unwrap());
+    assert!(read_head(&mut stream).await.ends_with(&expected));
 }
 
 #[tokio::test]
