@@ -5,7 +5,7 @@ use std::{num::NonZeroUsize, time::Duration};
 use clap::Parser;
 use gauntlet_client::ServerAddress;
 use gauntlet_startup::duration;
-use tracing::level_filters::LevelFilter;
+use gauntlet_telemetry::log_level;
 
 /// An alias, because clap treats a field of type `Option` as optional and would not pass an empty value to the parser.
 type Interval = Option<Duration>;
@@ -34,7 +34,7 @@ pub struct Config {
     /// Use the v1 API alone: read all instances, instead of asking the server for the expired ones (gauntlet.v1).
     #[arg(long)]
     pub v1_only: bool,
-    /// The log level: error, warn, info, debug or trace, or a list such as info,gauntlet_janitor=debug.
+    /// The log level: error, warn, info, debug, trace or off, or a list such as info,gauntlet_janitor=debug.
     #[arg(long, env = "LOG_LEVEL", default_value = "info", value_parser = log_level, value_name = "LEVEL")]
     pub log_level: String,
 }
@@ -56,21 +56,6 @@ impl Config {
 
 fn interval(text: &str) -> Result<Interval, String> {
     if text.is_empty() { Ok(None) } else { duration(text).map(Some) }
-}
-
-fn log_level(text: &str) -> Result<String, String> {
-    let is_level = |level: &str| level.parse::<LevelFilter>().is_ok();
-    let is_directive = |directive: &str| match directive.rsplit_once('=') {
-        Some((target, level)) => !target.is_empty() && is_level(level),
-        None => is_level(directive),
-    };
-    if text.split(',').all(is_directive) {
-        Ok(text.to_owned())
-    } else {
-        Err(format!(
-            "expected error, warn, info, debug or trace, or a list such as info,gauntlet_janitor=debug; got {text:?}"
-        ))
-    }
 }
 
 #[cfg(test)]

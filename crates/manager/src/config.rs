@@ -4,6 +4,7 @@ use std::{ffi::OsString, net::SocketAddr, num::NonZeroU32, path::PathBuf, time::
 
 use clap::{CommandFactory as _, Parser, error::ErrorKind};
 use gauntlet_startup::{duration, size};
+use gauntlet_telemetry::log_level;
 use secrecy::SecretString;
 use tokio::sync::Semaphore;
 
@@ -134,7 +135,7 @@ pub struct Config {
     #[arg(long, env = "DRAIN", default_value = "5s", value_parser = duration, value_name = "DURATION", help_heading = "Background")]
     pub drain: Duration,
     /// The log level, or a list with levels of modules, such as info,gauntlet_manager=debug.
-    #[arg(long, env = "LOG_LEVEL", default_value = "info", value_name = "LEVEL", help_heading = "Background")]
+    #[arg(long, env = "LOG_LEVEL", default_value = "info", value_parser = log_level, value_name = "LEVEL", help_heading = "Background")]
     pub log_level: String,
 }
 

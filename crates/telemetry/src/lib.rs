@@ -35,4 +35,5 @@ pub use self::export::{ExportStart, ExportState};
 pub use self::gauges::{Gauges, Sample};
 pub use self::instruments::Instruments;
 pub use self::settings::Settings;
+pub use self::subscriber::log_level;
 pub use self::telemetry::{FlushTimeout, SHUTDOWN_TIMEOUT, Telemetry};

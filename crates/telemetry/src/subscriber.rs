@@ -19,6 +19,8 @@ use crate::settings::Settings;
 /// The libraries that exporters use. With their spans, telemetry would trace its own export.
 const TRANSPORT_LIBRARIES: [&str; 7] = ["hyper", "h2", "tonic", "tower", "reqwest", "rustls", "opentelemetry"];
 
+const LEVELS: &str = "error, warn, info, debug, trace or off, or a list";
+
 /// The filter of log lines and log records. A filter cannot be cloned, so each layer needs its own.
 pub(crate) fn log_filter(settings: &Settings, config: &Config) -> Result<EnvFilter, EnvError> {
     let (variable, text) = match &config.log_filter {
@@ -26,7 +28,7 @@ pub(crate) fn log_filter(settings: &Settings, config: &Config) -> Result<EnvFilt
         None => ("LOG_LEVEL", settings.log_filter.as_str()),
     };
     let invalid = || {
-        let fix = "set it to error, warn, info, debug, trace or off, or to a list such as info,gauntlet_manager=debug";
+        let fix = format!("set it to {LEVELS} such as info,gauntlet_manager=debug");
         EnvError::new(variable, text, fix)
     };
     // EnvFilter would take an unknown level for the name of a module, and silence all others.
@@ -36,6 +38,21 @@ pub(crate) fn log_filter(settings: &Settings, config: &Config) -> Result<EnvFilt
     // The SDK logs every failed batch. `export::Health` counts them and warns once a minute.
     let filter = if text.contains("opentelemetry") { text.to_owned() } else { format!("opentelemetry=off,{text}") };
     EnvFilter::try_new(filter).map_err(|_| invalid())
+}
+
+/// Parses the value of a flag for the log level: a level, or a list with levels of modules. An empty text is `info`, because empty variables
+/// count as unset.
+///
+/// # Errors
+/// What was expected, and the value.
+pub fn log_level(text: &str) -> Result<String, String> {
+    if text.is_empty() {
+        return Ok("info".to_owned());
+    }
+    if text.split(',').all(is_level_directive) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("expected {LEVELS} such as info,gauntlet_manager=debug; got {text:?}"))
 }
 
 /// Whether a part of a log filter is a level, or the level of a module such as `gauntlet_manager=debug`.
@@ -87,15 +104,18 @@ pub(crate) fn subscriber(
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
 
     #[test]
     fn log_level_takes_levels_of_modules() {
+        assert_eq!(log_level("").as_deref(), Ok("info"));
         for valid in ["info", "off", "info,gauntlet_manager=debug", "gauntlet_manager=debug"] {
-            assert!(valid.split(',').all(is_level_directive), "{valid}");
+            assert_eq!(log_level(valid).as_deref(), Ok(valid));
         }
-        for invalid in ["", "loud", "info,", "=debug", "gauntlet_manager", "gauntlet_manager=loud"] {
-            assert!(!invalid.split(',').all(is_level_directive), "{invalid}");
+        for invalid in [",", "loud", "info,", "=debug", "gauntlet_manager", "gauntlet_manager=loud"] {
+            let error = log_level(invalid).unwrap_err();
+            assert!(error.contains(&format!("got {invalid:?}")), "{error}");
         }
     }
 
