@@ -1,1 +1,3 @@
 //! Runs a program in namespaces of its own, with a minimal root, without capabilities, and with limits.
+
+pub mod forward;
