@@ -258,6 +258,12 @@ pub fn unavailable(reason: &str) -> Status {
     )
 }
 
+/// The caller may not do this, whatever the request says. `reason` is the error's stable code; the contract doesn't list it.
+#[must_use]
+pub fn forbidden(reason: &str, message: &str) -> Status {
+    Status::with_error_details_vec(Code::PermissionDenied, message, [info(DOMAIN, reason, [])])
+}
+
 /// A field with an invalid value of the right type, such as an empty id or a negative timeout: `why` names the value and the fix. The
 /// contract defines no reason for it.
 #[must_use]

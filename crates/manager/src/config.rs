@@ -1,6 +1,12 @@
 //! The manager's configuration: flags and environment variables, checked before anything starts. chall-manager's variables are accepted.
 
-use std::{ffi::OsString, net::SocketAddr, num::NonZeroU32, path::PathBuf, time::Duration};
+use std::{
+    ffi::OsString,
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
+    path::PathBuf,
+    time::Duration,
+};
 
 use clap::{CommandFactory as _, Parser, error::ErrorKind};
 use gauntlet_startup::{duration, size};
@@ -8,7 +14,10 @@ use gauntlet_telemetry::log_level;
 use secrecy::SecretString;
 use tokio::sync::Semaphore;
 
-use crate::connections::Limits;
+use crate::{
+    connections::Limits,
+    origin::{HostName, Hosts, Origin, OriginPolicy},
+};
 
 /// The shortest lease that etcd grants.
 const MIN_LEASE_TTL: Duration = Duration::from_secs(2);
@@ -31,6 +40,14 @@ pub struct Config {
     /// The address of the debug page, or "off". The page shows traces without asking for a password: keep it off public networks.
     #[arg(long, env = "DEBUG_ADDRESS", default_value = "127.0.0.1:8081", value_name = "ADDRESS", value_parser = debug_address)]
     pub debug_address: DebugAddress,
+    /// The origins of web pages on other hosts that may call the API, such as https://ctf.example, separated by commas. Pages of all other
+    /// origins are refused.
+    #[arg(long, env = "ALLOW_ORIGIN", value_delimiter = ',', value_name = "ORIGIN,...")]
+    pub(crate) allow_origin: Vec<Origin>,
+    /// The host names by which clients reach this manager, separated by commas. A listener on loopback always accepts localhost and loopback
+    /// addresses, and refuses other names. Other listeners accept every name unless this is set.
+    #[arg(long, env = "ALLOW_HOST", value_delimiter = ',', value_name = "HOST,...")]
+    pub(crate) allow_host: Vec<HostName>,
     /// The data directory: instances, cached scenarios, the flag key and, without etcd, the store.
     #[arg(long, env = "DIR", default_value = "gauntlet-data", value_name = "DIR")]
     pub dir: PathBuf,
@@ -225,6 +242,16 @@ impl Config {
         credentials(self.oci_username.as_ref(), self.oci_password.as_ref())
     }
 
+    /// What a listener on `address` accepts from web pages.
+    pub(crate) fn origins(&self, address: IpAddr) -> OriginPolicy {
+        let any = !address.to_canonical().is_loopback() && self.allow_host.is_empty();
+        OriginPolicy {
+            allowed_origins: self.allow_origin.clone().into(),
+            allowed_hosts: self.allow_host.clone().into(),
+            hosts: if any { Hosts::Any } else { Hosts::Listed },
+        }
+    }
+
     /// The limits of each port.
     pub(crate) fn limits(&self) -> Limits {
         let count = |count: NonZeroU32| usize::try_from(count.get()).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
@@ -315,11 +342,24 @@ mod tests {
             (["--port", "70000"], "70000"),
             (["--scenario-keep", "10GB"], "expected a size such as 500MiB or 10GiB"),
             (["--lease-ttl", "1s"], "at least 2s"),
+            (["--allow-origin", "ctf.example"], "expected an origin such as"),
+            (["--allow-host", "a:80"], "expected a host name such as"),
             (["--etcd-deadline", "10s"], "--lease-ttl (LEASE_TTL) is 10s: a call must end before"),
         ] {
             let text = parse(&arguments).unwrap_err().to_string();
             assert!(text.contains(part) && text.contains(arguments[0]), "{text}");
         }
+    }
+
+    #[test]
+    fn hosts_are_checked_on_loopback_or_when_listed() {
+        let hosts =
+            |arguments: &[&str], address: &str| parse(arguments).unwrap().origins(address.parse().unwrap()).hosts;
+        for address in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
+            assert_eq!(hosts(&[], address), Hosts::Listed, "{address}");
+        }
+        assert_eq!(hosts(&[], "0.0.0.0"), Hosts::Any);
+        assert_eq!(hosts(&["--allow-host", "gauntlet.example"], "0.0.0.0"), Hosts::Listed);
     }
 
     #[test]

@@ -7,12 +7,7 @@ mod activity;
 
 use std::{convert::Infallible, future::Future, io, pin::pin, sync::Arc, time::Duration};
 
-use axum::{
-    Router,
-    body::Body,
-    extract::Request,
-    response::{IntoResponse as _, Response},
-};
+use axum::{Router, body::Body, extract::Request, response::Response};
 use gauntlet_telemetry::instruments;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
@@ -25,10 +20,12 @@ use tokio::{
     time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 use tower::ServiceExt as _;
 
 use self::activity::Activity;
 use crate::{
+    origin::OriginPolicy,
     peer::{Peer, PeerAddress, Policy},
     tasks::Tasks,
 };
@@ -67,9 +64,18 @@ pub(crate) struct Port {
     pub(crate) router: Router,
     /// Whether the limit on calls doesn't apply to a request: health checks.
     pub(crate) is_exempt: fn(&Request) -> bool,
-    /// The response to a call beyond the limit.
-    pub(crate) overloaded: fn(&Request) -> Response,
+    /// The response to a call that is refused before the router sees it, in the protocol of the request.
+    pub(crate) refuse: fn(&Request, Status) -> Response,
+    pub(crate) origins: OriginPolicy,
     pub(crate) refusals: instruments::Server,
+}
+
+/// Why a call is refused before the router sees it.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    /// The value of `reason` in the metric.
+    pub(crate) reason: &'static str,
+    pub(crate) status: Status,
 }
 
 impl Port {
@@ -197,12 +203,17 @@ async fn serve_call(
     let call = activity.begin_call(request.version());
     request.extensions_mut().insert(peer);
     let request = request.map(Body::new);
+    if let Err(Refusal { reason, status }) = port.origins.check(&request) {
+        port.refused(reason);
+        return Ok((port.refuse)(&request, status));
+    }
     let permit = match calls.try_acquire_owned() {
         Ok(permit) => Some(permit),
         Err(_) if (port.is_exempt)(&request) => None,
         Err(_) => {
             port.refused("calls");
-            return Ok((port.overloaded)(&request).into_response());
+            let status = gauntlet_api::error::unavailable("TOO_MANY_CALLS");
+            return Ok((port.refuse)(&request, status));
         }
     };
     let response = port.router.oneshot(request).await?;

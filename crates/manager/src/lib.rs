@@ -15,6 +15,7 @@ mod grpc;
 mod health;
 mod observed;
 mod operations;
+mod origin;
 mod peer;
 mod pools;
 mod reconciler;
@@ -120,21 +121,22 @@ impl Manager {
             health::Checks { store: backend.store(), instances: instances.clone(), recovered: reconciler.recovered() };
         let health = health::start(&tasks, checks, reporter).await;
         let rest = rest::router(handlers.clone()).merge(rest::health::router(health.clone()));
-        let port = |name, router| Port {
+        let port = |name, router, address: SocketAddr| Port {
             name,
             limits: config.limits(),
             policy: peer::Policy { anonymous: Some(gauntlet_access::Scope::Admin) },
-            router,
+            router: server::with_cors(router, &config.allow_origin),
             is_exempt: server::is_health_check,
-            overloaded: server::overloaded,
+            refuse: server::refuse,
+            origins: config.origins(address.ip()),
             refusals: instruments.server.clone(),
         };
         let router = server::api(handlers, rest, health_service, instruments)?;
         let address = SocketAddr::new(config.bind, config.port);
-        let api = server::serve(&tasks, address, port("api", router)).await?;
+        let api = server::serve(&tasks, address, port("api", router, address)).await?;
         let page = match config.debug_address.0 {
             Some(address) => {
-                Some(server::serve(&tasks, address, port("debug page", telemetry.debug().router())).await?)
+                Some(server::serve(&tasks, address, port("debug page", telemetry.debug().router(), address)).await?)
             }
             None => None,
         };

@@ -15,13 +15,17 @@ use gauntlet_telemetry::{
     instruments::Instruments,
     layers::{GrpcServerLayer, HttpServerLayer},
 };
+use http::HeaderName;
 use tokio::net::TcpListener;
+use tonic::Status;
 use tower::{Layer as _, ServiceExt as _, util::MapResponseLayer};
+use tower_http::cors::{AllowHeaders, AllowMethods, CorsLayer};
 
 use crate::{
     connections::{Port, accept},
     deadline::{DeadlineLayer, TimedRequestBody},
     grpc::Handlers,
+    origin::Origin,
     report,
     tasks::Tasks,
 };
@@ -93,6 +97,19 @@ where
     }))
 }
 
+/// Lets pages of the listed origins read responses. Their requests have been let through by [`OriginPolicy`](crate::origin::OriginPolicy).
+pub(crate) fn with_cors(router: Router, origins: &[Origin]) -> Router {
+    if origins.is_empty() {
+        return router;
+    }
+    let cors = CorsLayer::new()
+        .allow_origin(origins.iter().filter_map(Origin::header).collect::<Vec<_>>())
+        .allow_methods(AllowMethods::mirror_request())
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers(["grpc-status", "grpc-message", "grpc-status-details-bin"].map(HeaderName::from_static));
+    router.layer(cors)
+}
+
 fn is_grpc(request: &Request) -> bool {
     let content_type = request.headers().get(http::header::CONTENT_TYPE);
     content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
@@ -103,9 +120,8 @@ pub(crate) fn is_health_check(request: &Request) -> bool {
     matches!(request.uri().path(), "/healthcheck" | "/healthz") || request.uri().path().starts_with("/grpc.health.")
 }
 
-/// The response to a call beyond the limit, in the caller's protocol.
-pub(crate) fn overloaded(request: &Request) -> Response {
-    let status = gauntlet_api::error::unavailable("TOO_MANY_CALLS");
+/// The response to a call that is refused before it reaches the router, in the caller's protocol.
+pub(crate) fn refuse(request: &Request, status: Status) -> Response {
     if is_grpc(request) { status.into_http() } else { crate::rest::failure(status) }
 }
 
@@ -126,4 +142,32 @@ pub(crate) async fn serve(tasks: &Tasks, address: SocketAddr, port: Port) -> Res
     let owner = tasks.clone();
     tasks.spawn(name, |stop| accept(owner, port, listener, stop));
     Ok(address)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use axum::{body::Body, routing::get};
+    use http::header::ACCESS_CONTROL_ALLOW_ORIGIN;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn responses_are_readable_by_pages_of_listed_origins_only() {
+        let router = || Router::new().route("/", get(async || "here"));
+        let allowed = async |origins: &[&str], origin: &str| {
+            let origins: Vec<Origin> = origins.iter().map(|origin| origin.parse().unwrap()).collect();
+            let preflight = Request::options("/")
+                .header("origin", origin)
+                .header("access-control-request-method", "POST")
+                .header("access-control-request-headers", "authorization")
+                .body(Body::empty())
+                .unwrap();
+            let response = with_cors(router(), &origins).oneshot(preflight).await.unwrap();
+            response.headers().get(ACCESS_CONTROL_ALLOW_ORIGIN).is_some_and(|allowed| allowed == origin)
+        };
+        assert!(allowed(&["https://ctf.example"], "https://ctf.example").await);
+        assert!(!allowed(&["https://ctf.example"], "https://evil.example").await);
+        assert!(!allowed(&[], "https://ctf.example").await);
+    }
 }

@@ -260,7 +260,7 @@ metrics! {
     JANITOR_LAG = seconds("gauntlet.janitor.lag", LAG_SECONDS, &["outcome"];
         "Time from an instance's expiry to the janitor's attempt to delete it.");
     SERVER_REFUSED = new("gauntlet.server.refused", Counter, "{refusal}", &["server", "reason"];
-        "Connections and calls refused or closed by a server: over the limit of connections or of calls (connections, calls), request headers not sent in time (header_timeout), response not read in time (stalled_reader), connection not accepted by the system (accept_failed).");
+        "Connections and calls refused or closed by a server: over the limit of connections or of calls (connections, calls), request headers not sent in time (header_timeout), response not read in time (stalled_reader), connection not accepted by the system (accept_failed), sent by a web page of another origin (cross_origin), sent to a host name that the listener does not have (host).");
     JANITOR_EXPIRED = new("gauntlet.janitor.expired", Counter, "{instance}", &["outcome"];
         "Expired instances that the janitor tried to delete, by outcome.");
     RECONCILE_RECOVERED = new("gauntlet.reconcile.recovered", Counter, "{instance}", &["phase", "action"];

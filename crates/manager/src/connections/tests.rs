@@ -23,6 +23,7 @@ use tokio::{
 };
 
 use super::*;
+use crate::origin::Hosts;
 
 /// Longer than anything takes on a busy machine: only a real hang reaches it.
 const LONG: Duration = Duration::from_secs(30);
@@ -52,6 +53,10 @@ impl Drop for Counted {
 }
 
 async fn serve(limits: Limits) -> Served {
+    serve_origins(limits, OriginPolicy { hosts: Hosts::Any, ..OriginPolicy::default() }).await
+}
+
+async fn serve_origins(limits: Limits, origins: OriginPolicy) -> Served {
     let (release, streams) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
     let (released, counted) = (release.clone(), streams.clone());
     let endless = move || {
@@ -80,7 +85,8 @@ async fn serve(limits: Limits) -> Served {
             .route("/waits", get(waits))
             .route("/endless", get(endless)),
         is_exempt: crate::server::is_health_check,
-        overloaded: crate::server::overloaded,
+        refuse: crate::server::refuse,
+        origins,
         refusals: Instruments::new(&metrics).server,
     };
     let tasks = Tasks::default();
@@ -240,6 +246,26 @@ async fn calls_over_the_limit_are_unavailable() {
     served.release.notify_one();
     assert!(read_head(&mut waits).await.starts_with("HTTP/1.1 200"));
     eventually("room for another", async || served.get("/").await.starts_with("HTTP/1.1 200")).await;
+}
+
+#[tokio::test]
+async fn web_pages_of_others_are_refused_in_the_protocol_of_their_request() {
+    let served = serve_origins(NO_TIMEOUTS, OriginPolicy::default()).await;
+    let refused = async |head: &str| read_head(&mut served.connect_and_send(head.as_bytes()).await).await;
+    let simple = "POST /api/v1/challenge HTTP/1.1\r\nhost: localhost\r\norigin: http://evil.example\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\n{}";
+    let response = refused(simple).await;
+    assert!(response.starts_with("HTTP/1.1 403") && response.contains("CROSS_ORIGIN"), "{response}");
+    let rebound = "GET / HTTP/1.1\r\nhost: evil.example\r\nsec-fetch-site: same-origin\r\n\r\n";
+    let response = refused(rebound).await;
+    assert!(response.starts_with("HTTP/1.1 403") && response.contains("HOST_NOT_ALLOWED"), "{response}");
+    let grpc_web = "POST /api.v1.challenge.ChallengeStore/CreateChallenge HTTP/1.1\r\nhost: localhost\r\norigin: null\r\ncontent-type: application/grpc-web+proto\r\n\r\n";
+    let response = refused(grpc_web).await;
+    assert!(response.starts_with("HTTP/1.1 200") && response.contains("grpc-status: 7"), "{response}");
+    let expected = BTreeMap::from([("cross_origin".to_owned(), 2), ("host".to_owned(), 1)]);
+    assert_eq!(served.refusals(), expected);
+    let own =
+        "GET / HTTP/1.1\r\nhost: localhost:1\r\norigin: http://localhost:1\r\nsec-fetch-site: same-origin\r\n\r\n";
+    assert!(refused(own).await.ends_with("here"));
 }
 
 #[tokio::test]
