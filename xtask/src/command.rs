@@ -2,7 +2,7 @@
 
 use std::iter;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 use gauntlet_stack::workspace_root;
@@ -30,6 +30,20 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
         bail!("{line} failed ({status})");
     }
     Ok(())
+}
+
+/// Runs a command in the root of the checkout and returns what it prints on standard output.
+///
+/// # Errors
+/// When the command cannot be run, fails, or prints no text.
+pub(crate) fn output(command: &mut Command) -> Result<String> {
+    let line = command_line(command);
+    let output = command.current_dir(workspace_root()).stderr(Stdio::inherit()).output();
+    let output = output.with_context(|| format!("run {line}"))?;
+    if !output.status.success() {
+        bail!("{line} failed ({})", output.status);
+    }
+    String::from_utf8(output.stdout).with_context(|| format!("{line} printed bytes that are not UTF-8"))
 }
 
 /// The command as a person would type it, without its environment.

@@ -1,10 +1,12 @@
 //! The developer commands of Gauntlet: `cargo xtask --help`.
 
 mod bench;
+mod cargo_tool;
 mod chaos;
 mod clean_room;
 mod command;
 mod console;
+mod deny;
 mod dev;
 mod doctor;
 mod faults;
@@ -12,7 +14,9 @@ mod guarantees;
 mod lock;
 mod mutants;
 mod protoc;
+mod reproducible;
 mod runner;
+mod sbom;
 mod setup;
 mod stack;
 mod test;
@@ -43,6 +47,12 @@ enum Command {
     Faults(faults::Faults),
     /// Introduce known coordination bugs into a copy of the checkout, and check that a test detects each
     Mutants(mutants::Mutants),
+    /// Check licences, sources and advisories of the crates that Gauntlet is built from
+    Deny(deny::Deny),
+    /// Write a software bill of materials for each binary
+    Sbom(sbom::Sbom),
+    /// Build the release binaries twice, in different directories, and compare them
+    Reproducible(reproducible::Reproducible),
     /// Run benchmarks
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -65,6 +75,9 @@ fn main() -> ExitCode {
         Command::Chaos(chaos) => chaos.run(),
         Command::Faults(faults) => faults.run(),
         Command::Mutants(mutants) => mutants.run(),
+        Command::Deny(deny) => deny.run(),
+        Command::Sbom(sbom) => sbom.run(),
+        Command::Reproducible(reproducible) => reproducible.run(),
         Command::Bench(bench) => bench.run(),
         Command::Stack(command) => command.run(),
         Command::CleanRoom(clean_room) => clean_room.run(),

@@ -12,7 +12,7 @@ use gauntlet_stack::{Tool, Tools, tools, workspace_root};
 
 use crate::command::{cargo, run};
 use crate::console::say;
-use crate::{guarantees, mutants, runner};
+use crate::{cargo_tool, deny, guarantees, mutants, runner};
 
 /// The packages whose tests start the observability stack.
 const STACK_PACKAGES: [&str; 2] = ["crates/e2e", "crates/stack"];
@@ -51,9 +51,15 @@ impl Test {
         }
         // Components are built at low priority, while the workspace compiles.
         let needed = if self.fast { FAST_TOOLS } else { tools::TESTS };
+        let checks_crates = is_full && !self.fast;
         let component_builds = {
             let tools = tools.clone();
-            thread::spawn(move || tools.ensure(needed, &mut say))
+            thread::spawn(move || {
+                if checks_crates {
+                    cargo_tool::DENY.ensure(&tools)?;
+                }
+                Ok::<_, anyhow::Error>(tools.ensure(needed, &mut say)?)
+            })
         };
         if is_full {
             steps.cargo("clippy", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
@@ -61,9 +67,12 @@ impl Test {
         // One build of binaries and tests: two would resolve features differently and compile most crates twice.
         steps.cargo("build", &["build", "--workspace", "--all-targets"])?;
         steps.run("components", || match component_builds.join() {
-            Ok(built) => Ok(built?),
+            Ok(built) => built,
             Err(_) => bail!("the thread that builds the components panicked"),
         })?;
+        if checks_crates {
+            steps.run("deny", || deny::check(&tools))?;
+        }
         if is_full {
             steps.run("configuration", || check_configuration(&tools, self.fast))?;
         }

@@ -14,6 +14,7 @@ mod lifecycle;
 mod linear;
 mod page;
 mod red;
+mod sources;
 mod stores;
 mod traces;
 mod transports;

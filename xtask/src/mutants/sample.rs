@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
@@ -14,10 +14,9 @@ use anyhow::{Context as _, Result, bail};
 use gauntlet_stack::{Tools, process::spawn_bound};
 
 use super::copy::Copy;
-use crate::command::{cargo, run};
+use crate::cargo_tool;
 use crate::console::say;
 
-const VERSION: &str = "27.1.0";
 /// The crates that are sampled by default.
 pub(super) const PACKAGES: [&str; 5] = ["coordination", "domain", "manager", "provision", "telemetry"];
 /// A mutant times out after this many times the duration of its crate's tests without a mutant.
@@ -37,7 +36,7 @@ pub(super) struct Sample {
 impl Sample {
     /// Tries them one after the other, each with the tests of its crate.
     pub(super) fn run(&self, copy: &Copy) -> Result<ExitCode> {
-        let tool = cargo_mutants(&Tools::from_env())?;
+        let tool = cargo_tool::MUTANTS.ensure(&Tools::from_env())?;
         let mutants = |package: &str| {
             let mut command = Command::new(&tool);
             command
@@ -198,19 +197,6 @@ impl fmt::Display for Outcomes {
             self.unviable.len()
         )
     }
-}
-
-/// Finds cargo-mutants, or installs it into the cache of tools.
-fn cargo_mutants(tools: &Tools) -> Result<PathBuf> {
-    const NAME: &str = "cargo-mutants";
-    let kept = tools.cache.join(format!("{NAME}-{VERSION}"));
-    let mut places = tools.dir.iter().chain(&tools.path).map(|dir| dir.join(NAME)).chain([kept.join("bin").join(NAME)]);
-    if let Some(found) = places.find(|path| path.is_file()) {
-        return Ok(found);
-    }
-    say(&format!("installing {NAME} {VERSION} (minutes, only once)"));
-    run(cargo().args(["install", NAME, "--locked", "--version", VERSION, "--root"]).arg(&kept))?;
-    Ok(kept.join("bin").join(NAME))
 }
 
 #[cfg(test)]
