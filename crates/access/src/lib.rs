@@ -1,5 +1,19 @@
-//! Who may call what: credentials, principals and scopes. No HTTP, no clock and no environment: the caller passes the time.
+//! Who may call what: credentials, principals and scopes. No HTTP, no clock, no environment and no files: the caller passes time, randomness and
+//! text.
+//!
+//! A [`Principal`] comes from a bearer token ([`TokenFile`]) or a client certificate ([`SubjectFile`]). Both files have one JSON object per line;
+//! empty lines and lines that start with `#` are ignored. A file with an error is refused as a whole, with the line, the field and the fix.
 
+mod principal;
+mod records;
 mod scope;
+mod subjects;
+mod token;
+mod tokens;
 
+pub use principal::{Challenges, Kind, Name, Principal};
+pub use records::FileError;
 pub use scope::{Scope, UnknownScope};
+pub use subjects::SubjectFile;
+pub use token::{InvalidToken, Token, TokenId};
+pub use tokens::{Rejection, TokenFile, TokenRecord, append_record, remove_record};

@@ -23,7 +23,7 @@ struct Cli {
 enum Command {
     Dev(dev::Dev),
     #[command(flatten)]
-    Client(client::Command),
+    Client(Box<client::Command>),
 }
 
 fn main() -> ExitCode {
@@ -34,6 +34,6 @@ fn main() -> ExitCode {
     };
     match cli.command {
         Command::Dev(dev) => dev.run(),
-        Command::Client(command) => client::run(command),
+        Command::Client(command) => client::run(*command),
     }
 }

@@ -239,6 +239,8 @@ async fn help_texts() {
         "instance create --help",
         "scenario --help",
         "scenario push --help",
+        "token --help",
+        "token create --help",
     ] {
         let exited = run(gauntlet(line.split(' ')), "").await;
         assert_eq!(exited.code, 0, "{}", exited.err);

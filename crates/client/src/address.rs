@@ -1,4 +1,4 @@
-use std::{fmt, str::FromStr};
+use std::{fmt, net::IpAddr, str::FromStr};
 
 use http::Uri;
 
@@ -46,6 +46,20 @@ impl FromStr for ServerAddress {
             return Err(invalid("the address has a path or a query, which gRPC does not use"));
         }
         Ok(Self(uri))
+    }
+}
+
+impl ServerAddress {
+    /// Whether connections use TLS.
+    pub(crate) fn is_encrypted(&self) -> bool {
+        self.0.scheme_str() == Some("https")
+    }
+
+    /// Whether connections stay on this machine: the host is `localhost` or a loopback address.
+    pub(crate) fn is_loopback(&self) -> bool {
+        let host = self.0.host().unwrap_or_default();
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        host.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
     }
 }
 

@@ -5,26 +5,34 @@ use gauntlet_telemetry::{
     Instruments,
     layers::{GrpcClient, GrpcClientLayer, ObserveService},
 };
-use tonic::transport::{ClientTlsConfig, Endpoint};
+use tonic::transport::Endpoint;
 use tower::Layer as _;
 
-use crate::{ServerAddress, with_causes};
+use crate::{Authenticated, Credentials, CredentialsError, ServerAddress, with_causes};
 
-/// A connection that is opened by the first call and opened again by the next call after it broke. Each call has a CLIENT span, its
-/// metrics and W3C trace context. Cheap to clone.
-pub type Channel = ObserveService<tonic::transport::Channel, GrpcClient>;
+/// A connection that is opened by the first call and opened again by the next call after it broke. Each call has the bearer token, a CLIENT span,
+/// its metrics and W3C trace context. Cheap to clone.
+pub type Channel = ObserveService<Authenticated<tonic::transport::Channel>, GrpcClient>;
 
 /// The largest message a client accepts, in bytes. A challenge comes with all its instances in one message.
 pub const MAX_MESSAGE_SIZE: usize = 64 << 20;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The system's root certificates cannot be used, so that no `https` connection can be made to any server.
+/// No connection can be made, whether the server answers or not.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot set up TLS to {server}: {reason}")]
-pub struct TlsError {
-    server: String,
-    reason: String,
+pub enum ChannelError {
+    /// The system's root certificates, or the given ones, cannot be used.
+    #[error("cannot set up TLS to {server}: {reason}")]
+    Tls {
+        /// The server.
+        server: String,
+        /// Why.
+        reason: String,
+    },
+    /// The credentials cannot be used, or not with this server.
+    #[error(transparent)]
+    Credentials(#[from] CredentialsError),
 }
 
 impl ServerAddress {
@@ -32,15 +40,25 @@ impl ServerAddress {
     /// `user_agent` identifies the caller to the server, as in `gauntlet-janitor/0.1.0`. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// For `https`, when the system's certificates cannot be read.
-    pub fn channel(&self, user_agent: &str, instruments: &Instruments) -> Result<Channel, TlsError> {
-        let fail = |error: tonic::transport::Error| TlsError { server: self.to_string(), reason: with_causes(&error) };
+    /// The credentials cannot be used or may not be sent to this server; for `https`, the certificates cannot be used.
+    pub fn channel(
+        &self,
+        credentials: &Credentials,
+        user_agent: &str,
+        instruments: &Instruments,
+    ) -> Result<Channel, ChannelError> {
+        let fail = |error: tonic::transport::Error| ChannelError::Tls {
+            server: self.to_string(),
+            reason: with_causes(&error),
+        };
+        let (bearer, tls) = (credentials.bearer(self)?, credentials.tls(self)?);
         let mut endpoint =
             Endpoint::from(self.0.clone()).connect_timeout(CONNECT_TIMEOUT).user_agent(user_agent).map_err(fail)?;
-        if self.0.scheme_str() == Some("https") {
-            endpoint = endpoint.tls_config(ClientTlsConfig::new().with_native_roots()).map_err(fail)?;
+        if let Some(tls) = tls {
+            endpoint = endpoint.tls_config(tls).map_err(fail)?;
         }
-        Ok(GrpcClientLayer::new(instruments, &self.0).layer(endpoint.connect_lazy()))
+        let channel = Authenticated::new(endpoint.connect_lazy(), bearer);
+        Ok(GrpcClientLayer::new(instruments, &self.0).layer(channel))
     }
 }
 

@@ -1,4 +1,4 @@
-//! The client of the API: the server's address, a channel to it, and calls with a deadline.
+//! The client of the API: the server's address, credentials, a channel to it, and calls with a deadline.
 //!
 //! Every call has a CLIENT span and its metrics, and carries the caller's trace context. Nothing is retried here: which calls are safe to
 //! repeat is for the caller to know.
@@ -7,10 +7,10 @@
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::time::Duration;
 //! use gauntlet_api::v1::challenge::RetrieveChallengeRequest;
-//! use gauntlet_client::{ServerAddress, call_with_deadline, challenge_store};
+//! use gauntlet_client::{Credentials, ServerAddress, call_with_deadline, challenge_store};
 //!
 //! let server: ServerAddress = "localhost:8080".parse()?;
-//! let channel = server.channel("example/1.0", &gauntlet_telemetry::Instruments::noop())?;
+//! let channel = server.channel(&Credentials::default(), "example/1.0", &gauntlet_telemetry::Instruments::noop())?;
 //! let mut challenges = challenge_store(channel);
 //! let request = RetrieveChallengeRequest { id: "web".into() };
 //! let found =
@@ -23,10 +23,12 @@
 mod address;
 mod call;
 mod channel;
+mod credentials;
 
 pub use address::{InvalidAddress, ServerAddress};
 pub use call::call_with_deadline;
-pub use channel::{Channel, MAX_MESSAGE_SIZE, TlsError, challenge_store};
+pub use channel::{Channel, ChannelError, MAX_MESSAGE_SIZE, challenge_store};
+pub use credentials::{Authenticated, Credentials, CredentialsError};
 
 /// An error and its causes, without those that repeat the one before.
 fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {

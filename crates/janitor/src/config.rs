@@ -3,7 +3,7 @@
 use std::{num::NonZeroUsize, time::Duration};
 
 use clap::Parser;
-use gauntlet_client::ServerAddress;
+use gauntlet_client::{Credentials, ServerAddress};
 use gauntlet_startup::duration;
 use gauntlet_telemetry::log_level;
 
@@ -22,6 +22,9 @@ pub struct Config {
     /// The address of the manager's API: host:port, http://host:port or https://host.
     #[arg(long, env = "URL", default_value = "localhost:8080", value_name = "URL")]
     pub url: ServerAddress,
+    /// What the janitor shows to the manager. A token needs the scope operate.
+    #[command(flatten, next_help_heading = "Credentials")]
+    pub credentials: Credentials,
     /// Keep running and sweep at this interval, such as 30s or 1m30s; empty sweeps once.
     #[arg(long, env = "TICKER", visible_alias = "ticker", default_value = "", hide_default_value = true, value_parser = interval, value_name = "DURATION")]
     pub every: Interval,
@@ -45,6 +48,7 @@ impl Config {
     pub fn new(url: ServerAddress) -> Self {
         Self {
             url,
+            credentials: Credentials::default(),
             every: None,
             concurrency: NonZeroUsize::MIN.saturating_add(3),
             timeout: Duration::from_secs(30),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use gauntlet_client::TlsError;
+use gauntlet_client::ChannelError;
 use gauntlet_telemetry::Instruments;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -21,9 +21,9 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// TLS cannot be set up, whatever the server.
+    /// The credentials or TLS cannot be used, whatever the server answers.
     #[error(transparent)]
-    Tls(#[from] TlsError),
+    Channel(#[from] ChannelError),
     /// Reading failed, and none of the instances read before the failure was deleted.
     #[error("cannot read the expired instances from {server}: {reason}")]
     Unreadable {
@@ -54,12 +54,12 @@ pub enum Error {
 ///
 /// # Errors
 /// A single sweep fails when something went wrong and nothing was deleted: see [`Error`]. With `config.every`, failures are logged and the
-/// janitor keeps running; it fails only when TLS cannot be set up.
+/// janitor keeps running; it fails only when the credentials or TLS cannot be used.
 ///
 /// # Cancel safety
 /// Dropping the future cancels the calls under way. Each of their instances is then either deleted or left for a later sweep.
 pub async fn run(config: &Config, instruments: &Instruments, stop: CancellationToken) -> Result<Summary, Error> {
-    let channel = config.url.channel(USER_AGENT, instruments)?;
+    let channel = config.url.channel(&config.credentials, USER_AGENT, instruments)?;
     let mut sweeper =
         Sweeper::new(channel, instruments.janitor.clone(), config.concurrency.get(), config.timeout, config.v1_only);
     let Some(every) = config.every else {

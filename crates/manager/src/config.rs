@@ -1,5 +1,7 @@
 //! The manager's configuration: flags and environment variables, checked before anything starts. chall-manager's variables are accepted.
 
+mod access;
+
 use std::{
     ffi::OsString,
     net::{IpAddr, SocketAddr},
@@ -8,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+pub use access::{AccessConfig, Openness};
 use clap::{CommandFactory as _, Parser, error::ErrorKind};
 use gauntlet_startup::{duration, size};
 use gauntlet_telemetry::log_level;
@@ -54,6 +57,10 @@ pub struct Config {
     /// The name of this replica in locks and logs [default: host name and process id].
     #[arg(long, env = "REPLICA", value_name = "NAME")]
     pub replica: Option<String>,
+
+    /// Who may call the API.
+    #[command(flatten)]
+    pub access: AccessConfig,
 
     /// The etcd cluster, as host:port or URL, separated by commas. Without it the store is a file in --dir. chall-manager's ETCD_ENDPOINT
     /// also works.
@@ -207,6 +214,7 @@ impl Config {
             config.etcd_endpoints =
                 config.etcd_endpoint.iter().filter(|endpoint| !endpoint.is_empty()).cloned().collect();
         }
+        config.access.drop_empty();
         for username in [&mut config.etcd_username, &mut config.oci_username] {
             username.take_if(|name| name.is_empty());
         }

@@ -222,10 +222,8 @@ mod tests {
     #[tokio::test]
     async fn call_whose_message_does_not_arrive_fails() {
         use gauntlet_api::v1::challenge::challenge_store_client::ChallengeStoreClient;
-        let (_, health) = tonic_health::server::health_reporter();
         let api = crate::fixture::Api::new().await;
-        let instruments = gauntlet_telemetry::Instruments::noop();
-        let routes = crate::server::api(api.handlers(), api.router(), health, &instruments).unwrap();
+        let routes = api.service(crate::authorize::Credentials::default(), Some(gauntlet_access::Scope::Admin));
         let channel = tower::service_fn(move |request: Request<Body>| {
             let routes = routes.clone();
             // The client's message never arrives.

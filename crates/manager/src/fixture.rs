@@ -3,19 +3,23 @@
 
 use std::{
     fmt::Write as _,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{Arc, Mutex},
 };
 
 use async_trait::async_trait;
-use axum::{Router, body::Body};
+use axum::{Extension, Router, body::Body};
 use futures::FutureExt as _;
+use gauntlet_access::{Principal, Scope};
 use gauntlet_coordination::Coordination;
 use gauntlet_domain::{
     Additional, ChallengeId, Error, Fact, Gauntlet, Identity, LaunchPlan, LaunchRequest, Outputs, Pinned, Placement,
     PortSpec, PreparedScenario, ProvisionedInstance, Provisioner, Result, Scenarios, Settings,
 };
+use gauntlet_telemetry::instruments::Instruments;
 use gauntlet_testing::fakes::RecordedFacts;
 use http::Request;
+use tokio::sync::watch;
 use tower::ServiceExt as _;
 use tracing::{
     Event, Level, Metadata, Subscriber,
@@ -23,7 +27,17 @@ use tracing::{
     span,
 };
 
-use crate::{grpc::Handlers, operations::Operations, signals::Signals, tasks::Tasks};
+use crate::{
+    audit,
+    authorize::{Authorizer, Caller, Credentials},
+    config::Openness,
+    grpc::Handlers,
+    operations::Operations,
+    peer::{Peer, PeerAddress, Policy},
+    rest::Health,
+    signals::Signals,
+    tasks::Tasks,
+};
 
 /// The API with an empty store.
 pub(crate) struct Api {
@@ -43,7 +57,8 @@ impl Api {
             Gauntlet::new(Arc::new(store), Arc::new(Scripted), Arc::new(Scripted), facts.clone(), Settings::default());
         let signals = Signals::default();
         let handlers = Handlers::new(Operations::new(gauntlet, Tasks::default(), signals.clone()));
-        Self { router: crate::rest::router(handlers.clone()), handlers, signals, facts, _store: dir }
+        let router = crate::rest::router(handlers.clone()).layer(Extension(caller(Scope::Admin)));
+        Self { router, handlers, signals, facts, _store: dir }
     }
 
     pub(crate) fn handlers(&self) -> Handlers {
@@ -60,6 +75,18 @@ impl Api {
 
     pub(crate) fn router(&self) -> Router {
         self.router.clone()
+    }
+
+    /// The whole API behind authorization, for callers on a listener that gives those without credentials the scope `anonymous`.
+    pub(crate) fn service(&self, credentials: Credentials, anonymous: Option<Scope>) -> Router {
+        let (_, health) = tonic_health::server::health_reporter();
+        let rest =
+            crate::rest::router(self.handlers()).merge(crate::rest::health::router(watch::channel(Health::Serving).1));
+        let instruments = Instruments::noop();
+        let openness = (Openness(None), Openness(Some(Scope::Read)));
+        let authorizer = Authorizer::new(Arc::new(credentials), openness, instruments.access.clone());
+        let peer = Peer { address: PEER, certificate: None, policy: Policy { anonymous } };
+        crate::server::api(self.handlers(), rest, health, authorizer, &instruments).unwrap().layer(Extension(peer))
     }
 
     /// The API with the challenge `web`, whose instances live for ten minutes.
@@ -91,6 +118,19 @@ impl Api {
     pub(crate) async fn stored(&self) -> String {
         self.call("GET /api/v1/challenge", "").await
     }
+}
+
+/// Where calls come from.
+pub(crate) const PEER: PeerAddress = PeerAddress::Tcp(SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 7)), 4711));
+
+/// A caller without credentials that has this scope.
+pub(crate) fn caller(scope: Scope) -> Caller {
+    Caller { principal: Arc::new(Principal::anonymous(scope)), address: PEER }
+}
+
+/// The audit record of a change in a test.
+pub(crate) fn record(challenge: &ChallengeId) -> audit::Pending {
+    audit::Change::of_challenge("Test", challenge).begin(&caller(Scope::Admin))
 }
 
 /// Makes a call like [`Api::call`].
@@ -214,18 +254,25 @@ impl Provisioner for Scripted {
     }
 }
 
-/// Records the text of warnings and errors.
+/// Records the text of warnings and errors, or of everything with one target.
 #[derive(Clone, Default)]
-pub(crate) struct Logs(Arc<Mutex<Vec<String>>>);
+pub(crate) struct Logs {
+    lines: Arc<Mutex<Vec<String>>>,
+    target: Option<&'static str>,
+}
 
 impl Logs {
+    pub(crate) fn of_target(target: &'static str) -> Self {
+        Self { target: Some(target), ..Self::default() }
+    }
+
     /// Records what `work` logs.
     pub(crate) fn record<T>(&self, work: impl FnOnce() -> T) -> T {
         tracing::subscriber::with_default(self.clone(), work)
     }
 
     pub(crate) fn lines(&self) -> Vec<String> {
-        self.0.lock().unwrap().clone()
+        self.lines.lock().unwrap().clone()
     }
 
     /// How many lines contain `text`.
@@ -244,7 +291,8 @@ impl Visit for Line {
 
 impl Subscriber for Logs {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.is_event() && *metadata.level() <= Level::WARN
+        let is_recorded = self.target.map_or(*metadata.level() <= Level::WARN, |target| metadata.target() == target);
+        metadata.is_event() && is_recorded
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
@@ -258,7 +306,7 @@ impl Subscriber for Logs {
     fn event(&self, event: &Event<'_>) {
         let mut line = Line(String::new());
         event.record(&mut line);
-        self.0.lock().unwrap().push(line.0);
+        self.lines.lock().unwrap().push(line.0);
     }
 
     fn enter(&self, _: &span::Id) {}

@@ -1,5 +1,7 @@
 //! The manager: gRPC, REST and background work on top of the use cases. This is the composition root, which chooses the adapter of each port.
 
+mod audit;
+mod authorize;
 mod backends;
 mod call;
 mod claimed;
@@ -28,8 +30,9 @@ mod tasks;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use authorize::{Authorizer, Credentials};
 use claimed::Claimed;
-pub use config::{Config, DebugAddress};
+pub use config::{AccessConfig, Config, DebugAddress, Openness};
 use connections::Port;
 use gauntlet_domain::{Error, Gauntlet, Provisioner as _, Settings};
 pub use gauntlet_provision::process::supervisor::run_if_requested as supervise_if_requested;
@@ -89,6 +92,7 @@ impl Manager {
         let instruments = telemetry.instruments();
         let tasks = Tasks::default();
 
+        let credentials = Arc::new(Credentials::load(&config.access)?);
         let library = backends::scenarios(&config)?;
         let processes = backends::provisioner(&config)?;
         let backend = backends::store(&config, replica.clone(), instruments).await?;
@@ -124,14 +128,19 @@ impl Manager {
         let port = |name, router, address: SocketAddr| Port {
             name,
             limits: config.limits(),
-            policy: peer::Policy { anonymous: Some(gauntlet_access::Scope::Admin) },
+            policy: peer::Policy {
+                anonymous: (!config.access.has_authentication()).then_some(gauntlet_access::Scope::Admin),
+            },
             router: server::with_cors(router, &config.allow_origin),
             is_exempt: server::is_health_check,
             refuse: server::refuse,
             origins: config.origins(address.ip()),
             refusals: instruments.server.clone(),
         };
-        let router = server::api(handlers, rest, health_service, instruments)?;
+        credentials.start(&tasks);
+        let openness = (config.access.health_access, config.access.reflection_access);
+        let authorizer = Authorizer::new(credentials, openness, instruments.access.clone());
+        let router = server::api(handlers, rest, health_service, authorizer, instruments)?;
         let address = SocketAddr::new(config.bind, config.port);
         let api = server::serve(&tasks, address, port("api", router, address)).await?;
         let page = match config.debug_address.0 {

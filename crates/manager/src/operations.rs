@@ -1,12 +1,13 @@
 //! The use cases as the transports call them: at the current time, in the current trace, and independent of whether the client stays connected.
 
+use futures::StreamExt as _;
 use gauntlet_domain::{
     Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Instance, NewChallenge, Result,
     SourceId, Stream, UpdateReport,
 };
 use jiff::Timestamp;
 
-use crate::{call::call_now, signals::Signals, tasks::Tasks};
+use crate::{audit, authorize::Caller, call::call_now, signals::Signals, tasks::Tasks};
 
 /// The use cases as the transports call them. Changes continue when the future of their call is dropped. Cloning is cheap.
 #[derive(Clone)]
@@ -26,13 +27,34 @@ impl Operations {
         drop(self.tasks.spawn_operation(read));
     }
 
-    /// Runs a change in a task. If it fails by a fault, requests a reconcile pass, as it may have left work unfinished.
-    async fn run<T, F>(&self, work: impl FnOnce(Gauntlet, Call) -> F) -> Result<T>
+    /// Runs a change in a task, which also writes its audit record. If it fails by a fault, requests a reconcile pass, as it may have left work
+    /// unfinished.
+    async fn run<T, F>(&self, record: audit::Pending, work: impl FnOnce(Gauntlet, Call) -> F) -> Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
-        let result = match self.tasks.spawn_operation(work(self.gauntlet.clone(), call_now())).await {
+        self.run_with_outcome(record, work, |_| "ok").await
+    }
+
+    /// The same for a change whose result may have failures: `outcome` returns what the audit record says.
+    async fn run_with_outcome<T, F>(
+        &self,
+        record: audit::Pending,
+        work: impl FnOnce(Gauntlet, Call) -> F,
+        outcome: fn(&T) -> &'static str,
+    ) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let work = work(self.gauntlet.clone(), call_now());
+        let audited = async move {
+            let result = work.await;
+            record.end(result.as_ref().map_or_else(Error::code, outcome));
+            result
+        };
+        let result = match self.tasks.spawn_operation(audited).await {
             Ok(result) => result,
             Err(error) => Err(Error::Internal(format!("the operation did not complete: {error}"))),
         };
@@ -42,8 +64,9 @@ impl Operations {
         result
     }
 
-    pub(crate) async fn create_challenge(&self, new: NewChallenge) -> Result<Challenge> {
-        let created = self.run(|gauntlet, call| async move { gauntlet.create_challenge(&call, new).await }).await?;
+    pub(crate) async fn create_challenge(&self, record: audit::Pending, new: NewChallenge) -> Result<Challenge> {
+        let created =
+            self.run(record, |gauntlet, call| async move { gauntlet.create_challenge(&call, new).await }).await?;
         if created.bounds.min() > 0 {
             self.signals.request_pool_check(&created.id);
         }
@@ -54,13 +77,24 @@ impl Operations {
         self.gauntlet.retrieve_challenge(id).await
     }
 
-    pub(crate) fn query_challenges(&self) -> Stream<'_, (Challenge, Vec<Instance>)> {
-        self.gauntlet.query_challenges()
+    /// The challenges that the caller sees.
+    pub(crate) fn query_challenges(&self, caller: &Caller) -> Stream<'_, (Challenge, Vec<Instance>)> {
+        visible(caller, self.gauntlet.query_challenges(), |(challenge, _)| &challenge.id)
     }
 
-    pub(crate) async fn update_challenge(&self, id: ChallengeId, update: ChallengeUpdate) -> Result<UpdateReport> {
-        let updated =
-            self.run(|gauntlet, call| async move { gauntlet.update_challenge(&call, &id, update).await }).await?;
+    pub(crate) async fn update_challenge(
+        &self,
+        record: audit::Pending,
+        id: ChallengeId,
+        update: ChallengeUpdate,
+    ) -> Result<UpdateReport> {
+        let updated = self
+            .run_with_outcome(
+                record,
+                |gauntlet, call| async move { gauntlet.update_challenge(&call, &id, update).await },
+                |report| report.failures.first().map_or("ok", Error::code),
+            )
+            .await?;
         for error in &updated.failures {
             tracing::warn!(error.type = error.code(), %error, challenge = %updated.challenge.id, "cannot update an instance; retrying later");
         }
@@ -72,51 +106,83 @@ impl Operations {
         Ok(updated)
     }
 
-    pub(crate) async fn delete_challenge(&self, id: ChallengeId) -> Result<()> {
-        self.run(|gauntlet, call| async move { gauntlet.delete_challenge(&call, &id).await }).await
+    pub(crate) async fn delete_challenge(&self, record: audit::Pending, id: ChallengeId) -> Result<()> {
+        self.run(record, |gauntlet, call| async move { gauntlet.delete_challenge(&call, &id).await }).await
     }
 
     pub(crate) async fn create_instance(
         &self,
+        record: audit::Pending,
         challenge: ChallengeId,
         source: SourceId,
         additional: Additional,
     ) -> Result<Instance> {
-        self.run(|gauntlet, call| async move { gauntlet.create_instance(&call, &challenge, &source, additional).await })
-            .await
+        self.run(record, |gauntlet, call| async move {
+            gauntlet.create_instance(&call, &challenge, &source, additional).await
+        })
+        .await
     }
 
     pub(crate) async fn retrieve_instance(&self, challenge: &ChallengeId, source: &SourceId) -> Result<Instance> {
         self.gauntlet.retrieve_instance(challenge, source).await
     }
 
-    pub(crate) fn query_instances(&self, source: Option<&SourceId>) -> Stream<'_, Instance> {
-        self.gauntlet.query_instances(source)
+    /// The instances of the challenges that the caller sees.
+    pub(crate) fn query_instances(&self, caller: &Caller, source: Option<&SourceId>) -> Stream<'_, Instance> {
+        visible(caller, self.gauntlet.query_instances(source), |instance| &instance.key.challenge)
     }
 
-    pub(crate) fn expired_instances(&self) -> Stream<'_, Instance> {
-        self.gauntlet.expired_instances(Timestamp::now())
+    /// The expired instances of the challenges that the caller sees.
+    pub(crate) fn expired_instances(&self, caller: &Caller) -> Stream<'_, Instance> {
+        visible(caller, self.gauntlet.expired_instances(Timestamp::now()), |instance| &instance.key.challenge)
     }
 
-    pub(crate) async fn renew_instance(&self, challenge: ChallengeId, source: SourceId) -> Result<Instance> {
-        self.run(|gauntlet, call| async move { gauntlet.renew_instance(&call, &challenge, &source).await }).await
+    pub(crate) async fn renew_instance(
+        &self,
+        record: audit::Pending,
+        challenge: ChallengeId,
+        source: SourceId,
+    ) -> Result<Instance> {
+        self.run(record, |gauntlet, call| async move { gauntlet.renew_instance(&call, &challenge, &source).await })
+            .await
     }
 
-    pub(crate) async fn delete_instance(&self, challenge: ChallengeId, source: SourceId) -> Result<()> {
-        self.run(|gauntlet, call| async move { gauntlet.delete_instance(&call, &challenge, &source).await }).await
+    pub(crate) async fn delete_instance(
+        &self,
+        record: audit::Pending,
+        challenge: ChallengeId,
+        source: SourceId,
+    ) -> Result<()> {
+        self.run(record, |gauntlet, call| async move { gauntlet.delete_instance(&call, &challenge, &source).await })
+            .await
     }
 
     pub(crate) async fn delete_expired_instance(
         &self,
+        record: audit::Pending,
         challenge: ChallengeId,
         source: SourceId,
         since: Timestamp,
     ) -> Result<bool> {
-        self.run(
-            |gauntlet, call| async move { gauntlet.delete_expired_instance(&call, &challenge, &source, since).await },
-        )
+        self.run(record, |gauntlet, call| async move {
+            gauntlet.delete_expired_instance(&call, &challenge, &source, since).await
+        })
         .await
     }
+}
+
+/// Leaves out the items of challenges that the caller doesn't see. Errors stay.
+fn visible<'a, T: Send + 'a>(
+    caller: &Caller,
+    items: Stream<'a, T>,
+    challenge: fn(&T) -> &ChallengeId,
+) -> Stream<'a, T> {
+    if caller.may_use_all() {
+        return items;
+    }
+    let caller = caller.clone();
+    let is_visible = move |item: &Result<T>| item.as_ref().map_or(true, |item| caller.may_use(challenge(item)));
+    items.filter(move |item| std::future::ready(is_visible(item))).boxed()
 }
 
 #[cfg(test)]

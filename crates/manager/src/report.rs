@@ -55,6 +55,11 @@ fn report_cause(status: &Status) {
             context::set_attribute("gauntlet.error.code", *code);
             tracing::debug!(error.type = code, message = status.message(), "request refused");
         }
+        Some(Cause::Denied(denial)) => {
+            context::set_attribute("gauntlet.error.code", denial.code());
+            // Not at a higher level: anybody who reaches the port can cause it.
+            tracing::debug!(error.type = denial.code(), %denial, "call denied");
+        }
         // Made by the transport, such as the response of an unhealthy /healthcheck.
         None => {}
     }

@@ -22,6 +22,7 @@ use tower::{Layer as _, ServiceExt as _, util::MapResponseLayer};
 use tower_http::cors::{AllowHeaders, AllowMethods, CorsLayer};
 
 use crate::{
+    authorize::{AuthorizeLayer, Authorizer, is_grpc, rpcs},
     connections::{Port, accept},
     deadline::{DeadlineLayer, TimedRequestBody},
     grpc::Handlers,
@@ -30,27 +31,17 @@ use crate::{
     tasks::Tasks,
 };
 
-/// The RPCs, as `package.Service/Method`: the names that spans may have.
-const METHODS: [&str; 12] = [
-    "api.v1.challenge.ChallengeStore/CreateChallenge",
-    "api.v1.challenge.ChallengeStore/RetrieveChallenge",
-    "api.v1.challenge.ChallengeStore/QueryChallenge",
-    "api.v1.challenge.ChallengeStore/UpdateChallenge",
-    "api.v1.challenge.ChallengeStore/DeleteChallenge",
-    "api.v1.instance.InstanceManager/CreateInstance",
-    "api.v1.instance.InstanceManager/RetrieveInstance",
-    "api.v1.instance.InstanceManager/QueryInstance",
-    "api.v1.instance.InstanceManager/RenewInstance",
-    "api.v1.instance.InstanceManager/DeleteInstance",
-    "gauntlet.v1.Sweeper/ListExpired",
-    "gauntlet.v1.Sweeper/DeleteExpired",
-];
-
 /// How long the message of a gRPC call may take to arrive. REST has a limit of its own.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Routes the requests of the API's port by content type: to gRPC and gRPC-web, or to REST.
-pub(crate) fn api<H>(handlers: Handlers, rest: Router, health: H, instruments: &Instruments) -> Result<Router>
+pub(crate) fn api<H>(
+    handlers: Handlers,
+    rest: Router,
+    health: H,
+    authorizer: Authorizer,
+    instruments: &Instruments,
+) -> Result<Router>
 where
     H: tower::Service<http::Request<tonic::body::Body>, Error = std::convert::Infallible>
         + tonic::server::NamedService
@@ -75,9 +66,11 @@ where
         .add_service(reflection().build_v1alpha().context("reflection")?)
         .prepare();
     let reported = MapResponseLayer::new(report::report_failure);
-    let grpc = GrpcServerLayer::new(instruments, METHODS).layer(reported.layer(DeadlineLayer.layer(routes)));
+    let authorized = AuthorizeLayer::new(authorizer.clone(), Status::into_http).layer(DeadlineLayer.layer(routes));
+    let grpc = GrpcServerLayer::new(instruments, rpcs()).layer(reported.layer(authorized));
     let grpc = tonic_web::GrpcWebLayer::new().layer(grpc);
     let rest = rest
+        .layer(AuthorizeLayer::new(authorizer, crate::rest::failure))
         .layer(MapResponseLayer::new(report::report_failure))
         .layer(HttpServerLayer::new(instruments, &["/healthcheck"]));
     Ok(Router::new().fallback(move |request: Request| {
@@ -108,11 +101,6 @@ pub(crate) fn with_cors(router: Router, origins: &[Origin]) -> Router {
         .allow_headers(AllowHeaders::mirror_request())
         .expose_headers(["grpc-status", "grpc-message", "grpc-status-details-bin"].map(HeaderName::from_static));
     router.layer(cors)
-}
-
-fn is_grpc(request: &Request) -> bool {
-    let content_type = request.headers().get(http::header::CONTENT_TYPE);
-    content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// Whether a request is a health check, to which the limit on calls does not apply.

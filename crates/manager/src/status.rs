@@ -6,6 +6,8 @@ use gauntlet_api::error;
 use gauntlet_domain::Error;
 use tonic::{Code, Status};
 
+use crate::authorize::Denial;
+
 /// Why a call failed: the [source](std::error::Error::source) of its status, for [`report::report_failure`](crate::report::report_failure). Sources are never
 /// sent to clients, so this may name hosts, paths and causes.
 #[derive(Debug)]
@@ -14,6 +16,8 @@ pub(crate) enum Cause {
     Error(Error),
     /// REST refused the request before a use case ran. The code.
     Refusal(&'static str),
+    /// The caller may not make this call.
+    Denied(Denial),
 }
 
 impl fmt::Display for Cause {
@@ -21,6 +25,7 @@ impl fmt::Display for Cause {
         match self {
             Self::Error(error) => error.fmt(f),
             Self::Refusal(code) => f.write_str(code),
+            Self::Denied(denial) => denial.fmt(f),
         }
     }
 }
@@ -52,6 +57,19 @@ pub(crate) fn status(error: Error) -> Status {
         Error::Provision { .. } | Error::PortTaken { .. } | Error::Internal(_) => error::internal_error(),
     };
     status.set_source(Arc::new(Cause::Error(error)));
+    status
+}
+
+/// Returns the status for a call that was denied.
+pub(crate) fn denied(denial: Denial) -> Status {
+    let mut status = match &denial {
+        Denial::Missing => error::credentials_required(),
+        Denial::Invalid(_) => error::credentials_invalid(),
+        Denial::Expired(_) => error::credentials_expired(),
+        Denial::Scope { required, granted } => error::scope_insufficient(required.as_str(), granted.as_str()),
+        Denial::Challenge(id) => error::challenge_not_permitted(id.as_str()),
+    };
+    status.set_source(Arc::new(Cause::Denied(denial)));
     status
 }
 

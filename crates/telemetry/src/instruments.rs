@@ -34,6 +34,8 @@ pub struct Instruments {
     pub instance: Instance,
     /// Servers.
     pub server: Server,
+    /// Access to the API.
+    pub access: Access,
     /// The janitor.
     pub janitor: Janitor,
     /// The reconciler.
@@ -65,6 +67,7 @@ impl Instruments {
             pool: Pool { claims: counter(&meter, &names::POOL_CLAIMS) },
             instance: Instance { operations: counter(&meter, &names::INSTANCE_OPERATIONS) },
             server: Server { refused: counter(&meter, &names::SERVER_REFUSED) },
+            access: Access { denied: counter(&meter, &names::ACCESS_DENIED) },
             janitor: Janitor {
                 lag: histogram(&meter, &names::JANITOR_LAG),
                 expired: counter(&meter, &names::JANITOR_EXPIRED),
@@ -228,6 +231,19 @@ impl Server {
     /// Records that `server` refused a call or a connection, or closed one, because of `reason`.
     pub fn record_refusal(&self, server: &'static str, reason: &'static str) {
         self.refused.add(1, &labels([("server", server), ("reason", reason)]));
+    }
+}
+
+/// Access to the API.
+#[derive(Clone, Debug)]
+pub struct Access {
+    denied: Counter<u64>,
+}
+
+impl Access {
+    /// Records that a call was denied. `reason` is the code of its error.
+    pub fn record_denial(&self, reason: &'static str) {
+        self.denied.add(1, &labels([("reason", reason)]));
     }
 }
 

@@ -145,10 +145,10 @@ const PROVISION_STEP: &[&str] = &["provisioner", "instance.identity", "error.typ
 
 spans! {
     RPC_SERVER = "{package.Service}/{Method}", Server,
-        &["rpc.system.name", "rpc.method", "rpc.method_original", "rpc.response.status_code", "error.type", "gauntlet.error.code", "challenge.id"],
+        &["rpc.system.name", "rpc.method", "rpc.method_original", "rpc.response.status_code", "error.type", "gauntlet.error.code", "challenge.id", "enduser.id", "gauntlet.access.kind", "gauntlet.access.token_id", "client.address"],
         "A gRPC call served, directly or over gRPC-web.";
     HTTP_SERVER = "{METHOD} {route}", Server,
-        &["http.request.method", "http.route", "http.response.status_code", "url.path", "url.scheme", "error.type", "gauntlet.error.code", "challenge.id"],
+        &["http.request.method", "http.route", "http.response.status_code", "url.path", "url.scheme", "error.type", "gauntlet.error.code", "challenge.id", "enduser.id", "gauntlet.access.kind", "gauntlet.access.token_id", "client.address"],
         "A REST call served.";
     RPC_CLIENT = "{package.Service}/{Method}", Client,
         &["rpc.system.name", "rpc.method", "rpc.response.status_code", "server.address", "server.port", "error.type"],
@@ -261,6 +261,8 @@ metrics! {
         "Time from an instance's expiry to the janitor's attempt to delete it.");
     SERVER_REFUSED = new("gauntlet.server.refused", Counter, "{refusal}", &["server", "reason"];
         "Connections and calls refused or closed by a server: over the limit of connections or of calls (connections, calls), request headers not sent in time (header_timeout), response not read in time (stalled_reader), connection not accepted by the system (accept_failed), sent by a web page of another origin (cross_origin), sent to a host name that the listener does not have (host).");
+    ACCESS_DENIED = new("gauntlet.access.denied", Counter, "{call}", &["reason"];
+        "Calls denied, by code: no credentials, or credentials that are invalid or expired (CREDENTIALS_REQUIRED, CREDENTIALS_INVALID, CREDENTIALS_EXPIRED), or a scope that is too low (SCOPE_INSUFFICIENT).");
     JANITOR_EXPIRED = new("gauntlet.janitor.expired", Counter, "{instance}", &["outcome"];
         "Expired instances that the janitor tried to delete, by outcome.");
     RECONCILE_RECOVERED = new("gauntlet.reconcile.recovered", Counter, "{instance}", &["phase", "action"];

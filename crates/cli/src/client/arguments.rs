@@ -1,6 +1,8 @@
 //! Parsers for the values of flags.
 
-use jiff::Timestamp;
+use std::{convert::Infallible, path::PathBuf};
+
+use jiff::{SignedDuration, Timestamp};
 
 /// A key and its value.
 pub(super) type Setting = (String, String);
@@ -16,6 +18,23 @@ pub(super) fn setting(text: &str) -> Result<Setting, String> {
 pub(super) fn timeout(text: &str) -> Result<prost_types::Duration, String> {
     let duration = gauntlet_startup::duration(text)?;
     prost_types::Duration::try_from(duration).map_err(|_| format!("expected at most 315576000000s; got {text:?}"))
+}
+
+/// Takes any path, also an empty one: an empty variable counts as unset.
+pub(super) fn path(text: &str) -> Result<PathBuf, Infallible> {
+    Ok(text.into())
+}
+
+/// Parses how long something is valid: days (`30d`), or a duration with smaller units.
+pub(super) fn lifetime(text: &str) -> Result<SignedDuration, String> {
+    let days = text.strip_suffix('d').and_then(|days| days.parse::<u32>().ok()).filter(|days| *days > 0);
+    match days {
+        Some(days) => Ok(SignedDuration::from_hours(24 * i64::from(days))),
+        None => gauntlet_startup::duration(text)
+            .ok()
+            .and_then(|duration| SignedDuration::try_from(duration).ok())
+            .ok_or_else(|| format!("expected a duration above zero such as 30d or 12h; got {text:?}")),
+    }
 }
 
 /// Parses a time into the form of the API.
@@ -41,6 +60,15 @@ mod tests {
         assert_eq!(setting("a=b=c").unwrap(), ("a".to_owned(), "b=c".to_owned()));
         assert_eq!(setting("a=").unwrap(), ("a".to_owned(), String::new()));
         assert!(setting("=b").is_err() && setting("a").unwrap_err().contains("got \"a\""));
+    }
+
+    #[test]
+    fn lifetime_takes_days_and_smaller_units() {
+        assert_eq!(lifetime("30d").unwrap(), SignedDuration::from_hours(720));
+        assert_eq!(lifetime("1h30m").unwrap(), SignedDuration::from_mins(90));
+        for wrong in ["", "0d", "-1d", "1.5d", "4294967296d", "soon"] {
+            assert!(lifetime(wrong).unwrap_err().contains("30d or 12h"), "{wrong}");
+        }
     }
 
     #[test]

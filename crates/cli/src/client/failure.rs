@@ -3,7 +3,7 @@
 use std::{fmt::Write as _, io, process::ExitCode};
 
 use anstyle::{AnsiColor, Style};
-use gauntlet_client::TlsError;
+use gauntlet_client::ChannelError;
 use gauntlet_domain::Error;
 use gauntlet_scenario::{PushError, Report};
 use gauntlet_startup::{EX_UNAVAILABLE, EX_USAGE};
@@ -20,8 +20,10 @@ pub(super) enum Failure {
     Api { server: String, status: Box<Status> },
     /// The flags do not fit together. The text includes what to do.
     Usage(&'static str),
-    /// TLS cannot be set up, whatever the server.
-    Tls(TlsError),
+    /// The credentials or TLS cannot be used, whatever the server answers.
+    Channel(ChannelError),
+    /// The token file cannot be used. The text names it and the fix.
+    TokenFile(String),
     /// A response cannot be converted to JSON.
     Json(String),
     /// The scenario is invalid.
@@ -32,9 +34,9 @@ pub(super) enum Failure {
     Io(io::Error),
 }
 
-impl From<TlsError> for Failure {
-    fn from(error: TlsError) -> Self {
-        Self::Tls(error)
+impl From<ChannelError> for Failure {
+    fn from(error: ChannelError) -> Self {
+        Self::Channel(error)
     }
 }
 
@@ -61,7 +63,7 @@ impl Failure {
             Self::Api { status, .. } if matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded) => {
                 EX_UNAVAILABLE.into()
             }
-            Self::Usage(_) => EX_USAGE.into(),
+            Self::Usage(_) | Self::Channel(ChannelError::Credentials(_)) => EX_USAGE.into(),
             Self::Scenario(Error::Registry { .. }) => EX_UNAVAILABLE.into(),
             _ => ExitCode::FAILURE,
         }
@@ -71,7 +73,8 @@ impl Failure {
         match self {
             Self::Api { server, status } => api(server, status),
             Self::Usage(problem) => render(problem, &[], None),
-            Self::Tls(error) => render(&error.to_string(), &[], None),
+            Self::Channel(error) => render(&error.to_string(), &[], None),
+            Self::TokenFile(problem) => render(problem, &[], None),
             Self::Json(why) => {
                 render("The response cannot be shown as JSON.", std::slice::from_ref(why), Some("omit --output json"))
             }
@@ -160,6 +163,13 @@ fn fix(reason: &str) -> Option<&'static str> {
         "OCI_REFERENCE_MALFORMED" => "use the form registry/repository:tag, such as registry.lan:5000/web:1",
         "OCI_REFERENCE_NOT_FOUND" => "push it with `gauntlet scenario push DIR REF`",
         "SCENARIO_NON_MATCHING_SPECIFICATION" => "find the line and field with `gauntlet scenario validate DIR`",
+        "CREDENTIALS_REQUIRED" => {
+            "set GAUNTLET_TOKEN or pass --token-file or --cert; an operator makes tokens with `gauntlet token create`"
+        }
+        "CREDENTIALS_INVALID" => "check that the whole token of this manager was given; it may have been revoked",
+        "CREDENTIALS_EXPIRED" => "ask the operator for another token (`gauntlet token create`)",
+        "SCOPE_INSUFFICIENT" => "use a token with the required scope",
+        "CHALLENGE_NOT_PERMITTED" => "use a token that is not bound to other challenges",
         "INTERNAL_ERROR" => "see the manager's log and traces",
         _ => return None,
     })
@@ -192,6 +202,8 @@ mod tests {
             error::oci_reference_malformed("a b", "It has a space."),
             error::invalid_field("id", "must not be empty"),
             error::internal_error(),
+            error::credentials_required(),
+            error::scope_insufficient("admin", "read"),
             error::unavailable("BUSY"),
             Status::unavailable("tcp connect error"),
             Status::deadline_exceeded("no answer within 2m"),

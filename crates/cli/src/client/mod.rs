@@ -1,4 +1,4 @@
-//! The commands that talk to a manager or a registry and exit.
+//! The commands that talk to a manager or a registry, or edit a file, and exit.
 
 mod arguments;
 mod challenge;
@@ -7,11 +7,13 @@ mod instance;
 mod output;
 mod printable;
 mod scenario;
+mod token;
+mod token_file;
 
 use std::{process::ExitCode, time::Duration};
 
 use clap::{Args, Subcommand};
-use gauntlet_client::{Channel, ServerAddress, call_with_deadline};
+use gauntlet_client::{Channel, Credentials, ServerAddress, call_with_deadline};
 use gauntlet_startup::EX_USAGE;
 use gauntlet_telemetry::{Env, Instruments, Settings, Telemetry};
 use prost::{Message, Name};
@@ -53,6 +55,14 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: scenario::Command,
     },
+    /// Create, list and revoke the tokens of a token file.
+    #[command(after_help = token::EXAMPLES)]
+    Token {
+        #[command(flatten)]
+        file: token::File,
+        #[command(subcommand)]
+        command: token::Command,
+    },
 }
 
 /// The API to call, and how to show its responses.
@@ -62,6 +72,9 @@ pub(crate) struct Api {
     /// The address of the manager's API: host:port, http://host:port or https://host.
     #[arg(long, env = "URL", default_value = "localhost:8080", global = true, value_name = "URL")]
     url: ServerAddress,
+    /// What to show to the manager.
+    #[command(flatten)]
+    credentials: Credentials,
     /// The deadline of each call.
     #[arg(long, default_value = "2m", value_parser = gauntlet_startup::duration, global = true, value_name = "DURATION")]
     deadline: Duration,
@@ -161,12 +174,13 @@ pub(crate) fn run(command: Command) -> ExitCode {
 
 async fn execute(command: Command, instruments: &Instruments) -> Result<(), Failure> {
     let session = |api: Api| -> Result<Session, Failure> {
-        let channel = api.url.channel(USER_AGENT, instruments)?;
+        let channel = api.url.channel(&api.credentials, USER_AGENT, instruments)?;
         Ok(Session { server: api.url, deadline: api.deadline, channel, output: Output::new(api.output) })
     };
     match command {
         Command::Challenge { api, command } => challenge::run(&session(api)?, command).await,
         Command::Instance { api, command } => instance::run(&session(api)?, command).await,
         Command::Scenario { command } => scenario::run(command).await,
+        Command::Token { file, command } => token::run(&file, command),
     }
 }

@@ -35,7 +35,11 @@ proptest! {
 
 fn sweeper(url: &str) -> Sweeper {
     let instruments = Instruments::noop();
-    let channel = url.parse::<gauntlet_client::ServerAddress>().unwrap().channel("test", &instruments).unwrap();
+    let channel = url
+        .parse::<gauntlet_client::ServerAddress>()
+        .unwrap()
+        .channel(&Default::default(), "test", &instruments)
+        .unwrap();
     Sweeper::new(channel, instruments.janitor, 1, Duration::from_secs(10), false)
 }
 

@@ -7,13 +7,16 @@ use gauntlet_api::v1::challenge::{
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{Handlers, Messages, convert, respond, stream};
+use crate::{audit::Change, authorize::Caller};
 
 #[async_trait]
 impl ChallengeStore for Handlers {
     async fn create_challenge(&self, request: Request<CreateChallengeRequest>) -> Result<Response<Challenge>, Status> {
         respond(async {
+            let caller = Caller::of(&request)?;
             let new = convert::new_challenge(request.into_inner())?;
-            let challenge = self.operations.create_challenge(new).await?;
+            let record = caller.begin(Change::of_challenge("CreateChallenge", &new.id))?;
+            let challenge = self.operations.create_challenge(record, new).await?;
             Ok(Response::new(convert::challenge(challenge, Vec::new())))
         })
         .await
@@ -24,7 +27,9 @@ impl ChallengeStore for Handlers {
         request: Request<RetrieveChallengeRequest>,
     ) -> Result<Response<Challenge>, Status> {
         respond(async {
+            let caller = Caller::of(&request)?;
             let id = convert::challenge_id("id", request.into_inner().id)?;
+            caller.check(&id)?;
             let (challenge, instances) = self.operations.retrieve_challenge(&id).await?;
             Ok(Response::new(convert::challenge(challenge, instances)))
         })
@@ -33,18 +38,24 @@ impl ChallengeStore for Handlers {
 
     type QueryChallengeStream = Messages<Challenge>;
 
-    async fn query_challenge(&self, _: Request<()>) -> Result<Response<Self::QueryChallengeStream>, Status> {
-        let message = |(challenge, instances)| convert::challenge(challenge, instances);
-        Ok(stream(&self.operations, message, |operations| operations.query_challenges()))
+    async fn query_challenge(&self, request: Request<()>) -> Result<Response<Self::QueryChallengeStream>, Status> {
+        respond(async {
+            let caller = Caller::of(&request)?;
+            let message = |(challenge, instances)| convert::challenge(challenge, instances);
+            Ok(stream(&self.operations, message, move |operations| operations.query_challenges(&caller)))
+        })
+        .await
     }
 
     async fn update_challenge(&self, request: Request<UpdateChallengeRequest>) -> Result<Response<Challenge>, Status> {
         respond(async {
+            let caller = Caller::of(&request)?;
             let (id, update) = convert::challenge_update(request.into_inner())?;
-            let updated = self.operations.update_challenge(id, update).await?;
+            let record = caller.begin(Change::of_challenge("UpdateChallenge", &id))?;
+            let updated = self.operations.update_challenge(record, id, update).await?;
             // Each failure has been logged; the client gets the first.
             match updated.failures.into_iter().next() {
-                Some(failure) => Err(failure),
+                Some(failure) => Err(failure.into()),
                 None => Ok(Response::new(convert::challenge(updated.challenge, updated.instances))),
             }
         })
@@ -53,8 +64,10 @@ impl ChallengeStore for Handlers {
 
     async fn delete_challenge(&self, request: Request<DeleteChallengeRequest>) -> Result<Response<()>, Status> {
         respond(async {
+            let caller = Caller::of(&request)?;
             let id = convert::challenge_id("id", request.into_inner().id)?;
-            self.operations.delete_challenge(id).await?;
+            let record = caller.begin(Change::of_challenge("DeleteChallenge", &id))?;
+            self.operations.delete_challenge(record, id).await?;
             Ok(Response::new(()))
         })
         .await

@@ -8,15 +8,38 @@ mod sweep;
 use std::pin::Pin;
 
 use futures::{Stream, StreamExt as _};
-use gauntlet_domain::Result;
+use gauntlet_domain::Error;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status};
 
-use crate::{operations::Operations, report::StreamFailure, status::status};
+use crate::{
+    authorize::Denial,
+    operations::Operations,
+    report::StreamFailure,
+    status::{denied, status},
+};
 
 /// The messages of a stream; it ends after the first error.
 pub(crate) type Messages<M> = Pin<Box<dyn Stream<Item = Result<M, Status>> + Send>>;
+
+/// Why a handler has no response.
+enum Failure {
+    Denied(Denial),
+    Failed(Error),
+}
+
+impl From<Denial> for Failure {
+    fn from(denial: Denial) -> Self {
+        Self::Denied(denial)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
 
 /// `api.v1.challenge.ChallengeStore`, `api.v1.instance.InstanceManager` and `gauntlet.v1.Sweeper`.
 #[derive(Clone)]
@@ -34,8 +57,11 @@ impl Handlers {
 const STREAM_BUFFER: usize = 16;
 
 /// Runs a handler. Its error becomes the status of the call.
-async fn respond<M>(call: impl Future<Output = Result<Response<M>>>) -> Result<Response<M>, Status> {
-    call.await.map_err(status)
+async fn respond<M>(call: impl Future<Output = Result<Response<M>, Failure>>) -> Result<Response<M>, Status> {
+    call.await.map_err(|failure| match failure {
+        Failure::Denied(denial) => denied(denial),
+        Failure::Failed(error) => status(error),
+    })
 }
 
 /// Makes a response of a stream that borrows the operations. A task reads the stream, up to [`STREAM_BUFFER`] messages ahead; it ends when the

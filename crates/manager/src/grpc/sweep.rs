@@ -8,6 +8,7 @@ use gauntlet_domain::Instance;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{Handlers, Messages, convert, respond, stream};
+use crate::{audit::Change, authorize::Caller};
 
 #[async_trait]
 impl Sweeper for Handlers {
@@ -17,11 +18,17 @@ impl Sweeper for Handlers {
         &self,
         request: Request<ListExpiredRequest>,
     ) -> Result<Response<Self::ListExpiredStream>, Status> {
-        let limit = match request.into_inner().limit {
-            0 => usize::MAX,
-            limit => usize::try_from(limit).unwrap_or(usize::MAX),
-        };
-        Ok(stream(&self.operations, expired, move |operations| operations.expired_instances().take(limit).boxed()))
+        respond(async {
+            let caller = Caller::of(&request)?;
+            let limit = match request.into_inner().limit {
+                0 => usize::MAX,
+                limit => usize::try_from(limit).unwrap_or(usize::MAX),
+            };
+            Ok(stream(&self.operations, expired, move |operations| {
+                operations.expired_instances(&caller).take(limit).boxed()
+            }))
+        })
+        .await
     }
 
     async fn delete_expired(
@@ -29,10 +36,12 @@ impl Sweeper for Handlers {
         request: Request<DeleteExpiredRequest>,
     ) -> Result<Response<DeleteExpiredResponse>, Status> {
         respond(async {
+            let caller = Caller::of(&request)?;
             let request = request.into_inner();
             let (challenge, source) = convert::instance_ids(request.challenge_id, request.source_id)?;
             let since = convert::since(request.since)?;
-            let deleted = self.operations.delete_expired_instance(challenge, source, since).await?;
+            let record = caller.begin(Change::of_instance("DeleteExpired", &challenge, &source))?;
+            let deleted = self.operations.delete_expired_instance(record, challenge, source, since).await?;
             Ok(Response::new(DeleteExpiredResponse { deleted }))
         })
         .await

@@ -20,7 +20,9 @@ use tempfile::TempDir;
 use tokio::{sync::watch, time::timeout};
 
 use super::*;
-use crate::{observed::SignallingFacts, operations::Operations, reconciler::Reconciler, signals::Signals};
+use crate::{
+    fixture::record, observed::SignallingFacts, operations::Operations, reconciler::Reconciler, signals::Signals,
+};
 
 /// Longer than anything takes on a busy machine: only a real hang reaches it.
 const LONG: Duration = Duration::from_secs(120);
@@ -145,11 +147,14 @@ impl Fixture {
 
     async fn challenge(&self, name: &str, min: i64, max: i64) -> ChallengeId {
         let new = NewChallenge { timeout: None, max, ..new_challenge(name, min) };
-        self.operations.create_challenge(new).await.unwrap().id
+        self.operations.create_challenge(record(&new.id), new).await.unwrap().id
     }
 
     async fn create(&self, challenge: &ChallengeId, source: &str) {
-        self.operations.create_instance(challenge.clone(), source_id(source), Additional::new()).await.unwrap();
+        self.operations
+            .create_instance(record(challenge), challenge.clone(), source_id(source), Additional::new())
+            .await
+            .unwrap();
     }
 
     fn launches(&self, challenge: &ChallengeId) -> LaunchCounts {
@@ -284,7 +289,7 @@ async fn stored_bounds_above_the_limit_are_capped() {
     assert_eq!(fixture.pooled(&old.id).await, 20);
     // Updates of other fields succeed.
     let update = ChallengeUpdate { timeout: Some(Some(LONG)), ..ChallengeUpdate::default() };
-    fixture.operations.update_challenge(old.id.clone(), update).await.unwrap();
+    fixture.operations.update_challenge(record(&old.id), old.id.clone(), update).await.unwrap();
     let update = ChallengeUpdate { min: Some(21), ..ChallengeUpdate::default() };
     let refused = fixture.gauntlet.update_challenge(&call_now(), &old.id, update).await.unwrap_err();
     assert_eq!(refused, Error::PoolOutOfBounds { min: 21, max: 0, limit: 20 });
@@ -299,7 +304,7 @@ async fn concurrent_creates_and_checks_keep_a_pool_within_its_bounds() {
     fixture.wait_until_idle().await;
     assert_eq!(fixture.pooled(&web).await, 2, "10 claimed and 2 pooled instances are 12");
     for source in &sources {
-        fixture.operations.delete_instance(web.clone(), source_id(source)).await.unwrap();
+        fixture.operations.delete_instance(record(&web), web.clone(), source_id(source)).await.unwrap();
     }
     fixture.pools.request_check(&web, None);
     fixture.wait_until_idle().await;

@@ -26,9 +26,8 @@ use gauntlet_api::{
         },
     },
 };
-use tonic::Request;
 
-use crate::grpc::Handlers;
+use crate::{authorize::Caller, grpc::Handlers};
 pub(crate) use health::Health;
 use request::{Message, Path, SourceId};
 use response::{Failure, Json, stream};
@@ -62,67 +61,85 @@ async fn unknown_method() -> Failure {
 
 async fn create_challenge(
     State(handlers): State<Handlers>,
+    caller: Caller,
     Message(message): Message<CreateChallengeRequest>,
 ) -> Result<Json<Challenge>> {
-    Ok(handlers.create_challenge(Request::new(message)).await?.into())
+    Ok(handlers.create_challenge(caller.request(message)).await?.into())
 }
 
-async fn retrieve_challenge(State(handlers): State<Handlers>, Path(id): Path<String>) -> Result<Json<Challenge>> {
-    Ok(handlers.retrieve_challenge(Request::new(RetrieveChallengeRequest { id })).await?.into())
+async fn retrieve_challenge(
+    State(handlers): State<Handlers>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<Json<Challenge>> {
+    Ok(handlers.retrieve_challenge(caller.request(RetrieveChallengeRequest { id })).await?.into())
 }
 
-async fn query_challenge(State(handlers): State<Handlers>) -> Result<Response> {
-    stream(handlers.query_challenge(Request::new(())).await?).await
+async fn query_challenge(State(handlers): State<Handlers>, caller: Caller) -> Result<Response> {
+    stream(handlers.query_challenge(caller.request(())).await?).await
 }
 
 async fn update_challenge(
     State(handlers): State<Handlers>,
+    caller: Caller,
     Path(id): Path<String>,
     Message(message): Message<UpdateChallengeRequest>,
 ) -> Result<Json<Challenge>> {
     let message = UpdateChallengeRequest { id, ..message };
-    Ok(handlers.update_challenge(Request::new(message)).await?.into())
+    Ok(handlers.update_challenge(caller.request(message)).await?.into())
 }
 
-async fn delete_challenge(State(handlers): State<Handlers>, Path(id): Path<String>) -> Result<Json<()>> {
-    Ok(handlers.delete_challenge(Request::new(DeleteChallengeRequest { id })).await?.into())
+async fn delete_challenge(
+    State(handlers): State<Handlers>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<Json<()>> {
+    Ok(handlers.delete_challenge(caller.request(DeleteChallengeRequest { id })).await?.into())
 }
 
 async fn create_instance(
     State(handlers): State<Handlers>,
+    caller: Caller,
     Message(message): Message<CreateInstanceRequest>,
 ) -> Result<Json<Instance>> {
-    Ok(handlers.create_instance(Request::new(message)).await?.into())
+    Ok(handlers.create_instance(caller.request(message)).await?.into())
 }
 
-async fn query_instance(State(handlers): State<Handlers>, SourceId(source_id): SourceId) -> Result<Response> {
-    stream(handlers.query_instance(Request::new(QueryInstanceRequest { source_id })).await?).await
+async fn query_instance(
+    State(handlers): State<Handlers>,
+    caller: Caller,
+    SourceId(source_id): SourceId,
+) -> Result<Response> {
+    stream(handlers.query_instance(caller.request(QueryInstanceRequest { source_id })).await?).await
 }
 
 async fn retrieve_instance(
     State(handlers): State<Handlers>,
+    caller: Caller,
     Path((challenge_id, source_id)): Path<(String, String)>,
 ) -> Result<Json<Instance>> {
     let message = RetrieveInstanceRequest { challenge_id, source_id };
-    Ok(handlers.retrieve_instance(Request::new(message)).await?.into())
+    Ok(handlers.retrieve_instance(caller.request(message)).await?.into())
 }
 
 async fn renew_instance(
     State(handlers): State<Handlers>,
+    caller: Caller,
     Path((challenge_id, source_id)): Path<(String, String)>,
     // Only checked: the path has both ids.
     Message(_): Message<RenewInstanceRequest>,
 ) -> Result<Json<Instance>> {
     let message = RenewInstanceRequest { challenge_id, source_id };
-    Ok(handlers.renew_instance(Request::new(message)).await?.into())
+    Ok(handlers.renew_instance(caller.request(message)).await?.into())
 }
 
 async fn delete_instance(
     State(handlers): State<Handlers>,
+    caller: Caller,
     Path((challenge_id, source_id)): Path<(String, String)>,
 ) -> Result<Json<()>> {
     let message = DeleteInstanceRequest { challenge_id, source_id };
-    Ok(handlers.delete_instance(Request::new(message)).await?.into())
+    Ok(handlers.delete_instance(caller.request(message)).await?.into())
 }
 
 #[cfg(test)]

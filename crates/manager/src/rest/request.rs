@@ -5,6 +5,7 @@ use std::time::Duration;
 use axum::{
     body::{Body, HttpBody as _},
     extract::{self, FromRequest, FromRequestParts, Request, path::ErrorKind, rejection::PathRejection},
+    response::Response,
 };
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
@@ -16,6 +17,10 @@ use serde::de::DeserializeOwned;
 use tonic::Status;
 
 use super::response::Failure;
+use crate::{
+    authorize::{Caller, Denial},
+    status::denied,
+};
 
 /// The maximum length of a body, in bytes.
 const BODY_LIMIT: usize = 1024 * 1024;
@@ -71,6 +76,15 @@ async fn read(body: Body) -> Result<Bytes, Status> {
 
 fn too_long() -> Status {
     Status::invalid_argument(format!("The body is longer than {BODY_LIMIT} bytes; send less."))
+}
+
+/// The caller, which the authorization layer has added. A request without one is refused.
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Response> {
+        parts.extensions.get::<Self>().cloned().ok_or_else(|| super::failure(denied(Denial::Missing)))
+    }
 }
 
 /// The ids in the path, percent-decoded.

@@ -7,7 +7,10 @@ use axum::{
 use futures::{StreamExt as _, future::ready, stream::once};
 use gauntlet_api::{error, json};
 use gauntlet_telemetry::context;
-use http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
+use http::{
+    HeaderValue, StatusCode,
+    header::{CONTENT_TYPE, WWW_AUTHENTICATE},
+};
 use prost::{Message, Name};
 use tonic::Status;
 
@@ -51,6 +54,9 @@ impl From<Status> for Failure {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let mut response = with_json(error::http_status(self.0.code()), error::body(&self.0));
+        if let Some(challenge) = self.0.metadata().as_ref().get(WWW_AUTHENTICATE) {
+            response.headers_mut().insert(WWW_AUTHENTICATE, challenge.clone());
+        }
         // `report::report_failure` reads it. tonic does the same for its responses.
         response.extensions_mut().insert(self.0);
         response

@@ -453,7 +453,7 @@ async fn times_at_the_end_of_the_year_9999() {
         api.call_ok("POST /api/v1/challenge", format!(r#"{{"id":"{id}","scenario":"reg/web:v1",{fields}}}"#)).await;
         api.call_ok("POST /api/v1/instance", format!(r#"{{"challengeId":"{id}","sourceId":"7"}}"#)).await;
     }
-    let request = tonic::Request::new(QueryInstanceRequest::default());
+    let request = crate::fixture::caller(gauntlet_access::Scope::Read).request(QueryInstanceRequest::default());
     let listed: Vec<_> = api.handlers().query_instance(request).await.unwrap().into_inner().collect().await;
     let ends: Vec<_> = listed.into_iter().map(|instance| instance.unwrap().until.unwrap().seconds).collect();
     assert_eq!(ends, [253_402_300_799; 2]);

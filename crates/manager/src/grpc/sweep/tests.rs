@@ -1,19 +1,21 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use futures::TryStreamExt as _;
+use gauntlet_access::Scope;
 use gauntlet_api::extension::sweeper_client::SweeperClient;
-use gauntlet_telemetry::instruments::Instruments;
 use gauntlet_testing::eventually;
 use tokio::net::TcpListener;
 use tonic::transport::{Channel, Endpoint};
 
 use super::*;
-use crate::fixture::Api;
+use crate::{
+    authorize::Credentials,
+    fixture::{Api, caller},
+};
 
 /// Serves the API on a port, and returns a client of it.
 async fn serve(api: &Api) -> SweeperClient<Channel> {
-    let (_, health) = tonic_health::server::health_reporter();
-    let router = crate::server::api(api.handlers(), api.router(), health, &Instruments::noop()).unwrap();
+    let router = api.service(Credentials::default(), Some(Scope::Admin));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     // The task ends with the runtime of the test.
@@ -80,7 +82,7 @@ async fn deletes_the_listed_instance_but_not_its_successor() {
     create().await;
     let second = request(only_expired().await);
     let delete = async |request: &DeleteExpiredRequest| {
-        let response = api.handlers().delete_expired(Request::new(request.clone())).await;
+        let response = api.handlers().delete_expired(caller(Scope::Admin).request(request.clone())).await;
         response.map(|response| response.into_inner().deleted).map_err(|status| status.code())
     };
     assert_eq!(delete(&first).await, Ok(false));
