@@ -203,6 +203,19 @@ pub fn oci_interaction(reference: &str) -> Status {
     )
 }
 
+/// OCI_REGISTRY_NOT_ALLOWED: the operator doesn't allow scenarios from the registry or repository.
+#[must_use]
+pub fn oci_registry_not_allowed(reference: &str) -> Status {
+    of_scenario(
+        Code::FailedPrecondition,
+        "Registry is not allowed.",
+        DOMAIN_OCI,
+        "OCI_REGISTRY_NOT_ALLOWED",
+        reference,
+        "Scenarios of this registry or repository are not allowed here; use another registry, or ask the operator.",
+    )
+}
+
 /// OCI_REFERENCE_NOT_FOUND: the registry doesn't have the reference.
 #[must_use]
 pub fn oci_reference_not_found(reference: &str) -> Status {

@@ -69,6 +69,17 @@ pub enum Error {
         /// The cause, for operators.
         detail: String,
     },
+    /// The operator doesn't allow scenarios from this registry or repository.
+    #[error(
+        "scenario {reference:?} is refused: {registry} is not an allowed registry; if it should be, pass --registry-allow {registry} \
+         (REGISTRY_ALLOW)"
+    )]
+    RegistryNotAllowed {
+        /// The reference as the client gave it.
+        reference: String,
+        /// The registry's host.
+        registry: String,
+    },
     /// The registry has no such reference.
     #[error("registry does not contain {reference:?}")]
     ReferenceNotFound {
@@ -160,6 +171,7 @@ impl Error {
             Self::Invalid { .. } => "INVALID_ARGUMENT",
             Self::ReferenceMalformed { .. } => "OCI_REFERENCE_MALFORMED",
             Self::Registry { .. } => "OCI_INTERACTION",
+            Self::RegistryNotAllowed { .. } => "OCI_REGISTRY_NOT_ALLOWED",
             Self::ReferenceNotFound { .. } => "OCI_REFERENCE_NOT_FOUND",
             Self::ScenarioInvalid { .. } => "SCENARIO_NON_MATCHING_SPECIFICATION",
             Self::ScenarioNotFound { .. } => "SCENARIO_NOT_FOUND",

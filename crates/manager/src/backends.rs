@@ -6,7 +6,7 @@ use anyhow::{Context as _, anyhow};
 use gauntlet_coordination::{Coordination, Embedded, Etcd, EtcdConfig, EtcdTls};
 use gauntlet_domain::Store;
 use gauntlet_provision::process::{self, Process};
-use gauntlet_scenario::{Access, Credentials, FlagKey, Library};
+use gauntlet_scenario::{Allowed, FlagKey, Library};
 use gauntlet_telemetry::{db::Database, instruments::Instruments};
 
 use crate::{Config, StartError};
@@ -27,14 +27,20 @@ pub(crate) fn scenarios(config: &Config) -> Result<Library> {
     let key_file = config.flag_key_file.clone().unwrap_or_else(|| config.dir.join("flag.key"));
     let key = FlagKey::load_or_create(&key_file)
         .with_context(|| format!("cannot use the flag key {}", key_file.display()))?;
-    let credentials =
-        config.registry_credentials().map(|(username, password)| Credentials { registry: None, username, password });
+    let public = config.listens_beyond_loopback();
+    let access = config.registries.access(public).map_err(StartError::Config)?;
+    if access.allowed == Allowed::Only(Vec::new()) {
+        tracing::warn!(
+            "no registry is allowed, because the manager listens beyond loopback; pass --registry-allow (REGISTRY_ALLOW) with those that \
+             scenarios may come from"
+        );
+    }
     if let Some(root) = config.scenario_root.as_ref().filter(|root| !root.is_dir()) {
         return Err(anyhow!("--scenario-root (SCENARIO_ROOT) {} is not a directory", root.display()).into());
     }
     let library = gauntlet_scenario::Config {
         local_root: config.scenario_root.clone(),
-        access: Access { insecure: config.oci_insecure, credentials, ..Access::default() },
+        access,
         ..gauntlet_scenario::Config::new(config.dir.join("scenarios"), key)
     };
     Ok(Library::new(library)?)

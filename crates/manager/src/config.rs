@@ -20,6 +20,7 @@ use tokio::sync::Semaphore;
 use crate::{
     connections::Limits,
     origin::{HostName, Hosts, Origin, OriginPolicy},
+    registries::Registries,
 };
 
 /// The shortest lease that etcd grants.
@@ -95,15 +96,9 @@ pub struct Config {
     #[arg(long, env = "ETCD_DEADLINE", value_parser = duration, value_name = "DURATION", help_heading = "etcd")]
     pub etcd_deadline: Option<Duration>,
 
-    /// Use plain HTTP for registries.
-    #[arg(long, env = "OCI_INSECURE", value_parser = clap::builder::BoolishValueParser::new(), default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set, value_name = "BOOL", help_heading = "Scenarios")]
-    pub oci_insecure: bool,
-    /// The user name for registries.
-    #[arg(long, env = "OCI_USERNAME", requires = "oci_password", value_name = "NAME", help_heading = "Scenarios")]
-    pub oci_username: Option<String>,
-    /// The password for registries. Prefer the variable: other users can see the flags of a process.
-    #[arg(long, env = "OCI_PASSWORD", hide_env_values = true, value_name = "PASSWORD", help_heading = "Scenarios")]
-    pub oci_password: Option<SecretString>,
+    /// Which registries are allowed, and their credentials.
+    #[command(flatten)]
+    pub registries: Registries,
     /// The directory that file:// scenarios may be in. Without it, scenarios come from registries only.
     #[arg(long, env = "SCENARIO_ROOT", value_name = "DIR", help_heading = "Scenarios")]
     pub scenario_root: Option<PathBuf>,
@@ -215,9 +210,7 @@ impl Config {
                 config.etcd_endpoint.iter().filter(|endpoint| !endpoint.is_empty()).cloned().collect();
         }
         config.access.drop_empty();
-        for username in [&mut config.etcd_username, &mut config.oci_username] {
-            username.take_if(|name| name.is_empty());
-        }
+        config.etcd_username.take_if(|name| name.is_empty());
         let invalid = |text: String| Err(Self::command().error(ErrorKind::ValueValidation, text));
         if config.lease_ttl < MIN_LEASE_TTL {
             return invalid(format!(
@@ -245,9 +238,9 @@ impl Config {
         credentials(self.etcd_username.as_ref(), self.etcd_password.as_ref())
     }
 
-    /// The user name and password for registries, if both are set.
-    pub(crate) fn registry_credentials(&self) -> Option<(String, SecretString)> {
-        credentials(self.oci_username.as_ref(), self.oci_password.as_ref())
+    /// Whether other machines can reach the API.
+    pub(crate) fn listens_beyond_loopback(&self) -> bool {
+        !self.bind.to_canonical().is_loopback()
     }
 
     /// What a listener on `address` accepts from web pages.
@@ -324,10 +317,10 @@ mod tests {
 
     #[test]
     fn empty_values_count_as_unset() {
-        let credentials = ["--etcd-username", "", "--etcd-password", "", "--oci-username", "", "--oci-password", ""];
+        let credentials = ["--etcd-username", "", "--etcd-password", ""];
         let config = parse(&[&["--etcd-endpoints", ""], &credentials[..]].concat()).unwrap();
         assert!(config.etcd_endpoints.is_empty());
-        assert_eq!((config.etcd_username, config.oci_username), (None, None));
+        assert_eq!(config.etcd_username, None);
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod origin;
 mod peer;
 mod pools;
 mod reconciler;
+mod registries;
 mod report;
 mod rest;
 mod server;
@@ -40,6 +41,7 @@ use gauntlet_telemetry::Telemetry;
 use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, SignallingFacts, observed_store};
 use operations::Operations;
 use reconciler::Reconciler;
+pub use registries::Registries;
 use signals::Signals;
 use tasks::Tasks;
 use tokio::sync::watch;
@@ -48,8 +50,8 @@ use tokio::sync::watch;
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A flag or a variable has a value that cannot be used; the text names it and the fix.
-    #[error("{0}")]
-    Config(Error),
+    #[error("{0:#}")]
+    Config(anyhow::Error),
     /// The data directory, the store or a port cannot be used; the text says what to do.
     #[error(transparent)]
     Failed(#[from] anyhow::Error),
@@ -58,7 +60,7 @@ pub enum StartError {
 impl From<Error> for StartError {
     fn from(error: Error) -> Self {
         match error {
-            Error::Invalid { .. } => Self::Config(error),
+            Error::Invalid { .. } => Self::Config(error.into()),
             error => Self::Failed(error.into()),
         }
     }

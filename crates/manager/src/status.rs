@@ -47,6 +47,7 @@ pub(crate) fn status(error: Error) -> Status {
         Error::Invalid { field, problem } => error::invalid_field(field, problem),
         Error::ReferenceMalformed { reference, problem } => error::oci_reference_malformed(reference, problem),
         Error::Registry { reference, .. } => error::oci_interaction(reference),
+        Error::RegistryNotAllowed { reference, .. } => error::oci_registry_not_allowed(reference),
         Error::ReferenceNotFound { reference } => error::oci_reference_not_found(reference),
         Error::ScenarioInvalid { reference, problem } => error::scenario_non_matching_specification(reference, problem),
         Error::ScenarioNotFound { reference, problem } => error::scenario_not_found(reference, problem),

@@ -7,12 +7,15 @@ use std::{
 };
 
 use gauntlet_domain::Error;
-use oci_client::manifest::{OCI_IMAGE_MEDIA_TYPE, OciDescriptor, OciImageManifest};
 
 use crate::{
     digest::Digest,
     files::{self, FileError, FileLimits, blocking},
-    registry::{ARTIFACT_TYPE, Access, FILE_TYPE, Registry, TITLE, parse},
+    registry::{
+        Access, Registry,
+        manifest::{ARTIFACT_TYPE, Descriptor, EMPTY_TYPE, FILE_TYPE, MANIFEST_TYPE, Manifest, TITLE},
+        parse,
+    },
     scenario_file::{Unread, read_document},
     yaml::Problem,
 };
@@ -148,38 +151,34 @@ pub async fn push(
     }
     let registry = Registry::new(access).map_err(Error::Internal)?;
     let send = async {
+        let mut push = registry.push(reference, &target)?;
         let mut layers = Vec::with_capacity(report.files.len());
         for (at, file) in report.files.iter().enumerate() {
             let content = read(reference, dir.to_owned(), file).await?;
-            let descriptor = OciDescriptor {
+            let descriptor = Descriptor {
                 media_type: FILE_TYPE.to_owned(),
                 digest: Digest::of(&content).to_string(),
                 size: i64::try_from(content.len()).unwrap_or(i64::MAX),
                 annotations: Some(BTreeMap::from([(TITLE.to_owned(), file.path.clone())])),
-                ..OciDescriptor::default()
             };
-            let known = registry.put_blob(reference, &target, &descriptor.digest, content).await?;
+            let known = push.blob(&descriptor.digest, content).await?;
             layers.push(descriptor);
             progress(Progress::File { path: file.path.clone(), done: at + 1, of: report.files.len(), known });
         }
         // The empty configuration of the OCI image specification 1.1.
-        let config = OciDescriptor {
-            media_type: "application/vnd.oci.empty.v1+json".to_owned(),
-            digest: Digest::of(b"{}").to_string(),
-            size: 2,
-            ..OciDescriptor::default()
-        };
-        registry.put_blob(reference, &target, &config.digest, b"{}".to_vec()).await?;
-        let manifest = OciImageManifest {
-            media_type: Some(OCI_IMAGE_MEDIA_TYPE.to_owned()),
-            artifact_type: Some(ARTIFACT_TYPE.to_owned()),
+        let digest = Digest::of(b"{}").to_string();
+        let config = Descriptor { media_type: EMPTY_TYPE.to_owned(), digest, size: 2, annotations: None };
+        push.blob(&config.digest, b"{}".to_vec()).await?;
+        let manifest = Manifest {
+            schema_version: 2,
+            media_type: Some(MANIFEST_TYPE.to_owned()),
             config,
             layers,
-            ..OciImageManifest::default()
+            artifact_type: Some(ARTIFACT_TYPE.to_owned()),
         };
         let body = serde_json::to_vec(&manifest).map_err(|error| Error::Internal(format!("manifest: {error}")))?;
         let digest = Digest::of(&body).to_string();
-        registry.put_manifest(reference, &target, body).await?;
+        push.manifest(body).await?;
         progress(Progress::Manifest { digest: digest.clone() });
         Ok(digest)
     };

@@ -25,5 +25,5 @@ pub use cache::Evicted;
 pub use files::FileLimits;
 pub use flag::{FlagKey, MAX_TEXT_BYTES, MIN_ENTROPY_BITS};
 pub use library::{Config, Library};
-pub use registry::{Access, Credentials};
+pub use registry::{Access, Allowed, Credentials, Host, InvalidPattern, RegistryPattern};
 pub use yaml::Problem;

@@ -27,7 +27,7 @@ use crate::{
     files::{FileError, FileLimits, blocking},
     flag::FlagKey,
     local, plan,
-    registry::{Access, Registry},
+    registry::{Access, Reference, Registry},
     scenario_file::{Unread, read_document},
     yaml::Problem,
 };
@@ -62,8 +62,8 @@ impl Config {
 
 /// Scenarios, cached by digest.
 ///
-/// Clones share the cache. Resolving a cached digest needs no network; resolving a tag takes one request. Concurrent calls for one digest
-/// share one fetch.
+/// Clones share the cache. Resolving a cached digest needs no network; resolving a tag takes one request. Concurrent calls for one digest of
+/// one repository share one fetch. A slow registry delays only calls for its own scenarios.
 ///
 /// # Cancel safety
 /// Dropping the last call that waits for a fetch cancels the fetch and removes what it had written.
@@ -77,8 +77,9 @@ struct Inner {
     documents: Documents,
     config: Config,
     registry: Registry,
-    /// Fetches in progress, by digest.
-    fetches: Mutex<BTreeMap<Digest, WeakShared<Fetch>>>,
+    /// Fetches in progress, by registry, repository and digest: content that one registry is slow to send or doesn't have may come from
+    /// another.
+    fetches: Mutex<BTreeMap<(String, String, Digest), WeakShared<Fetch>>>,
 }
 
 type Fetch = BoxFuture<'static, Result<PathBuf>>;
@@ -133,6 +134,7 @@ impl Library {
 
     async fn resolve_registry(&self, reference: &str) -> Result<(Digest, PathBuf)> {
         let (target, digest) = crate::registry::parse(reference)?;
+        self.inner.registry.check_allowed(reference, &target)?;
         let span = pull_span(reference);
         let resolved = async {
             let digest = match digest {
@@ -146,26 +148,27 @@ impl Library {
     }
 
     /// Returns the cached directory of a digest; fetches it, or joins the fetch in progress, if it isn't cached.
-    async fn fetch(&self, reference: &str, target: oci_client::Reference, digest: Digest) -> Result<PathBuf> {
+    async fn fetch(&self, reference: &str, target: Reference, digest: Digest) -> Result<PathBuf> {
         let cached = self.inner.cache.find(digest);
         tracing::Span::current().record("scenario.digest", display(digest)).record("cache.hit", cached.is_some());
         if let Some(dir) = cached {
             return Ok(dir);
         }
+        let key = (target.registry().to_owned(), target.repository().to_owned(), digest);
         let fetch = {
             let mut fetches = self.inner.fetches.lock().unwrap_or_else(PoisonError::into_inner);
             fetches.retain(|_, fetch| fetch.upgrade().is_some());
-            let running = fetches.get(&digest).and_then(WeakShared::upgrade);
+            let running = fetches.get(&key).and_then(WeakShared::upgrade);
             running.unwrap_or_else(|| {
                 let fetch = self.clone().pull(reference.to_owned(), target, digest).boxed().shared();
-                fetches.extend(fetch.downgrade().map(|weak| (digest, weak)));
+                fetches.extend(fetch.downgrade().map(|weak| (key, weak)));
                 fetch
             })
         };
         fetch.await
     }
 
-    async fn pull(self, reference: String, target: oci_client::Reference, digest: Digest) -> Result<PathBuf> {
+    async fn pull(self, reference: String, target: Reference, digest: Digest) -> Result<PathBuf> {
         // Another fetch may have finished since the cache was checked.
         if let Some(dir) = self.inner.cache.find(digest) {
             return Ok(dir);
@@ -190,6 +193,7 @@ impl Library {
             return Err(Error::ScenarioNotFound { reference: pinned.reference.clone(), problem });
         }
         let (target, _) = crate::registry::parse(&pinned.reference)?;
+        self.inner.registry.check_allowed(&pinned.reference, &target)?;
         let target = target.clone_with_digest(digest.to_string());
         recorded(self.fetch(&pinned.reference, target, digest), pull_span(&pinned.reference)).await
     }

@@ -64,11 +64,11 @@ async fn spans_describe_the_fetch_without_secrets() {
     fs::write(scenario.join("scenario.yaml"), document).unwrap();
     let access = Access {
         insecure: true,
-        credentials: Some(Credentials {
-            registry: None,
+        credentials: vec![Credentials {
+            registry: registry.address().parse().unwrap(),
             username: RegistryOptions::USER.into(),
             password: RegistryOptions::PASSWORD.into(),
-        }),
+        }],
         ..Access::default()
     };
     let reference = format!("{}/web:v1", registry.address());

@@ -48,6 +48,9 @@ pub(crate) struct Push {
     /// Read the password from standard input.
     #[arg(long, requires = "username")]
     password_stdin: bool,
+    /// Docker's config.json, or its directory: where `docker login` keeps credentials. Used without --username.
+    #[arg(long, env = "DOCKER_CONFIG", value_name = "FILE")]
+    docker_config: Option<PathBuf>,
 }
 
 pub(super) async fn run(command: Command) -> Result<(), Failure> {
@@ -61,7 +64,12 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
             write(&contents(&report))
         }
         Command::Push(push) => {
-            let access = Access { insecure: push.insecure, credentials: credentials(&push)?, ..Access::default() };
+            let access = Access {
+                insecure: push.insecure,
+                credentials: credentials(&push)?.into_iter().collect(),
+                docker_config: push.docker_config.clone().filter(|path| !path.as_os_str().is_empty()),
+                ..Access::default()
+            };
             warn(&gauntlet_scenario::validate(&push.dir)?);
             let reference = gauntlet_scenario::push(&push.dir, &push.reference, &access, &progress).await?;
             write(&printable(&reference))
@@ -81,8 +89,9 @@ fn credentials(push: &Push) -> Result<Option<Credentials>, Failure> {
     if password.is_empty() {
         return Err(Failure::Usage("--username needs a password; set OCI_PASSWORD or pass --password-stdin"));
     }
-    let registry = push.reference.split_once('/').map(|(registry, _)| registry.to_owned());
-    Ok(Some(Credentials { registry, username, password: password.into() }))
+    // A reference without a registry is refused before anything is sent.
+    let registry = push.reference.split_once('/').and_then(|(registry, _)| registry.parse().ok());
+    Ok(registry.map(|registry| Credentials { registry, username, password: password.into() }))
 }
 
 fn warn(report: &Report) {

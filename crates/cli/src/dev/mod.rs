@@ -284,7 +284,7 @@ impl Dev {
         // The players and the janitor of this command have no credentials.
         config.access.tokens = None;
         config.access.client_subjects = None;
-        config.oci_insecure = true;
+        config.registries.oci_insecure = true;
         config.instance_path.splice(0..0, self.programs.clone());
         config.drain = DRAIN;
         Ok(config)

@@ -11,25 +11,28 @@ use crate::support::{Fixture, plain};
 #[tokio::test(flavor = "multi_thread")]
 async fn credentials_are_required_and_never_printed() {
     let fixture = Fixture::with(RegistryOptions::with_user());
-    let credentials = |registry: Option<String>, password: &str| Access {
-        insecure: true,
-        credentials: Some(Credentials { registry, username: RegistryOptions::USER.into(), password: password.into() }),
-        ..Access::default()
+    let credentials = |registry: &str, password: &str| Access {
+        credentials: vec![Credentials {
+            registry: registry.parse().unwrap(),
+            username: RegistryOptions::USER.into(),
+            password: password.into(),
+        }],
+        ..plain()
     };
-    let right = credentials(None, RegistryOptions::PASSWORD);
+    let here = fixture.registry.address();
+    let right = credentials(&here, RegistryOptions::PASSWORD);
     assert!(!format!("{right:?}").contains(RegistryOptions::PASSWORD));
     let reference = fixture.reference("web:v1");
     let digest = push(&fixture.scenario(), &reference, &right, &|_| {}).await.unwrap();
-    let elsewhere = credentials(Some("other.test".into()), RegistryOptions::PASSWORD);
-    for wrong in [plain(), credentials(None, "wrong-secret"), elsewhere] {
+    let elsewhere = credentials("other.test", RegistryOptions::PASSWORD);
+    for wrong in [plain(), credentials(&here, "wrong-secret"), elsewhere] {
         let error = fixture.library(wrong.clone()).resolve(&reference).await.unwrap_err();
         assert_eq!(error.code(), "OCI_INTERACTION", "{error}");
         assert!(error.to_string().contains("OCI_USERNAME") && !error.to_string().contains("secret"), "{error}");
         let error = push(&fixture.scenario(), &reference, &wrong, &|_| {}).await.unwrap_err();
         assert!(matches!(&error, PushError::Failed(Error::Registry { .. })), "{error}");
     }
-    let here = credentials(Some(fixture.registry.address()), RegistryOptions::PASSWORD);
-    assert_eq!(fixture.library(here).resolve(&reference).await.unwrap().digest, digest);
+    assert_eq!(fixture.library(right).resolve(&reference).await.unwrap().digest, digest);
 }
 
 #[tokio::test(flavor = "multi_thread")]

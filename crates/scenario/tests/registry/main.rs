@@ -2,6 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 mod access;
+mod credentials;
+mod fake;
 mod hostile;
 mod round_trip;
+mod servers;
 mod support;
