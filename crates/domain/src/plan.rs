@@ -129,15 +129,26 @@ impl Default for Probe {
     }
 }
 
-/// Resource limits of an instance; `None` means the operator's default.
+/// Resource limits of an instance; `None` means the operator's default, and [`Limits::NONE`] no limit.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Limits {
-    /// Address space of each process, in bytes.
+    /// Memory of all processes and files in memory together, in bytes.
     pub memory: Option<u64>,
+    /// Processes and threads at a time.
+    pub processes: Option<u64>,
+    /// CPU time per second of all processes together, in percent of one core.
+    pub cpu_quota: Option<u64>,
+    /// Bytes of the files that the instance writes.
+    pub disk: Option<u64>,
     /// CPU time of each process, in seconds.
     pub cpu_seconds: Option<u64>,
     /// Open files of each process.
     pub open_files: Option<u64>,
     /// Output to keep, in bytes; the oldest is dropped first.
     pub output: Option<u64>,
+}
+
+impl Limits {
+    /// The value of a limit that doesn't limit.
+    pub const NONE: u64 = u64::MAX;
 }

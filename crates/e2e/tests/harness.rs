@@ -347,5 +347,5 @@ impl Drop for World {
 /// Returns the control group of the instance in that directory.
 fn control_group(home: &Path) -> Option<PathBuf> {
     let state: Value = serde_json::from_slice(&std::fs::read(home.join("state.json")).ok()?).ok()?;
-    Some(state["cgroup"].as_str()?.into())
+    Some(state["group"]["unified"].as_str()?.into())
 }

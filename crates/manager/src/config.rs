@@ -12,6 +12,8 @@ use std::{
 
 pub use access::{AccessConfig, Openness};
 use clap::{CommandFactory as _, Parser, error::ErrorKind};
+use gauntlet_domain::Limits as InstanceLimits;
+use gauntlet_scenario::parse_limits;
 use gauntlet_startup::{duration, size};
 use gauntlet_telemetry::log_level;
 use secrecy::SecretString;
@@ -120,6 +122,14 @@ pub struct Config {
     /// Directories to search for the programs of scenarios before those in PATH.
     #[arg(long, env = "INSTANCE_PATH", value_delimiter = ':', value_name = "DIR:...", help_heading = "Instances")]
     pub instance_path: Vec<PathBuf>,
+    /// The limits of instances whose scenario sets none: names and values as process.limits in scenario.yaml, or none. Those left out are
+    /// memory=512MiB,processes=256,cpu_quota=100%,disk=256MiB,open_files=1024,output=1MiB.
+    #[arg(long, env = "LIMIT_DEFAULT", default_value = "", hide_default_value = true, value_parser = parse_limits, value_name = "NAME=VALUE,...", help_heading = "Instances")]
+    pub limit_default: InstanceLimits,
+    /// The highest limits that a scenario may set, such as memory=2GiB,processes=1024. Scenarios that ask for more are not launched [default:
+    /// none].
+    #[arg(long, env = "LIMIT_MAX", default_value = "", hide_default_value = true, value_parser = parse_limits, value_name = "NAME=VALUE,...", help_heading = "Instances")]
+    pub limit_max: InstanceLimits,
     /// The upper limit of a pool's `min` and `max`. Challenges stored with a higher value are treated as if they had this one.
     #[arg(long, env = "POOL_MAX", default_value_t = 1000, value_name = "COUNT", help_heading = "Instances")]
     pub pool_max: u32,
@@ -274,6 +284,8 @@ impl Config {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+    use gauntlet_provision::process::LimitBackend;
+
     use super::*;
 
     fn parse(arguments: &[&str]) -> Result<Config, clap::Error> {
@@ -293,6 +305,21 @@ mod tests {
         let (config, domain) = (parse(&[]).unwrap(), gauntlet_domain::Settings::default());
         assert_eq!((config.lock_timeout, config.pool_max), (domain.lock_timeout, domain.pool_max));
         assert_eq!(config.lock_timeout, Duration::from_secs(30));
+    }
+
+    #[test]
+    fn instance_limits_are_parsed_and_their_defaults_are_in_the_help() {
+        let config = parse(&["--limit-default", "memory=1GiB", "--limit-max", "memory=2GiB,processes=9"]).unwrap();
+        assert_eq!((config.limit_default.memory, config.limit_default.processes), (Some(1 << 30), None));
+        assert_eq!((config.limit_max.memory, config.limit_max.processes), (Some(2 << 30), Some(9)));
+        let error = parse(&["--limit-max", "memroy=2GiB"]).unwrap_err().to_string();
+        assert!(error.contains("--limit-max") && error.contains("did you mean memory?"), "{error}");
+        let command = Config::command();
+        let argument = command.get_arguments().find(|argument| argument.get_id() == "limit_default").unwrap();
+        let help = argument.get_help().unwrap().to_string();
+        let documented = help.split_whitespace().find(|word| word.starts_with("memory=")).unwrap();
+        let documented = parse_limits(documented.trim_end_matches('.')).unwrap();
+        assert_eq!(documented, gauntlet_provision::process::default_limits(LimitBackend::Cgroup2));
     }
 
     #[test]

@@ -21,9 +21,10 @@
 //!
 //! Several managers on one machine (and in one PID namespace) may share the directory.
 //!
-//! Where control groups (v2) can be created below the manager's own, each instance has one, named `gauntlet-<hash of dir>-<name of the
-//! instance's directory>`. The cost of an operation doesn't depend on other instances: no operation reads all of `/proc`, except one that
-//! finds a killed supervisor whose instance was not completely in a group yet.
+//! Where control groups can be created below the manager's own, each instance has one, named `gauntlet-<hash of dir>-<supervisor's process id and
+//! start time>`. With the controllers of v2 or v1, it limits the memory, the processes and the CPU share of the whole instance. The cost of an
+//! operation doesn't depend on other instances: no operation reads all of `/proc`, except one that finds a killed supervisor whose
+//! instance has no group.
 //!
 //! Instances are separated, but not isolated: they run as the manager's user, with limits and without new privileges, on its file system and
 //! network. Only run scenarios that are trusted with that. Under a service manager that ends all processes of a service (systemd's default),
@@ -34,6 +35,7 @@ mod blocking;
 mod cgroup;
 mod config;
 mod ends;
+mod exceeded;
 mod handover;
 mod instance_dir;
 mod launch;
@@ -59,7 +61,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::unix::ffi::OsStrExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 
@@ -72,16 +74,17 @@ use gauntlet_domain::{
 
 use self::{
     blocking::{blocking, failed},
-    cgroup::{Group, Groups},
+    cgroup::Groups,
     instance_dir::{InstanceDir, Presence, create_dir},
     ports::{HeldPorts, Ports},
     ready::StartedSupervisor,
     record::{LABEL, LockRole, READY, RECORD, Record, STATE, State, WORK},
     standby::Standby,
     step::{run_step, step_span},
-    stop::KILL_TIMEOUT,
 };
-pub use self::{config::Config, ends::Ends, restart::Restart};
+pub use self::{
+    cgroup::LimitBackend, config::Config, ends::Ends, exceeded::Exceeded, launch::default_limits, restart::Restart,
+};
 
 /// How many instances [`Process::halt`] stops at a time.
 const MAX_CONCURRENT_STOPS: usize = 64;
@@ -169,17 +172,9 @@ impl Process {
             IpAddr::V6(address) if address.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
             address => address,
         };
-        let groups = if config.cgroups {
-            Groups::detect(&record::hash(dir.as_os_str().as_bytes()))
-        } else {
-            Err("switched off".to_owned())
-        };
-        let groups = groups
-            .inspect_err(|why| {
-                tracing::info!(why, "instances have no control groups: they are found by their supervisors alone");
-            })
-            .ok();
-        let standby = Standby::new(supervisor.clone());
+        let groups = detect_groups(&config, &dir);
+        launch::complete_defaults(&mut config.defaults, backend(groups.as_ref()));
+        let standby = Standby::new(supervisor.clone(), groups.clone());
         Ok(Self { config, dir, supervisor, standby, instances, ports, probe_address, groups })
     }
 
@@ -192,31 +187,15 @@ impl Process {
         let (process, store) = (self.clone(), store.to_owned());
         blocking(move || {
             store_claim::claim(&process.dir, &store)?;
-            process.remove_groups();
+            process.groups.inspect(Groups::remove_abandoned);
             Ok(())
         })
         .await
     }
 
-    /// Kills and removes the control groups whose supervisors were killed. Blocks.
-    fn remove_groups(&self) {
-        let Some(groups) = &self.groups else { return };
-        let remove = |key: &String| -> io::Result<()> {
-            // While the lock is held, no supervisor can start.
-            let dir = self.instances.join(key);
-            let Some(_lock) = record::try_supervisor_lock(&dir, LockRole::Manager)? else { return Ok(()) };
-            Group::new(groups.path(key)).kill(KILL_TIMEOUT).map(drop)
-        };
-        match groups.keys() {
-            Err(error) => tracing::warn!(%error, "cannot list the control groups of instances"),
-            Ok(keys) => {
-                for key in keys {
-                    if let Err(error) = remove(&key) {
-                        tracing::warn!(key, %error, "the control group of an instance that has ended cannot be removed");
-                    }
-                }
-            }
-        }
+    /// What limits instances as a whole.
+    pub fn limit_backend(&self) -> LimitBackend {
+        backend(self.groups.as_ref())
     }
 
     /// Starts to watch for instances that end on their own.
@@ -356,7 +335,11 @@ impl Process {
                 return Err(Error::PortTaken { port, detail });
             }
             create_dir(&dir).map_err(failed("start", "creating its working directory"))?;
-            Ok(Record { version: record::VERSION, ports, launch: launch::resolve(&process.config, &dir, plan)? })
+            Ok(Record {
+                version: record::VERSION,
+                ports,
+                launch: launch::resolve(&process.config, process.limit_backend(), &dir, plan)?,
+            })
         })
         .await
     }
@@ -390,9 +373,7 @@ impl Process {
             }
             instance.record_ports(record.ports.clone()).map_err(failed("start", "recording its ports"))?;
             let restarts = last.map_or(0, |last| process.config.restart.consecutive_ends(&last)).to_string();
-            let group = process.groups.as_ref().map(|groups| groups.path(&instance.key));
-            let mut arguments = vec![instance.dir.as_os_str(), restarts.as_ref()];
-            arguments.extend(group.as_ref().map(|group| group.as_os_str()));
+            let arguments = [instance.dir.as_os_str(), restarts.as_ref()];
             let supervisor = process.standby.take();
             supervisor
                 .and_then(|supervisor| supervisor.assign(&arguments, held.into_descriptor()))
@@ -455,6 +436,35 @@ impl Provisioner for Process {
         let (instances, restart) = (self.instances.clone(), self.config.restart.clone());
         blocking(move || listing::list(&instances, &restart).map_err(failed("list", "reading the instances"))).await
     }
+}
+
+fn backend(groups: Option<&Groups>) -> LimitBackend {
+    groups.map_or(LimitBackend::Rlimit, Groups::backend)
+}
+
+/// Finds out which control groups can be created, and logs what limits instances. Blocks briefly.
+fn detect_groups(config: &Config, dir: &Path) -> Option<Groups> {
+    let detected = match config.cgroups {
+        true => Groups::detect(&record::hash(dir.as_os_str().as_bytes())),
+        false => Err("switched off".to_owned()),
+    };
+    let (groups, why) = match detected {
+        Ok((groups, why)) => (Some(groups), why),
+        Err(why) => {
+            tracing::info!(why, "instances have no control groups: they are found by their supervisors alone");
+            (None, Some(why))
+        }
+    };
+    let limits = backend(groups.as_ref()).name();
+    match why {
+        None => tracing::info!(limits, "memory, processes and CPU share of each instance are limited"),
+        Some(why) => tracing::warn!(
+            limits,
+            why,
+            "nothing limits the memory, the processes and the CPU share of a whole instance"
+        ),
+    }
+    groups
 }
 
 /// Takes the supervisor lock, unless a supervisor lives. Blocks.

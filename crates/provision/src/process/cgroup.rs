@@ -1,180 +1,158 @@
-//! Control groups (v2), one for each instance, so that the whole instance can be killed by name even if its supervisor was killed.
+//! Control groups, one for each instance: they limit all of its processes together, and kill them by name even if the supervisor was killed.
 //!
-//! Only `cgroup.kill` and `populated` are used. No controller is enabled and no limit is set, so a group needs no delegated controllers, and
-//! may exist beside the manager's own process.
+//! A waiting supervisor creates its group and moves the process that becomes the program into it, because the kernel may take 20 ms for the first
+//! move. Once there is an instance, only the limits are written. So the group has the supervisor's name, not the instance's, and
+//! the program is in it, limited, before it runs.
+//!
+//! Killing needs cgroup v2, and no controller. Limits need the controllers memory, pids and cpu, either of v2 or, where v1 has them, of v1.
 
-use std::{
-    collections::BTreeSet,
-    fs::DirBuilder,
-    io,
-    os::unix::fs::DirBuilderExt as _,
-    path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
-    time::{Duration, Instant},
-};
+mod group;
+mod hierarchy;
 
-use rustix::fs::Access;
+use std::{fmt, io, path::Path, str::FromStr};
+
+use super::{procfs, record::ProcessId, stop::KILL_TIMEOUT};
+
+pub(super) use group::{Group, Usage};
 
 /// The prefix of the groups' names.
 const PREFIX: &str = "gauntlet-";
-static PROBES: AtomicU64 = AtomicU64::new(0);
-const PAUSE: Duration = Duration::from_millis(1);
 
-/// The groups of one directory of instances, below the manager's own group.
+/// What limits an instance as a whole: its memory, its processes and its share of the CPU. Weakest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LimitBackend {
+    /// Nothing: each process has limits of its own, and memory counts only where the scenario or the operator limits it.
+    Rlimit,
+    /// The controllers of cgroup v1.
+    Cgroup1,
+    /// The controllers of cgroup v2.
+    Cgroup2,
+}
+
+impl LimitBackend {
+    /// All backends, strongest first.
+    pub const ALL: [Self; 3] = [Self::Cgroup2, Self::Cgroup1, Self::Rlimit];
+
+    /// The name on the command line, in logs and in telemetry.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Rlimit => "rlimit",
+            Self::Cgroup1 => "cgroup1",
+            Self::Cgroup2 => "cgroup2",
+        }
+    }
+}
+
+impl fmt::Display for LimitBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for LimitBackend {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|backend| backend.name() == text)
+            .ok_or_else(|| format!("expected cgroup2, cgroup1 or rlimit; got {text:?}"))
+    }
+}
+
+/// The groups of one directory of instances.
 #[derive(Debug, Clone)]
 pub(super) struct Groups {
-    base: PathBuf,
+    /// The parents of all groups, in each hierarchy.
+    parents: Group,
     prefix: String,
 }
 
 impl Groups {
-    /// Checks whether groups can be created below this process's own group, for the directory of instances with that hash. The error says why not.
-    pub(super) fn detect(dir: &str) -> Result<Self, String> {
-        let read = |path: &str| std::fs::read_to_string(path).map_err(|error| format!("{path}: {error}"));
-        let base = own_group(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?)?;
-        rustix::fs::access(base.join("cgroup.procs"), Access::WRITE_OK)
-            .map_err(|error| format!("{}/cgroup.procs: {error}", base.display()))?;
-        // The name is unique even if other managers try at the same time, here or in other PID namespaces.
-        let (pid, nth) = (std::process::id(), PROBES.fetch_add(1, Ordering::Relaxed));
-        let probe = Group::new(base.join(format!("{PREFIX}probe-{dir}-{pid}-{nth}")));
-        let created = probe.create().and_then(|()| {
-            let kind = std::fs::read_to_string(probe.dir.join("cgroup.type"))?;
-            Ok((kind, probe.dir.join("cgroup.kill").exists()))
+    /// Finds out which groups can be created, for the directory of instances with that hash. The first error says why there are none; the second
+    /// why they have no limits.
+    pub(super) fn detect(dir: &str) -> Result<(Self, Option<String>), String> {
+        let (parents, unlimited) = hierarchy::parents()?;
+        Ok((Self { parents, prefix: format!("{PREFIX}{dir}-") }, unlimited))
+    }
+
+    /// What limits the groups' processes.
+    pub(super) fn backend(&self) -> LimitBackend {
+        self.parents.backend()
+    }
+
+    /// For a supervisor: the parents, and the prefix of the groups' names.
+    pub(super) fn to_argument(&self) -> String {
+        // Paths that aren't UTF-8 can't be written; cgroup file systems are never mounted at such.
+        serde_json::to_string(&(&self.parents, &self.prefix)).unwrap_or_default()
+    }
+
+    /// Reads what [`Groups::to_argument`] wrote.
+    pub(super) fn from_argument(text: &str) -> io::Result<Self> {
+        let (parents, prefix) = serde_json::from_str(text)?;
+        Ok(Self { parents, prefix })
+    }
+
+    /// The group of a supervisor.
+    pub(super) fn of(&self, supervisor: ProcessId) -> Group {
+        self.parents.child(&format!("{}{}-{}", self.prefix, supervisor.pid, supervisor.start))
+    }
+
+    /// Kills the processes of the groups whose supervisors have exited, and removes these groups. Blocks; the cost grows with the number of
+    /// groups.
+    pub(super) fn remove_abandoned(&self) {
+        match self.abandoned() {
+            Err(error) => tracing::warn!(%error, "cannot list the control groups of instances"),
+            Ok(abandoned) => {
+                for group in abandoned {
+                    if let Err(error) = group.kill(KILL_TIMEOUT) {
+                        tracing::warn!(%error, "the control group of an instance that has ended cannot be removed");
+                    }
+                }
+            }
+        }
+    }
+
+    fn abandoned(&self) -> io::Result<Vec<Group>> {
+        let names = self.parents.children()?.into_iter();
+        let abandoned = names.filter(|name| {
+            name.strip_prefix(&self.prefix).and_then(supervisor).is_some_and(|process| !procfs::is_running(process))
         });
-        let removed = probe.remove();
-        match created.and_then(|created| removed.map(|()| created)) {
-            Err(error) => Err(format!("a group below {}: {error}", base.display())),
-            Ok((_, false)) => Err("this kernel has no cgroup.kill, which needs Linux 5.14".to_owned()),
-            Ok((kind, true)) if kind.trim() != "domain" => {
-                Err(format!("a group below {} is of type {}", base.display(), kind.trim()))
-            }
-            Ok(_) => Ok(Self { base, prefix: format!("{PREFIX}{dir}-") }),
-        }
-    }
-
-    /// The path of the group of the instance `key`.
-    pub(super) fn path(&self, key: &str) -> PathBuf {
-        self.base.join(format!("{}{key}", self.prefix))
-    }
-
-    /// The keys of all instances that have a group.
-    pub(super) fn keys(&self) -> io::Result<Vec<String>> {
-        let entries = std::fs::read_dir(&self.base)?;
-        Ok(entries
-            .filter_map(|entry| Some(entry.ok()?.file_name().to_str()?.strip_prefix(&self.prefix)?.to_owned()))
-            .collect())
+        Ok(abandoned.map(|name| self.parents.child(&name)).collect())
     }
 }
 
-/// The directory of this process's group.
-fn own_group(cgroup: &str, mountinfo: &str) -> Result<PathBuf, String> {
-    let own = cgroup.lines().find_map(|line| line.strip_prefix("0::")).ok_or("this process is in no cgroup v2")?;
-    let mount = mountinfo.lines().find_map(|line| {
-        let (left, right) = line.split_once(" - ")?;
-        let mut fields = left.split(' ').skip(3);
-        right.starts_with("cgroup2 ").then(|| Some((fields.next()?, fields.next()?)))?
-    });
-    let (root, at) = mount.ok_or("cgroup v2 is not mounted")?;
-    let below = Path::new(own).strip_prefix(root).map_err(|_| format!("cgroup v2 is mounted at {at} without {own}"))?;
-    if below.components().any(|part| part.as_os_str() == "..") {
-        return Err(format!("this process's cgroup {own} is outside the hierarchy mounted at {at}"));
-    }
-    Ok(Path::new(at).join(below))
+fn supervisor(name: &str) -> Option<ProcessId> {
+    let (pid, start) = name.split_once('-')?;
+    Some(ProcessId { pid: pid.parse().ok()?, start: start.parse().ok()? })
 }
 
-/// The group of one instance.
-#[derive(Debug, Clone)]
-pub(super) struct Group {
-    dir: PathBuf,
-}
-
-impl Group {
-    pub(super) fn new(dir: PathBuf) -> Self {
-        Self { dir }
-    }
-
-    /// Creates an empty group. Kills and removes an earlier group of that name. Blocks.
-    pub(super) fn recreate(&self, timeout: Duration) -> io::Result<()> {
-        match self.create() {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                self.kill(timeout)?;
-                self.create()
-            }
-            created => created,
-        }
-    }
-
-    fn create(&self) -> io::Result<()> {
-        DirBuilder::new().mode(0o755).create(&self.dir)?;
-        // A group with child groups can't be removed.
-        std::fs::write(self.dir.join("cgroup.max.descendants"), "0")
-    }
-
-    /// Moves a process into the group. Succeeds if the process has exited. The kernel may take some 10 ms.
-    pub(super) fn add(&self, pid: i32) -> io::Result<()> {
-        match std::fs::write(self.dir.join("cgroup.procs"), pid.to_string()) {
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => Ok(()),
-            added => added,
-        }
-    }
-
-    /// The processes in the group.
-    pub(super) fn processes(&self) -> io::Result<BTreeSet<i32>> {
-        let text = std::fs::read_to_string(self.dir.join("cgroup.procs"))?;
-        Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
-    }
-
-    /// Kills all processes in the group, including those being forked, waits until they have exited, and removes the group. Succeeds if the
-    /// group doesn't exist. Returns whether there were processes. Blocks.
-    pub(super) fn kill(&self, timeout: Duration) -> io::Result<bool> {
-        let deadline = Instant::now() + timeout;
-        let mut found = false;
-        loop {
-            match self.populated() {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
-                Err(error) => return Err(error),
-                Ok(false) => return self.remove().map(|()| found),
-                Ok(true) if Instant::now() >= deadline => {
-                    let left: Vec<String> = self.processes()?.iter().map(ToString::to_string).collect();
-                    return Err(io::Error::other(format!("processes {} do not exit", left.join(", "))));
-                }
-                Ok(true) => {
-                    found = true;
-                    std::fs::write(self.dir.join("cgroup.kill"), "1")?;
-                    std::thread::sleep(PAUSE);
-                }
-            }
-        }
-    }
-
-    fn populated(&self) -> io::Result<bool> {
-        Ok(std::fs::read_to_string(self.dir.join("cgroup.events"))?.lines().any(|line| line == "populated 1"))
-    }
-
-    /// Removes the group. Fails while a process is in it; succeeds if the group doesn't exist.
-    pub(super) fn remove(&self) -> io::Result<()> {
-        match std::fs::remove_dir(&self.dir) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            removed => removed,
-        }
-    }
+fn write(dir: &Path, file: &str, value: impl fmt::Display) -> io::Result<()> {
+    std::fs::write(dir.join(file), value.to_string())
+        .map_err(|error| io::Error::new(error.kind(), format!("{}/{file}: {error}", dir.display())))
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
 
     #[test]
-    fn own_group_is_found_at_any_mount() {
-        let mixed = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
-                     32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
-                     41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
-        assert_eq!(own_group("1:cpu:/x\n0::/\n", mixed), Ok("/sys/fs/cgroup/unified".into()));
-        assert_eq!(own_group("0::/a/b\n", mixed), Ok("/sys/fs/cgroup/unified/a/b".into()));
-        let inner = "41 31 0:38 /docker/1 /sys/fs/cgroup rw master:1 - cgroup2 cgroup2 rw\n";
-        assert_eq!(own_group("0::/docker/1/x\n", inner), Ok("/sys/fs/cgroup/x".into()));
-        for (cgroup, mounts) in [("0::/other\n", inner), ("0::/../x\n", mixed), ("1:cpu:/\n", mixed), ("0::/\n", "")] {
-            assert!(own_group(cgroup, mounts).is_err(), "{cgroup}");
+    fn backends_are_ordered_and_keep_their_names() {
+        assert!(LimitBackend::ALL.is_sorted_by(|stronger, weaker| stronger > weaker));
+        for backend in LimitBackend::ALL {
+            assert_eq!(backend.to_string().parse(), Ok(backend));
         }
+        assert!("cgroup".parse::<LimitBackend>().is_err_and(|error| error.contains("expected cgroup2")));
+    }
+
+    #[test]
+    fn groups_survive_being_an_argument_and_name_their_supervisor() {
+        let Ok((groups, _)) = Groups::detect("0123456789abcdef") else { return };
+        let read = Groups::from_argument(&groups.to_argument()).unwrap();
+        let process = ProcessId { pid: 12, start: 345 };
+        assert_eq!(read.of(process), groups.of(process));
+        assert_eq!(supervisor("12-345"), Some(process));
+        assert_eq!(supervisor("0123"), None);
     }
 }

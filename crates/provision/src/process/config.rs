@@ -28,7 +28,7 @@ pub struct Config {
     pub supervisor: Option<PathBuf>,
     /// Where to look up programs that the scenario doesn't contain; also the `PATH` of instances.
     pub path: Vec<PathBuf>,
-    /// The limits of instances whose scenario sets none.
+    /// The limits of instances whose scenario sets none; those left out are [`default_limits`](super::default_limits).
     pub defaults: Limits,
     /// The highest limits that a scenario may set; `None` is unlimited.
     pub maximums: Limits,
@@ -43,8 +43,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// Instances listen on all addresses at ports 20000 to 29999, and players connect to `127.0.0.1`. The limits are 1024 open files and
-    /// 1 MiB of output, the grace period is two seconds. Programs are looked up beside the running one, then in the system's usual directories.
+    /// Instances listen on all addresses at ports 20000 to 29999, and players connect to `127.0.0.1`. The
+    /// grace period is two seconds. Programs are looked up beside the running one, then in the system's usual directories.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned()));
         let system = ["/usr/local/bin", "/usr/bin", "/bin"].map(PathBuf::from);
@@ -55,7 +55,7 @@ impl Config {
             ports: 20_000..=29_999,
             supervisor: None,
             path: beside.into_iter().chain(system).collect(),
-            defaults: Limits { open_files: Some(1024), output: Some(1 << 20), ..Limits::default() },
+            defaults: Limits::default(),
             maximums: Limits::default(),
             grace: Duration::from_secs(2),
             cgroups: true,

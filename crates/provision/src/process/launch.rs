@@ -7,20 +7,58 @@ use std::{
 
 use gauntlet_domain::{Error, LaunchPlan, Limits, Result};
 
-use super::{Config, record::Launch};
+use super::{Config, LimitBackend, record::Launch};
 
 /// The environment variable with the directory of the scenario's files.
 const FILES_VARIABLE: &str = "SCENARIO_DIR";
+
+/// Bytes of output that are kept if nobody says otherwise.
+const DEFAULT_OUTPUT: u64 = 1 << 20;
+
+/// The limits of instances for which neither scenario nor operator sets any. Honest instances stay far below these; they keep one that isn't from
+/// harming others.
+///
+/// Memory is only limited where an instance has a group: elsewhere it would limit the address space, of which many runtimes reserve more than they
+/// use.
+pub fn default_limits(backend: LimitBackend) -> Limits {
+    Limits {
+        memory: (backend > LimitBackend::Rlimit).then_some(512 << 20),
+        processes: Some(256),
+        cpu_quota: Some(100),
+        disk: Some(256 << 20),
+        cpu_seconds: None,
+        open_files: Some(1024),
+        output: Some(DEFAULT_OUTPUT),
+    }
+}
+
+/// Fills the operator's defaults up with [`default_limits`].
+pub(super) fn complete_defaults(defaults: &mut Limits, backend: LimitBackend) {
+    let Limits { memory, processes, cpu_quota, disk, cpu_seconds, open_files, output } = default_limits(backend);
+    for (limit, default) in [
+        (&mut defaults.memory, memory),
+        (&mut defaults.processes, processes),
+        (&mut defaults.cpu_quota, cpu_quota),
+        (&mut defaults.disk, disk),
+        (&mut defaults.cpu_seconds, cpu_seconds),
+        (&mut defaults.open_files, open_files),
+        (&mut defaults.output, output),
+    ] {
+        *limit = limit.or(default);
+    }
+}
 
 /// Returns everything that the supervisor needs to run the plan.
 ///
 /// # Errors
 /// [`Error::Provision`] if the program can't be found or a limit is above its maximum.
-pub(super) fn resolve(config: &Config, work: &Path, plan: LaunchPlan) -> Result<Launch> {
+pub(super) fn resolve(config: &Config, backend: LimitBackend, work: &Path, plan: LaunchPlan) -> Result<Launch> {
     let LaunchPlan { files, command, env, readiness, limits, connection_info, flags, .. } = plan;
     let mut command = command.into_iter();
     let program = command.next().ok_or_else(|| refused("the scenario's command is empty".to_owned()))?;
     let limits = effective_limits(&limits, &config.defaults, &config.maximums)?;
+    // A process's address space is larger than its memory, so it is limited only where nothing else is.
+    let address_space = limits.memory.filter(|_| backend == LimitBackend::Rlimit);
     let path = std::env::join_paths(&config.path)
         .map_err(|error| refused(format!("the configured program path: {error}")))?
         .into_string()
@@ -37,7 +75,8 @@ pub(super) fn resolve(config: &Config, work: &Path, plan: LaunchPlan) -> Result<
         program: find_program(&program, &files, &config.path)?,
         args: command.collect(),
         env: environment,
-        output: limits.output.unwrap_or(1 << 20),
+        output: limits.output.unwrap_or(DEFAULT_OUTPUT),
+        address_space,
         limits,
         grace: config.grace,
         readiness,
@@ -86,10 +125,14 @@ fn effective_limits(requested: &Limits, defaults: &Limits, maximums: &Limits) ->
             (None, maximum) => Ok(match (default, maximum) {
                 (Some(default), Some(maximum)) => Some(default.min(maximum)),
                 (default, maximum) => default.or(maximum),
-            }),
+            }
+            .filter(|limit| *limit != Limits::NONE)),
         };
     Ok(Limits {
         memory: limit("memory", requested.memory, defaults.memory, maximums.memory)?,
+        processes: limit("processes", requested.processes, defaults.processes, maximums.processes)?,
+        cpu_quota: limit("cpu_quota", requested.cpu_quota, defaults.cpu_quota, maximums.cpu_quota)?,
+        disk: limit("disk", requested.disk, defaults.disk, maximums.disk)?,
         cpu_seconds: limit("cpu", requested.cpu_seconds, defaults.cpu_seconds, maximums.cpu_seconds)?,
         open_files: limit("open_files", requested.open_files, defaults.open_files, maximums.open_files)?,
         output: limit("output", requested.output, defaults.output, maximums.output)?,
@@ -116,6 +159,8 @@ mod tests {
         assert_eq!(settled(None, Some(3), Some(2)).unwrap(), Some(2));
         assert_eq!(settled(None, None, Some(2)).unwrap(), Some(2));
         assert_eq!(settled(Some(2), Some(9), Some(2)).unwrap(), Some(2));
+        assert_eq!(settled(None, Some(Limits::NONE), None).unwrap(), None);
+        assert_eq!(settled(None, Some(Limits::NONE), Some(2)).unwrap(), Some(2));
         let error = settled(Some(3), None, Some(2)).unwrap_err().to_string();
         assert!(error.contains("asks for 3") && error.contains("at most 2"), "{error}");
     }

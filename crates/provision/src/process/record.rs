@@ -16,6 +16,11 @@ use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use sha2::{Digest as _, Sha256};
 
+use super::{
+    cgroup::{Group, Usage},
+    exceeded::Exceeded,
+};
+
 /// The version of the [`Record`] format; a supervisor rejects any other.
 pub(super) const VERSION: u32 = 1;
 
@@ -80,6 +85,9 @@ pub(super) struct Launch {
     #[serde(with = "LimitsForm")]
     pub(super) limits: Limits,
     pub(super) output: u64,
+    /// Bytes of address space of each process.
+    #[serde(default)]
+    pub(super) address_space: Option<u64>,
     pub(super) grace: Duration,
     #[serde(with = "ReadinessForm")]
     pub(super) readiness: Readiness,
@@ -91,6 +99,9 @@ pub(super) struct Launch {
 #[serde(remote = "Limits")]
 struct LimitsForm {
     memory: Option<u64>,
+    processes: Option<u64>,
+    cpu_quota: Option<u64>,
+    disk: Option<u64>,
     cpu_seconds: Option<u64>,
     open_files: Option<u64>,
     output: Option<u64>,
@@ -122,11 +133,9 @@ pub(super) struct State {
     pub(super) supervisor: ProcessId,
     /// The instance's first process, which leads its process group.
     pub(super) child: Option<ProcessId>,
-    /// The instance's control group, if it has one.
-    pub(super) cgroup: Option<PathBuf>,
-    /// All processes are in that group, so later ones will be, too.
-    #[serde(rename = "gathered")]
-    pub(super) all_in_cgroup: bool,
+    /// The instance's control group, if it has one: all of its processes are in it.
+    #[serde(default)]
+    pub(super) group: Option<Group>,
     /// How many times in a row the instance had ended on its own soon after its start, before this start.
     pub(super) restarts: u32,
     pub(super) end: Option<End>,
@@ -141,7 +150,7 @@ pub(super) struct ProcessId {
 }
 
 /// How an instance ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub(super) struct End {
     /// For the operator, such as "ended with exit status 3".
     #[serde(rename = "how")]
@@ -155,6 +164,25 @@ pub(super) struct End {
     /// How long it ran.
     #[serde(rename = "after")]
     pub(super) ran_for: Duration,
+    /// How its program exited; `None` if it did not start, or was killed because it did not stop in time.
+    #[serde(default)]
+    pub(super) exit: Option<Exit>,
+    /// What it used.
+    #[serde(default)]
+    pub(super) usage: Usage,
+    /// The limits that it reached.
+    #[serde(default)]
+    pub(super) exceeded: Vec<Exceeded>,
+}
+
+/// How a program exited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Exit {
+    /// With this exit status.
+    Code(i32),
+    /// By this signal.
+    Signal(i32),
 }
 
 /// Reads a file; `None` if it doesn't exist.

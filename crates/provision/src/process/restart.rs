@@ -49,17 +49,9 @@ mod tests {
     use super::{super::record::*, *};
 
     fn ended(restarts: u32, ran_for: u64, requested: bool) -> State {
-        let end = End { reason: String::new(), complete: true, requested, ran_for: Duration::from_secs(ran_for) };
+        let end = End { requested, ran_for: Duration::from_secs(ran_for), ..End::default() };
         let supervisor = ProcessId { pid: 1, start: 1 };
-        State {
-            boot: String::new(),
-            supervisor,
-            child: None,
-            cgroup: None,
-            all_in_cgroup: false,
-            restarts,
-            end: Some(end),
-        }
+        State { boot: String::new(), supervisor, child: None, group: None, restarts, end: Some(end) }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{handover::Sender, ports, ready::StartedSupervisor, supervisor};
+use super::{cgroup::Groups, handover::Sender, ports, ready::StartedSupervisor, supervisor};
 
 /// How long a supervisor that isn't needed may take to exit before it is killed.
 const DISMISS_TIMEOUT: Duration = Duration::from_secs(1);
@@ -23,23 +23,27 @@ const DISMISS_PAUSE: Duration = Duration::from_millis(1);
 #[derive(Debug, Clone)]
 pub(super) struct Standby {
     program: PathBuf,
+    /// Where supervisors create their control groups.
+    groups: Option<Groups>,
     waiting: Arc<Mutex<Option<Waiting>>>,
 }
 
 impl Standby {
-    pub(super) fn new(program: PathBuf) -> Self {
-        Self { program, waiting: Arc::default() }
+    pub(super) fn new(program: PathBuf, groups: Option<Groups>) -> Self {
+        Self { program, groups, waiting: Arc::default() }
     }
 
     /// Returns the waiting supervisor, or starts one. Blocks.
     pub(super) fn take(&self) -> io::Result<Waiting> {
         let waiting = self.lock().take();
-        if let Some(mut waiting) = waiting
-            && waiting.is_running()
-        {
-            return Ok(waiting);
+        if let Some(mut waiting) = waiting {
+            if waiting.is_running() {
+                return Ok(waiting);
+            }
+            // It was killed.
+            self.groups.as_ref().inspect(|groups| groups.remove_abandoned());
         }
-        Waiting::start(&self.program)
+        Waiting::start(&self.program, self.groups.as_ref())
     }
 
     /// Starts a supervisor if none waits. Blocks.
@@ -47,7 +51,7 @@ impl Standby {
         let mut waiting = self.lock();
         if waiting.is_none() {
             // On failure, the next launch starts its own and reports the error.
-            *waiting = Waiting::start(&self.program).ok();
+            *waiting = Waiting::start(&self.program, self.groups.as_ref()).ok();
         }
     }
 
@@ -66,11 +70,12 @@ impl Standby {
 pub(super) struct Waiting(Option<(Child, Sender)>);
 
 impl Waiting {
-    fn start(program: &Path) -> io::Result<Self> {
+    fn start(program: &Path, groups: Option<&Groups>) -> io::Result<Self> {
         let sender = Sender::new()?;
         let mut command = Command::new(program);
         command
             .arg(supervisor::SUPERVISE)
+            .args(groups.map(Groups::to_argument))
             .env_clear()
             .stdin(sender.stdin()?)
             .stdout(Stdio::null())

@@ -9,7 +9,6 @@ use tokio::time::Instant;
 use super::{
     Process,
     blocking::{blocking, failed, readable},
-    cgroup::Group,
     instance_dir::InstanceDir,
     procfs, read,
     record::{RECORD, Record, STATE, State},
@@ -76,14 +75,11 @@ fn kill_leftovers(instance: &InstanceDir, state: &State) -> io::Result<()> {
     if state.end.as_ref().is_some_and(|end| end.complete) || state.boot != procfs::boot() {
         return Ok(());
     }
-    let mut found = match &state.cgroup {
-        Some(path) => Group::new(path.clone()).kill(KILL_TIMEOUT)?,
-        None => false,
+    let found = match &state.group {
+        Some(group) => group.kill(KILL_TIMEOUT)?,
+        // The only search of all processes.
+        None => procfs::kill_marked(&instance.dir, state, KILL_TIMEOUT)? > 0,
     };
-    if !state.all_in_cgroup {
-        // The only search of all processes: some were in no group when the supervisor was killed.
-        found |= procfs::kill_marked(&instance.dir, state, KILL_TIMEOUT)? > 0;
-    }
     if found {
         tracing::warn!(instance.identity = instance.identity(), "killed processes that a killed supervisor had left");
     }

@@ -2,15 +2,14 @@
 //!
 //! The supervisor starts the instance's program, keeps its output and records how it ended. On SIGTERM it ends the whole instance. It is the
 //! reaper of all its descendants, so it finds each of them, whatever session or process group they are in. The first process is the instance:
-//! when it exits, the supervisor kills the rest. If the manager passes a control group, the supervisor moves the descendants into it, so that
-//! they can be killed even if the supervisor itself is killed.
+//! when it exits, the supervisor kills the rest. If the manager can create control groups, the supervisor creates one, which limits the instance,
+//! and from which all processes can be killed even if the supervisor itself is killed.
 //!
 //! A supervisor is started before its instance is known: it loads, starts the process that becomes the program ([`program`]), and waits for
 //! its arguments on standard input.
 //!
 //! It runs as the program `gauntlet-shim`, or as a hidden mode of a program whose `main` calls [`run_if_requested`] first.
 
-mod group;
 mod log;
 mod program;
 mod watch;
@@ -20,7 +19,7 @@ use std::{
     fs::File,
     io,
     os::{fd::OwnedFd, unix::net::UnixStream},
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -32,27 +31,29 @@ use rustix::process::Signal;
 
 use self::{log::append_log, program::UnassignedProgram, watch::Watch};
 use super::{
-    cgroup::Group,
-    handover,
+    cgroup::{Group, Groups},
+    exceeded, handover,
     output::Output,
     procfs,
     record::{self, End, LockRole, ProcessId, RECORD, Record, STATE, State},
 };
 
-/// The first argument of a supervisor. On standard input it receives the instance's directory, the number of consecutive restarts, the control
-/// group if there is one, and with them the sockets that hold the instance's ports.
+/// The first argument of a supervisor; where to create its control group may follow. On standard input it receives the instance's directory, the
+/// number of consecutive restarts, and with them the sockets that hold the instance's ports.
 pub(super) const SUPERVISE: &str = "__instance-shim";
 
 /// How long to wait for the supervisor lock, which a manager may hold for a moment to check it.
 const SUPERVISOR_LOCK_TIMEOUT: Duration = Duration::from_millis(500);
 const LOCK_PAUSE: Duration = Duration::from_millis(2);
+/// How long the processes of an instance that could not be started may take to exit.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Supervises an instance and never returns, if this process was started for that; otherwise returns at once. Call it first in `main`, before
 /// any thread is started.
 pub fn run_if_requested() {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     let result = match args.as_slice() {
-        [mode] if mode == SUPERVISE => wait_for_instance(),
+        [mode, groups @ ..] if mode == SUPERVISE => wait_for_instance(groups.first()),
         [mode, supervisor] if mode == program::BECOME_PROGRAM => program::become_program(supervisor),
         _ => return,
     };
@@ -75,27 +76,30 @@ struct Prepared {
     signals: UnixStream,
     stop: Arc<AtomicBool>,
     program: io::Result<UnassignedProgram>,
+    /// The program is in it.
+    group: Option<Group>,
 }
 
-fn wait_for_instance() -> io::Result<()> {
-    let prepared = prepare();
+fn wait_for_instance(groups: Option<&OsString>) -> io::Result<()> {
+    let prepared = prepare(groups);
     let Some((arguments, ports)) = handover::receive(io::stdin())? else {
         // The manager has ended, or doesn't need it.
-        if let Ok(Prepared { program: Ok(program), .. }) = prepared {
-            program.dismiss();
-        }
-        return Ok(());
+        return prepared.map_or(Ok(()), |prepared| dismiss(prepared.program, prepared.group.as_ref()));
     };
-    let [dir, restarts, cgroup @ ..] = arguments.as_slice() else { return Err(io::ErrorKind::InvalidInput.into()) };
+    let [dir, restarts] = arguments.as_slice() else { return Err(io::ErrorKind::InvalidInput.into()) };
     let dir = Path::new(dir);
     let restarts = restarts.to_str().and_then(|text| text.parse().ok()).unwrap_or(0);
-    let cgroup = cgroup.first().map(PathBuf::from);
-    let supervised = prepared.and_then(|prepared| supervise(prepared, dir, restarts, cgroup, ports));
+    let group = prepared.as_ref().ok().and_then(|prepared| prepared.group.clone());
+    let supervised = prepared.and_then(|prepared| supervise(prepared, dir, restarts, ports)).or_else(|error| {
+        // Nothing else knows this group if the state could not be written.
+        group.map_or(Ok(false), |group| group.kill(KILL_TIMEOUT))?;
+        Err(error)
+    });
     supervised.inspect_err(|error| append_log(dir, &format!("failed: {error}")))
 }
 
 /// Does everything that doesn't depend on the instance.
-fn prepare() -> io::Result<Prepared> {
+fn prepare(groups: Option<&OsString>) -> io::Result<Prepared> {
     close_inherited()?;
     // Fails only for a process group leader, which is detached enough.
     let _ = rustix::process::setsid();
@@ -107,55 +111,58 @@ fn prepare() -> io::Result<Prepared> {
     // From here on SIGTERM stops the instance instead of killing the supervisor.
     let (signals, stop) = register_signals()?;
     let supervisor = procfs::identify(pid).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
-    Ok(Prepared { pid, supervisor, boot: procfs::boot(), signals, stop, program: UnassignedProgram::start(pid) })
+    let groups = groups.map(|groups| Groups::from_argument(&groups.to_string_lossy())).transpose()?;
+    let group = groups.map(|groups| groups.of(supervisor));
+    let program = UnassignedProgram::start(pid).and_then(|program| match &group {
+        Some(group) => group.create().and_then(|()| group.add(program.pid())).map(|()| program),
+        None => Ok(program),
+    });
+    Ok(Prepared { pid, supervisor, boot: procfs::boot(), signals, stop, program, group })
 }
 
-fn supervise(
-    prepared: Prepared,
-    dir: &Path,
-    restarts: u32,
-    cgroup: Option<PathBuf>,
-    ports: Option<OwnedFd>,
-) -> io::Result<()> {
-    let Prepared { pid, supervisor, boot, mut signals, stop, program } = prepared;
+/// Ends the program, which has no instance, and removes its group.
+fn dismiss(program: io::Result<UnassignedProgram>, group: Option<&Group>) -> io::Result<()> {
+    if let Ok(program) = program {
+        program.dismiss();
+    }
+    group.map_or(Ok(()), |group| group.kill(KILL_TIMEOUT).map(drop))
+}
+
+fn supervise(prepared: Prepared, dir: &Path, restarts: u32, ports: Option<OwnedFd>) -> io::Result<()> {
+    let Prepared { pid, supervisor, boot, mut signals, stop, program, group } = prepared;
     // Without the lock, another supervisor has the instance; without a record, it was removed.
     let (Some(_lock), Some(record)) = (wait_for_lock(dir)?, record::read::<Record>(dir, RECORD)?) else {
-        program.map(UnassignedProgram::dismiss).ok();
-        return Ok(());
+        return dismiss(program, group.as_ref());
     };
     // Lets an operator find the instance of a supervisor (`ls -l /proc/PID/cwd`).
     std::env::set_current_dir(dir)?;
     let started_at = Instant::now();
+    let limited = program.and_then(|program| match &group {
+        Some(group) => group.limit(&record.launch.limits).map(|()| program),
+        None => Ok(program),
+    });
     // The program loads while the state is written.
-    let started = program.and_then(|program| program.assign(dir, &record, ports));
-    let mut state = State { boot, supervisor, child: None, cgroup, all_in_cgroup: false, restarts, end: None };
-    let (reason, complete) = match started {
-        Err(error) => (format!("could not be started: {error}"), true),
+    let started = limited.and_then(|program| program.assign(dir, &record, ports));
+    let mut state = State { boot, supervisor, child: None, group: group.clone(), restarts, end: None };
+    let mut end = match started {
+        Err(error) => {
+            group.map_or(Ok(false), |group| group.kill(KILL_TIMEOUT))?;
+            End { reason: format!("could not be started: {error}"), complete: true, ..End::default() }
+        }
         Ok((child, pipe)) => {
             state.child = procfs::identify(child.as_raw_nonzero().get());
             record::write(dir, STATE, &state)?;
-            let group = state.cgroup.clone().map(Group::new);
             let output = Output::create(dir, record.launch.output)?;
-            let mut watch = Watch::new(dir, child, pipe, output, group.clone());
-            // In a thread of its own: the kernel may take more than 10 ms.
-            let moving = group.map(|group| {
-                let (dir, mut state) = (dir.to_owned(), state.clone());
-                std::thread::Builder::new().spawn(move || group::move_descendants(&dir, &mut state, &group, pid))
-            });
-            let reason = watch.until_exit(&mut signals, &stop, record.launch.grace)?;
-            match moving {
-                Some(Ok(moving)) => drop(moving.join()),
-                Some(Err(error)) => {
-                    append_log(dir, &format!("cannot move the instance into its control group: {error}"))
-                }
-                None => {}
-            }
+            let mut watch = Watch::new(dir, child, pipe, output, group);
+            let exit = watch.until_exit(&mut signals, &stop, record.launch.grace)?;
             let complete = watch.kill_descendants(pid, &mut signals)?;
-            (reason, complete)
+            End { reason: watch::describe(exit), complete, exit, usage: watch.usage(), ..End::default() }
         }
     };
-    let requested = stop.load(Ordering::Acquire);
-    state.end = Some(End { reason, complete, requested, ran_for: started_at.elapsed() });
+    end.requested = stop.load(Ordering::Acquire);
+    end.ran_for = started_at.elapsed();
+    exceeded::explain(&mut end, &record.launch.limits);
+    state.end = Some(end);
     record::write(dir, STATE, &state)
 }
 

@@ -28,12 +28,19 @@ async fn program_is_found_in_a_relative_path() {
 
 #[tokio::test]
 async fn instance_has_its_own_environment_directory_and_limits() {
-    let fixture = Fixture::new();
+    // Without control groups, memory is limited for each process.
+    let fixture = Fixture::without_cgroups();
     let mut plan = fixture.script(
-        "env > env; pwd > pwd; ulimit -v > memory; ulimit -n > files; ulimit -t > cpu; ulimit -c > core; umask > umask
+        "env > env; pwd > pwd; ulimit -v > memory; ulimit -n > files; ulimit -t > cpu; ulimit -c > core; ulimit -f > disk; umask > umask
          grep NoNewPrivs /proc/self/status > privileges; ls -l /proc/self/fd > open; exec $GREETER",
     );
-    plan.limits = Limits { memory: Some(512 << 20), cpu_seconds: Some(50), open_files: Some(64), output: None };
+    plan.limits = Limits {
+        memory: Some(512 << 20),
+        disk: Some(8 << 20),
+        cpu_seconds: Some(50),
+        open_files: Some(64),
+        ..Limits::default()
+    };
     // A file without `CLOEXEC`, as a careless parent process may leave open.
     let leaked = std::fs::File::create(fixture.dir.path().join("leaked")).unwrap();
     let _leaked = rustix::io::dup(&leaked).unwrap();
@@ -63,6 +70,7 @@ async fn instance_has_its_own_environment_directory_and_limits() {
     assert_eq!((env["HOME"], env["TMPDIR"], wrote("pwd")), (work.as_str(), work.as_str(), work.clone()));
     assert_eq!(Path::new(env["SCENARIO_DIR"]), fixture.dir.path().join("files"));
     assert_eq!((wrote("memory"), wrote("files")), ((512 << 10).to_string(), "64".to_owned()));
+    assert_eq!(wrote("disk"), ((8 << 20) / 512).to_string());
     assert_eq!((wrote("cpu"), wrote("core"), wrote("umask")), ("50".to_owned(), "0".to_owned(), "0077".to_owned()));
     assert!(wrote("privileges").ends_with('1'));
     let open = wrote("open");

@@ -5,6 +5,7 @@
 mod contract;
 mod isolation;
 mod lifecycle;
+mod limits;
 mod ports;
 mod readiness;
 mod spans;

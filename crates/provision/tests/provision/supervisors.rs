@@ -132,17 +132,6 @@ async fn control_group_is_created_and_removed_with_its_instance() {
     assert!(processes.contains(&child) && !processes.contains(&supervisor), "{processes:?}");
     manager.down(&challenge("a challenge"), &Identity::from_bits(1), 2).await.unwrap();
     assert!(!group.exists());
-    // An existing control group of the same name is removed first, with its processes.
-    std::fs::create_dir(&group).unwrap();
-    let mut stray =
-        std::process::Command::new("sleep").arg("1000").stdout(std::process::Stdio::null()).spawn().unwrap();
-    std::fs::write(group.join("cgroup.procs"), stray.id().to_string()).unwrap();
-    manager.launch(&launch(1, 2, &fixture.greeter())).await.unwrap();
-    assert_eq!(fixture.cgroup(&fixture.instance_dir()), Some(group.clone()));
-    assert!(!stray.wait().unwrap().success());
-    assert_eq!(greeting_at(&format!("127.0.0.1:{}", fixture.ports()[0])).as_deref(), Some("hello"));
-    manager.down(&challenge("a challenge"), &Identity::from_bits(1), 2).await.unwrap();
-    assert!(!group.exists());
 }
 
 #[tokio::test]

@@ -199,15 +199,9 @@ impl Fixture {
         [Self::new(), Self::without_cgroups()]
     }
 
-    /// Returns the control group of an instance, once it contains all of its processes.
+    /// Returns the v2 directory of an instance's control group.
     pub(crate) fn cgroup(&self, dir: &Path) -> Option<PathBuf> {
-        let state = || state(dir).filter(|state| !state["cgroup"].is_null());
-        if self.config.cgroups {
-            eventually_blocking("all processes are in the control group", || {
-                state().is_some_and(|state| state["gathered"] == true)
-            });
-        }
-        Some(state()?["cgroup"].as_str()?.into())
+        Some(state(dir)?["group"]["unified"].as_str()?.into())
     }
 
     /// Creates a manager of this directory.

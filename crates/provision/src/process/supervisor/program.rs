@@ -15,7 +15,7 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions};
 use crate::process::{
     handover::{self, Sender},
     ports::HeldPorts,
-    record::{self, MARKER, RECORD, Record, WORK},
+    record::{self, Launch, MARKER, RECORD, Record, WORK},
 };
 
 /// The first argument of this process; the supervisor's process id follows. On standard input it receives the instance's directory, and the
@@ -24,6 +24,8 @@ pub(super) const BECOME_PROGRAM: &str = "__instance-exec";
 
 /// CPU seconds between SIGXCPU, which ends a program that doesn't handle it, and SIGKILL.
 const CPU_GRACE: u64 = 2;
+/// Bytes of locked memory, and of message queues: memory of the kernel that other limits don't count.
+const KERNEL_BYTES: u64 = 64 << 10;
 
 /// A process that becomes the program of the instance that it is assigned.
 pub(super) struct UnassignedProgram {
@@ -48,6 +50,10 @@ impl UnassignedProgram {
             .spawn()?;
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
         Ok(Self { child: pid.ok_or_else(|| io::Error::other("no process id"))?, output, sender })
+    }
+
+    pub(super) fn pid(&self) -> i32 {
+        self.child.as_raw_nonzero().get()
     }
 
     /// Lets it become the program. Returns its process id and its output.
@@ -85,10 +91,7 @@ pub(super) fn become_program(supervisor: &OsStr) -> io::Result<()> {
     let dir = arguments.first().map(Path::new).ok_or(io::ErrorKind::InvalidInput)?;
     let Record { launch, .. } =
         record::read::<Record>(dir, RECORD)?.ok_or_else(|| io::Error::other("its record was removed"))?;
-    limit(Resource::Core, Some(0), 0)?;
-    limit(Resource::Nofile, launch.limits.open_files, 0)?;
-    limit(Resource::Cpu, launch.limits.cpu_seconds, CPU_GRACE)?;
-    limit(Resource::As, launch.limits.memory, 0)?;
+    limit_process(&launch)?;
     let error = Command::new(&launch.program)
         .args(&launch.args)
         .env_clear()
@@ -98,6 +101,26 @@ pub(super) fn become_program(supervisor: &OsStr) -> io::Result<()> {
         .stdin(Stdio::null())
         .exec();
     Err(io::Error::new(error.kind(), format!("{}: {error}", launch.program.display())))
+}
+
+/// Limits this process, and each of those that it starts.
+fn limit_process(launch: &Launch) -> io::Result<()> {
+    let limits = &launch.limits;
+    for (resource, soft, grace) in [
+        // At 0, a handler of core dumps (`|` in core_pattern) would run, outside of the instance: at 1 it doesn't. core(5)
+        (Resource::Core, Some(1), 0),
+        (Resource::Nofile, limits.open_files, 0),
+        (Resource::Cpu, limits.cpu_seconds, CPU_GRACE),
+        (Resource::As, launch.address_space, 0),
+        (Resource::Fsize, limits.disk, 0),
+        (Resource::Memlock, Some(KERNEL_BYTES), 0),
+        (Resource::Msgqueue, Some(KERNEL_BYTES), 0),
+        (Resource::Nice, Some(0), 0),
+        (Resource::Rtprio, Some(0), 0),
+    ] {
+        limit(resource, soft, grace)?;
+    }
+    Ok(())
 }
 
 /// Sets the soft limit to `soft` and the hard limit to `soft + grace`, as far as this process's own hard limit allows.

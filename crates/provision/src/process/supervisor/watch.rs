@@ -15,7 +15,12 @@ use rustix::{
 };
 
 use super::log::append_log;
-use crate::process::{cgroup::Group, output::Output, procfs};
+use crate::process::{
+    cgroup::{Group, Usage},
+    output::Output,
+    procfs,
+    record::Exit,
+};
 
 /// How long killed processes may take to exit.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -32,34 +37,36 @@ pub(super) struct Watch<'a> {
     group: Option<Group>,
     /// The last write of output failed, which has been logged.
     output_failed: bool,
+    /// What the group's processes had used before the group was removed.
+    usage: Usage,
 }
 
 impl<'a> Watch<'a> {
     pub(super) fn new(dir: &'a Path, child: Pid, pipe: PipeReader, output: Output, group: Option<Group>) -> Self {
-        Self { dir, child, pipe: Some(pipe), output, group, output_failed: false }
+        Self { dir, child, pipe: Some(pipe), output, group, output_failed: false, usage: Usage::default() }
     }
 
-    /// Keeps output until the program exits, or until its grace period after a stop request is over. Returns the reason for the end.
+    /// Keeps output until the program exits, or until its grace period after a stop request is over. Returns how the program exited, if it did.
     pub(super) fn until_exit(
         &mut self,
         signals: &mut UnixStream,
         stop: &AtomicBool,
         grace: Duration,
-    ) -> io::Result<String> {
+    ) -> io::Result<Option<Exit>> {
         let mut deadline = None;
         loop {
             let timeout = deadline.map(|deadline: Instant| deadline.saturating_duration_since(Instant::now()));
             self.wait(signals, timeout)?;
             self.copy_output();
-            if let (Some(reason), _) = self.reap() {
-                return Ok(reason);
+            if let (Some(exit), _) = self.reap() {
+                return Ok(Some(exit));
             }
             if stop.load(Ordering::Acquire) && deadline.is_none() {
                 deadline = Some(Instant::now() + grace);
                 let _ = rustix::process::kill_process_group(self.child, Signal::TERM);
             }
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Ok("was stopped and did not exit in time".to_owned());
+                return Ok(None);
             }
         }
     }
@@ -107,19 +114,24 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Reaps every child that has exited. Returns how the program ended, if it was one of them, and whether a child is left.
-    fn reap(&self) -> (Option<String>, bool) {
-        let mut reason = None;
+    /// Reaps every child that has exited. Returns how the program exited, if it was one of them, and whether a child is left.
+    fn reap(&self) -> (Option<Exit>, bool) {
+        let mut exit = None;
         loop {
             match rustix::process::wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) if pid == self.child => {
-                    reason = Some(describe(ExitStatus::from_raw(status.as_raw())));
+                    exit = Some(exit_of(ExitStatus::from_raw(status.as_raw())));
                 }
                 Ok(Some(_)) | Err(rustix::io::Errno::INTR) => {}
-                Ok(None) => return (reason, true),
-                Err(_) => return (reason, false),
+                Ok(None) => return (exit, true),
+                Err(_) => return (exit, false),
             }
         }
+    }
+
+    /// What the instance used; known once its descendants were killed.
+    pub(super) fn usage(&self) -> Usage {
+        self.usage
     }
 
     /// Kills all descendants of the supervisor `pid` and removes the control group. Returns false if that fails.
@@ -144,6 +156,7 @@ impl<'a> Watch<'a> {
             self.copy_output();
         }
         self.copy_output();
+        self.usage = self.group.as_ref().map_or(Usage::default(), Group::usage);
         let removed = match &self.group {
             Some(group) => group.kill(deadline.saturating_duration_since(Instant::now())).map(drop),
             None => Ok(()),
@@ -155,11 +168,16 @@ impl<'a> Watch<'a> {
     }
 }
 
-/// How a process ended, for the operator.
-fn describe(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("ended with exit status {code}"),
-        (None, Some(signal)) if signal == Signal::XCPU.as_raw() => "used up its CPU time".to_owned(),
-        (None, signal) => format!("was ended by signal {}", signal.unwrap_or(0)),
+fn exit_of(status: ExitStatus) -> Exit {
+    status.code().map_or_else(|| Exit::Signal(status.signal().unwrap_or(0)), Exit::Code)
+}
+
+/// How a program ended, for the operator.
+pub(super) fn describe(exit: Option<Exit>) -> String {
+    match exit {
+        None => "was stopped and did not exit in time".to_owned(),
+        Some(Exit::Code(code)) => format!("ended with exit status {code}"),
+        Some(Exit::Signal(signal)) if signal == Signal::XCPU.as_raw() => "used up its CPU time".to_owned(),
+        Some(Exit::Signal(signal)) => format!("was ended by signal {signal}"),
     }
 }

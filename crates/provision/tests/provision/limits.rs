@@ -1,0 +1,121 @@
+//! Instances that reach a limit of the whole instance, where control groups limit it.
+
+use std::path::{Path, PathBuf};
+
+use gauntlet_domain::{Limits, Probe};
+use gauntlet_provision::process::LimitBackend;
+use gauntlet_testing::eventually_blocking;
+
+use crate::support::{Fixture, LaunchExt as _, launch, remove};
+
+/// Whether the instances of this fixture are limited as a whole: as root or with delegated controllers.
+fn limited(fixture: &Fixture) -> bool {
+    let backend = fixture.manager().limit_backend();
+    if backend == LimitBackend::Rlimit {
+        println!("no controllers of control groups here: not tried");
+    }
+    backend > LimitBackend::Rlimit
+}
+
+/// The directory that counts the instance's processes.
+fn pids_dir(state: &serde_json::Value) -> PathBuf {
+    let group = &state["group"];
+    group["controllers"]["v1"]["pids"].as_str().or(group["unified"].as_str()).unwrap().into()
+}
+
+fn state(dir: &Path) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(dir.join("state.json")).unwrap()).unwrap()
+}
+
+#[tokio::test]
+async fn fork_bomb_stays_within_its_processes_and_ends_with_its_instance() {
+    let fixture = Fixture::new();
+    if !limited(&fixture) {
+        return;
+    }
+    let manager = fixture.manager();
+    fixture.program("bomb", "while :; do $0 & done");
+    let mut plan = fixture.script("echo ready; trap '' CHLD; $SCENARIO_DIR/bomb 2> /dev/null");
+    plan.limits.processes = Some(20);
+    plan.probe = Probe::Output { contains: "ready".to_owned() };
+    manager.launch(&launch(1, 1, &plan)).await.unwrap();
+    let pids = pids_dir(&state(&fixture.instance_dir()));
+    let number = |file: &str| std::fs::read_to_string(pids.join(file)).unwrap().trim().parse::<u64>().unwrap();
+    eventually_blocking("the bomb has reached its limit", || {
+        std::fs::read_to_string(pids.join("pids.events")).unwrap().trim() != "max 0"
+    });
+    assert!(number("pids.current") <= 20);
+    // Another instance and the manager are not affected.
+    manager.launch(&launch(2, 1, &fixture.greeter())).await.unwrap();
+    remove(&manager, 1).await;
+    remove(&manager, 2).await;
+    assert!(!pids.exists());
+}
+
+#[tokio::test]
+async fn groups_of_killed_supervisors_are_removed_in_every_hierarchy() {
+    let fixture = Fixture::new();
+    if !limited(&fixture) {
+        return;
+    }
+    let manager = fixture.manager();
+    let plan = fixture.script("setsid env -i sleep 1000 & exec $GREETER");
+    manager.launch(&launch(1, 1, &plan)).await.unwrap();
+    let pids = pids_dir(&state(&fixture.instance_dir()));
+    let (supervisor, _) = fixture.pids(&fixture.instance_dir()).unwrap();
+    crate::support::send_signal(supervisor, rustix::process::Signal::KILL);
+    eventually_blocking("the supervisor has exited", || !gauntlet_testing::processes::is_running(supervisor));
+    fixture.manager().claim("store").await.unwrap();
+    assert!(!pids.exists());
+}
+
+/// Launches a script that goes on after it is ready, waits until it has ended, and returns how.
+async fn end_of(fixture: &Fixture, script: &str, limits: Limits) -> serde_json::Value {
+    let manager = fixture.manager();
+    let mut plan = fixture.script(script);
+    plan.limits = limits;
+    plan.probe = Probe::Output { contains: "ready".to_owned() };
+    manager.launch(&launch(1, 1, &plan)).await.unwrap();
+    let dir = fixture.instance_dir();
+    eventually_blocking("the instance has ended", || !state(&dir)["end"].is_null());
+    state(&dir)["end"].clone()
+}
+
+#[tokio::test]
+async fn memory_hog_is_killed_and_the_reason_names_the_limit() {
+    let fixture = Fixture::new();
+    if !limited(&fixture) {
+        return;
+    }
+    let limits = Limits { memory: Some(32 << 20), ..Default::default() };
+    let script = "echo ready; x=x; while :; do x=$x$x; done";
+    let end = end_of(&fixture, script, limits).await;
+    assert_eq!(end["exceeded"], serde_json::json!(["memory"]), "{end}");
+    assert_eq!(end["exit"], serde_json::json!({"signal": 9}));
+    assert!(end["how"].as_str().unwrap().contains("memory (33554432 bytes)"), "{end}");
+    assert!(end["usage"]["memory_peak"].as_u64().unwrap() <= 32 << 20);
+}
+
+#[tokio::test]
+async fn cpu_hog_gets_its_share_and_the_end_says_so() {
+    let fixture = Fixture::new();
+    if !limited(&fixture) {
+        return;
+    }
+    let limits = Limits { cpu_quota: Some(20), cpu_seconds: Some(1), ..Default::default() };
+    let end = end_of(&fixture, "echo ready; while :; do :; done", limits).await;
+    // One second of CPU time takes 5 s at 20%.
+    assert_eq!(end["exceeded"], serde_json::json!(["cpu_quota", "cpu"]), "{end}");
+    assert!(
+        end["how"].as_str().unwrap().contains("used up its CPU time; it reached its limits: cpu_quota (20%), cpu (1s)")
+    );
+}
+
+#[tokio::test]
+async fn file_beyond_the_disk_limit_ends_the_program_and_the_end_says_so() {
+    let fixture = Fixture::new();
+    let limits = Limits { disk: Some(1 << 20), ..Default::default() };
+    let end = end_of(&fixture, "echo ready; exec head -c 2000000 /dev/zero > large", limits).await;
+    assert_eq!(end["exceeded"], serde_json::json!(["disk"]), "{end}");
+    assert_eq!(fixture.instance_dir().join("work/large").metadata().unwrap().len(), 1 << 20);
+}
