@@ -20,7 +20,7 @@ pub(crate) fn replica_name() -> String {
 }
 
 /// Scenarios from registries and, with `--scenario-root`, from a local directory.
-pub(crate) fn scenarios(config: &Config) -> Result<Library> {
+pub(crate) fn scenarios(config: &Config, instruments: &Instruments) -> Result<Library> {
     std::fs::create_dir_all(&config.dir).map_err(|error| {
         anyhow!("cannot create {}: {error}; pass a writable directory as --dir (DIR)", config.dir.display())
     })?;
@@ -41,6 +41,7 @@ pub(crate) fn scenarios(config: &Config) -> Result<Library> {
     let library = gauntlet_scenario::Config {
         local_root: config.scenario_root.clone(),
         access,
+        instruments: instruments.clone(),
         ..gauntlet_scenario::Config::new(config.dir.join("scenarios"), key)
     };
     Ok(Library::new(library)?)

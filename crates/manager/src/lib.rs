@@ -95,7 +95,7 @@ impl Manager {
         let tasks = Tasks::default();
 
         let credentials = Arc::new(Credentials::load(&config.access)?);
-        let library = backends::scenarios(&config)?;
+        let library = backends::scenarios(&config, instruments)?;
         let processes = backends::provisioner(&config)?;
         let backend = backends::store(&config, replica.clone(), instruments).await?;
         let instances = Arc::new(Claimed::new(processes, backend.clone()));

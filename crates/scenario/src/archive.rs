@@ -9,7 +9,10 @@ use std::{
 use flate2::read::GzDecoder;
 use tar::{Archive, EntryType};
 
-use crate::files::{Draft, FileError, Result, refused, relative};
+use crate::{
+    draft::Draft,
+    files::{FileError, Result, refused, relative},
+};
 
 /// Unpacks an archive whose names are all below `title` into the draft, within the draft's limits. Rejects links and special files; skips
 /// directory entries, because files bring their directories.

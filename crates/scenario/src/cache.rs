@@ -1,19 +1,25 @@
-//! The cache of scenario directories: `<root>/sha256/<hex>/`, read-only and complete from the moment they have that name.
+//! The cache of scenarios: `<root>/sha256/<hex>/`, complete from the moment it has that name. It holds the scenario's directory, `files`, and
+//! its seal, which instances can't see. Both are compared before the directory is used.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use crate::{
     digest::Digest,
-    files::{Draft, FileLimits, Result, at},
+    draft::{Draft, FILES, SEAL},
+    files::{FileLimits, Result, at},
+    seal::{Seal, Stamps},
 };
 
 /// A draft older than this is left over from a crash.
 const ABANDONED: Duration = Duration::from_secs(24 * 3600);
+/// Scenarios with more files and directories than this are checked on a blocking thread.
+const MANY: usize = 64;
 /// Scenarios used within this time aren't evicted: a caller that resolved one may not have stored its digest yet.
 const RECENT: Duration = Duration::from_secs(3600);
 
@@ -30,7 +36,6 @@ pub struct Evicted {
 
 /// A cached scenario.
 struct Entry {
-    place: PathBuf,
     digest: Digest,
     bytes: u64,
     /// The directory's modification time.
@@ -41,12 +46,37 @@ struct Entry {
 #[derive(Debug, Clone)]
 pub(crate) struct Cache {
     root: PathBuf,
+    /// What shows changes to the scenarios that this process has verified.
+    verified: Arc<Mutex<BTreeMap<Digest, Arc<Stamps>>>>,
 }
+
+/// A scenario that this process has verified before.
+pub(crate) struct Verified {
+    cache: Cache,
+    digest: Digest,
+    stamps: Arc<Stamps>,
+}
+
+impl Verified {
+    /// Whether checking takes so many system calls that it belongs on a blocking thread.
+    pub(crate) fn is_large(&self) -> bool {
+        self.stamps.count() > MANY
+    }
+
+    /// Returns the scenario's directory unless it has changed since, and marks it as used now.
+    pub(crate) fn check(self) -> Option<PathBuf> {
+        self.stamps.are_current().then(|| self.cache.used(self.digest))
+    }
+}
+
+/// A cached scenario isn't as it was unpacked.
+#[derive(Debug)]
+pub(crate) struct Damaged(pub(crate) String);
 
 impl Cache {
     pub(crate) fn open(root: &Path) -> Result<Self> {
         // Instances use the paths from their own working directories.
-        let cache = Self { root: std::path::absolute(root).map_err(at(root))? };
+        let cache = Self { root: std::path::absolute(root).map_err(at(root))?, verified: Arc::default() };
         for dir in [cache.root.join("sha256"), cache.drafts()] {
             fs::create_dir_all(&dir).map_err(at(&dir))?;
         }
@@ -65,20 +95,64 @@ impl Cache {
         self.root.join("drafts")
     }
 
-    /// Returns the path of a digest's directory, whether or not it exists.
-    pub(crate) fn place(&self, digest: Digest) -> PathBuf {
+    fn entry(&self, digest: Digest) -> PathBuf {
         self.root.join("sha256").join(digest.to_hex())
     }
 
-    /// Returns the directory of a digest if it is cached, and marks it as used now.
-    pub(crate) fn find(&self, digest: Digest) -> Option<PathBuf> {
-        let place = self.place(digest);
-        if !place.is_dir() {
-            return None;
-        }
+    fn used(&self, digest: Digest) -> PathBuf {
+        let entry = self.entry(digest);
         // If this fails, the scenario only looks older than it is.
-        let _ = fs::File::open(&place).and_then(|dir| dir.set_modified(SystemTime::now()));
-        Some(place)
+        let _ = fs::File::open(&entry).and_then(|dir| dir.set_modified(SystemTime::now()));
+        entry.join(FILES)
+    }
+
+    /// Returns a scenario that this process has verified.
+    pub(crate) fn verified(&self, digest: Digest) -> Option<Verified> {
+        let verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+        let stamps = verified.get(&digest)?.clone();
+        Some(Verified { cache: self.clone(), digest, stamps })
+    }
+
+    /// Returns the directory of a scenario if it is cached, and marks it as used now. Reads all of its files to verify it.
+    ///
+    /// # Errors
+    /// The scenario is damaged, and is no longer cached.
+    pub(crate) fn find(&self, digest: Digest, limits: &FileLimits) -> Result<Option<PathBuf>, Damaged> {
+        let entry = self.entry(digest);
+        if !entry.is_dir() {
+            return Ok(None);
+        }
+        let verify = || Seal::verify(&entry.join(SEAL), &entry.join(FILES), limits);
+        // Another process may be replacing it.
+        match verify().or_else(|_| verify()) {
+            Ok(stamps) => {
+                self.verified.lock().unwrap_or_else(PoisonError::into_inner).insert(digest, Arc::new(stamps));
+                Ok(Some(self.used(digest)))
+            }
+            Err(problem) => {
+                self.remove(digest).map_err(|error| Damaged(format!("{problem}; it can't be removed: {error}")))?;
+                Err(Damaged(problem))
+            }
+        }
+    }
+
+    /// Caches a draft under its digest, unless another process was faster. Returns the scenario's directory.
+    pub(crate) fn keep(&self, draft: Draft, digest: Digest) -> Result<PathBuf> {
+        let entry = self.entry(digest);
+        draft.keep(&entry)?;
+        Ok(entry.join(FILES))
+    }
+
+    /// Renamed first, so that nobody finds it half removed. After a crash it is removed with the old drafts.
+    fn remove(&self, digest: Digest) -> Result<()> {
+        self.verified.lock().unwrap_or_else(PoisonError::into_inner).remove(&digest);
+        let entry = self.entry(digest);
+        let removed = tempfile::tempdir_in(self.drafts()).map_err(at(&entry))?;
+        match fs::rename(&entry, removed.path().join("removed")) {
+            // Another process removed it first.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            moved => moved.and_then(|()| removed.close()).map_err(at(&entry)),
+        }
     }
 
     /// Returns the size of all entries in bytes.
@@ -99,13 +173,7 @@ impl Cache {
             if done.left <= limit {
                 break;
             }
-            // Renamed first, so that nobody finds it half removed. After a crash it is removed with the old drafts.
-            let removed = tempfile::tempdir_in(self.drafts()).map_err(at(&entry.place))?;
-            match fs::rename(&entry.place, removed.path().join("evicted")) {
-                // Another process removed it first.
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                moved => moved.and_then(|()| removed.close()).map_err(at(&entry.place))?,
-            }
+            self.remove(entry.digest)?;
             done.scenarios += 1;
             done.bytes += entry.bytes;
             done.left = done.left.saturating_sub(entry.bytes);
@@ -117,14 +185,14 @@ impl Cache {
         let dir = self.root.join("sha256");
         let mut all = Vec::new();
         for entry in fs::read_dir(&dir).map_err(at(&dir))?.flatten() {
-            let (place, name) = (entry.path(), entry.file_name());
+            let name = entry.file_name();
             // Skips entries that are removed meanwhile.
             if let (Some(Ok(digest)), Ok(used), Ok(bytes)) = (
                 name.to_str().map(Digest::from_hex),
                 entry.metadata().and_then(|meta| meta.modified()),
-                bytes_below(&place),
+                bytes_below(&entry.path().join(FILES)),
             ) {
-                all.push(Entry { digest, place, bytes, used });
+                all.push(Entry { digest, bytes, used });
             }
         }
         Ok(all)
@@ -161,12 +229,11 @@ mod tests {
     /// Caches a scenario of a hundred bytes that was last used `hours` ago.
     fn insert(cache: &Cache, name: &str, hours: u64) -> Digest {
         let digest = Digest::of(name.as_bytes());
-        let place = cache.place(digest);
         let mut draft = cache.draft(&FileLimits::default()).unwrap();
         draft.copy("deep/down/file", 100, &[7; 100][..]).unwrap();
-        draft.keep(&place).unwrap();
+        cache.keep(draft, digest).unwrap();
         let used = SystemTime::now() - Duration::from_secs(3600 * hours);
-        fs::File::open(place).unwrap().set_modified(used).unwrap();
+        fs::File::open(cache.entry(digest)).unwrap().set_modified(used).unwrap();
         digest
     }
 
@@ -176,8 +243,8 @@ mod tests {
         let cache = Cache::open(dir.path()).unwrap();
         let [needed, old, older, recent, used] =
             [("a", 9), ("b", 4), ("c", 5), ("d", 0), ("e", 6)].map(|(name, hours)| insert(&cache, name, hours));
-        assert!(cache.find(used).is_some(), "used now");
-        let there = |digest: Digest| cache.place(digest).is_dir();
+        assert!(cache.find(used, &FileLimits::default()).unwrap().is_some(), "used now");
+        let there = |digest: Digest| cache.entry(digest).is_dir();
         let in_use = BTreeSet::from([needed.to_string()]);
         assert_eq!(cache.bytes().unwrap(), 500);
         let evict = |limit| cache.evict(limit, &in_use).unwrap();

@@ -10,8 +10,10 @@ mod cache;
 mod digest;
 mod document;
 mod documents;
+mod draft;
 mod files;
 mod flag;
+mod flights;
 mod library;
 mod limits;
 mod local;
@@ -19,6 +21,7 @@ mod plan;
 mod quantity;
 mod registry;
 mod scenario_file;
+mod seal;
 mod template;
 mod yaml;
 

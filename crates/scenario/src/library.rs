@@ -1,31 +1,30 @@
 //! Implements the domain's `Scenarios` port: resolves references, caches scenarios and renders launch plans.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 use async_trait::async_trait;
-use futures::{
-    FutureExt as _,
-    future::{BoxFuture, WeakShared},
-};
+use futures::FutureExt as _;
 use gauntlet_domain::{
     Additional, Error, Identity, LaunchPlan, Pinned, Placement, PreparedScenario, Result, Scenarios,
 };
+use gauntlet_telemetry::Instruments;
 use tracing::{
     Instrument as _,
     field::{Empty, display},
 };
 
 use crate::{
-    cache::{Cache, Evicted},
+    cache::{Cache, Damaged, Evicted},
     digest::Digest,
     document::Document,
     documents::Documents,
     files::{FileError, FileLimits, blocking},
     flag::FlagKey,
+    flights::Flights,
     local, plan,
     registry::{Access, Reference, Registry},
     scenario_file::{Unread, read_document},
@@ -45,6 +44,8 @@ pub struct Config {
     pub access: Access,
     /// Limits on a scenario's files.
     pub limits: FileLimits,
+    /// Where damage to the cache is counted.
+    pub instruments: Instruments,
 }
 
 impl Config {
@@ -56,6 +57,7 @@ impl Config {
             flag_key,
             access: Access::default(),
             limits: FileLimits::default(),
+            instruments: Instruments::noop(),
         }
     }
 }
@@ -79,10 +81,10 @@ struct Inner {
     registry: Registry,
     /// Fetches in progress, by registry, repository and digest: content that one registry is slow to send or doesn't have may come from
     /// another.
-    fetches: Mutex<BTreeMap<(String, String, Digest), WeakShared<Fetch>>>,
+    fetches: Flights<(String, String, Digest), Result<PathBuf>>,
+    /// Verifications in progress.
+    verifications: Flights<Digest, Result<Option<PathBuf>>>,
 }
-
-type Fetch = BoxFuture<'static, Result<PathBuf>>;
 
 impl Library {
     /// Opens or creates the cache. Blocks on the file system.
@@ -98,7 +100,8 @@ impl Library {
                 documents: Documents::default(),
                 config,
                 registry,
-                fetches: Mutex::default(),
+                fetches: Flights::default(),
+                verifications: Flights::default(),
             }),
         })
     }
@@ -147,39 +150,54 @@ impl Library {
         recorded(resolved, span).await
     }
 
+    /// Returns the directory of a scenario if it is cached and as it was unpacked. A damaged one is removed, logged and counted.
+    async fn cached(&self, digest: Digest) -> Result<Option<PathBuf>> {
+        if let Some(verified) = self.inner.cache.verified(digest) {
+            // A few system calls on files whose metadata is in memory.
+            let found = if verified.is_large() { blocking(|| Ok(verified.check())).await? } else { verified.check() };
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        let library = self.clone();
+        let verify = move || {
+            let work = blocking(move || {
+                let Inner { cache, config, .. } = &*library.inner;
+                Ok(cache.find(digest, &config.limits).unwrap_or_else(|Damaged(problem)| {
+                    tracing::warn!(scenario.digest = %digest, problem, "a cached scenario was changed; fetching it again");
+                    config.instruments.scenario.record_damage();
+                    None
+                }))
+            });
+            work.boxed()
+        };
+        self.inner.verifications.join(digest, verify).await
+    }
+
     /// Returns the cached directory of a digest; fetches it, or joins the fetch in progress, if it isn't cached.
     async fn fetch(&self, reference: &str, target: Reference, digest: Digest) -> Result<PathBuf> {
-        let cached = self.inner.cache.find(digest);
+        let cached = self.cached(digest).await?;
         tracing::Span::current().record("scenario.digest", display(digest)).record("cache.hit", cached.is_some());
         if let Some(dir) = cached {
             return Ok(dir);
         }
         let key = (target.registry().to_owned(), target.repository().to_owned(), digest);
-        let fetch = {
-            let mut fetches = self.inner.fetches.lock().unwrap_or_else(PoisonError::into_inner);
-            fetches.retain(|_, fetch| fetch.upgrade().is_some());
-            let running = fetches.get(&key).and_then(WeakShared::upgrade);
-            running.unwrap_or_else(|| {
-                let fetch = self.clone().pull(reference.to_owned(), target, digest).boxed().shared();
-                fetches.extend(fetch.downgrade().map(|weak| (key, weak)));
-                fetch
-            })
-        };
-        fetch.await
+        let pull = || self.clone().pull(reference.to_owned(), target, digest).boxed();
+        self.inner.fetches.join(key, pull).await
     }
 
     async fn pull(self, reference: String, target: Reference, digest: Digest) -> Result<PathBuf> {
         // Another fetch may have finished since the cache was checked.
-        if let Some(dir) = self.inner.cache.find(digest) {
+        if let Some(dir) = self.cached(digest).await? {
             return Ok(dir);
         }
         let Inner { registry, cache, config, .. } = &*self.inner;
         registry.pull(&reference, &target, digest, cache, &config.limits).await
     }
 
-    /// Returns the directory of a pinned scenario; fetches it again if it is no longer cached.
+    /// Returns the directory of a pinned scenario; fetches it again if it is no longer cached, or was changed.
     async fn directory(&self, pinned: &Pinned, digest: Digest) -> Result<PathBuf> {
-        if let Some(dir) = self.inner.cache.find(digest) {
+        if let Some(dir) = self.cached(digest).await? {
             return Ok(dir);
         }
         if pinned.reference.starts_with(local::SCHEME) {

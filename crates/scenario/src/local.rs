@@ -45,7 +45,6 @@ pub(crate) fn snapshot(dir: &Path, cache: &Cache, limits: &FileLimits) -> Result
         digest.add(&listed.path, listed.size, content);
     }
     let digest = digest.finish();
-    let place = cache.place(digest);
-    draft.keep(&place)?;
-    Ok((digest, place))
+    let dir = cache.keep(draft, digest)?;
+    Ok((digest, dir))
 }

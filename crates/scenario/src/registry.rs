@@ -38,7 +38,8 @@ use crate::{
     archive,
     cache::Cache,
     digest::Digest,
-    files::{Draft, FileError, FileLimits, blocking},
+    draft::Draft,
+    files::{FileError, FileLimits, blocking},
 };
 
 /// How to reach registries.
@@ -191,9 +192,8 @@ impl Registry {
             for layer in layers {
                 draft = self.layer(&mut session, reference, &target, layer, draft, cache).await?;
             }
-            let place = cache.place(digest);
-            let reference = reference.to_owned();
-            blocking(move || draft.keep(&place).map(|()| place).map_err(|error| error.of_scenario(&reference))).await
+            let (cache, reference) = (cache.clone(), reference.to_owned());
+            blocking(move || cache.keep(draft, digest).map_err(|error| error.of_scenario(&reference))).await
         })
         .await
     }
@@ -236,10 +236,10 @@ impl Registry {
             let handle = scratch.try_clone().map_err(|error| broken(FileError::Io(cache_name(), error)))?;
             (scratch, Some(handle))
         } else {
-            let (title, size) = (layer.title.clone(), layer.size);
+            let (title, size, content) = (layer.title.clone(), layer.size, layer.digest);
             let owned = reference.to_owned();
             let (back, file) = blocking(move || {
-                let file = draft.create(&title, size).map_err(|error| error.of_scenario(&owned))?;
+                let file = draft.create(&title, size, content).map_err(|error| error.of_scenario(&owned))?;
                 Ok((draft, file))
             })
             .await?;

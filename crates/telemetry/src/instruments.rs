@@ -36,6 +36,8 @@ pub struct Instruments {
     pub server: Server,
     /// Access to the API.
     pub access: Access,
+    /// The scenario cache.
+    pub scenario: Scenario,
     /// The janitor.
     pub janitor: Janitor,
     /// The reconciler.
@@ -68,6 +70,7 @@ impl Instruments {
             instance: Instance { operations: counter(&meter, &names::INSTANCE_OPERATIONS) },
             server: Server { refused: counter(&meter, &names::SERVER_REFUSED) },
             access: Access { denied: counter(&meter, &names::ACCESS_DENIED) },
+            scenario: Scenario { damaged: counter(&meter, &names::SCENARIO_DAMAGED) },
             janitor: Janitor {
                 lag: histogram(&meter, &names::JANITOR_LAG),
                 expired: counter(&meter, &names::JANITOR_EXPIRED),
@@ -244,6 +247,19 @@ impl Access {
     /// Records that a call was denied. `reason` is the code of its error.
     pub fn record_denial(&self, reason: &'static str) {
         self.denied.add(1, &labels([("reason", reason)]));
+    }
+}
+
+/// The scenario cache.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    damaged: Counter<u64>,
+}
+
+impl Scenario {
+    /// Records that a cached scenario was not as it was unpacked.
+    pub fn record_damage(&self) {
+        self.damaged.add(1, &[]);
     }
 }
 

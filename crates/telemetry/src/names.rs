@@ -255,6 +255,8 @@ metrics! {
         "Provisioning steps in progress in this process.");
     POOL_CLAIMS = new("gauntlet.pool.claims", Counter, "{claim}", &["challenge", "result"];
         "Instances requested from a pool: hit if one was ready, miss if one had to be created.");
+    SCENARIO_DAMAGED = new("gauntlet.scenario.damaged", Counter, "{scenario}", &[];
+        "Cached scenarios that were not as they had been unpacked, and were fetched again.");
     INSTANCE_OPERATIONS = new("gauntlet.instance.operations", Counter, "{operation}", &["challenge", "operation", "outcome"];
         "Attempts to create, renew, update or delete an instance, each counted once. The outcome is ok, refused or failed.");
     JANITOR_LAG = seconds("gauntlet.janitor.lag", LAG_SECONDS, &["outcome"];
