@@ -35,6 +35,8 @@ pub enum Kind {
     Token(TokenId),
     /// By a client certificate.
     Certificate,
+    /// By a JWT of the OpenID Connect issuer.
+    Jwt,
 }
 
 impl Kind {
@@ -42,7 +44,7 @@ impl Kind {
     pub const fn token_id(self) -> Option<TokenId> {
         match self {
             Self::Token(id) => Some(id),
-            Self::Anonymous | Self::Certificate => None,
+            Self::Anonymous | Self::Certificate | Self::Jwt => None,
         }
     }
 
@@ -52,6 +54,7 @@ impl Kind {
             Self::Anonymous => "anonymous",
             Self::Token(_) => "token",
             Self::Certificate => "certificate",
+            Self::Jwt => "jwt",
         }
     }
 }

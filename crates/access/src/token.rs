@@ -61,6 +61,11 @@ impl Token {
         Self { id: TokenId(id), secret: SecretBox::new(secret) }
     }
 
+    /// Whether a text is meant to be a token, valid or not.
+    pub fn has_prefix(text: &str) -> bool {
+        text.starts_with(PREFIX)
+    }
+
     /// The id.
     pub fn id(&self) -> TokenId {
         self.id

@@ -2,7 +2,10 @@
 
 use gauntlet_domain::{ChallengeId, SourceId};
 
-use crate::{authorize::Caller, peer::PeerAddress};
+use crate::{
+    caller::{Caller, Denial},
+    peer::PeerAddress,
+};
 
 /// The target of the records. A log filter names it to keep them apart, or on: `LOG_LEVEL=warn,gauntlet::audit=info`.
 pub(crate) const TARGET: &str = "gauntlet::audit";
@@ -32,9 +35,18 @@ impl Change {
         record(caller, self.operation, Some(self.challenge.as_str()), source, outcome);
     }
 
-    /// Returns the record of a change that begins now. It is written when the change ends.
-    pub(crate) fn begin(self, caller: &Caller) -> Pending {
-        Pending { change: self, caller: caller.clone(), outcome: "INTERRUPTED" }
+    /// Checks that the caller may use the challenge, and returns the record of the change, which is written when it ends. A refusal is recorded at
+    /// once.
+    pub(crate) fn begin(self, caller: &Caller) -> Result<Pending, Denial> {
+        let checked = caller.check(&self.challenge);
+        let record = Pending { change: self, caller: caller.clone(), outcome: "INTERRUPTED" };
+        match checked {
+            Ok(()) => Ok(record),
+            Err(denial) => {
+                record.end(denial.code());
+                Err(denial)
+            }
+        }
     }
 }
 

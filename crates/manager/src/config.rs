@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-pub use access::{AccessConfig, Openness};
+pub use access::{AccessConfig, KeySource, Oidc, Openness};
 use clap::{CommandFactory as _, Parser, error::ErrorKind};
 use gauntlet_domain::Limits as InstanceLimits;
 use gauntlet_scenario::parse_limits;
@@ -211,7 +211,9 @@ impl Config {
     }
 
     /// Parses, and checks flags against each other.
-    fn checked(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Self, clap::Error> {
+    pub(crate) fn checked(
+        arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>,
+    ) -> Result<Self, clap::Error> {
         let mut config = Self::try_parse_from(arguments)?;
         // Empty variables count as unset: compose files set them.
         config.etcd_endpoints.retain(|endpoint| !endpoint.is_empty());
@@ -219,9 +221,11 @@ impl Config {
             config.etcd_endpoints =
                 config.etcd_endpoint.iter().filter(|endpoint| !endpoint.is_empty()).cloned().collect();
         }
-        config.access.drop_empty();
         config.etcd_username.take_if(|name| name.is_empty());
         let invalid = |text: String| Err(Self::command().error(ErrorKind::ValueValidation, text));
+        if let Err(problem) = config.access.check() {
+            return invalid(problem);
+        }
         if config.lease_ttl < MIN_LEASE_TTL {
             return invalid(format!(
                 "--lease-ttl (LEASE_TTL) is {:?}; it must be at least {MIN_LEASE_TTL:?}",

@@ -25,11 +25,13 @@ use tracing::{
     Event, Level, Metadata, Subscriber,
     field::{Field, Visit},
     span,
+    subscriber::Interest,
 };
 
 use crate::{
     audit,
-    authorize::{Authorizer, Caller, Credentials},
+    authorize::{Authorizer, Credentials},
+    caller::Caller,
     config::Openness,
     grpc::Handlers,
     operations::Operations,
@@ -50,6 +52,7 @@ pub(crate) struct Api {
 
 impl Api {
     pub(crate) async fn new() -> Self {
+        Logs::keep_events_on();
         let dir = tempfile::tempdir().unwrap();
         let store = Coordination::embedded(&dir.path().join("store"), "replica".into()).await.unwrap();
         let facts = Arc::new(RecordedFacts::default());
@@ -130,7 +133,7 @@ pub(crate) fn caller(scope: Scope) -> Caller {
 
 /// The audit record of a change in a test.
 pub(crate) fn record(challenge: &ChallengeId) -> audit::Pending {
-    audit::Change::of_challenge("Test", challenge).begin(&caller(Scope::Admin))
+    audit::Change::of_challenge("Test", challenge).begin(&caller(Scope::Admin)).unwrap()
 }
 
 /// Makes a call like [`Api::call`].
@@ -266,8 +269,42 @@ impl Logs {
         Self { target: Some(target), ..Self::default() }
     }
 
+    /// Makes `tracing` ask a thread's subscriber about each event. Otherwise a test of another thread, which has none, can turn an event off for all
+    /// threads while this one records it.
+    pub(crate) fn keep_events_on() {
+        struct Undecided;
+
+        impl Subscriber for Undecided {
+            fn register_callsite(&self, _: &'static Metadata<'static>) -> Interest {
+                Interest::sometimes()
+            }
+
+            fn enabled(&self, _: &Metadata<'_>) -> bool {
+                false
+            }
+
+            fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+                span::Id::from_u64(1)
+            }
+
+            fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+            fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+            fn event(&self, _: &Event<'_>) {}
+
+            fn enter(&self, _: &span::Id) {}
+
+            fn exit(&self, _: &span::Id) {}
+        }
+
+        // Fails when it has been done before.
+        let _ = tracing::subscriber::set_global_default(Undecided);
+    }
+
     /// Records what `work` logs.
     pub(crate) fn record<T>(&self, work: impl FnOnce() -> T) -> T {
+        Self::keep_events_on();
         tracing::subscriber::with_default(self.clone(), work)
     }
 

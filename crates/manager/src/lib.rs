@@ -4,6 +4,7 @@ mod audit;
 mod authorize;
 mod backends;
 mod call;
+mod caller;
 mod claimed;
 mod config;
 mod connections;
@@ -33,7 +34,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use authorize::{Authorizer, Credentials};
 use claimed::Claimed;
-pub use config::{AccessConfig, Config, DebugAddress, Openness};
+pub use config::{AccessConfig, Config, DebugAddress, KeySource, Oidc, Openness};
 use connections::Port;
 use gauntlet_domain::{Error, Gauntlet, Provisioner as _, Settings};
 pub use gauntlet_provision::process::supervisor::run_if_requested as supervise_if_requested;

@@ -7,7 +7,7 @@ use gauntlet_domain::{
 };
 use jiff::Timestamp;
 
-use crate::{audit, authorize::Caller, call::call_now, signals::Signals, tasks::Tasks};
+use crate::{audit, call::call_now, caller::Caller, signals::Signals, tasks::Tasks};
 
 /// The use cases as the transports call them. Changes continue when the future of their call is dropped. Cloning is cheap.
 #[derive(Clone)]

@@ -6,7 +6,7 @@ use gauntlet_api::error;
 use gauntlet_domain::Error;
 use tonic::{Code, Status};
 
-use crate::authorize::Denial;
+use crate::caller::Denial;
 
 /// Why a call failed: the [source](std::error::Error::source) of its status, for [`report::report_failure`](crate::report::report_failure). Sources are never
 /// sent to clients, so this may name hosts, paths and causes.

@@ -282,8 +282,7 @@ impl Dev {
         config.debug_address = gauntlet_manager::DebugAddress(Some((Ipv4Addr::LOCALHOST, self.debug_port).into()));
         config.etcd_endpoints = if self.backend == Backend::Etcd { self.etcd_endpoints.clone() } else { Vec::new() };
         // The players and the janitor of this command have no credentials.
-        config.access.tokens = None;
-        config.access.client_subjects = None;
+        config.access.without_authentication();
         config.registries.oci_insecure = true;
         config.instance_path.splice(0..0, self.programs.clone());
         config.drain = DRAIN;

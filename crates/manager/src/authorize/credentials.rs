@@ -1,31 +1,35 @@
 //! The credentials that the manager accepts, from files that are reloaded when they change.
 
-use std::{
-    io::{self, Read as _},
-    path::{Path, PathBuf},
-    sync::{Arc, PoisonError, RwLock},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use anyhow::Context as _;
-use gauntlet_access::{FileError, Principal, Rejection, SubjectFile, Token, TokenFile};
+use gauntlet_access::{JwtRejection, JwtVerifier, Keys, Principal, Rejection, SubjectFile, Token, TokenFile};
 use http::HeaderValue;
 use jiff::Timestamp;
 use tokio::time::MissedTickBehavior;
 
-use super::Denial;
-use crate::{config::AccessConfig, peer::ClientCertificate, tasks::Tasks};
+use super::{reloaded::Reloaded, remote_keys::RemoteKeys};
+use crate::{
+    caller::Denial,
+    config::{AccessConfig, KeySource},
+    peer::ClientCertificate,
+    tasks::Tasks,
+};
 
 /// How often the files are read. A removed token is accepted for at most this long.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
-/// The maximum size of a file, in bytes: more than 50,000 tokens.
-const MAX_FILE_SIZE: u64 = 16 << 20;
 
 /// The accepted credentials.
 #[derive(Default)]
 pub(crate) struct Credentials {
     tokens: Option<Reloaded<TokenFile>>,
     subjects: Option<Reloaded<SubjectFile>>,
+    jwts: Option<Jwts>,
+}
+
+/// Where the keys for JWTs come from.
+enum Jwts {
+    File(Reloaded<JwtVerifier>),
+    Url(Arc<RemoteKeys>),
 }
 
 impl Credentials {
@@ -39,12 +43,28 @@ impl Credentials {
         let subjects = config.client_subjects.as_ref();
         let subjects =
             subjects.map(|path| Reloaded::load("--client-subjects", path, SubjectFile::parse)).transpose()?;
-        Ok(Self { tokens, subjects })
+        let jwts = match &config.oidc {
+            None => None,
+            Some(oidc) => {
+                let policy = oidc.policy.clone();
+                Some(match &oidc.keys {
+                    KeySource::File(path) => Jwts::File(Reloaded::load("--oidc-jwks", path, move |text| {
+                        Keys::parse(text).map(|keys| JwtVerifier::new(policy.clone(), keys))
+                    })?),
+                    KeySource::Url(url) => Jwts::Url(Arc::new(RemoteKeys::new(url, oidc.ca.as_deref(), policy)?)),
+                })
+            }
+        };
+        Ok(Self { tokens, subjects, jwts })
     }
 
-    /// Starts the task that reloads the files when they change.
+    /// Starts the tasks that reload the files when they change, and fetch the keys for JWTs.
     pub(crate) fn start(self: &Arc<Self>, tasks: &Tasks) {
-        if self.tokens.is_none() && self.subjects.is_none() {
+        if let Some(Jwts::Url(keys)) = &self.jwts {
+            let keys = keys.clone();
+            tasks.spawn("jwks", |stop| async move { keys.refresh(stop).await });
+        }
+        if self.tokens.is_none() && self.subjects.is_none() && !matches!(self.jwts, Some(Jwts::File(_))) {
             return;
         }
         let credentials = self.clone();
@@ -72,6 +92,9 @@ impl Credentials {
         if let Some(subjects) = &self.subjects {
             subjects.reload();
         }
+        if let Some(Jwts::File(keys)) = &self.jwts {
+            keys.reload();
+        }
     }
 
     /// Whether there is a subject file.
@@ -88,14 +111,19 @@ impl Credentials {
         if !scheme.eq_ignore_ascii_case("bearer") {
             return Err(invalid("the authorization header is not a bearer token"));
         }
-        let Some(tokens) = &self.tokens else {
-            return Err(invalid("a bearer token, and the manager has no token file (--tokens)"));
-        };
-        let token: Token = credentials.trim().parse().map_err(|error| Denial::Invalid(format!("{error}")))?;
-        tokens.current().authenticate(&token, Timestamp::now()).map_err(|rejection| match rejection {
-            Rejection::Unknown(_) | Rejection::WrongSecret(_) => Denial::Invalid(rejection.to_string()),
-            Rejection::Expired(_) => Denial::Expired(rejection.to_string()),
-        })
+        let credentials = credentials.trim();
+        match (&self.tokens, &self.jwts) {
+            (None, None) => Err(invalid("a bearer token, and the manager accepts none (--tokens, --oidc-issuer)")),
+            (_, Some(jwts)) if !Token::has_prefix(credentials) => jwts.authenticate(credentials),
+            (None, Some(_)) => Err(invalid("a token, and the manager has no token file (--tokens)")),
+            (Some(tokens), _) => {
+                let token: Token = credentials.parse().map_err(|error| Denial::Invalid(format!("{error}")))?;
+                tokens.current().authenticate(&token, Timestamp::now()).map_err(|rejection| match rejection {
+                    Rejection::Unknown(_) | Rejection::WrongSecret(_) => Denial::Invalid(rejection.to_string()),
+                    Rejection::Expired(_) => Denial::Expired(rejection.to_string()),
+                })
+            }
+        }
     }
 
     /// Returns the holder of a certificate that the listener has verified. A certificate without a rule is refused, also where callers without
@@ -107,60 +135,23 @@ impl Credentials {
     }
 }
 
-/// The contents of a file, as of the last time that it could be used.
-struct Reloaded<T> {
-    flag: &'static str,
-    path: PathBuf,
-    parse: fn(&str) -> Result<T, FileError>,
-    state: RwLock<State<T>>,
-}
-
-struct State<T> {
-    current: Arc<T>,
-    /// The text, or the error, that was seen last. Contents are compared, and not times, which may be the same after a change.
-    seen: Result<String, String>,
-}
-
-impl<T> Reloaded<T> {
-    fn load(flag: &'static str, path: &Path, parse: fn(&str) -> Result<T, FileError>) -> anyhow::Result<Self> {
-        let name = || format!("cannot use {flag} {}", path.display());
-        let text = read(path).with_context(name)?;
-        let current = Arc::new(parse(&text).with_context(name)?);
-        Ok(Self { flag, path: path.to_owned(), parse, state: RwLock::new(State { current, seen: Ok(text) }) })
-    }
-
-    fn current(&self) -> Arc<T> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner).current.clone()
-    }
-
-    fn reload(&self) {
-        let seen = read(&self.path).map_err(|error| error.to_string());
-        if self.state.read().unwrap_or_else(PoisonError::into_inner).seen == seen {
-            return;
-        }
-        let parsed = match &seen {
-            Ok(text) => (self.parse)(text).map_err(|error| error.to_string()),
-            Err(error) => Err(error.clone()),
+impl Jwts {
+    fn authenticate(&self, jwt: &str) -> Result<Arc<Principal>, Denial> {
+        let verifier = match self {
+            Self::File(keys) => Some(keys.current()),
+            Self::Url(keys) => keys.current(),
         };
-        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-        state.seen = seen;
-        match parsed {
-            Ok(current) => {
-                state.current = Arc::new(current);
-                tracing::info!(file = %self.path.display(), "{} has changed and is in use", self.flag);
+        let no_keys = || Denial::Invalid("a JWT, and the keys of the issuer have not been fetched yet".to_owned());
+        let rejected = |rejection: JwtRejection| match &rejection {
+            JwtRejection::Expired(_) => Denial::Expired(rejection.to_string()),
+            JwtRejection::UnknownKey(_) => {
+                if let Self::Url(keys) = self {
+                    keys.request_refresh();
+                }
+                Denial::Invalid(rejection.to_string())
             }
-            Err(error) => {
-                tracing::error!(file = %self.path.display(), error, "{} cannot be used; keeping what was read before", self.flag);
-            }
-        }
+            JwtRejection::Invalid(_) => Denial::Invalid(rejection.to_string()),
+        };
+        verifier.ok_or_else(no_keys)?.authenticate(jwt, Timestamp::now()).map_err(rejected)
     }
-}
-
-fn read(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    std::fs::File::open(path)?.take(MAX_FILE_SIZE + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MAX_FILE_SIZE {
-        return Err(io::Error::other(format!("larger than {MAX_FILE_SIZE} bytes")));
-    }
-    Ok(text)
 }

@@ -13,7 +13,7 @@ use tower::{Layer, Service};
 use super::Authorizer;
 use crate::status::denied;
 
-/// Lets calls through that the [`Authorizer`] permits, with their [`Caller`](super::Caller) as an extension. Must be inside the layer that makes the
+/// Lets calls through that the [`Authorizer`] permits, with their [`Caller`](crate::caller::Caller) as an extension. Must be inside the layer that makes the
 /// span of the call, and for REST added with `Router::layer`, where the matched route is known.
 pub(crate) struct AuthorizeLayer<B> {
     authorizer: Authorizer,

@@ -3,13 +3,15 @@
 use std::{collections::BTreeSet, path::Path};
 
 use axum::{Extension, Router, body::Body, routing::get};
-use gauntlet_access::{Name, Token, TokenRecord, append_record};
+use base64::prelude::{BASE64_URL_SAFE_NO_PAD, Engine as _};
+use gauntlet_access::{Name, Scope, Token, TokenRecord, append_record};
 use gauntlet_api::{error::reason, extension, v1};
 use http::{Request, Response, StatusCode};
 use http_body_util::BodyExt as _;
 use jiff::{Timestamp, ToSpan as _};
 use prost::Message as _;
 use rcgen::{CertificateParams, DnType, KeyPair};
+use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use secrecy::ExposeSecret as _;
 use tonic::{Code, Status};
 use tower::ServiceExt as _;
@@ -69,12 +71,10 @@ impl Files {
     }
 
     fn config(&self) -> AccessConfig {
-        AccessConfig {
-            tokens: Some(self.tokens()),
-            client_subjects: Some(self.dir.path().join("subjects")),
-            health_access: Openness(None),
-            reflection_access: Openness(Some(Scope::Read)),
-        }
+        let mut config = <crate::Config as clap::Parser>::parse_from(["gauntlet-manager"]).access;
+        config.tokens = Some(self.tokens());
+        config.client_subjects = Some(self.dir.path().join("subjects"));
+        config
     }
 
     fn credentials(&self) -> Credentials {
@@ -169,8 +169,9 @@ async fn every_call_needs_its_scope_over_grpc_and_rest() {
             };
             // The same scope, given to callers without credentials by the listener.
             let open = granted.map(|scope| api.service(credentials(), Some(scope)));
-            let routers = [(Some(&protected), authorization), (open.as_ref(), Vec::new())];
-            for (router, authorization) in routers.into_iter().filter_map(|(router, with)| Some((router?, with))) {
+            let mut routers: Vec<(&Router, Vec<String>)> = vec![(&protected, authorization)];
+            routers.extend(open.as_ref().map(|open| (open, Vec::new())));
+            for (router, authorization) in routers {
                 let status = grpc(router, rule.rpc, &authorization).await;
                 let denied = matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied);
                 let got = denied.then(|| (status.code(), reason(&status).unwrap()));
@@ -381,6 +382,61 @@ async fn handlers_refuse_calls_that_did_not_pass_the_layer() {
     }
 }
 
+/// An issuer with one key, and the configuration that accepts its JWTs.
+struct Issuer {
+    key: Ed25519KeyPair,
+    _dir: tempfile::TempDir,
+    credentials: Credentials,
+}
+
+impl Issuer {
+    fn new() -> Self {
+        let key = Ed25519KeyPair::from_seed_unchecked(&[7; 32]).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("jwks.json");
+        let x = BASE64_URL_SAFE_NO_PAD.encode(key.public_key());
+        let jwks = format!(r#"{{"keys":[{{"kty":"OKP","crv":"Ed25519","kid":"one","x":"{x}"}}]}}"#);
+        std::fs::write(&file, jwks).unwrap();
+        let flags = ["", "--oidc-issuer", "https://id.example", "--oidc-audience", "gauntlet", "--oidc-jwks"];
+        let config = crate::Config::checked(flags.into_iter().chain(file.to_str())).unwrap();
+        Self { credentials: Credentials::load(&config.access).unwrap(), key, _dir: dir }
+    }
+
+    fn jwt(&self, scope: &str, expires: Timestamp) -> String {
+        let claims = format!(
+            r#"{{"iss":"https://id.example","aud":"gauntlet","sub":"ctfd","scope":"{scope}","exp":{}}}"#,
+            expires.as_second()
+        );
+        let part = |text: &str| BASE64_URL_SAFE_NO_PAD.encode(text);
+        let signed = format!("{}.{}", part(r#"{"alg":"EdDSA","kid":"one"}"#), part(&claims));
+        let signature = BASE64_URL_SAFE_NO_PAD.encode(self.key.sign(signed.as_bytes()));
+        format!("{signed}.{signature}")
+    }
+}
+
+#[tokio::test]
+async fn jwt_of_the_issuer_gets_its_scope() {
+    let mut issuer = Issuer::new();
+    let router = Api::new().await.service(std::mem::take(&mut issuer.credentials), None);
+    let now = Timestamp::now();
+    let call = async |jwt: String| {
+        let status = grpc(&router, "api.v1.instance.InstanceManager/CreateInstance", &bearer(&jwt)).await;
+        let (over_rest, _, body) = rest(&router, "POST", "/api/v1/instance", &bearer(&jwt), "{}").await;
+        assert!(!body.contains(jwt.rsplit('.').next().unwrap()), "{body}");
+        (reason(&status), over_rest)
+    };
+    let denied = |reason: &str, status| (Some(reason.to_owned()), status);
+    assert_eq!(call(issuer.jwt("openid gauntlet:operate", now + 60.seconds())).await.1, 400);
+    assert_eq!(call(issuer.jwt("gauntlet:read", now + 60.seconds())).await, denied("SCOPE_INSUFFICIENT", 403));
+    assert_eq!(call(issuer.jwt("openid", now + 60.seconds())).await, denied("CREDENTIALS_INVALID", 401));
+    assert_eq!(call(issuer.jwt("gauntlet:admin", now - 61.seconds())).await, denied("CREDENTIALS_EXPIRED", 401));
+    let other =
+        issuer.jwt("gauntlet:admin", now + 60.seconds()).replace("eyJhbGciOiJFZERTQSIs", "eyJhbGciOiJub25lIiwg");
+    assert_eq!(call(other).await, denied("CREDENTIALS_INVALID", 401));
+    // A token of the token file means nothing here.
+    assert_eq!(call(text(&token(3))).await, denied("CREDENTIALS_INVALID", 401));
+}
+
 fn accepts(credentials: &Credentials, byte: u8) -> bool {
     credentials.by_header(&format!("Bearer {}", text(&token(byte))).parse().unwrap()).is_ok()
 }
@@ -431,7 +487,8 @@ fn unusable_file_is_refused_at_start_with_its_name_and_line() {
     std::fs::write(files.tokens(), "\n{}").unwrap();
     let error = format!("{:#}", Credentials::load(&files.config()).map(drop).unwrap_err());
     assert!(error.starts_with("cannot use --tokens ") && error.contains("tokens: line 2: "), "{error}");
-    let config = AccessConfig { tokens: Some(Path::new("/nonexistent").to_owned()), ..files.config() };
+    let mut config = files.config();
+    config.tokens = Some(Path::new("/nonexistent").to_owned());
     let error = format!("{:#}", Credentials::load(&config).map(drop).unwrap_err());
     assert!(error.starts_with("cannot use --tokens /nonexistent: "), "{error}");
 }
@@ -486,4 +543,21 @@ async fn every_change_is_audited_with_who_what_where_and_outcome() {
         fields.replace("message=change ", "") + message
     };
     assert_eq!(logged.iter().map(sorted).collect::<Vec<_>>(), expected);
+}
+
+#[tokio::test]
+async fn change_of_a_client_that_disconnects_is_audited() {
+    let api = Api::new().await;
+    let logs = Logs::of_target(audit::TARGET);
+    let recording = tracing::subscriber::set_default(logs.clone());
+    let router = api.service(Files::new().credentials(), None);
+    let authorization = bearer(&text(&token(3)));
+    let create = r#"{"id":"web","scenario":"reg/web:v1"}"#;
+    let mut call = Box::pin(rest(&router, "POST", "/api/v1/challenge", &authorization, create));
+    // The first poll begins the change.
+    assert!(futures::poll!(&mut call).is_pending());
+    drop(call);
+    gauntlet_testing::eventually("an audit record", async || (logs.containing("outcome=\"ok\"") == 1).then_some(()))
+        .await;
+    drop(recording);
 }

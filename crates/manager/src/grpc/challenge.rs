@@ -7,7 +7,7 @@ use gauntlet_api::v1::challenge::{
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{Handlers, Messages, convert, respond, stream};
-use crate::{audit::Change, authorize::Caller};
+use crate::{audit::Change, caller::Caller};
 
 #[async_trait]
 impl ChallengeStore for Handlers {
@@ -15,7 +15,7 @@ impl ChallengeStore for Handlers {
         respond(async {
             let caller = Caller::of(&request)?;
             let new = convert::new_challenge(request.into_inner())?;
-            let record = caller.begin(Change::of_challenge("CreateChallenge", &new.id))?;
+            let record = Change::of_challenge("CreateChallenge", &new.id).begin(&caller)?;
             let challenge = self.operations.create_challenge(record, new).await?;
             Ok(Response::new(convert::challenge(challenge, Vec::new())))
         })
@@ -51,7 +51,7 @@ impl ChallengeStore for Handlers {
         respond(async {
             let caller = Caller::of(&request)?;
             let (id, update) = convert::challenge_update(request.into_inner())?;
-            let record = caller.begin(Change::of_challenge("UpdateChallenge", &id))?;
+            let record = Change::of_challenge("UpdateChallenge", &id).begin(&caller)?;
             let updated = self.operations.update_challenge(record, id, update).await?;
             // Each failure has been logged; the client gets the first.
             match updated.failures.into_iter().next() {
@@ -66,7 +66,7 @@ impl ChallengeStore for Handlers {
         respond(async {
             let caller = Caller::of(&request)?;
             let id = convert::challenge_id("id", request.into_inner().id)?;
-            let record = caller.begin(Change::of_challenge("DeleteChallenge", &id))?;
+            let record = Change::of_challenge("DeleteChallenge", &id).begin(&caller)?;
             self.operations.delete_challenge(record, id).await?;
             Ok(Response::new(()))
         })

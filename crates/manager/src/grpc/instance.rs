@@ -7,7 +7,7 @@ use gauntlet_api::v1::instance::{
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{Handlers, Messages, convert, respond, stream};
-use crate::{audit::Change, authorize::Caller};
+use crate::{audit::Change, caller::Caller};
 
 #[async_trait]
 impl InstanceManager for Handlers {
@@ -17,7 +17,7 @@ impl InstanceManager for Handlers {
             let request = request.into_inner();
             let (challenge, source) = convert::instance_ids(request.challenge_id, request.source_id)?;
             let additional = convert::additional(request.additional)?;
-            let record = caller.begin(Change::of_instance("CreateInstance", &challenge, &source))?;
+            let record = Change::of_instance("CreateInstance", &challenge, &source).begin(&caller)?;
             let instance = self.operations.create_instance(record, challenge, source, additional).await?;
             Ok(Response::new(convert::instance(instance)))
         })
@@ -59,7 +59,7 @@ impl InstanceManager for Handlers {
             let caller = Caller::of(&request)?;
             let request = request.into_inner();
             let (challenge, source) = convert::instance_ids(request.challenge_id, request.source_id)?;
-            let record = caller.begin(Change::of_instance("RenewInstance", &challenge, &source))?;
+            let record = Change::of_instance("RenewInstance", &challenge, &source).begin(&caller)?;
             let instance = self.operations.renew_instance(record, challenge, source).await?;
             Ok(Response::new(convert::instance(instance)))
         })
@@ -71,7 +71,7 @@ impl InstanceManager for Handlers {
             let caller = Caller::of(&request)?;
             let request = request.into_inner();
             let (challenge, source) = convert::instance_ids(request.challenge_id, request.source_id)?;
-            let record = caller.begin(Change::of_instance("DeleteInstance", &challenge, &source))?;
+            let record = Change::of_instance("DeleteInstance", &challenge, &source).begin(&caller)?;
             self.operations.delete_instance(record, challenge, source).await?;
             Ok(Response::new(()))
         })

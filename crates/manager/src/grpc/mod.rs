@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status};
 
 use crate::{
-    authorize::Denial,
+    caller::Denial,
     operations::Operations,
     report::StreamFailure,
     status::{denied, status},

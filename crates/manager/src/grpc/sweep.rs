@@ -8,7 +8,7 @@ use gauntlet_domain::Instance;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{Handlers, Messages, convert, respond, stream};
-use crate::{audit::Change, authorize::Caller};
+use crate::{audit::Change, caller::Caller};
 
 #[async_trait]
 impl Sweeper for Handlers {
@@ -40,7 +40,7 @@ impl Sweeper for Handlers {
             let request = request.into_inner();
             let (challenge, source) = convert::instance_ids(request.challenge_id, request.source_id)?;
             let since = convert::since(request.since)?;
-            let record = caller.begin(Change::of_instance("DeleteExpired", &challenge, &source))?;
+            let record = Change::of_instance("DeleteExpired", &challenge, &source).begin(&caller)?;
             let deleted = self.operations.delete_expired_instance(record, challenge, source, since).await?;
             Ok(Response::new(DeleteExpiredResponse { deleted }))
         })

@@ -27,7 +27,7 @@ use gauntlet_api::{
     },
 };
 
-use crate::{authorize::Caller, grpc::Handlers};
+use crate::{caller::Caller, grpc::Handlers};
 pub(crate) use health::Health;
 use request::{Message, Path, SourceId};
 use response::{Failure, Json, stream};

@@ -18,7 +18,7 @@ use tonic::Status;
 
 use super::response::Failure;
 use crate::{
-    authorize::{Caller, Denial},
+    caller::{Caller, Denial},
     status::denied,
 };
 
