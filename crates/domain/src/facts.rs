@@ -74,6 +74,13 @@ pub enum Fact {
         /// Whether the pool had an instance.
         hit: bool,
     },
+    /// An instance ended that had reached one of its limits.
+    LimitReached {
+        /// The challenge.
+        challenge: ChallengeId,
+        /// The limit's name in `scenario.yaml`.
+        limit: &'static str,
+    },
     /// Recovery finished or undid unfinished work on an instance.
     Recovered {
         /// The instance's phase before.

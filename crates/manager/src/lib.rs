@@ -97,7 +97,7 @@ impl Manager {
 
         let credentials = Arc::new(Credentials::load(&config.access)?);
         let library = backends::scenarios(&config, instruments)?;
-        let processes = backends::provisioner(&config)?;
+        let processes = backends::provisioner(&config)?.with_facts(Arc::new(CountedFacts(instruments.clone())));
         let backend = backends::store(&config, replica.clone(), instruments).await?;
         let instances = Arc::new(Claimed::new(processes, backend.clone()));
         match instances.claim().await {

@@ -62,19 +62,20 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use gauntlet_domain::{
-    ChallengeId, Error, Identity, LaunchPlan, LaunchRequest, Outputs, Placement, PortHold, PortSpec,
+    ChallengeId, Error, Facts, Identity, LaunchPlan, LaunchRequest, Outputs, Placement, PortHold, PortSpec,
     ProvisionedInstance, Provisioner, Result,
 };
 
 use self::{
     blocking::{blocking, failed},
     cgroup::Groups,
+    exceeded::Reporter,
     instance_dir::{InstanceDir, Presence, create_dir},
     ports::{HeldPorts, Ports},
     ready::StartedSupervisor,
@@ -106,6 +107,7 @@ pub struct Process {
     ports: Ports,
     probe_address: IpAddr,
     groups: Option<Groups>,
+    reporter: Reporter,
 }
 
 /// What a launch does with an instance that already runs.
@@ -175,7 +177,24 @@ impl Process {
         let groups = detect_groups(&config, &dir);
         launch::complete_defaults(&mut config.defaults, backend(groups.as_ref()));
         let standby = Standby::new(supervisor.clone(), groups.clone());
-        Ok(Self { config, dir, supervisor, standby, instances, ports, probe_address, groups })
+        Ok(Self {
+            config,
+            dir,
+            supervisor,
+            standby,
+            instances,
+            ports,
+            probe_address,
+            groups,
+            reporter: Reporter::default(),
+        })
+    }
+
+    /// Counts the limits that instances reached with `facts`.
+    #[must_use]
+    pub fn with_facts(mut self, facts: Arc<dyn Facts>) -> Self {
+        self.reporter = Reporter::new(facts);
+        self
     }
 
     /// Claims the directory for the store with that name. Call this before any other operation, because generations only compare within one

@@ -67,7 +67,10 @@ impl Instruments {
                 active: up_down_counter(&meter, &names::PROVISION_ACTIVE),
             },
             pool: Pool { claims: counter(&meter, &names::POOL_CLAIMS) },
-            instance: Instance { operations: counter(&meter, &names::INSTANCE_OPERATIONS) },
+            instance: Instance {
+                operations: counter(&meter, &names::INSTANCE_OPERATIONS),
+                exceeded: counter(&meter, &names::INSTANCE_EXCEEDED),
+            },
             server: Server { refused: counter(&meter, &names::SERVER_REFUSED) },
             access: Access { denied: counter(&meter, &names::ACCESS_DENIED) },
             scenario: Scenario { damaged: counter(&meter, &names::SCENARIO_DAMAGED) },
@@ -214,9 +217,16 @@ impl Pool {
 #[derive(Clone, Debug)]
 pub struct Instance {
     operations: Counter<u64>,
+    exceeded: Counter<u64>,
 }
 
 impl Instance {
+    /// Records the end of an instance that had reached the limit of that name.
+    pub fn record_exceeded(&self, challenge: &str, limit: &'static str) {
+        let [limit] = labels([("limit", limit)]);
+        self.exceeded.add(1, &[challenge_label(challenge), limit]);
+    }
+
     /// Records a `create`, `renew`, `update` or `delete`. `outcome` is `ok` or the error code.
     pub fn record_operation(&self, challenge: &str, operation: &'static str, outcome: &'static str) {
         let [operation, outcome] = labels([("operation", operation), ("outcome", outcome)]);

@@ -174,7 +174,8 @@ spans! {
     PROVISION_ALLOCATE = "provision.allocate", Internal, PROVISION_STEP, "Step: ports and directory are allocated.";
     PROVISION_START = "provision.start", Internal, PROVISION_STEP, "Step: the supervisor and the program are started.";
     PROVISION_READY = "provision.ready", Internal, PROVISION_STEP, "Step: the readiness probe is polled until it succeeds.";
-    PROVISION_STOP = "provision.stop", Internal, PROVISION_STEP, "Step: the program and all its processes are stopped.";
+    PROVISION_STOP = "provision.stop", Internal,
+        &["provisioner", "instance.identity", "instance.end", "instance.exceeded", "error.type"], "Step: the program and all its processes are stopped.";
     PROVISION_REMOVE = "provision.remove", Internal, PROVISION_STEP, "Step: the ports are released and the directory is removed.";
     SCENARIO_PULL = "scenario.pull", Client, &["oci.reference", "scenario.digest", "cache.hit", "error.type"],
         "A scenario fetched from the registry or the cache.";
@@ -259,6 +260,8 @@ metrics! {
         "Cached scenarios that were not as they had been unpacked, and were fetched again.");
     INSTANCE_OPERATIONS = new("gauntlet.instance.operations", Counter, "{operation}", &["challenge", "operation", "outcome"];
         "Attempts to create, renew, update or delete an instance, each counted once. The outcome is ok, refused or failed.");
+    INSTANCE_EXCEEDED = new("gauntlet.instance.exceeded", Counter, "{end}", &["challenge", "limit"];
+        "Ends of instances that had reached a limit: memory, processes, cpu_quota, cpu or disk.");
     JANITOR_LAG = seconds("gauntlet.janitor.lag", LAG_SECONDS, &["outcome"];
         "Time from an instance's expiry to the janitor's attempt to delete it.");
     SERVER_REFUSED = new("gauntlet.server.refused", Counter, "{refusal}", &["server", "reason"];

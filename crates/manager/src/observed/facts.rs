@@ -31,6 +31,7 @@ impl Facts for CountedFacts {
             Fact::InstanceOperation { challenge, operation, outcome } => {
                 self.0.instance.record_operation(challenge.as_str(), operation.name(), outcome.name());
             }
+            Fact::LimitReached { challenge, limit } => self.0.instance.record_exceeded(challenge.as_str(), limit),
             Fact::PoolClaim { challenge, hit } => self.0.pool.record_claim(challenge.as_str(), hit),
             Fact::Recovered { phase, action } => self.0.reconcile.record_recovery(phase.name(), action.name()),
         }

@@ -1,14 +1,15 @@
 //! Which limits an instance reached.
 
-use std::{fmt, time::Duration};
+use std::{fmt, io, sync::Arc, time::Duration};
 
-use gauntlet_domain::Limits;
+use gauntlet_domain::{ChallengeId, Fact, Facts, Limits};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::{
     cgroup::Usage,
-    record::{End, Exit},
+    instance_dir::InstanceDir,
+    record::{self, End, Exit, STATE, State},
 };
 
 /// An instance that waited for more than this part of its run has reached its share of the CPU.
@@ -83,6 +84,48 @@ pub(super) fn explain(end: &mut End, limits: &Limits) {
     if !end.exceeded.is_empty() {
         let reached: Vec<_> = end.exceeded.iter().map(|limit| limit.describe(limits)).collect();
         end.reason = format!("{}; it reached its limits: {}", end.reason, reached.join(", "));
+    }
+}
+
+/// Counts the limits that instances reached.
+#[derive(Clone, Default)]
+pub(super) struct Reporter(Option<Arc<dyn Facts>>);
+
+impl fmt::Debug for Reporter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "facts" } else { "no facts" })
+    }
+}
+
+impl Reporter {
+    pub(super) fn new(facts: Arc<dyn Facts>) -> Self {
+        Self(Some(facts))
+    }
+
+    /// Reports how an instance ended on the current span, and counts the limits that it reached, once for each end, however often it is reported.
+    /// The instance has no supervisor. Blocks.
+    pub(super) fn report(&self, instance: &InstanceDir, mut state: State) -> io::Result<()> {
+        let Some(end) = &mut state.end else { return Ok(()) };
+        let exceeded: Vec<_> = end.exceeded.iter().map(|limit| limit.name()).collect();
+        let span = tracing::Span::current();
+        span.record("instance.end", &end.reason);
+        if exceeded.is_empty() || std::mem::replace(&mut end.counted, true) {
+            return Ok(());
+        }
+        let limits = exceeded.join(",");
+        span.record("instance.exceeded", &limits);
+        tracing::warn!(
+            instance.identity = instance.identity(),
+            instance.exceeded = limits,
+            reason = end.reason,
+            "an instance reached its limits"
+        );
+        if let (Some(facts), Ok(challenge)) = (&self.0, ChallengeId::new(instance.challenge())) {
+            for limit in exceeded {
+                facts.record(Fact::LimitReached { challenge: challenge.clone(), limit });
+            }
+        }
+        record::write(&instance.dir, STATE, &state)
     }
 }
 

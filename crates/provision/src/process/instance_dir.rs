@@ -120,6 +120,10 @@ impl InstanceDir {
     }
 
     /// The instance's identity, for spans and logs.
+    pub(super) fn challenge(&self) -> &str {
+        &self.label.challenge
+    }
+
     pub(super) fn identity(&self) -> &str {
         &self.label.identity
     }

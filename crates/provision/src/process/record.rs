@@ -173,6 +173,9 @@ pub(super) struct End {
     /// The limits that it reached.
     #[serde(default)]
     pub(super) exceeded: Vec<Exceeded>,
+    /// A manager has counted these.
+    #[serde(default)]
+    pub(super) counted: bool,
 }
 
 /// How a program exited.

@@ -11,6 +11,8 @@ macro_rules! step_span {
             otel.kind = "internal",
             provisioner = "process",
             instance.identity = $instance.identity(),
+            instance.end = tracing::field::Empty,
+            instance.exceeded = tracing::field::Empty,
             otel.status_code = tracing::field::Empty,
             "error.type" = tracing::field::Empty,
         )

@@ -58,9 +58,11 @@ impl Process {
             }
         };
         if let Some(state) = read::<State>(instance, STATE).await.unwrap_or(None) {
-            let instance = instance.clone();
+            let (instance, reporter, span) = (instance.clone(), self.reporter.clone(), tracing::Span::current());
             blocking(move || {
-                kill_leftovers(&instance, &state).map_err(failed("stop", "killing what its supervisor left"))
+                let _entered = span.entered();
+                kill_leftovers(&instance, &state).map_err(failed("stop", "killing what its supervisor left"))?;
+                reporter.report(&instance, state).map_err(failed("stop", "recording how it ended"))
             })
             .await?;
         }

@@ -1,12 +1,15 @@
 //! Instances that reach a limit of the whole instance, where control groups limit it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use gauntlet_domain::{Limits, Probe};
+use gauntlet_domain::{Fact, Limits, Probe};
 use gauntlet_provision::process::LimitBackend;
-use gauntlet_testing::eventually_blocking;
+use gauntlet_testing::{eventually_blocking, fakes::RecordedFacts};
 
-use crate::support::{Fixture, LaunchExt as _, launch, remove};
+use crate::support::{Fixture, LaunchExt as _, challenge, launch, provision_error, remove};
 
 /// Whether the instances of this fixture are limited as a whole: as root or with delegated controllers.
 fn limited(fixture: &Fixture) -> bool {
@@ -109,6 +112,31 @@ async fn cpu_hog_gets_its_share_and_the_end_says_so() {
     assert!(
         end["how"].as_str().unwrap().contains("used up its CPU time; it reached its limits: cpu_quota (20%), cpu (1s)")
     );
+}
+
+#[tokio::test]
+async fn reached_limit_is_counted_once_however_often_the_instance_is_stopped() {
+    let fixture = Fixture::new();
+    let limits = Limits { disk: Some(1 << 20), ..Default::default() };
+    end_of(&fixture, "echo ready; exec head -c 2000000 /dev/zero > large", limits).await;
+    let facts = Arc::new(RecordedFacts::default());
+    let manager = fixture.manager().with_facts(facts.clone());
+    manager.halt().await.unwrap();
+    // Both stop what is left of the earlier run.
+    manager.launch(&launch(1, 2, &fixture.greeter())).await.unwrap();
+    let reached = Fact::LimitReached { challenge: challenge("a challenge"), limit: "disk" };
+    assert_eq!(facts.take(), [reached]);
+    remove(&manager, 1).await;
+    assert_eq!(facts.all(), []);
+}
+
+#[tokio::test]
+async fn failure_of_a_launch_names_the_limit_that_was_reached() {
+    let fixture = Fixture::new();
+    let mut plan = fixture.script("exec head -c 2000000 /dev/zero > large");
+    plan.limits.disk = Some(1 << 20);
+    let error = provision_error(fixture.manager().launch(&launch(1, 1, &plan)).await.unwrap_err());
+    assert!(error.contains("was ended by signal 25; it reached its limits: disk (1048576 bytes)"), "{error}");
 }
 
 #[tokio::test]
