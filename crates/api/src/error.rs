@@ -295,6 +295,14 @@ pub fn credentials_expired() -> Status {
     unauthenticated("The credentials have expired.", "CREDENTIALS_EXPIRED", r#"Bearer error="invalid_token""#)
 }
 
+/// PLAINTEXT_CREDENTIALS: the call has credentials, which others may have read on the network.
+#[must_use]
+pub fn plaintext_credentials() -> Status {
+    let message =
+        "Credentials were sent without TLS: use https://, and replace these credentials, which others may have read.";
+    unauthenticated(message, "PLAINTEXT_CREDENTIALS", "Bearer")
+}
+
 /// SCOPE_INSUFFICIENT: the call needs the scope `required`, and the caller has `granted`.
 #[must_use]
 pub fn scope_insufficient(required: &str, granted: &str) -> Status {
