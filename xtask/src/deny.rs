@@ -15,7 +15,7 @@ const DATABASE: &str = "https://github.com/RustSec/advisory-db";
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Checks licences, banned and duplicate crates, and sources, as CI does; this needs no network. deny.toml has the rules.\n\n\
+    after_help = "Checks licences, banned and duplicate crates, and sources, as CI does; this needs crates.io only. deny.toml has the rules.\n\n\
                   With --advisories it also checks the RustSec database, which is fetched. Where it cannot be fetched, clone \
                   https://github.com/RustSec/advisory-db elsewhere at a commit that you review, copy the clone, and name it with --database."
 )]
@@ -39,13 +39,12 @@ impl Deny {
     }
 }
 
-/// Checks licences, bans and sources, without the network.
+/// Checks licences, bans and sources. cargo downloads crates that it has not, also those of other platforms.
 ///
 /// # Errors
 /// When a crate breaks a rule of deny.toml; cargo-deny has printed which.
 pub(crate) fn check(tools: &Tools) -> Result<()> {
     run(Command::new(cargo_tool::DENY.ensure(tools)?).args([
-        "--offline",
         "--locked",
         "--log-level",
         "error",

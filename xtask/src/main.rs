@@ -10,6 +10,7 @@ mod deny;
 mod dev;
 mod doctor;
 mod faults;
+mod fuzz;
 mod guarantees;
 mod lock;
 mod mutants;
@@ -47,6 +48,8 @@ enum Command {
     Faults(faults::Faults),
     /// Introduce known coordination bugs into a copy of the checkout, and check that a test detects each
     Mutants(mutants::Mutants),
+    /// Search for inputs that break the decoders of what strangers, registries and authors send
+    Fuzz(fuzz::Fuzz),
     /// Check licences, sources and advisories of the crates that Gauntlet is built from
     Deny(deny::Deny),
     /// Write a software bill of materials for each binary
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         Command::Chaos(chaos) => chaos.run(),
         Command::Faults(faults) => faults.run(),
         Command::Mutants(mutants) => mutants.run(),
+        Command::Fuzz(fuzz) => fuzz.run(),
         Command::Deny(deny) => deny.run(),
         Command::Sbom(sbom) => sbom.run(),
         Command::Reproducible(reproducible) => reproducible.run(),

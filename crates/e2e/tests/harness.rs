@@ -260,6 +260,17 @@ impl Manager {
 /// # Errors
 /// When there is no response.
 pub(crate) fn rest(url: &str, method: &str, path: &str, body: Option<&[u8]>) -> Result<Answer, String> {
+    rest_with(url, method, path, body, &[])
+}
+
+/// The same with additional headers.
+pub(crate) fn rest_with(
+    url: &str,
+    method: &str,
+    path: &str,
+    body: Option<&[u8]>,
+    headers: &[(&str, String)],
+) -> Result<Answer, String> {
     let agent: ureq::Agent = ureq::Agent::config_builder()
         .timeout_global(Some(SOON))
         .http_status_as_error(false)
@@ -268,13 +279,15 @@ pub(crate) fn rest(url: &str, method: &str, path: &str, body: Option<&[u8]>) -> 
         .build()
         .new_agent();
     let trace_parent = trace_parent();
-    let request = ureq::http::Request::builder()
+    let mut request = ureq::http::Request::builder()
         .method(method)
         .uri(format!("{url}{path}"))
         .header("traceparent", &trace_parent)
-        .header("content-type", "application/json")
-        .body(body.unwrap_or_default().to_vec())
-        .unwrap();
+        .header("content-type", "application/json");
+    for (name, value) in headers {
+        request = request.header(*name, value);
+    }
+    let request = request.body(body.unwrap_or_default().to_vec()).unwrap();
     let mut response = agent.run(request).map_err(|error| error.to_string())?;
     let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
     Ok(Answer { status: response.status().as_u16(), text, trace_parent })

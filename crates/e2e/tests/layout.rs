@@ -50,6 +50,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("xtask", &["gauntlet-stack"]),
         ("example-web", &[]),
         ("example-vault", &[]),
+        ("gauntlet-fuzz", &["gauntlet-access", "gauntlet-api", "gauntlet-manager", "gauntlet-scenario"]),
     ])
 }
 

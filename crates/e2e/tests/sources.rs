@@ -37,7 +37,7 @@ impl Source {
 /// Every source file of the workspace.
 fn sources() -> Vec<Source> {
     let mut found = Vec::new();
-    for dir in ["crates", "examples", "xtask"] {
+    for dir in ["crates", "examples", "fuzz", "xtask"] {
         read(&workspace_root().join(dir), &mut found);
     }
     assert!(found.len() > 200, "{} sources", found.len());

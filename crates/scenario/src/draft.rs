@@ -17,6 +17,8 @@ use crate::{
 
 /// A scenario's directory, below the directory that a kept draft becomes.
 pub(crate) const FILES: &str = "files";
+/// The file that describes the scenario.
+const DOCUMENT: &str = "scenario.yaml";
 /// The seal of the directory, beside it.
 pub(crate) const SEAL: &str = "seal";
 
@@ -95,7 +97,7 @@ impl Draft {
     }
 
     /// Makes the files read-only, and scripts and ELF programs executable, seals and syncs them, and renames the directory to `to`. An existing
-    /// `to` is left as it is.
+    /// `to` is left as it is. Only the manager may read `scenario.yaml`, which has the flags.
     pub(crate) fn keep(self, to: &Path) -> Result<()> {
         let mut seal = Seal::default();
         for (title, size, content) in self.files {
@@ -103,7 +105,13 @@ impl Draft {
             let file = fs::File::open(&path).map_err(at(&path))?;
             let mut magic = Vec::with_capacity(4);
             (&file).take(4).read_to_end(&mut magic).map_err(at(&path))?;
-            let mode = if is_program(&magic) { 0o555 } else { 0o444 };
+            let mode = if title == DOCUMENT {
+                0o400
+            } else if is_program(&magic) {
+                0o555
+            } else {
+                0o444
+            };
             file.set_permissions(fs::Permissions::from_mode(mode)).map_err(at(&path))?;
             file.sync_all().map_err(at(&path))?;
             seal.add(title, size, content, mode);
@@ -142,11 +150,13 @@ mod tests {
         let mut draft = Draft::within(dir.path(), &limits).unwrap();
         draft.copy("bin/run", 9, &b"#!/bin/sh"[..]).unwrap();
         draft.copy("data", 4, &b"data"[..]).unwrap();
+        draft.copy("scenario.yaml", 5, &b"flags"[..]).unwrap();
         assert!(draft.copy("longer", 2, &b"data"[..]).is_err() && draft.copy("shorter", 9, &b"data"[..]).is_err());
         let place = dir.path().join("kept/x");
         draft.keep(&place).unwrap();
         let mode = |name| fs::metadata(place.join(name)).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode("files/bin/run"), mode("files/data"), mode("seal")), (0o555, 0o444, 0o400));
+        assert_eq!(mode("files/scenario.yaml"), 0o400);
 
         let mut second = Draft::within(dir.path(), &limits).unwrap();
         second.copy("data", 5, &b"other"[..]).unwrap();

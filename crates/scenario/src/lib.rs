@@ -14,6 +14,8 @@ mod draft;
 mod files;
 mod flag;
 mod flights;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod library;
 mod limits;
 mod local;

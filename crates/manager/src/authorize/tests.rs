@@ -1,3 +1,4 @@
+//! One file, because each test calls the same server, with other credentials.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::{collections::BTreeSet, path::Path};

@@ -3,6 +3,8 @@
 //! Ids in the path override those in the body. Paths are matched segment by segment: `%2F` is part of an id, and a trailing slash makes another
 //! path. `HEAD` works like `GET`; other methods that a path does not have are refused.
 
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub(crate) mod health;
 mod request;
 mod response;
