@@ -4,12 +4,18 @@
 //! [`body`]. Clients match on `ErrorInfo.reason` within its domain. Text from a request is truncated to 1024 bytes, because gRPC sends it in a
 //! header.
 
+mod access;
+
 use std::{borrow::Cow, collections::HashMap};
 
+pub use access::{
+    challenge_not_permitted, credentials_expired, credentials_invalid, credentials_required, forbidden,
+    plaintext_credentials, scope_insufficient,
+};
 use prost::Message;
 use prost_reflect::DynamicMessage;
 use serde::{Serialize, Serializer};
-use tonic::{Code, Status, metadata::MetadataValue};
+use tonic::{Code, Status};
 use tonic_types::{
     BadRequest, ErrorDetail, ErrorInfo, FieldViolation, Help, PreconditionFailure, ResourceInfo, StatusExt, pb,
 };
@@ -269,57 +275,6 @@ pub fn unavailable(reason: &str) -> Status {
         "Not available at the moment; try again.",
         [info(DOMAIN, reason, [])],
     )
-}
-
-/// The caller may not do this, whatever the request says. `reason` is the error's stable code; the contract doesn't list it.
-#[must_use]
-pub fn forbidden(reason: &str, message: &str) -> Status {
-    Status::with_error_details_vec(Code::PermissionDenied, message, [info(DOMAIN, reason, [])])
-}
-
-/// CREDENTIALS_REQUIRED: the call has no credentials, and the listener lets nobody in without.
-#[must_use]
-pub fn credentials_required() -> Status {
-    unauthenticated("Credentials are required.", "CREDENTIALS_REQUIRED", "Bearer")
-}
-
-/// CREDENTIALS_INVALID: the call has credentials that nobody holds. The reason is the same for all of them.
-#[must_use]
-pub fn credentials_invalid() -> Status {
-    unauthenticated("The credentials are not valid.", "CREDENTIALS_INVALID", r#"Bearer error="invalid_token""#)
-}
-
-/// CREDENTIALS_EXPIRED: the credentials were valid until they expired.
-#[must_use]
-pub fn credentials_expired() -> Status {
-    unauthenticated("The credentials have expired.", "CREDENTIALS_EXPIRED", r#"Bearer error="invalid_token""#)
-}
-
-/// SCOPE_INSUFFICIENT: the call needs the scope `required`, and the caller has `granted`.
-#[must_use]
-pub fn scope_insufficient(required: &str, granted: &str) -> Status {
-    Status::with_error_details_vec(
-        Code::PermissionDenied,
-        format!("The call needs the scope {required}, and the caller has {granted}."),
-        [info(DOMAIN, "SCOPE_INSUFFICIENT", [("required", required), ("granted", granted)])],
-    )
-}
-
-/// CHALLENGE_NOT_PERMITTED: the caller may not use the challenge, whether it exists or not.
-#[must_use]
-pub fn challenge_not_permitted(id: &str) -> Status {
-    Status::with_error_details_vec(
-        Code::PermissionDenied,
-        "The caller may not use this challenge.",
-        [info(DOMAIN, "CHALLENGE_NOT_PERMITTED", [("id", id)])],
-    )
-}
-
-/// `challenge` is the value of the header `www-authenticate`, which HTTP requires with 401.
-fn unauthenticated(message: &str, reason: &str, challenge: &'static str) -> Status {
-    let mut status = Status::with_error_details_vec(Code::Unauthenticated, message, [info(DOMAIN, reason, [])]);
-    status.metadata_mut().insert("www-authenticate", MetadataValue::from_static(challenge));
-    status
 }
 
 /// A field with an invalid value of the right type, such as an empty id or a negative timeout: `why` names the value and the fix. The

@@ -2,13 +2,7 @@
 
 mod access;
 
-use std::{
-    ffi::OsString,
-    net::{IpAddr, SocketAddr},
-    num::NonZeroU32,
-    path::PathBuf,
-    time::Duration,
-};
+use std::{ffi::OsString, net::SocketAddr, num::NonZeroU32, path::PathBuf, time::Duration};
 
 pub use access::{AccessConfig, KeySource, Oidc, Openness};
 use clap::{CommandFactory as _, Parser, error::ErrorKind};
@@ -21,7 +15,7 @@ use tokio::sync::Semaphore;
 
 use crate::{
     connections::Limits,
-    origin::{HostName, Hosts, Origin, OriginPolicy},
+    listen::{Listener, flags::ListenFlags},
     registries::Registries,
 };
 
@@ -37,23 +31,11 @@ const DEFAULT_ETCD_DEADLINE: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, Parser)]
 #[command(name = "gauntlet-manager", version, about, long_about)]
 pub struct Config {
-    /// The address to listen on.
-    #[arg(long, env = "BIND", default_value = "0.0.0.0", value_name = "ADDRESS")]
-    pub bind: std::net::IpAddr,
-    /// The port for gRPC, gRPC-web and REST; 0 picks a free port.
-    #[arg(long, env = "PORT", default_value_t = 8080)]
-    pub port: u16,
+    #[command(flatten)]
+    pub(crate) listen: ListenFlags,
     /// The address of the debug page, or "off". The page shows traces without asking for a password: keep it off public networks.
     #[arg(long, env = "DEBUG_ADDRESS", default_value = "127.0.0.1:8081", value_name = "ADDRESS", value_parser = debug_address)]
     pub debug_address: DebugAddress,
-    /// The origins of web pages on other hosts that may call the API, such as https://ctf.example, separated by commas. Pages of all other
-    /// origins are refused.
-    #[arg(long, env = "ALLOW_ORIGIN", value_delimiter = ',', value_name = "ORIGIN,...")]
-    pub(crate) allow_origin: Vec<Origin>,
-    /// The host names by which clients reach this manager, separated by commas. A listener on loopback always accepts localhost and loopback
-    /// addresses, and refuses other names. Other listeners accept every name unless this is set.
-    #[arg(long, env = "ALLOW_HOST", value_delimiter = ',', value_name = "HOST,...")]
-    pub(crate) allow_host: Vec<HostName>,
     /// The data directory: instances, cached scenarios, the flag key and, without etcd, the store.
     #[arg(long, env = "DIR", default_value = "gauntlet-data", value_name = "DIR")]
     pub dir: PathBuf,
@@ -199,7 +181,11 @@ impl Config {
     /// An invalid value, with its flag and the expected form; also `--help` and `--version`, with their text. Print it with
     /// [`gauntlet_startup::print_parse_error`].
     pub fn from_command_line() -> Result<Self, clap::Error> {
-        Self::checked(std::env::args_os())
+        let config = Self::checked(std::env::args_os())?;
+        match config.listeners() {
+            Ok(_) => Ok(config),
+            Err(problem) => Err(Self::command().error(ErrorKind::ValueValidation, problem)),
+        }
     }
 
     /// Parses the environment without flags: for a program that embeds the manager.
@@ -254,17 +240,20 @@ impl Config {
 
     /// Whether other machines can reach the API.
     pub(crate) fn listens_beyond_loopback(&self) -> bool {
-        !self.bind.to_canonical().is_loopback()
+        self.listen.reach_beyond_loopback()
     }
 
-    /// What a listener on `address` accepts from web pages.
-    pub(crate) fn origins(&self, address: IpAddr) -> OriginPolicy {
-        let any = !address.to_canonical().is_loopback() && self.allow_host.is_empty();
-        OriginPolicy {
-            allowed_origins: self.allow_origin.clone().into(),
-            allowed_hosts: self.allow_host.clone().into(),
-            hosts: if any { Hosts::Any } else { Hosts::Listed },
-        }
+    /// Listens on `address` only, without TLS, whatever flags and environment say: for a program that embeds the manager.
+    pub fn listen_on(&mut self, address: SocketAddr) {
+        self.listen.replace(address);
+    }
+
+    /// The listeners of the API.
+    ///
+    /// # Errors
+    /// One of them is not secure, or nobody could use it; the text names it and the fix.
+    pub(crate) fn listeners(&self) -> Result<Vec<Listener>, String> {
+        self.listen.listeners(self.access.has_authentication())
     }
 
     /// The limits of each port.
@@ -300,7 +289,6 @@ mod tests {
     fn defaults_run_embedded() {
         let config = parse(&[]).unwrap();
         assert!(config.etcd_endpoints.is_empty());
-        assert_eq!(config.port, 8080);
         assert_eq!(config.debug_address, DebugAddress(Some(([127, 0, 0, 1], 8081).into())));
     }
 
@@ -374,24 +362,11 @@ mod tests {
             (["--port", "70000"], "70000"),
             (["--scenario-keep", "10GB"], "expected a size such as 500MiB or 10GiB"),
             (["--lease-ttl", "1s"], "at least 2s"),
-            (["--allow-origin", "ctf.example"], "expected an origin such as"),
-            (["--allow-host", "a:80"], "expected a host name such as"),
             (["--etcd-deadline", "10s"], "--lease-ttl (LEASE_TTL) is 10s: a call must end before"),
         ] {
             let text = parse(&arguments).unwrap_err().to_string();
             assert!(text.contains(part) && text.contains(arguments[0]), "{text}");
         }
-    }
-
-    #[test]
-    fn hosts_are_checked_on_loopback_or_when_listed() {
-        let hosts =
-            |arguments: &[&str], address: &str| parse(arguments).unwrap().origins(address.parse().unwrap()).hosts;
-        for address in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
-            assert_eq!(hosts(&[], address), Hosts::Listed, "{address}");
-        }
-        assert_eq!(hosts(&[], "0.0.0.0"), Hosts::Any);
-        assert_eq!(hosts(&["--allow-host", "gauntlet.example"], "0.0.0.0"), Hosts::Listed);
     }
 
     #[test]

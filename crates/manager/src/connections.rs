@@ -9,13 +9,13 @@ use std::{convert::Infallible, future::Future, io, pin::pin, sync::Arc, time::Du
 
 use axum::{Router, body::Body, extract::Request, response::Response};
 use gauntlet_telemetry::instruments;
+use http::{HeaderMap, header::AUTHORIZATION};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::conn::auto,
 };
 use tokio::{
-    net::{TcpListener, TcpStream},
     sync::Semaphore,
     time::{Instant, MissedTickBehavior},
 };
@@ -25,8 +25,10 @@ use tower::ServiceExt as _;
 
 use self::activity::Activity;
 use crate::{
+    listen::socket::{Accepted, Socket},
     origin::OriginPolicy,
-    peer::{Peer, PeerAddress, Policy},
+    peer::{Peer, Policy},
+    refusal::Refusal,
     tasks::Tasks,
 };
 
@@ -61,6 +63,8 @@ pub(crate) struct Port {
     pub(crate) name: &'static str,
     pub(crate) limits: Limits,
     pub(crate) policy: Policy,
+    /// Whether what clients send can be read on the network.
+    pub(crate) exposed: bool,
     pub(crate) router: Router,
     /// Whether the limit on calls doesn't apply to a request: health checks.
     pub(crate) is_exempt: fn(&Request) -> bool,
@@ -70,31 +74,32 @@ pub(crate) struct Port {
     pub(crate) refusals: instruments::Server,
 }
 
-/// Why a call is refused before the router sees it.
-#[derive(Debug)]
-pub(crate) struct Refusal {
-    /// The value of `reason` in the metric.
-    pub(crate) reason: &'static str,
-    pub(crate) status: Status,
-}
-
 impl Port {
     fn refused(&self, reason: &'static str) {
         self.refusals.record_refusal(self.name, reason);
         tracing::debug!(server = self.name, reason, "refused a client");
     }
+
+    /// Refuses credentials that could be read on the network: accepting them would make callers think that they are safe.
+    fn check_secrecy(&self, peer: &Peer, headers: &HeaderMap) -> Result<(), Refusal> {
+        if !self.exposed || peer.address.is_loopback() || !headers.contains_key(AUTHORIZATION) {
+            return Ok(());
+        }
+        let status = gauntlet_api::error::plaintext_credentials();
+        Err(Refusal { reason: "plaintext_credentials", status })
+    }
 }
 
 /// Accepts connections until `stop` is cancelled. Each connection is a task of its own, which closes it once its calls have ended.
-pub(crate) async fn accept(tasks: Tasks, port: Port, listener: TcpListener, stop: CancellationToken) {
+pub(crate) async fn accept(tasks: Tasks, port: Port, socket: Socket, stop: CancellationToken) {
     let connections = Arc::new(Semaphore::new(port.limits.connections));
     let calls = Arc::new(Semaphore::new(port.limits.calls));
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
-            accepted = listener.accept() => accepted,
+            accepted = socket.accept() => accepted,
         };
-        let (stream, address) = match accepted {
+        let accepted = match accepted {
             Ok(accepted) => accepted,
             Err(error) if is_client_gone(&error) => continue,
             Err(error) => {
@@ -108,12 +113,9 @@ pub(crate) async fn accept(tasks: Tasks, port: Port, listener: TcpListener, stop
             port.refused("connections");
             continue;
         };
-        // Responses are written whole: Nagle's algorithm would only delay them.
-        let _ = stream.set_nodelay(true);
-        let peer = Peer { address: PeerAddress::Tcp(address), certificate: None, policy: port.policy };
         let (port, calls, executor) = (port.clone(), calls.clone(), tasks.clone());
         tasks.spawn("connection", |stop| async move {
-            if let Some(reason) = serve_connection(&port, calls, executor, stream, peer, stop).await {
+            if let Some(reason) = serve_connection(&port, calls, executor, accepted, stop).await {
                 port.refused(reason);
             }
             drop(slot);
@@ -132,11 +134,20 @@ async fn serve_connection(
     port: &Port,
     calls: Arc<Semaphore>,
     executor: Tasks,
-    stream: TcpStream,
-    peer: Peer,
+    accepted: Accepted,
     stop: CancellationToken,
 ) -> Option<&'static str> {
     let limits = port.limits;
+    let address = accepted.address;
+    let handshake = accepted.handshake(limits.header_timeout);
+    let (stream, certificate) = tokio::select! {
+        () = stop.cancelled() => return None,
+        done = handshake => match done {
+            Ok(done) => done,
+            Err(reason) => return Some(reason),
+        },
+    };
+    let peer = Peer { address, certificate, policy: port.policy };
     let activity = Activity::default();
     let mut builder = auto::Builder::new(executor);
     builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.header_timeout);
@@ -198,12 +209,13 @@ async fn serve_call(
     calls: Arc<Semaphore>,
     activity: Activity,
     peer: Peer,
-    mut request: hyper::Request<Incoming>,
+    request: hyper::Request<Incoming>,
 ) -> Result<Response, Infallible> {
     let call = activity.begin_call(request.version());
-    request.extensions_mut().insert(peer);
-    let request = request.map(Body::new);
-    if let Err(Refusal { reason, status }) = port.origins.check(&request) {
+    let mut request = request.map(Body::new);
+    if let Err(Refusal { reason, status }) =
+        port.origins.check(&request).and_then(|()| port.check_secrecy(&peer, request.headers()))
+    {
         port.refused(reason);
         return Ok((port.refuse)(&request, status));
     }
@@ -216,6 +228,7 @@ async fn serve_call(
             return Ok((port.refuse)(&request, status));
         }
     };
+    request.extensions_mut().insert(peer);
     let response = port.router.oneshot(request).await?;
     // The call ends when its response has been read.
     Ok(response.map(|body| Body::new(call.response(body, permit))))

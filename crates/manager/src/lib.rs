@@ -16,12 +16,14 @@ mod fixture;
 mod gauges;
 mod grpc;
 mod health;
+mod listen;
 mod observed;
 mod operations;
 mod origin;
 mod peer;
 mod pools;
 mod reconciler;
+mod refusal;
 mod registries;
 mod report;
 mod rest;
@@ -33,12 +35,14 @@ mod tasks;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use authorize::{Authorizer, Credentials};
+use axum::Router;
 use claimed::Claimed;
 pub use config::{AccessConfig, Config, DebugAddress, KeySource, Oidc, Openness};
 use connections::Port;
 use gauntlet_domain::{Error, Gauntlet, Provisioner as _, Settings};
 pub use gauntlet_provision::process::supervisor::run_if_requested as supervise_if_requested;
 use gauntlet_telemetry::Telemetry;
+use listen::Listener;
 use observed::{CountedFacts, ObservedProvisioner, ObservedScenarios, SignallingFacts, observed_store};
 use operations::Operations;
 use reconciler::Reconciler;
@@ -74,8 +78,8 @@ const STORE_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A running manager. Stop it with [`Manager::stop`]: dropping it leaves its tasks running.
 pub struct Manager {
-    /// The address of the API, with the actual port if the configured one is 0.
-    pub api: SocketAddr,
+    /// The addresses of the API, in the order of the flags, with the actual port where the configured one is 0. Unix sockets are left out.
+    pub api: Vec<SocketAddr>,
     /// The address of the debug page, unless it is off.
     pub debug: Option<SocketAddr>,
     config: Config,
@@ -96,6 +100,7 @@ impl Manager {
         tracing::info!(%replica, dir = %config.dir.display(), etcd = config.etcd_endpoints.join(","), "starting");
         let instruments = telemetry.instruments();
         let tasks = Tasks::default();
+        let listeners = config.listeners().map_err(|problem| Error::Invalid { field: "--listen", problem })?;
 
         let credentials = Arc::new(Credentials::load(&config.access)?);
         let library = backends::scenarios(&config, instruments)?;
@@ -124,36 +129,39 @@ impl Manager {
         let about =
             serde_json::json!({ "replica": replica, "store": store.backend(), "version": env!("CARGO_PKG_VERSION") });
         telemetry.debug().add_panel("manager", move || about.clone());
+        let bound = listen::bind(&tasks, listeners, config.listen.tls_files()).await?;
+        let page = listen::bind_page(config.debug_address.0).await?;
         let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals.clone()));
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let checks =
             health::Checks { store: backend.store(), instances: instances.clone(), recovered: reconciler.recovered() };
         let health = health::start(&tasks, checks, reporter).await;
         let rest = rest::router(handlers.clone()).merge(rest::health::router(health.clone()));
-        let port = |name, router, address: SocketAddr| Port {
-            name,
-            limits: config.limits(),
-            policy: peer::Policy {
-                anonymous: (!config.access.has_authentication()).then_some(gauntlet_access::Scope::Admin),
-            },
-            router: server::with_cors(router, &config.allow_origin),
-            is_exempt: server::is_health_check,
-            refuse: server::refuse,
-            origins: config.origins(address.ip()),
-            refusals: instruments.server.clone(),
-        };
         credentials.start(&tasks);
         let openness = (config.access.health_access, config.access.reflection_access);
         let authorizer = Authorizer::new(credentials, openness, instruments.access.clone());
         let router = server::api(handlers, rest, health_service, authorizer, instruments)?;
-        let address = SocketAddr::new(config.bind, config.port);
-        let api = server::serve(&tasks, address, port("api", router, address)).await?;
-        let page = match config.debug_address.0 {
-            Some(address) => {
-                Some(server::serve(&tasks, address, port("debug page", telemetry.debug().router(), address)).await?)
-            }
-            None => None,
+        let port = |name, router: &Router, listener: &Listener| Port {
+            name,
+            limits: config.limits(),
+            policy: listener.policy,
+            exposed: listener.is_exposed(),
+            router: server::with_cors(router.clone(), &config.listen.allow_origin),
+            is_exempt: server::is_health_check,
+            refuse: server::refuse,
+            origins: config.listen.origins(&listener.endpoint),
+            refusals: instruments.server.clone(),
         };
+        let mut api = Vec::new();
+        for (listener, socket) in bound {
+            api.extend(socket.address());
+            server::serve(&tasks, socket, port("api", &router, &listener));
+        }
+        let mut debug = None;
+        if let Some((listener, socket)) = page {
+            debug = socket.address();
+            server::serve(&tasks, socket, port("debug page", &telemetry.debug().router(), &listener));
+        }
         eviction::start(&tasks, library, backend.store(), config.scenario_keep);
         // The watch starts before the first reconcile pass: an exit between the two would be missed.
         match instances.exits() {
@@ -164,9 +172,9 @@ impl Manager {
         }
         signals.pools().start(&tasks, &gauntlet);
         reconciler.start(&tasks, &gauntlet, config.reconcile_every);
-        let page_url = page.map(|page| format!("http://{page}/"));
-        tracing::info!(%api, page = page_url, store = store.backend(), "listening");
-        Ok(Self { api, debug: page, config, tasks, backend, instances, health })
+        let page_url = debug.map(|page| format!("http://{page}/"));
+        tracing::info!(page = page_url, store = store.backend(), "serving");
+        Ok(Self { api, debug, config, tasks, backend, instances, health })
     }
 
     /// Waits until the manager is healthy: the store responds and the first reconcile pass is complete. It serves calls before that, but instances

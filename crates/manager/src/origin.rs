@@ -11,7 +11,7 @@ use http::{
 };
 use tonic::Status;
 
-use crate::connections::Refusal;
+use crate::refusal::Refusal;
 
 /// The origins and host names that a listener accepts. Cloning is cheap.
 #[derive(Debug, Clone, Default)]

@@ -1,8 +1,8 @@
-//! The listeners: one port for gRPC, gRPC-web and REST, another for the debug page.
+//! What is served: gRPC, gRPC-web and REST on the same listeners, and the debug page on another.
 
-use std::{io::ErrorKind, net::SocketAddr, time::Duration};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result};
 use axum::{Router, extract::Request, response::Response};
 use gauntlet_api::{
     extension::{self, sweeper_server::SweeperServer},
@@ -16,7 +16,6 @@ use gauntlet_telemetry::{
     layers::{GrpcServerLayer, HttpServerLayer},
 };
 use http::HeaderName;
-use tokio::net::TcpListener;
 use tonic::Status;
 use tower::{Layer as _, ServiceExt as _, util::MapResponseLayer};
 use tower_http::cors::{AllowHeaders, AllowMethods, CorsLayer};
@@ -26,6 +25,7 @@ use crate::{
     connections::{Port, accept},
     deadline::{DeadlineLayer, TimedRequestBody},
     grpc::Handlers,
+    listen::socket::Socket,
     origin::Origin,
     report,
     tasks::Tasks,
@@ -113,23 +113,10 @@ pub(crate) fn refuse(request: &Request, status: Status) -> Response {
     if is_grpc(request) { status.into_http() } else { crate::rest::failure(status) }
 }
 
-/// Listens on `address` and serves the port until the tasks stop and the running calls have ended. Returns the bound address.
-///
-/// # Errors
-/// The address cannot be bound.
-pub(crate) async fn serve(tasks: &Tasks, address: SocketAddr, port: Port) -> Result<SocketAddr> {
-    let name = port.name;
-    let listener = TcpListener::bind(address).await.map_err(|error| match error.kind() {
-        ErrorKind::AddrInUse => anyhow!(
-            "cannot listen on {address} for the {name}: address in use; stop the process using it (`ss -ltnp sport = :{}`) or choose another port",
-            address.port()
-        ),
-        _ => anyhow!("cannot listen on {address} for the {name}: {error}"),
-    })?;
-    let address = listener.local_addr()?;
+/// Serves the port until the tasks stop and the running calls have ended.
+pub(crate) fn serve(tasks: &Tasks, socket: Socket, port: Port) {
     let owner = tasks.clone();
-    tasks.spawn(name, |stop| accept(owner, port, listener, stop));
-    Ok(address)
+    tasks.spawn(port.name, |stop| accept(owner, port, socket, stop));
 }
 
 #[cfg(test)]

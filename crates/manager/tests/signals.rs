@@ -78,7 +78,7 @@ fn second_signal_exits_at_once() {
     let port: String = address.chars().take_while(char::is_ascii_digit).collect();
     // This call runs until its body has arrived.
     let mut call = TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
-    call.write_all(b"POST /api/v1/challenge HTTP/1.1\r\nhost: test\r\ncontent-length: 100\r\n\r\n{").unwrap();
+    call.write_all(b"POST /api/v1/challenge HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{").unwrap();
     manager.wait_for_line("health changed");
     manager.terminate();
     manager.wait_for_line("stopping");

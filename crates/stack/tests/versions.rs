@@ -50,6 +50,12 @@ fn compose_images_have_the_versions_of_the_tested_binaries() {
 }
 
 #[test]
+fn image_that_sets_up_etcd_has_its_version() {
+    let image = format!("quay.io/coreos/etcd:v{}", tag("quay.io/coreos/etcd"));
+    assert!(file("deploy/images/etcd-auth.Dockerfile").contains(&format!("FROM {image} ")));
+}
+
+#[test]
 fn collector_image_is_built_like_the_tested_collector() {
     let version = "0.159.0";
     for path in ["deploy/images/collector.Dockerfile", "crates/stack/src/tools/go.rs"] {

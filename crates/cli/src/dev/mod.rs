@@ -7,7 +7,7 @@ mod screen;
 use std::{
     collections::BTreeMap,
     io::{IsTerminal as _, Write as _},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -277,8 +277,7 @@ impl Dev {
     /// Returns the manager's configuration: its environment, overridden by the flags of this command.
     fn manager_config(&self) -> Result<gauntlet_manager::Config, clap::Error> {
         let mut config = gauntlet_manager::Config::from_environment()?;
-        config.bind = Ipv4Addr::LOCALHOST.into();
-        config.port = self.port;
+        config.listen_on((Ipv4Addr::LOCALHOST, self.port).into());
         config.debug_address = gauntlet_manager::DebugAddress(Some((Ipv4Addr::LOCALHOST, self.debug_port).into()));
         config.etcd_endpoints = if self.backend == Backend::Etcd { self.etcd_endpoints.clone() } else { Vec::new() };
         // The players and the janitor of this command have no credentials.
@@ -301,9 +300,9 @@ async fn start_export(export: ExportStart, file: PathBuf, stop: CancellationToke
     export.start();
 }
 
-/// The address of the API.
+/// The URL of the API.
 fn url(manager: &Manager) -> String {
-    format!("http://127.0.0.1:{}", manager.api.port())
+    format!("http://127.0.0.1:{}", manager.api.first().map_or(0, SocketAddr::port))
 }
 
 /// Prints a line to standard output. A closed terminal is not an error.

@@ -14,10 +14,11 @@ use http::Version;
 use http_body::{Frame, SizeHint};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
     sync::OwnedSemaphorePermit,
     time::Instant,
 };
+
+use crate::listen::socket::Duplex;
 
 /// The length of HTTP/2's preface: after this many bytes the version of HTTP is known.
 const PREFACE_LEN: u64 = 24;
@@ -50,8 +51,8 @@ impl Activity {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wraps the socket, so that its reads and writes are recorded.
-    pub(super) fn stream(&self, stream: TcpStream) -> Stream {
+    /// Wraps the stream to the client, so that its reads and writes are recorded.
+    pub(super) fn stream(&self, stream: Box<dyn Duplex>) -> Stream {
         Stream { inner: stream, activity: self.clone() }
     }
 
@@ -160,7 +161,7 @@ impl http_body::Body for ResponseBody {
 
 /// A socket whose reads and writes are recorded.
 pub(super) struct Stream {
-    inner: TcpStream,
+    inner: Box<dyn Duplex>,
     activity: Activity,
 }
 

@@ -19,11 +19,12 @@ use opentelemetry_sdk::metrics::{
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
     sync::Notify,
 };
 
 use super::*;
-use crate::origin::Hosts;
+use crate::{listen::Endpoint, origin::Hosts, peer::PeerAddress};
 
 /// Longer than anything takes on a busy machine: only a real hang reaches it.
 const LONG: Duration = Duration::from_secs(30);
@@ -57,6 +58,10 @@ async fn serve(limits: Limits) -> Served {
 }
 
 async fn serve_origins(limits: Limits, origins: OriginPolicy) -> Served {
+    serve_port(|port| Port { limits, origins, ..port }).await
+}
+
+async fn serve_port(change: impl FnOnce(Port) -> Port) -> Served {
     let (release, streams) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
     let (released, counted) = (release.clone(), streams.clone());
     let endless = move || {
@@ -74,23 +79,17 @@ async fn serve_origins(limits: Limits, origins: OriginPolicy) -> Served {
     };
     let exported = InMemoryMetricExporter::default();
     let metrics = SdkMeterProvider::builder().with_periodic_exporter(exported.clone()).build();
-    let port = Port {
-        name: "test",
-        limits,
-        policy: Policy { anonymous: Some(Scope::Operate) },
-        router: Router::new()
-            .route("/", get(async || "here"))
-            .route("/healthcheck", get(async || "ok"))
-            .route("/peer", get(peer))
-            .route("/waits", get(waits))
-            .route("/endless", get(endless)),
-        is_exempt: crate::server::is_health_check,
-        refuse: crate::server::refuse,
-        origins,
-        refusals: Instruments::new(&metrics).server,
-    };
+    let router = Router::new()
+        .route("/", get(async || "here"))
+        .route("/healthcheck", get(async || "ok"))
+        .route("/peer", get(peer))
+        .route("/waits", get(waits))
+        .route("/endless", get(endless));
+    let port = Port { router, ..port(&metrics) };
     let tasks = Tasks::default();
-    let address = crate::server::serve(&tasks, ([127, 0, 0, 1], 0).into(), port).await.unwrap();
+    let socket = Socket::bind(&Endpoint::Tcp(([127, 0, 0, 1], 0).into()), "test", None).await.unwrap();
+    let address = socket.address().unwrap();
+    crate::server::serve(&tasks, socket, change(port));
     Served { address, tasks, release, streams, metrics, exported }
 }
 
@@ -136,6 +135,21 @@ impl Served {
 
     async fn wait_for_streams(&self, count: usize) {
         eventually(&format!("{count} open streams"), async || self.streams.load(Ordering::SeqCst) == count).await;
+    }
+}
+
+/// A port that serves nothing, without limits and checks.
+fn port(metrics: &SdkMeterProvider) -> Port {
+    Port {
+        name: "test",
+        limits: NO_TIMEOUTS,
+        policy: Policy { anonymous: Some(Scope::Operate) },
+        exposed: false,
+        router: Router::new(),
+        is_exempt: crate::server::is_health_check,
+        refuse: crate::server::refuse,
+        origins: OriginPolicy { hosts: Hosts::Any, ..OriginPolicy::default() },
+        refusals: Instruments::new(metrics).server,
     }
 }
 
@@ -266,6 +280,22 @@ async fn web_pages_of_others_are_refused_in_the_protocol_of_their_request() {
     let own =
         "GET / HTTP/1.1\r\nhost: localhost:1\r\norigin: http://localhost:1\r\nsec-fetch-site: same-origin\r\n\r\n";
     assert!(refused(own).await.ends_with("here"));
+}
+
+#[test]
+fn plaintext_credentials_are_refused_where_others_may_read_them() {
+    let peer = |address| Peer { address, certificate: None, policy: Policy { anonymous: None } };
+    let remote = peer(PeerAddress::Tcp(([10, 0, 0, 1], 1).into()));
+    let local = [PeerAddress::Tcp(([127, 0, 0, 1], 1).into()), PeerAddress::Unix { uid: 0, pid: None }].map(peer);
+    let headers: HeaderMap = [(AUTHORIZATION, "Bearer hunter2".parse().unwrap())].into_iter().collect();
+    let port = |exposed| Port { exposed, ..port(&SdkMeterProvider::default()) };
+    let refusal = port(true).check_secrecy(&remote, &headers).unwrap_err();
+    assert_eq!(refusal.reason, "plaintext_credentials");
+    assert_eq!(gauntlet_api::error::reason(&refusal.status).unwrap(), "PLAINTEXT_CREDENTIALS");
+    assert!(!format!("{refusal:?}").contains("hunter2"));
+    assert!(port(true).check_secrecy(&remote, &HeaderMap::new()).is_ok());
+    assert!(port(false).check_secrecy(&remote, &headers).is_ok());
+    assert!(local.iter().all(|peer| port(true).check_secrecy(peer, &headers).is_ok()));
 }
 
 #[tokio::test]
