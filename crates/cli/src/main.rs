@@ -28,6 +28,10 @@ enum Command {
 
 fn main() -> ExitCode {
     gauntlet_manager::supervise_if_requested();
+    if let Err(error) = gauntlet_startup::protect_memory() {
+        eprintln!("error: cannot protect the memory of this process: {error}");
+        return ExitCode::FAILURE;
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return gauntlet_startup::print_parse_error(&error).into(),

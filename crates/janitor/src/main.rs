@@ -4,12 +4,16 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use gauntlet_janitor::{Config, run};
-use gauntlet_startup::{EX_USAGE, ShutdownSignals, exit_on_second_signal, print_parse_error};
+use gauntlet_startup::{EX_USAGE, ShutdownSignals, exit_on_second_signal, print_parse_error, protect_memory};
 use gauntlet_telemetry::{Env, Settings, Telemetry};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 fn main() -> ExitCode {
+    if let Err(error) = protect_memory() {
+        eprintln!("error: cannot protect the memory of this process: {error}");
+        return ExitCode::FAILURE;
+    }
     let config = match Config::try_parse() {
         Ok(config) => config,
         Err(error) => return print_parse_error(&error).into(),

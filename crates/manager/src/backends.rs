@@ -113,15 +113,15 @@ pub(crate) async fn store(config: &Config, replica: String, instruments: &Instru
         let file = config.dir.join("gauntlet.redb");
         return Ok(Backend::Embedded(Arc::new(Coordination::embedded(&file, replica).await?)));
     }
-    let etcd = etcd(config);
+    let etcd = etcd(config)?;
     Ok(Backend::Etcd(Arc::new(Coordination::etcd(etcd, replica, Database::etcd(instruments)).await?)))
 }
 
 /// The configuration of the etcd client.
-fn etcd(config: &Config) -> EtcdConfig {
+fn etcd(config: &Config) -> Result<EtcdConfig> {
     let tls = EtcdTls { ca: config.etcd_ca.clone(), identity: config.etcd_cert.clone().zip(config.etcd_key.clone()) };
-    let (username, password) = config.etcd_credentials().unzip();
-    EtcdConfig {
+    let (username, password) = config.etcd_credentials().map_err(StartError::Config)?.unzip();
+    Ok(EtcdConfig {
         username,
         password,
         tls: (tls.ca.is_some() || tls.identity.is_some()).then_some(tls),
@@ -129,7 +129,7 @@ fn etcd(config: &Config) -> EtcdConfig {
         lease_ttl: config.lease_ttl,
         deadline: config.etcd_deadline(),
         ..EtcdConfig::new(config.etcd_endpoints.iter().cloned())
-    }
+    })
 }
 
 #[cfg(test)]
@@ -142,17 +142,18 @@ mod tests {
     #[test]
     fn client_certificate_for_etcd_works_without_a_ca() {
         let arguments = ["manager", "--etcd-endpoints", "a:2379", "--etcd-cert", "cert.pem", "--etcd-key", "key.pem"];
-        let tls = etcd(&Config::try_parse_from(arguments).unwrap()).tls.unwrap();
+        let tls = etcd(&Config::try_parse_from(arguments).unwrap()).unwrap().tls.unwrap();
         assert!(tls.ca.is_none() && tls.identity == Some(("cert.pem".into(), "key.pem".into())));
         let arguments = ["manager", "--etcd-endpoints", "a:2379", "--etcd-ca", "ca.pem"];
-        let tls = etcd(&Config::try_parse_from(arguments).unwrap()).tls.unwrap();
+        let tls = etcd(&Config::try_parse_from(arguments).unwrap()).unwrap().tls.unwrap();
         assert!(tls.ca == Some("ca.pem".into()) && tls.identity.is_none());
-        assert!(etcd(&Config::try_parse_from(["manager", "--etcd-endpoints", "a:2379"]).unwrap()).tls.is_none());
+        let plain = Config::try_parse_from(["manager", "--etcd-endpoints", "a:2379"]).unwrap();
+        assert!(etcd(&plain).unwrap().tls.is_none());
     }
 
     #[test]
     fn keys_in_etcd_have_the_configured_prefix() {
         let arguments = ["manager", "--etcd-endpoints", "a:2379", "--etcd-prefix", "other/"];
-        assert_eq!(etcd(&Config::try_parse_from(arguments).unwrap()).prefix, "other/");
+        assert_eq!(etcd(&Config::try_parse_from(arguments).unwrap()).unwrap().prefix, "other/");
     }
 }

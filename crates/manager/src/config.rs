@@ -16,6 +16,7 @@ use tokio::sync::Semaphore;
 use crate::{
     connections::Limits,
     listen::{Listener, flags::ListenFlags},
+    password::password,
     registries::Registries,
 };
 
@@ -55,11 +56,14 @@ pub struct Config {
     #[arg(long, env = "ETCD_ENDPOINT", value_delimiter = ',', hide = true)]
     etcd_endpoint: Vec<String>,
     /// The user name for etcd.
-    #[arg(long, env = "ETCD_USERNAME", requires = "etcd_password", value_name = "NAME", help_heading = "etcd")]
+    #[arg(long, env = "ETCD_USERNAME", value_name = "NAME", help_heading = "etcd")]
     pub etcd_username: Option<String>,
-    /// The password for etcd. Prefer the variable: other users can see the flags of a process.
+    /// The password for etcd. Prefer --etcd-password-file: other users can see the flags of a process.
     #[arg(long, env = "ETCD_PASSWORD", hide_env_values = true, value_name = "PASSWORD", help_heading = "etcd")]
     pub etcd_password: Option<SecretString>,
+    /// A file with the password for etcd.
+    #[arg(long, env = "ETCD_PASSWORD_FILE", value_name = "FILE", help_heading = "etcd")]
+    pub etcd_password_file: Option<PathBuf>,
     /// The CA certificate that etcd's certificate is checked against, PEM [default: the system's CAs]. The file is reloaded when it changes.
     #[arg(long, env = "ETCD_CA", value_name = "FILE", help_heading = "etcd")]
     pub etcd_ca: Option<PathBuf>,
@@ -170,10 +174,6 @@ fn ports(text: &str) -> Result<(u16, u16), String> {
         .ok_or_else(|| format!("expected FIRST-LAST such as 20000-29999; got {text:?}"))
 }
 
-fn credentials(username: Option<&String>, password: Option<&SecretString>) -> Option<(String, SecretString)> {
-    Some((username?.clone(), password?.clone()))
-}
-
 impl Config {
     /// Parses flags and environment.
     ///
@@ -233,9 +233,11 @@ impl Config {
         self.etcd_deadline.unwrap_or_else(|| DEFAULT_ETCD_DEADLINE.min(self.lease_ttl * 9 / 10))
     }
 
-    /// The user name and password for etcd, if both are set.
-    pub(crate) fn etcd_credentials(&self) -> Option<(String, SecretString)> {
-        credentials(self.etcd_username.as_ref(), self.etcd_password.as_ref())
+    /// The user name and password for etcd, if there is a user name. Reads the password file.
+    pub(crate) fn etcd_credentials(&self) -> anyhow::Result<Option<(String, SecretString)>> {
+        let Some(username) = self.etcd_username.clone() else { return Ok(None) };
+        let password = password("etcd", self.etcd_password.as_ref(), self.etcd_password_file.as_deref())?;
+        Ok(Some((username, password)))
     }
 
     /// Whether other machines can reach the API.

@@ -20,6 +20,7 @@ mod listen;
 mod observed;
 mod operations;
 mod origin;
+mod password;
 mod peer;
 mod pools;
 mod reconciler;

@@ -4,11 +4,15 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use gauntlet_manager::{Config, Manager, StartError};
-use gauntlet_startup::{EX_USAGE, ShutdownSignals, exit_on_second_signal};
+use gauntlet_startup::{EX_USAGE, ShutdownSignals, exit_on_second_signal, protect_memory};
 use gauntlet_telemetry::{Env, Settings, Telemetry};
 
 fn main() -> ExitCode {
     gauntlet_manager::supervise_if_requested();
+    if let Err(error) = protect_memory() {
+        eprintln!("error: cannot protect the memory of this process: {error}");
+        return ExitCode::FAILURE;
+    }
     let config = match Config::from_command_line() {
         Ok(config) => config,
         Err(error) => return gauntlet_startup::print_parse_error(&error).into(),

@@ -1,14 +1,13 @@
 //! The settings for registries: which are allowed, and whose credentials are whose.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use gauntlet_scenario::{Access, Allowed, Credentials, Host, RegistryPattern};
-use secrecy::{ExposeSecret as _, SecretString, zeroize::Zeroizing};
+use secrecy::SecretString;
 
-/// The most that is read from a password file, in bytes: more is a mistake.
-const MAX_PASSWORD_BYTES: u64 = 64 << 10;
+use crate::password::password;
 
 /// The flags.
 #[derive(Debug, Clone, Args)]
@@ -65,19 +64,7 @@ impl Registries {
 
     fn credentials(&self, patterns: &[RegistryPattern]) -> Result<Option<Credentials>> {
         let Some(username) = self.oci_username.clone().filter(|username| !username.is_empty()) else { return Ok(None) };
-        let given = self.oci_password.clone().filter(|password| !password.expose_secret().is_empty());
-        let file = self.oci_password_file.as_deref().filter(|file| !file.as_os_str().is_empty());
-        let password = match (given, file) {
-            (Some(_), Some(_)) => bail!(
-                "--oci-password (OCI_PASSWORD) and --oci-password-file (OCI_PASSWORD_FILE) are both set; keep one of them"
-            ),
-            (Some(password), None) => password,
-            (None, Some(file)) => read_secret(file)
-                .with_context(|| format!("cannot read --oci-password-file (OCI_PASSWORD_FILE) {}", file.display()))?,
-            (None, None) => bail!(
-                "--oci-username (OCI_USERNAME) needs a password; pass --oci-password-file FILE, or set OCI_PASSWORD"
-            ),
-        };
+        let password = password("oci", self.oci_password.as_ref(), self.oci_password_file.as_deref())?;
         let mut hosts: Vec<&Host> = patterns.iter().map(RegistryPattern::host).collect();
         hosts.sort();
         hosts.dedup();
@@ -101,22 +88,11 @@ fn parsed<T: std::str::FromStr<Err: std::fmt::Display>>(values: &[String], flag:
     given.map(|value| value.parse().map_err(|error| anyhow!("{flag}: {error}"))).collect()
 }
 
-/// Reads a secret from a file, without the line break at its end.
-fn read_secret(file: &Path) -> Result<SecretString> {
-    use std::io::Read as _;
-    let mut text = Zeroizing::new(String::new());
-    std::fs::File::open(file)?.take(MAX_PASSWORD_BYTES + 1).read_to_string(&mut text)?;
-    match text.trim_end_matches(['\r', '\n']) {
-        "" => bail!("it is empty"),
-        secret if secret.len() as u64 > MAX_PASSWORD_BYTES => bail!("it holds more than {MAX_PASSWORD_BYTES} bytes"),
-        secret => Ok(secret.into()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use clap::Parser as _;
+    use secrecy::ExposeSecret as _;
 
     use super::*;
     use crate::Config;
@@ -177,17 +153,5 @@ mod tests {
             let text = format!("{:#}", access(&arguments, true).unwrap_err());
             assert!(parts.iter().all(|part| text.contains(part)) && !text.contains("swordfish"), "{text}");
         }
-    }
-
-    #[test]
-    fn password_file_ends_at_its_line_break() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("password");
-        std::fs::write(&file, "sword fish\r\n").unwrap();
-        let arguments =
-            ["--oci-username", "ci", "--oci-registry", "a.io", "--oci-password-file", file.to_str().unwrap()];
-        let access = access(&arguments, true).unwrap();
-        assert_eq!(access.credentials.first().unwrap().password.expose_secret(), "sword fish");
-        assert!(!format!("{access:?}").contains("sword fish"));
     }
 }

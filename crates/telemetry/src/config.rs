@@ -39,7 +39,7 @@ impl Signal {
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Exporter {
-    Otlp(Otlp),
+    Otlp(Box<Otlp>),
     Console,
     Prometheus,
 }
@@ -148,7 +148,7 @@ fn exporters(env: &Env, signal: Signal) -> Result<Vec<Exporter>, EnvError> {
     let mut exporters = Vec::new();
     for part in value.split(',').map(str::trim) {
         exporters.push(match part {
-            "otlp" => Exporter::Otlp(Otlp::parse(env, signal)?),
+            "otlp" => Exporter::Otlp(Box::new(Otlp::parse(env, signal)?)),
             "console" => Exporter::Console,
             "prometheus" if signal == Signal::Metrics => Exporter::Prometheus,
             "none" if value == "none" => return Ok(Vec::new()),
@@ -393,6 +393,16 @@ mod tests {
         insta::assert_snapshot!(texts.join("\n"));
         let ratio = parse(&[("OTEL_TRACES_SAMPLER", "traceidratio"), ("OTEL_TRACES_SAMPLER_ARG", "1.5")]);
         assert_eq!(ratio.unwrap_err().variable, "OTEL_TRACES_SAMPLER_ARG");
+    }
+
+    #[test]
+    fn debug_output_does_not_contain_secrets() {
+        let env =
+            [("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret-token"), ("OTEL_TRACES_EXPORTER", "otlp,console")];
+        let text = format!("{:?}", parse(&env).unwrap());
+        assert!(text.contains("authorization") && !text.contains("secret-token"), "{text}");
+        let text = format!("{:?}", env.iter().copied().collect::<Env>());
+        assert!(!text.contains("secret-token"), "{text}");
     }
 
     #[test]

@@ -1,13 +1,19 @@
 //! The environment of a process, and errors about its variables.
 
 use std::collections::BTreeMap;
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::str::FromStr;
 use std::time::Duration;
 
-/// The environment of a process. As OpenTelemetry requires, empty variables count as unset.
-#[derive(Clone, Debug, Default)]
+/// The environment of a process. As OpenTelemetry requires, empty variables count as unset. `Debug` shows only their names.
+#[derive(Clone, Default)]
 pub struct Env(BTreeMap<String, String>);
+
+impl fmt::Debug for Env {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
 
 impl Env {
     /// The environment of this process, without variables that are not Unicode.

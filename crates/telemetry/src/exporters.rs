@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::HeaderValue;
 use opentelemetry_otlp::tonic_types::metadata::MetadataMap;
 use opentelemetry_otlp::tonic_types::transport::{Certificate, ClientTlsConfig, Identity};
 use opentelemetry_otlp::{
@@ -64,17 +64,10 @@ pub(crate) fn metrics(otlp: &Otlp, temporality: Temporality) -> Result<MetricExp
 }
 
 fn grpc<B: WithExportConfig + WithTonicConfig>(builder: B, otlp: &Otlp) -> Result<B, Error> {
-    let mut headers = HeaderMap::new();
-    for (name, value) in &otlp.headers {
-        // The configuration has already rejected invalid names and values.
-        if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
-            headers.insert(name, value);
-        }
-    }
     let mut builder = builder
         .with_endpoint(&otlp.endpoint)
         .with_timeout(otlp.timeout)
-        .with_metadata(MetadataMap::from_headers(headers));
+        .with_metadata(MetadataMap::from_headers(otlp.headers.clone()));
     if let Some(compression) = otlp.compression {
         builder = builder.with_compression(compression);
     }
@@ -105,10 +98,12 @@ fn http<B: WithExportConfig + WithHttpConfig>(builder: B, otlp: &Otlp) -> Result
         client = client.identity(reqwest::Identity::from_pem(&pem).map_err(|error| Error::exporter(otlp, error))?);
     }
     let client = client.build().map_err(|error| Error::exporter(otlp, error))?;
+    let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
+    let headers = otlp.headers.iter().map(|(name, value)| (name.as_str().to_owned(), text(value)));
     let mut builder = builder
         .with_endpoint(&otlp.endpoint)
         .with_timeout(otlp.timeout)
-        .with_headers(otlp.headers.clone())
+        .with_headers(headers.collect())
         .with_http_client(client);
     if let Some(compression) = otlp.compression {
         builder = builder.with_compression(compression);

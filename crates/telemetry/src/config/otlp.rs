@@ -1,8 +1,8 @@
 //! The OTLP exporter of a signal, from the variables `OTEL_EXPORTER_OTLP_*`.
 
-use std::{collections::HashMap, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
-use http::Uri;
+use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use opentelemetry_otlp::Compression;
 
 use super::{Signal, pairs};
@@ -19,8 +19,8 @@ pub(crate) enum Protocol {
 pub(crate) struct Otlp {
     pub(crate) endpoint: String,
     pub(crate) protocol: Protocol,
-    /// Never printed, because they contain secrets.
-    pub(crate) headers: HashMap<String, String>,
+    /// Their values are marked as sensitive, so that `Debug` hides them.
+    pub(crate) headers: HeaderMap,
     /// The deadline of one request.
     pub(crate) timeout: Duration,
     pub(crate) compression: Option<Compression>,
@@ -52,18 +52,18 @@ impl Otlp {
             Some((_, "gzip")) => Some(Compression::Gzip),
             Some((name, value)) => return Err(EnvError::new(&name, value, "set it to gzip or none")),
         };
-        let mut headers = HashMap::new();
+        let mut headers = HeaderMap::new();
         for name in [general("HEADERS"), own("HEADERS")] {
             for (key, value) in pairs(env, &name)? {
-                let valid = http::HeaderName::try_from(&key).is_ok() && http::HeaderValue::try_from(&value).is_ok();
-                if !valid {
+                let (Ok(key), Ok(mut value)) = (HeaderName::try_from(&key), HeaderValue::try_from(&value)) else {
                     return Err(EnvError::new(
                         &name,
                         "(hidden)",
                         "set it to key=value pairs that are valid HTTP headers",
                     ));
-                }
-                headers.insert(key.to_ascii_lowercase(), value);
+                };
+                value.set_sensitive(true);
+                headers.insert(key, value);
             }
         }
         let file = |suffix: &str| read(suffix).map(|(_, path)| PathBuf::from(path));
