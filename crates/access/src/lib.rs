@@ -6,6 +6,7 @@
 
 mod jwt;
 mod principal;
+mod rate;
 mod records;
 mod scope;
 mod subjects;
@@ -14,6 +15,7 @@ mod tokens;
 
 pub use jwt::{InvalidKeys, JwtPolicy, JwtRejection, JwtVerifier, Keys};
 pub use principal::{Challenges, Kind, Name, Principal};
+pub use rate::{Exceeded, RateLimit};
 pub use records::FileError;
 pub use scope::{Scope, UnknownScope};
 pub use subjects::SubjectFile;

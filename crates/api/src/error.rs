@@ -9,8 +9,8 @@ mod access;
 use std::{borrow::Cow, collections::HashMap};
 
 pub use access::{
-    challenge_not_permitted, credentials_expired, credentials_invalid, credentials_required, forbidden,
-    plaintext_credentials, scope_insufficient,
+    call_rate_exceeded, challenge_not_permitted, credentials_expired, credentials_invalid, credentials_required,
+    forbidden, plaintext_credentials, scope_insufficient, source_rate_exceeded,
 };
 use prost::Message;
 use prost_reflect::DynamicMessage;

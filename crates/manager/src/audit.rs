@@ -35,10 +35,12 @@ impl Change {
         record(caller, self.operation, Some(self.challenge.as_str()), source, outcome);
     }
 
-    /// Checks that the caller may use the challenge, and returns the record of the change, which is written when it ends. A refusal is recorded at
+    /// Checks that the caller may make the change now, and returns the record of the change, which is written when it ends. A refusal is recorded at
     /// once.
     pub(crate) fn begin(self, caller: &Caller) -> Result<Pending, Denial> {
-        let checked = caller.check(&self.challenge);
+        let checked = caller
+            .check(&self.challenge)
+            .and_then(|()| self.source.as_ref().map_or(Ok(()), |source| caller.count_change(source)));
         let record = Pending { change: self, caller: caller.clone(), outcome: "INTERRUPTED" };
         match checked {
             Ok(()) => Ok(record),

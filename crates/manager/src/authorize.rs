@@ -13,14 +13,16 @@ use std::sync::Arc;
 
 pub(crate) use credentials::Credentials;
 use gauntlet_access::Principal;
-use gauntlet_telemetry::{context, instruments};
+use gauntlet_domain::Clock as _;
+use gauntlet_telemetry::context;
 use http::{HeaderMap, header::AUTHORIZATION};
 pub(crate) use layer::{AuthorizeLayer, is_grpc};
 pub(crate) use rules::rpcs;
 
 use crate::{
     audit,
-    caller::{Caller, Denial},
+    call::RuntimeClock,
+    caller::{Caller, CallerKey, CallerLimits, Denial},
     config::Openness,
     peer::Peer,
 };
@@ -32,16 +34,16 @@ pub(crate) struct Authorizer {
     credentials: Arc<Credentials>,
     health: Openness,
     reflection: Openness,
-    denials: instruments::Access,
+    limits: Arc<CallerLimits>,
 }
 
 impl Authorizer {
     pub(crate) fn new(
         credentials: Arc<Credentials>,
         (health, reflection): (Openness, Openness),
-        denials: instruments::Access,
+        limits: CallerLimits,
     ) -> Self {
-        Self { credentials, health, reflection, denials }
+        Self { credentials, health, reflection, limits: Arc::new(limits) }
     }
 
     /// Decides about a request. Returns its caller, or `None` if it needs none.
@@ -62,6 +64,7 @@ impl Authorizer {
         let decided = self.caller(request.headers(), request.extensions().get::<Peer>()).and_then(|caller| {
             describe(&caller);
             let granted = caller.principal.scope;
+            self.count_call(CallerKey::of(&caller.principal, caller.address))?;
             if granted >= required {
                 return Ok(Some(caller));
             }
@@ -73,23 +76,37 @@ impl Authorizer {
             }
             Err(denial)
         });
-        decided.inspect_err(|denial| self.denials.record_denial(denial.code()))
+        decided.inspect_err(|denial| self.limits.denials.record_denial(denial.code()))
     }
 
     /// Authenticates the caller. Credentials that are not valid are refused, also where none are needed: the caller meant to be somebody.
     fn caller(&self, headers: &HeaderMap, peer: Option<&Peer>) -> Result<Caller, Denial> {
         let peer = peer.ok_or(Denial::Missing)?;
+        let principal = self.principal(headers, peer).or_else(|denial| {
+            // Guesses are limited too.
+            self.count_call(CallerKey::of_address(peer.address)).and(Err(denial))
+        })?;
+        Ok(Caller { principal, address: peer.address, limits: self.limits.clone() })
+    }
+
+    fn count_call(&self, key: CallerKey) -> Result<(), Denial> {
+        self.limits.calls.take(key, RuntimeClock.elapsed()).map_err(Denial::CallRate)
+    }
+
+    fn principal(&self, headers: &HeaderMap, peer: &Peer) -> Result<Arc<Principal>, Denial> {
         let mut presented = headers.get_all(AUTHORIZATION).into_iter();
-        let principal = match (presented.next(), presented.next()) {
-            (Some(header), None) => self.credentials.by_header(header)?,
-            (Some(_), Some(_)) => return Err(Denial::Invalid("more than one authorization header".to_owned())),
+        match (presented.next(), presented.next()) {
+            (Some(header), None) => self.credentials.by_header(header),
+            (Some(_), Some(_)) => Err(Denial::Invalid("more than one authorization header".to_owned())),
             (None, _) => match &peer.certificate {
-                Some(certificate) if self.credentials.has_subjects() => self.credentials.by_certificate(certificate)?,
+                Some(certificate) if self.credentials.has_subjects() => self.credentials.by_certificate(certificate),
                 // Without a subject file, a certificate that the listener has verified gets what the listener gives everybody.
-                _ => Arc::new(Principal::anonymous(peer.policy.anonymous.ok_or(Denial::Missing)?)),
+                _ => {
+                    let scope = peer.policy.anonymous.ok_or(Denial::Missing)?;
+                    Ok(Arc::new(Principal::anonymous(scope)))
+                }
             },
-        };
-        Ok(Caller { principal, address: peer.address })
+        }
     }
 }
 

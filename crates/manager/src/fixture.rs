@@ -10,7 +10,7 @@ use std::{
 use async_trait::async_trait;
 use axum::{Extension, Router, body::Body};
 use futures::FutureExt as _;
-use gauntlet_access::{Principal, Scope};
+use gauntlet_access::{Principal, RateLimit, Scope};
 use gauntlet_coordination::Coordination;
 use gauntlet_domain::{
     Additional, ChallengeId, Error, Fact, Gauntlet, Identity, LaunchPlan, LaunchRequest, Outputs, Pinned, Placement,
@@ -31,7 +31,7 @@ use tracing::{
 use crate::{
     audit,
     authorize::{Authorizer, Credentials},
-    caller::Caller,
+    caller::{Caller, CallerLimits},
     config::Openness,
     grpc::Handlers,
     operations::Operations,
@@ -87,7 +87,7 @@ impl Api {
             crate::rest::router(self.handlers()).merge(crate::rest::health::router(watch::channel(Health::Serving).1));
         let instruments = Instruments::noop();
         let openness = (Openness(None), Openness(Some(Scope::Read)));
-        let authorizer = Authorizer::new(Arc::new(credentials), openness, instruments.access.clone());
+        let authorizer = Authorizer::new(Arc::new(credentials), openness, limits(0, 0));
         let peer = Peer { address: PEER, certificate: None, policy: Policy { anonymous } };
         crate::server::api(self.handlers(), rest, health, authorizer, &instruments).unwrap().layer(Extension(peer))
     }
@@ -128,7 +128,13 @@ pub(crate) const PEER: PeerAddress = PeerAddress::Tcp(SocketAddr::new(IpAddr::V4
 
 /// A caller without credentials that has this scope.
 pub(crate) fn caller(scope: Scope) -> Caller {
-    Caller { principal: Arc::new(Principal::anonymous(scope)), address: PEER }
+    Caller { principal: Arc::new(Principal::anonymous(scope)), address: PEER, limits: Arc::new(limits(0, 0)) }
+}
+
+/// Limits on the calls of a caller, and on the changes of a source, per second.
+pub(crate) fn limits(calls: u32, changes: u32) -> CallerLimits {
+    let denials = Instruments::noop().access;
+    CallerLimits { calls: RateLimit::new(calls), changes: RateLimit::new(changes), denials }
 }
 
 /// The audit record of a change in a test.

@@ -140,7 +140,7 @@ impl Manager {
         let rest = rest::router(handlers.clone()).merge(rest::health::router(health.clone()));
         credentials.start(&tasks);
         let openness = (config.access.health_access, config.access.reflection_access);
-        let authorizer = Authorizer::new(credentials, openness, instruments.access.clone());
+        let authorizer = Authorizer::new(credentials, openness, config.access.limits(instruments));
         let router = server::api(handlers, rest, health_service, authorizer, instruments)?;
         let port = |name, router: &Router, listener: &Listener| Port {
             name,

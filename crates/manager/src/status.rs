@@ -68,6 +68,8 @@ pub(crate) fn denied(denial: Denial) -> Status {
         Denial::Invalid(_) => error::credentials_invalid(),
         Denial::Expired(_) => error::credentials_expired(),
         Denial::Scope { required, granted } => error::scope_insufficient(required.as_str(), granted.as_str()),
+        Denial::CallRate(exceeded) => error::call_rate_exceeded(exceeded.retry_after),
+        Denial::SourceRate(exceeded) => error::source_rate_exceeded(exceeded.retry_after),
         Denial::Challenge(id) => error::challenge_not_permitted(id.as_str()),
     };
     status.set_source(Arc::new(Cause::Denied(denial)));

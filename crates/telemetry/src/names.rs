@@ -267,7 +267,7 @@ metrics! {
     SERVER_REFUSED = new("gauntlet.server.refused", Counter, "{refusal}", &["server", "reason"];
         "Connections and calls refused or closed by a server: over the limit of connections or of calls (connections, calls), request headers not sent in time (header_timeout), response not read in time (stalled_reader), connection not accepted by the system (accept_failed), sent by a web page of another origin (cross_origin), sent to a host name that the listener does not have (host), with credentials in plaintext (plaintext_credentials), TLS handshake failed or not finished in time (handshake_failed, handshake_timeout).");
     ACCESS_DENIED = new("gauntlet.access.denied", Counter, "{call}", &["reason"];
-        "Calls denied, by code: no credentials, or credentials that are invalid or expired (CREDENTIALS_REQUIRED, CREDENTIALS_INVALID, CREDENTIALS_EXPIRED), or a scope that is too low (SCOPE_INSUFFICIENT).");
+        "Calls denied, by code: no credentials, or credentials that are invalid or expired (CREDENTIALS_REQUIRED, CREDENTIALS_INVALID, CREDENTIALS_EXPIRED), a scope that is too low (SCOPE_INSUFFICIENT), or too many calls (CALL_RATE_EXCEEDED, SOURCE_RATE_EXCEEDED).");
     JANITOR_EXPIRED = new("gauntlet.janitor.expired", Counter, "{instance}", &["outcome"];
         "Expired instances that the janitor tried to delete, by outcome.");
     RECONCILE_RECOVERED = new("gauntlet.reconcile.recovered", Counter, "{instance}", &["phase", "action"];

@@ -1,7 +1,9 @@
 //! Errors of callers that may not make a call.
 
+use std::time::Duration;
+
 use tonic::{Code, Status, metadata::MetadataValue};
-use tonic_types::StatusExt as _;
+use tonic_types::{RetryInfo, StatusExt as _};
 
 use super::{DOMAIN, info};
 
@@ -55,6 +57,26 @@ pub fn challenge_not_permitted(id: &str) -> Status {
         "The caller may not use this challenge.",
         [info(DOMAIN, "CHALLENGE_NOT_PERMITTED", [("id", id)])],
     )
+}
+
+/// CALL_RATE_EXCEEDED: the caller makes more calls than it may. Also the header `retry-after`, in whole seconds.
+#[must_use]
+pub fn call_rate_exceeded(retry_after: Duration) -> Status {
+    rate_exceeded("Too many calls; try again later.", "CALL_RATE_EXCEEDED", retry_after)
+}
+
+/// SOURCE_RATE_EXCEEDED: more changes of one source's instances than are allowed. Also the header `retry-after`, in whole seconds.
+#[must_use]
+pub fn source_rate_exceeded(retry_after: Duration) -> Status {
+    rate_exceeded("Too many changes of this source's instances; try again later.", "SOURCE_RATE_EXCEEDED", retry_after)
+}
+
+fn rate_exceeded(message: &str, reason: &str, retry_after: Duration) -> Status {
+    let details = [info(DOMAIN, reason, []), RetryInfo::new(Some(retry_after)).into()];
+    let mut status = Status::with_error_details_vec(Code::ResourceExhausted, message, details);
+    let seconds = retry_after.as_secs() + u64::from(retry_after.subsec_nanos() > 0);
+    status.metadata_mut().insert("retry-after", MetadataValue::from(seconds));
+    status
 }
 
 /// `challenge` is the value of the header `www-authenticate`, which HTTP requires with 401.

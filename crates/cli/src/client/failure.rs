@@ -170,6 +170,7 @@ fn fix(reason: &str) -> Option<&'static str> {
         "CREDENTIALS_EXPIRED" => "ask the operator for another token (`gauntlet token create`)",
         "SCOPE_INSUFFICIENT" => "use a token with the required scope",
         "CHALLENGE_NOT_PERMITTED" => "use a token that is not bound to other challenges",
+        "CALL_RATE_EXCEEDED" | "SOURCE_RATE_EXCEEDED" => "try again later, or ask the operator for a higher limit",
         "INTERNAL_ERROR" => "see the manager's log and traces",
         _ => return None,
     })

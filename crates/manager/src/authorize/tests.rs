@@ -20,9 +20,16 @@ use tower::ServiceExt as _;
 use super::{rules::RULES, *};
 use crate::{
     config::AccessConfig,
-    fixture::{Api, Logs, PEER},
-    peer::{ClientCertificate, Policy},
+    fixture::{Api, Logs, PEER, limits},
+    peer::{ClientCertificate, PeerAddress, Policy},
+    rest::{failure as rest_failure, router as rest_router},
+    tasks::Tasks,
 };
+
+mod audited;
+mod cost;
+mod rates;
+mod reload;
 
 /// Ids of challenges in the token file of [`Files`].
 const BOUND: &str = "web";
@@ -289,7 +296,7 @@ async fn caller_bound_to_challenges_sees_and_changes_only_these() {
         assert_eq!((status, body.lines().count()), (200, 1), "{body}");
         assert!(body.contains("\"web\"") && !body.contains("other"), "{body}");
     }
-    let bound = Caller { principal: files_principal(4), address: PEER };
+    let bound = Caller { principal: files_principal(4), address: PEER, limits: Arc::new(limits(0, 0)) };
     let mut expired = {
         use gauntlet_api::extension::sweeper_server::Sweeper as _;
         api.handlers().list_expired(bound.request(Default::default())).await.unwrap().into_inner()
@@ -333,8 +340,7 @@ async fn certificate_gets_the_scope_of_its_rule() {
 }
 
 fn authorizer(credentials: Credentials) -> Authorizer {
-    let instruments = gauntlet_telemetry::Instruments::noop();
-    Authorizer::new(Arc::new(credentials), (Openness(None), Openness(Some(Scope::Read))), instruments.access)
+    Authorizer::new(Arc::new(credentials), (Openness(None), Openness(Some(Scope::Read))), limits(0, 0))
 }
 
 #[tokio::test]
@@ -366,7 +372,7 @@ async fn unknown_paths_tell_a_stranger_nothing() {
 
 #[tokio::test]
 async fn route_without_a_row_needs_the_highest_scope() {
-    let layer = AuthorizeLayer::new(authorizer(Files::new().credentials()), crate::rest::failure);
+    let layer = AuthorizeLayer::new(authorizer(Files::new().credentials()), rest_failure);
     let peer = Peer { address: PEER, certificate: None, policy: Policy { anonymous: Some(Scope::Operate) } };
     let router = Router::new().route("/forgotten", get(async || "open")).layer(layer).layer(Extension(peer));
     assert_eq!(rest(&router, "GET", "/forgotten", &[], "").await.0, 403);
@@ -375,7 +381,7 @@ async fn route_without_a_row_needs_the_highest_scope() {
 
 #[tokio::test]
 async fn handlers_refuse_calls_that_did_not_pass_the_layer() {
-    let router = crate::rest::router(Api::new().await.handlers());
+    let router = rest_router(Api::new().await.handlers());
     for rule in &RULES {
         if let Some((method, route)) = &rule.rest {
             assert_eq!(rest(&router, method, &target(route), &[], "{}").await.0, 401, "{method} {route}");
@@ -436,129 +442,4 @@ async fn jwt_of_the_issuer_gets_its_scope() {
     assert_eq!(call(other).await, denied("CREDENTIALS_INVALID", 401));
     // A token of the token file means nothing here.
     assert_eq!(call(text(&token(3))).await, denied("CREDENTIALS_INVALID", 401));
-}
-
-fn accepts(credentials: &Credentials, byte: u8) -> bool {
-    credentials.by_header(&format!("Bearer {}", text(&token(byte))).parse().unwrap()).is_ok()
-}
-
-#[test]
-fn removed_token_is_refused_after_a_reload_and_a_wrong_file_changes_nothing() {
-    let files = Files::new();
-    let credentials = files.credentials();
-    let kept = std::fs::read_to_string(files.tokens()).unwrap();
-    let without_first: String = kept.split_inclusive('\n').skip(1).collect();
-    assert!(accepts(&credentials, 1) && accepts(&credentials, 2));
-    std::fs::write(files.tokens(), &without_first).unwrap();
-    credentials.reload();
-    assert!(!accepts(&credentials, 1) && accepts(&credentials, 2));
-
-    let logs = Logs::default();
-    logs.record(|| {
-        std::fs::write(files.tokens(), format!("{kept}{{\"id\":7}}")).unwrap();
-        credentials.reload();
-        credentials.reload();
-        std::fs::remove_file(files.tokens()).unwrap();
-        credentials.reload();
-        credentials.reload();
-    });
-    assert!(!accepts(&credentials, 1) && accepts(&credentials, 2));
-    assert_eq!((logs.lines().len(), logs.containing("line 6: id: ")), (2, 1), "{:?}", logs.lines());
-    assert!(!logs.lines().concat().contains("sha256"));
-
-    std::fs::write(files.tokens(), &kept).unwrap();
-    credentials.reload();
-    assert!(accepts(&credentials, 1));
-}
-
-#[tokio::test]
-async fn task_reloads_the_files() {
-    let files = Files::new();
-    let credentials = Arc::new(files.credentials());
-    let tasks = crate::tasks::Tasks::default();
-    credentials.start(&tasks);
-    std::fs::write(files.tokens(), "").unwrap();
-    gauntlet_testing::eventually("the token is refused", async || (!accepts(&credentials, 1)).then_some(())).await;
-    assert_eq!(tasks.drain(std::time::Duration::from_secs(10)).await, 0);
-}
-
-#[test]
-fn unusable_file_is_refused_at_start_with_its_name_and_line() {
-    let files = Files::new();
-    std::fs::write(files.tokens(), "\n{}").unwrap();
-    let error = format!("{:#}", Credentials::load(&files.config()).map(drop).unwrap_err());
-    assert!(error.starts_with("cannot use --tokens ") && error.contains("tokens: line 2: "), "{error}");
-    let mut config = files.config();
-    config.tokens = Some(Path::new("/nonexistent").to_owned());
-    let error = format!("{:#}", Credentials::load(&config).map(drop).unwrap_err());
-    assert!(error.starts_with("cannot use --tokens /nonexistent: "), "{error}");
-}
-
-#[tokio::test]
-async fn every_change_is_audited_with_who_what_where_and_outcome() {
-    let api = Api::with_instance().await;
-    let router = api.service(Files::new().credentials(), None);
-    let logs = Logs::of_target(audit::TARGET);
-    let recording = tracing::subscriber::set_default(logs.clone());
-    let (admin, operate, bound) = (bearer(&text(&token(3))), bearer(&text(&token(2))), bearer(&text(&token(4))));
-    let create = r#"{"id":"new","scenario":"reg/web:v1","additional":{"password":"hunter2"}}"#;
-    let instance = r#"{"challengeId":"new","sourceId":"9"}"#;
-    for (method, target, authorization, body) in [
-        ("POST", "/api/v1/challenge", &admin, create),
-        ("POST", "/api/v1/challenge", &admin, create),
-        ("POST", "/api/v1/challenge", &operate, create),
-        ("PATCH", "/api/v1/challenge/new", &admin, "{}"),
-        ("PATCH", "/api/v1/challenge/new", &bound, "{}"),
-        ("POST", "/api/v1/instance", &operate, instance),
-        ("PATCH", "/api/v1/instance/new/9", &operate, "{}"),
-        ("DELETE", "/api/v1/instance/new/9", &operate, ""),
-        ("DELETE", "/api/v1/challenge/new", &admin, ""),
-        ("GET", "/api/v1/challenge/web", &admin, ""),
-    ] {
-        rest(&router, method, target, authorization, body).await;
-    }
-    drop(recording);
-    let author =
-        "enduser.id=\"author\" access.kind=\"token\" access.token_id=\"030303030303\" client.address=\"10.0.0.7\"";
-    let platform = author.replace("author", "platform").replace("03", "02");
-    let holder = author.replace("author", "bound").replace("03", "04");
-    let on = |operation: &str, target: &str, outcome: &str| {
-        format!("access.operation={operation:?} {target}outcome={outcome:?} message=change ")
-    };
-    let (challenge, both) = ("challenge.id=\"new\" ", "challenge.id=\"new\" source.id=\"9\" ");
-    let expected = [
-        format!("{author} {}", on("CreateChallenge", challenge, "ok")),
-        format!("{author} {}", on("CreateChallenge", challenge, "CHALLENGE_ALREADY_EXISTS")),
-        format!("{platform} {}", on("CreateChallenge", "", "SCOPE_INSUFFICIENT")),
-        format!("{author} {}", on("UpdateChallenge", challenge, "ok")),
-        format!("{holder} {}", on("UpdateChallenge", challenge, "CHALLENGE_NOT_PERMITTED")),
-        format!("{platform} {}", on("CreateInstance", both, "ok")),
-        format!("{platform} {}", on("RenewInstance", both, "CHALLENGE_NO_RENEWAL")),
-        format!("{platform} {}", on("DeleteInstance", both, "ok")),
-        format!("{author} {}", on("DeleteChallenge", challenge, "ok")),
-    ];
-    let logged = logs.lines();
-    let sorted = |line: &String| {
-        let (message, fields) =
-            line.split_once("message=change ").map_or(("", line.as_str()), |_| ("message=change ", line));
-        fields.replace("message=change ", "") + message
-    };
-    assert_eq!(logged.iter().map(sorted).collect::<Vec<_>>(), expected);
-}
-
-#[tokio::test]
-async fn change_of_a_client_that_disconnects_is_audited() {
-    let api = Api::new().await;
-    let logs = Logs::of_target(audit::TARGET);
-    let recording = tracing::subscriber::set_default(logs.clone());
-    let router = api.service(Files::new().credentials(), None);
-    let authorization = bearer(&text(&token(3)));
-    let create = r#"{"id":"web","scenario":"reg/web:v1"}"#;
-    let mut call = Box::pin(rest(&router, "POST", "/api/v1/challenge", &authorization, create));
-    // The first poll begins the change.
-    assert!(futures::poll!(&mut call).is_pending());
-    drop(call);
-    gauntlet_testing::eventually("an audit record", async || (logs.containing("outcome=\"ok\"") == 1).then_some(()))
-        .await;
-    drop(recording);
 }

@@ -3,7 +3,10 @@
 use std::{convert::Infallible, path::PathBuf, sync::Arc};
 
 use clap::Args;
-use gauntlet_access::{JwtPolicy, Scope};
+use gauntlet_access::{JwtPolicy, RateLimit, Scope};
+use gauntlet_telemetry::Instruments;
+
+use crate::caller::CallerLimits;
 
 /// Who may call the API.
 #[derive(Debug, Clone, Args)]
@@ -22,6 +25,14 @@ pub struct AccessConfig {
     /// Who may use gRPC's server reflection, which describes the API: "open" for everybody, or the scope that is needed.
     #[arg(long, env = "REFLECTION_ACCESS", default_value = "read", value_parser = openness, value_name = "SCOPE", help_heading = "Access")]
     pub reflection_access: Openness,
+    /// The maximum number of calls per second of one caller: the holder of a token, certificate or JWT, or an address without credentials.
+    /// Further ones fail with RESOURCE_EXHAUSTED (429). 0 is no limit.
+    #[arg(long, env = "MAX_CALL_RATE", default_value = "10000", value_name = "COUNT", help_heading = "Limits")]
+    pub max_call_rate: u32,
+    /// The maximum number of creates, renewals and deletions per second of the instances of one source, which is a user or a team. Further ones
+    /// fail with RESOURCE_EXHAUSTED (429). 0 is no limit.
+    #[arg(long, env = "MAX_SOURCE_RATE", default_value = "1000", value_name = "COUNT", help_heading = "Limits")]
+    pub max_source_rate: u32,
     #[command(flatten)]
     oidc_flags: OidcFlags,
     /// The issuer whose JWTs the API accepts, made of the flags above when they are checked.
@@ -83,6 +94,15 @@ impl AccessConfig {
     /// Whether callers can authenticate themselves to the API.
     pub fn has_authentication(&self) -> bool {
         self.tokens.is_some() || self.client_subjects.is_some() || self.oidc.is_some()
+    }
+
+    /// The limits on callers.
+    pub(crate) fn limits(&self, instruments: &Instruments) -> CallerLimits {
+        CallerLimits {
+            calls: RateLimit::new(self.max_call_rate),
+            changes: RateLimit::new(self.max_source_rate),
+            denials: instruments.access.clone(),
+        }
     }
 
     /// Turns authentication off.

@@ -9,7 +9,7 @@ use gauntlet_api::{error, json};
 use gauntlet_telemetry::context;
 use http::{
     HeaderValue, StatusCode,
-    header::{CONTENT_TYPE, WWW_AUTHENTICATE},
+    header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE},
 };
 use prost::{Message, Name};
 use tonic::Status;
@@ -54,8 +54,10 @@ impl From<Status> for Failure {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let mut response = with_json(error::http_status(self.0.code()), error::body(&self.0));
-        if let Some(challenge) = self.0.metadata().as_ref().get(WWW_AUTHENTICATE) {
-            response.headers_mut().insert(WWW_AUTHENTICATE, challenge.clone());
+        for name in [WWW_AUTHENTICATE, RETRY_AFTER] {
+            if let Some(value) = self.0.metadata().as_ref().get(&name) {
+                response.headers_mut().insert(name, value.clone());
+            }
         }
         // `report::report_failure` reads it. tonic does the same for its responses.
         response.extensions_mut().insert(self.0);
