@@ -12,6 +12,7 @@ use std::{
 
 use gauntlet_sandbox::forward::{Counters, Counts, Forwarder, Limits, Protocol, Published, Setup};
 use gauntlet_testing::eventually_blocking;
+use proptest::prelude::*;
 use rustix::net::{AddressFamily, SocketType, bind, getsockname, socket, sockopt};
 
 /// A forwarder that ends with the test.
@@ -348,4 +349,36 @@ fn datagrams_to_a_program_that_is_not_bound_are_counted_as_refused() {
         let _ = client.send(b"x");
         running.counts().refused > 0
     });
+}
+
+/// Writes all chunks and ends that direction; returns what the other side sent.
+fn exchange(stream: TcpStream, chunks: Vec<Vec<u8>>) -> Vec<u8> {
+    let writer = stream.try_clone().unwrap();
+    let writing = thread::spawn(move || {
+        chunks.iter().for_each(|chunk| (&writer).write_all(chunk).unwrap());
+        writer.shutdown(Shutdown::Write).unwrap();
+    });
+    let received = read_all(&stream);
+    writing.join().unwrap();
+    received
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+    #[test]
+    fn bytes_arrive_unchanged_whatever_their_chunks_and_the_buffer(
+        up in proptest::collection::vec(0usize..100_000, 0..12),
+        down in proptest::collection::vec(0usize..100_000, 0..12),
+        buffer in 64usize..20_000,
+    ) {
+        let chunks = |sizes: &[usize]| sizes.iter().map(|size| pattern(*size)).collect::<Vec<_>>();
+        let (up, down) = (chunks(&up), chunks(&down));
+        let (program, port) = program();
+        let running = Running::start(Protocol::Tcp, port, Limits { buffer, ..Limits::default() });
+        let client = running.connect();
+        let (server, sent) = (accept(&program), down.clone());
+        let serving = thread::spawn(move || exchange(server, sent));
+        prop_assert_eq!(exchange(client, up.clone()), down.concat());
+        prop_assert_eq!(serving.join().unwrap(), up.concat());
+    }
 }
