@@ -4,9 +4,13 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Result;
+use gauntlet_sandbox::Level;
 use gauntlet_stack::{Tool, Tools, pages};
 
 use crate::stack;
+
+/// A user that nobody has, as instances get.
+const PROBE_UID: u32 = 1_900_000_000;
 
 pub(crate) fn run() -> Result<ExitCode> {
     let tools = Tools::from_env();
@@ -53,6 +57,14 @@ pub(crate) fn run() -> Result<ExitCode> {
         for (name, line) in pages {
             println!("     {name:<24} {line}");
         }
+    }
+    println!("Isolation of instances");
+    let probe =
+        gauntlet_sandbox::probe(&std::env::current_exe()?, Path::new("/"), PROBE_UID, Level::Uid, Command::spawn);
+    let landlock = if probe.landlock { "with Landlock" } else { "without Landlock, which this kernel lacks" };
+    row(probe.best.has_namespaces(), probe.best.name(), landlock, "");
+    for (level, failure) in &probe.refused {
+        row(false, level.name(), "not here", &failure.to_string());
     }
     println!("Optional");
     match first_line("docker", "info") {

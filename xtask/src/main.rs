@@ -71,6 +71,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // `doctor` starts this program again to find out how instances can be isolated.
+    gauntlet_sandbox::run_if_requested();
     let command = Arguments::parse().command;
     let outcome = protoc::install().and_then(|()| match command {
         Command::Dev(dev) => dev.run(),

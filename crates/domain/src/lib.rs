@@ -34,7 +34,7 @@ pub use facts::{Fact, Facts, OperationOutcome, RecoveryAction};
 pub use gauntlet::{Gauntlet, Settings};
 pub use id::{ChallengeId, Identity, InvalidId, SourceId};
 pub use instance::{Assignment, Failure, Instance, InstanceKey, Operation, Phase, PhaseName, Strategy, Target};
-pub use plan::{LaunchPlan, Limits, Placement, PortHold, PortSpec, Probe, Protocol, Readiness};
+pub use plan::{Isolation, LaunchPlan, Limits, Placement, PortHold, PortSpec, Probe, Protocol, Readiness};
 pub use pool::{PoolBounds, shortfall};
 pub use provisioner::{LaunchRequest, Outputs, ProvisionedInstance, Provisioner};
 pub use reconcile::ReconcileReport;

@@ -75,6 +75,8 @@ pub struct LaunchPlan {
     pub readiness: Readiness,
     /// The resource limits.
     pub limits: Limits,
+    /// How strongly to isolate the instance; `None` is the provisioner's choice.
+    pub isolation: Option<Isolation>,
     /// How players reach the instance.
     pub connection_info: String,
     /// The flags that prove the challenge solved, in order; secret.
@@ -85,6 +87,19 @@ impl fmt::Debug for LaunchPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LaunchPlan").field("ports", &self.ports).field("files", &self.files).finish_non_exhaustive()
     }
+}
+
+/// How strongly an instance is isolated from its machine and from other instances, weakest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Isolation {
+    /// It runs as the provisioner's user, on its files and its network.
+    None,
+    /// It may use some files and its own ports alone.
+    Landlock,
+    /// It has namespaces and a root of its own.
+    Userns,
+    /// As [`Isolation::Userns`], with a user of its own.
+    Uid,
 }
 
 /// A readiness check and its times.

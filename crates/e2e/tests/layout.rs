@@ -47,7 +47,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("gauntlet-testing", &["gauntlet-api", "gauntlet-domain"]),
         ("gauntlet-e2e", &[]),
         ("gauntlet-simulation", &[]),
-        ("xtask", &["gauntlet-stack"]),
+        ("xtask", &["gauntlet-sandbox", "gauntlet-stack"]),
         ("example-web", &[]),
         ("example-vault", &[]),
         ("gauntlet-fuzz", &["gauntlet-access", "gauntlet-api", "gauntlet-manager", "gauntlet-scenario"]),

@@ -56,7 +56,19 @@ pub(crate) fn provisioner(config: &Config) -> Result<Process> {
     process.path.splice(0..0, config.instance_path.iter().cloned());
     process.defaults.clone_from(&config.limit_default);
     process.maximums.clone_from(&config.limit_max);
-    Ok(Process::new(process)?)
+    process.isolation = config.isolation.0;
+    process.require_isolation = config.require_isolation;
+    process.system.clone_from(&config.instance_root);
+    let (first, last) = config.instance_uids;
+    process.uids = first..=last;
+    let process = Process::new(process)?;
+    let isolation = process.isolation();
+    if isolation.level.has_namespaces() {
+        tracing::info!(%isolation, "instances are isolated");
+    } else {
+        tracing::warn!(%isolation, "instances are not isolated from this machine: run only scenarios and admit only players that are trusted");
+    }
+    Ok(process)
 }
 
 /// The store. Cloning shares it.

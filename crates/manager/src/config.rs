@@ -7,6 +7,7 @@ use std::{ffi::OsString, net::SocketAddr, num::NonZeroU32, path::PathBuf, time::
 pub use access::{AccessConfig, KeySource, Oidc, Openness};
 use clap::{CommandFactory as _, Parser, error::ErrorKind};
 use gauntlet_domain::Limits as InstanceLimits;
+use gauntlet_provision::process::Level;
 use gauntlet_scenario::parse_limits;
 use gauntlet_startup::{duration, size};
 use gauntlet_telemetry::log_level;
@@ -105,7 +106,7 @@ pub struct Config {
     /// The range of ports for instances.
     #[arg(long, env = "INSTANCE_PORTS", default_value = "20000-29999", value_parser = ports, value_name = "FIRST-LAST", help_heading = "Instances")]
     pub instance_ports: (u16, u16),
-    /// Directories to search for the programs of scenarios before those in PATH.
+    /// Directories to search for the programs of scenarios before the system's. Instances see all files in them, read-only.
     #[arg(long, env = "INSTANCE_PATH", value_delimiter = ':', value_name = "DIR:...", help_heading = "Instances")]
     pub instance_path: Vec<PathBuf>,
     /// The limits of instances whose scenario sets none: names and values as process.limits in scenario.yaml, or none. Those left out are
@@ -116,6 +117,21 @@ pub struct Config {
     /// none].
     #[arg(long, env = "LIMIT_MAX", default_value = "", hide_default_value = true, value_parser = parse_limits, value_name = "NAME=VALUE,...", help_heading = "Instances")]
     pub limit_max: InstanceLimits,
+    /// The isolation of instances: uid (namespaces and a user per instance; needs root), userns (namespaces), landlock, none, or auto: the
+    /// strongest that this machine allows. Any other value is required, and the most that a scenario can ask for.
+    #[arg(long, env = "ISOLATION", default_value = "auto", value_parser = isolation, value_name = "LEVEL", help_heading = "Instances")]
+    pub isolation: Isolation,
+    /// Refuse to start if instances would be isolated less than this. Scenarios may ask for this and anything stronger [default: the level
+    /// of --isolation].
+    #[arg(long, env = "REQUIRE_ISOLATION", value_name = "LEVEL", help_heading = "Instances")]
+    pub require_isolation: Option<Level>,
+    /// The directory whose usr isolated instances see, read-only.
+    #[arg(long, env = "INSTANCE_ROOT", default_value = "/", value_name = "DIR", help_heading = "Instances")]
+    pub instance_root: PathBuf,
+    /// The range of user ids of instances at level uid. Nothing else on this machine may have them; managers with another --dir need
+    /// another range.
+    #[arg(long, env = "INSTANCE_UIDS", default_value = "1900000000-1900099999", value_parser = uids, value_name = "FIRST-LAST", help_heading = "Instances")]
+    pub instance_uids: (u32, u32),
     /// The upper limit of a pool's `min` and `max`. Challenges stored with a higher value are treated as if they had this one.
     #[arg(long, env = "POOL_MAX", default_value_t = 1000, value_name = "COUNT", help_heading = "Instances")]
     pub pool_max: u32,
@@ -172,6 +188,27 @@ fn ports(text: &str) -> Result<(u16, u16), String> {
         .and_then(|(first, last)| Some((first.trim().parse().ok()?, last.trim().parse().ok()?)))
         .filter(|(first, last)| *first > 0 && first <= last)
         .ok_or_else(|| format!("expected FIRST-LAST such as 20000-29999; got {text:?}"))
+}
+
+/// The isolation of instances; `None` is the strongest that the machine allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Isolation(pub Option<Level>);
+
+fn isolation(text: &str) -> Result<Isolation, String> {
+    if text == "auto" {
+        return Ok(Isolation(None));
+    }
+    text.parse().map(|level| Isolation(Some(level))).map_err(|error| format!("{error}; or auto"))
+}
+
+fn uids(text: &str) -> Result<(u32, u32), String> {
+    // From 2^31 on, parts of the kernel take ids for negative numbers. 0 to 65535 belong to the machine's users.
+    text.split_once('-')
+        .and_then(|(first, last)| Some((first.trim().parse().ok()?, last.trim().parse().ok()?)))
+        .filter(|(first, last)| *first > 65_535 && first <= last && *last < 1 << 31)
+        .ok_or_else(|| {
+            format!("expected FIRST-LAST from 65536 to 2147483647, such as 1900000000-1900099999; got {text:?}")
+        })
 }
 
 impl Config {
@@ -360,6 +397,10 @@ mod tests {
             (["--lock-timeout", "soon"], "expected a duration above zero such as 30s"),
             (["--instance-ports", "9-3"], "expected FIRST-LAST"),
             (["--instance-ports", "0-9"], "expected FIRST-LAST"),
+            (["--isolation", "root"], "expected uid, userns, landlock or none"),
+            (["--require-isolation", "auto"], "expected uid, userns, landlock or none"),
+            (["--instance-uids", "1000-2000"], "expected FIRST-LAST from 65536"),
+            (["--instance-uids", "1900000000-4294967295"], "to 2147483647"),
             (["--debug-address", "8081"], "expected HOST:PORT"),
             (["--port", "70000"], "70000"),
             (["--scenario-keep", "10GB"], "expected a size such as 500MiB or 10GiB"),

@@ -11,11 +11,12 @@
 //!     supervisor.log  errors of the supervisor, if there were any
 //!     ready           the readiness probe has succeeded
 //!     output.log      the latest output, and output.old.log before that
-//!     work/           the working directory of the instance
+//!     work/           the working directory of an instance without a root of its own
 //! <dir>/run/<name of that directory>
 //!                     the supervisor lock, held while the supervisor lives: managers find the supervisor by it, it keeps a second one
 //!                     from starting, and its release shows the end of the instance
 //! <dir>/ports/<port>  a link to the instance that has reserved the port
+//! <dir>/uids/<id>     locked while an instance has this user id
 //! <dir>/store.json    the store that the directory belongs to
 //! ```
 //!
@@ -26,8 +27,10 @@
 //! operation doesn't depend on other instances: no operation reads all of `/proc`, except one that finds a killed supervisor whose
 //! instance has no group.
 //!
-//! Instances are separated, but not isolated: they run as the manager's user, with limits and without new privileges, on its file system and
-//! network. Only run scenarios that are trusted with that. Under a service manager that ends all processes of a service (systemd's default),
+//! Instances are isolated as far as the machine and the operator allow ([`Isolation`], crate `gauntlet-sandbox`). At levels `uid` and `userns`,
+//! an instance has namespaces and a root of its own: it reaches none of these files, no other process and no network but its own, and the
+//! supervisor forwards its ports. At `landlock` and `none` it runs as the manager's user on its file system and network: only run
+//! scenarios that are trusted with that. Under a service manager that ends all processes of a service (systemd's default),
 //! set `KillMode=process`: otherwise instances end with the manager, and are launched again the next time they are needed. Set
 //! `Delegate=yes`, too, so that systemd leaves the groups below the manager's alone.
 
@@ -38,6 +41,7 @@ mod ends;
 mod exceeded;
 mod handover;
 mod instance_dir;
+mod isolation;
 mod launch;
 mod listing;
 mod output;
@@ -54,14 +58,14 @@ mod stop;
 mod store_claim;
 pub mod supervisor;
 mod timer;
+mod uids;
 
 use std::{
     collections::BTreeMap,
     fs::File,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    os::unix::ffi::OsStrExt as _,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -83,8 +87,11 @@ use self::{
     standby::Standby,
     step::{run_step, step_span},
 };
+pub use gauntlet_sandbox::Level;
+
 pub use self::{
-    cgroup::LimitBackend, config::Config, ends::Ends, exceeded::Exceeded, launch::default_limits, restart::Restart,
+    cgroup::LimitBackend, config::Config, ends::Ends, exceeded::Exceeded, isolation::Isolation, launch::default_limits,
+    restart::Restart,
 };
 
 /// How many instances [`Process::halt`] stops at a time.
@@ -108,6 +115,7 @@ pub struct Process {
     probe_address: IpAddr,
     groups: Option<Groups>,
     reporter: Reporter,
+    isolation: Isolation,
 }
 
 /// What a launch does with an instance that already runs.
@@ -130,7 +138,8 @@ impl Process {
     /// Checks the configuration and creates the directory. Blocks briefly.
     ///
     /// # Errors
-    /// [`Error::Provision`] if the configuration is invalid, the directory can't be created, or the kernel lacks a feature.
+    /// [`Error::Provision`] if the configuration is invalid, the directory can't be created, the kernel lacks a feature, or instances would be
+    /// isolated less than the operator requires.
     pub fn new(mut config: Config) -> Result<Self> {
         let refused = |detail: String| Error::Provision { step: "configure", detail };
         if config.ports.is_empty() || *config.ports.start() == 0 {
@@ -144,7 +153,7 @@ impl Process {
             .and_then(|()| config.dir.canonicalize())
             .map_err(failed("configure", format!("directory {}", config.dir.display())))?;
         let (instances, ports) = (dir.join("instances"), dir.join("ports"));
-        [&instances, &ports, &dir.join(record::RUN)]
+        [&instances, &ports, &dir.join(record::RUN), &dir.join(record::UIDS)]
             .into_iter()
             .try_for_each(|dir| create_dir(dir))
             .map_err(failed("configure", format!("directory {}", dir.display())))?;
@@ -174,9 +183,10 @@ impl Process {
             IpAddr::V6(address) if address.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
             address => address,
         };
-        let groups = detect_groups(&config, &dir);
+        let groups = cgroup::detect(&config, &dir);
         launch::complete_defaults(&mut config.defaults, backend(groups.as_ref()));
-        let standby = Standby::new(supervisor.clone(), groups.clone());
+        let isolation = Isolation::detect(&config, &supervisor)?;
+        let standby = Standby::new(supervisor.clone(), isolation.level, groups.clone());
         Ok(Self {
             config,
             dir,
@@ -186,8 +196,14 @@ impl Process {
             ports,
             probe_address,
             groups,
+            isolation,
             reporter: Reporter::default(),
         })
+    }
+
+    /// How strongly instances are isolated.
+    pub fn isolation(&self) -> &Isolation {
+        &self.isolation
     }
 
     /// Counts the limits that instances reached with `facts`.
@@ -272,7 +288,8 @@ impl Process {
             None => run_step(step_span!("provision.stop", instance), self.stop(&instance)).await?,
         };
         let starting = self.start(instance.clone(), request, record.clone(), before, lock);
-        let result = match run_step(step_span!("provision.start", instance), starting).await {
+        let span = step_span!("provision.start", instance, "instance.isolation" = record.launch.isolation.name());
+        let result = match run_step(span, starting).await {
             Ok(supervisor) => self.wait_until_ready(&instance, &record, Some(supervisor), &[LABEL, RECORD]).await,
             Err(error) => Err(error),
         };
@@ -354,11 +371,8 @@ impl Process {
                 return Err(Error::PortTaken { port, detail });
             }
             create_dir(&dir).map_err(failed("start", "creating its working directory"))?;
-            Ok(Record {
-                version: record::VERSION,
-                ports,
-                launch: launch::resolve(&process.config, process.limit_backend(), &dir, plan)?,
-            })
+            let launch = launch::resolve(&process, &dir, &ports, plan)?;
+            Ok(Record { version: record::VERSION, ports, launch })
         })
         .await
     }
@@ -393,7 +407,7 @@ impl Process {
             instance.record_ports(record.ports.clone()).map_err(failed("start", "recording its ports"))?;
             let restarts = last.map_or(0, |last| process.config.restart.consecutive_ends(&last)).to_string();
             let arguments = [instance.dir.as_os_str(), restarts.as_ref()];
-            let supervisor = process.standby.take();
+            let supervisor = process.standby.take(record.launch.isolation);
             supervisor
                 .and_then(|supervisor| supervisor.assign(&arguments, held.into_descriptor()))
                 .map_err(failed("start", format!("the supervisor {}", process.supervisor.display())))
@@ -459,31 +473,6 @@ impl Provisioner for Process {
 
 fn backend(groups: Option<&Groups>) -> LimitBackend {
     groups.map_or(LimitBackend::Rlimit, Groups::backend)
-}
-
-/// Finds out which control groups can be created, and logs what limits instances. Blocks briefly.
-fn detect_groups(config: &Config, dir: &Path) -> Option<Groups> {
-    let detected = match config.cgroups {
-        true => Groups::detect(&record::hash(dir.as_os_str().as_bytes())),
-        false => Err("switched off".to_owned()),
-    };
-    let (groups, why) = match detected {
-        Ok((groups, why)) => (Some(groups), why),
-        Err(why) => {
-            tracing::info!(why, "instances have no control groups: they are found by their supervisors alone");
-            (None, Some(why))
-        }
-    };
-    let limits = backend(groups.as_ref()).name();
-    match why {
-        None => tracing::info!(limits, "memory, processes and CPU share of each instance are limited"),
-        Some(why) => tracing::warn!(
-            limits,
-            why,
-            "nothing limits the memory, the processes and the CPU share of a whole instance"
-        ),
-    }
-    groups
 }
 
 /// Takes the supervisor lock, unless a supervisor lives. Blocks.

@@ -49,7 +49,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let forward =
         Setup { ports, limits: Limits::default(), client_addresses: true, counters: Arc::default(), stop: stop.into() };
     let forward = level.has_namespaces().then_some(forward);
-    let started = Stage::start(level).and_then(|stage| stage.run(&spec, None, forward));
+    let started = Stage::start(level).and_then(|stage| stage.run(&spec, Vec::new(), forward));
     let (mut running, mut output) = match started {
         Ok(started) => started,
         Err(failure) => {

@@ -23,6 +23,8 @@ use crate::{Failure, Spec};
 
 /// The longest specification: 256 variables of at most 64 KiB, and as many arguments.
 const MAX_SPEC: usize = 64 << 20;
+/// The most descriptors that a stage holds: the ports of an instance.
+const MAX_HELD: usize = 16;
 /// The longest report.
 const MAX_REPORT: u64 = 64 << 10;
 /// How long a step of the start may take.
@@ -87,17 +89,18 @@ pub(crate) fn pair() -> io::Result<(SupervisorEnd, OwnedFd)> {
 }
 
 impl SupervisorEnd {
-    /// Sends the specification, and a descriptor for the stage to hold.
-    pub(crate) fn send_spec(&mut self, spec: &Spec, hold: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    /// Sends the specification, and at most [`MAX_HELD`] descriptors for the stage to hold, which are closed here.
+    pub(crate) fn send_spec(&mut self, spec: &Spec, hold: Vec<OwnedFd>) -> io::Result<()> {
         let text = serde_json::to_vec(spec)?;
         let length = u64::try_from(text.len()).unwrap_or(u64::MAX).to_le_bytes();
-        let held: Vec<_> = hold.into_iter().collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let held: Vec<_> = hold.iter().map(OwnedFd::as_fd).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_HELD))];
         let mut rights = SendAncillaryBuffer::new(&mut space);
-        if !held.is_empty() {
-            rights.push(SendAncillaryMessage::ScmRights(&held));
+        if !held.is_empty() && !rights.push(SendAncillaryMessage::ScmRights(&held)) {
+            return Err(io::Error::other(format!("at most {MAX_HELD} descriptors can be held")));
         }
         rustix::net::sendmsg(self.0.get_ref(), &[IoSlice::new(&length)], &mut rights, SendFlags::NOSIGNAL)?;
+        drop(hold);
         self.0.get_mut().write_all(&text)
     }
 
@@ -122,10 +125,10 @@ impl StageEnd {
         Ok(Self(socket.into()))
     }
 
-    /// Waits for the specification and the descriptor to hold; `None` if the supervisor doesn't need the stage.
-    pub(crate) fn receive_spec(&mut self) -> io::Result<Option<(Spec, Option<OwnedFd>)>> {
+    /// Waits for the specification and the descriptors to hold; `None` if the supervisor doesn't need the stage.
+    pub(crate) fn receive_spec(&mut self) -> io::Result<Option<(Spec, Vec<OwnedFd>)>> {
         let mut length = [0; 8];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_HELD))];
         let mut rights = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::WAITALL;
         let received = rustix::io::retry_on_intr(|| {
@@ -134,10 +137,12 @@ impl StageEnd {
         if received.bytes != length.len() {
             return Ok(None);
         }
-        let hold = rights.drain().find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-            _ => None,
-        });
+        let mut hold = Vec::new();
+        for message in rights.drain() {
+            if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                hold.extend(descriptors);
+            }
+        }
         let length = usize::try_from(u64::from_le_bytes(length)).ok().filter(|length| *length <= MAX_SPEC);
         let mut text = vec![0; length.ok_or(io::ErrorKind::InvalidData)?];
         self.0.read_exact(&mut text)?;

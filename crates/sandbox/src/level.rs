@@ -32,6 +32,14 @@ impl Level {
         }
     }
 
+    /// How many threads of its own a sandbox has, besides those of the program: process 1 has two.
+    pub const fn own_threads(self) -> u64 {
+        match self {
+            Self::None | Self::Landlock => 0,
+            Self::Userns | Self::Uid => 2,
+        }
+    }
+
     /// Whether the program has a root, a process tree and a network of its own.
     pub fn has_namespaces(self) -> bool {
         self >= Self::Userns

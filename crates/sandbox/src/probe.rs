@@ -23,7 +23,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// What a probe found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Probe {
-    /// The strongest level that works.
+    /// The strongest level up to the ceiling that works.
     pub best: Level,
     /// Why stronger levels don't work, strongest first.
     pub refused: Vec<(Level, Failure)>,
@@ -34,14 +34,20 @@ pub struct Probe {
 #[derive(Debug, Serialize, Deserialize)]
 struct Answer(Result<(), Failure>);
 
-/// Runs the whole sequence of each level, strongest first, until one works. `supervisor` is a program whose `main` calls
+/// Runs the whole sequence of each level up to `ceiling`, strongest first, until one works. `supervisor` is a program whose `main` calls
 /// [`run_if_requested`](crate::run_if_requested) first; `system` is [`Root::system`], and `uid` a user for level `uid`. Blocks for some
-/// milliseconds, at most for a few seconds.
-pub fn probe(supervisor: &Path, system: &Path, uid: u32) -> Probe {
+/// milliseconds, at most for a few seconds. `spawn` starts the processes that try.
+pub fn probe(
+    supervisor: &Path,
+    system: &Path,
+    uid: u32,
+    ceiling: Level,
+    spawn: impl Fn(&mut Command) -> io::Result<Child>,
+) -> Probe {
     let mut refused = Vec::new();
     let mut best = Level::None;
-    for level in Level::ALL {
-        match probe_level(supervisor, system, level, uid) {
+    for level in Level::ALL.into_iter().filter(|level| *level <= ceiling) {
+        match probe_level(supervisor, system, level, uid, &spawn) {
             Ok(()) => {
                 best = level;
                 break;
@@ -87,18 +93,24 @@ impl Failure {
     }
 }
 
-fn probe_level(supervisor: &Path, system: &Path, level: Level, uid: u32) -> Result<(), Failure> {
+fn probe_level(
+    supervisor: &Path,
+    system: &Path,
+    level: Level,
+    uid: u32,
+    spawn: impl Fn(&mut Command) -> io::Result<Child>,
+) -> Result<(), Failure> {
     let step = "probe";
-    let mut child = Command::new(supervisor)
+    let mut command = Command::new(supervisor);
+    command
         .args([PROBE, level.name()])
         .arg(uid.to_string())
         .arg(system)
         .env_clear()
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .step(step)?;
+        .stderr(Stdio::null());
+    let mut child = spawn(&mut command).step(step)?;
     let text = read_to_end(&mut child);
     let _ = child.kill();
     let _ = child.wait();
@@ -138,8 +150,13 @@ pub(crate) fn run_probe_if_requested() {
 }
 
 fn try_level(level: Level, system: &Path, uid: u32) -> Result<(), Failure> {
-    let root =
-        Root { system: system.to_owned(), binds: Vec::new(), size: 1 << 20, inodes: 64, hostname: "probe".to_owned() };
+    let root = Root {
+        system: system.to_owned(),
+        binds: Vec::new(),
+        size: Some(1 << 20),
+        inodes: Some(64),
+        hostname: "probe".to_owned(),
+    };
     let view = if level.has_namespaces() { View::Root(root) } else { View::Host(HostPaths::default()) };
     let spec = Spec {
         program: None,
@@ -150,7 +167,7 @@ fn try_level(level: Level, system: &Path, uid: u32) -> Result<(), Failure> {
         view,
         uid,
     };
-    let (mut running, _) = Stage::start(level)?.run(&spec, None, None)?;
+    let (mut running, _) = Stage::start(level)?.run(&spec, Vec::new(), None)?;
     let _ = rustix::process::waitpid(Some(running.pid()), rustix::process::WaitOptions::empty());
     let _ = running.exit();
     Ok(())

@@ -89,7 +89,9 @@ pub(crate) fn enter(root: &Root, owner: u32) -> Result<Sysctls, Failure> {
     pivot()?;
     rustix::system::sethostname(root.hostname.as_bytes()).step("set the host name")?;
     // System V shared memory isn't limited by anything else.
-    sysctls.write("kernel/shmall", root.size / PAGE)?;
+    if let Some(size) = root.size {
+        sysctls.write("kernel/shmall", size / PAGE)?;
+    }
     Ok(sysctls)
 }
 
@@ -202,7 +204,8 @@ fn write_etc(root: &Root) -> Result<(), Failure> {
 
 /// Mounts one file system of bounded size, and attaches each of its directories.
 fn create_writable(root: &Root, owner: u32) -> Result<(), Failure> {
-    let Root { size, inodes, .. } = root;
+    // 0 is no limit.
+    let (size, inodes) = (root.size.unwrap_or(0), root.inodes.unwrap_or(0));
     create_dir("work", 0o755)?;
     mount_tmpfs("work", format!("mode=755,size={size},nr_inodes={inodes},uid={owner},gid={owner}"))?;
     let mut mounts = Vec::new();

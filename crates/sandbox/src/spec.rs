@@ -52,10 +52,10 @@ pub struct Root {
     pub system: PathBuf,
     /// Further directories and files, read-only.
     pub binds: Vec<Bind>,
-    /// The bytes that `/work`, `/tmp` and `/dev/shm` hold in all.
-    pub size: u64,
-    /// The files and directories that they hold in all.
-    pub inodes: u64,
+    /// The bytes that `/work`, `/tmp` and `/dev/shm` hold in all; `None` is as much as there is memory.
+    pub size: Option<u64>,
+    /// The files and directories that they hold in all; `None` is any number.
+    pub inodes: Option<u64>,
     /// The host name that the program sees.
     pub hostname: String,
 }

@@ -60,7 +60,7 @@ fn run(level: Level) -> io::Result<()> {
 }
 
 /// Becomes the program. Everything that the stage holds is closed then.
-fn run_on_host(level: Level, spec: &Spec, hold: Option<OwnedFd>, control: &StageEnd) -> Result<(), Failure> {
+fn run_on_host(level: Level, spec: &Spec, hold: Vec<OwnedFd>, control: &StageEnd) -> Result<(), Failure> {
     control.check_connected().step("check the supervisor")?;
     let executed = program::execute(spec, Restrictions::of(level));
     drop(hold);
@@ -71,7 +71,7 @@ fn run_in_namespaces(
     level: Level,
     spec: &Spec,
     root: &Root,
-    hold: Option<OwnedFd>,
+    hold: Vec<OwnedFd>,
     control: &mut StageEnd,
 ) -> Result<(), Failure> {
     enter(level, spec, root, control)?;

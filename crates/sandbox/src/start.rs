@@ -2,9 +2,9 @@
 
 use std::{
     fs::File,
-    io::{self, PipeReader},
+    io::{self, PipeReader, PipeWriter, Write as _},
     os::{
-        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::process::CommandExt as _,
     },
     path::PathBuf,
@@ -35,7 +35,7 @@ pub struct Stage {
     control: SupervisorEnd,
     output: PipeReader,
     /// The thread in the sandbox's network; none at levels without one.
-    network: Option<mpsc::Sender<Forwarder>>,
+    network: Option<Network>,
 }
 
 /// A program in its sandbox.
@@ -43,6 +43,15 @@ pub struct Stage {
 pub struct Running {
     pid: Pid,
     control: SupervisorEnd,
+    forwarder: Option<PipeReader>,
+}
+
+/// The thread in a sandbox's network.
+#[derive(Debug)]
+struct Network {
+    jobs: mpsc::Sender<Forwarder>,
+    /// Receives the error that ends the forwarder; closed once it has ended.
+    ended: PipeReader,
 }
 
 impl Stage {
@@ -57,7 +66,8 @@ impl Stage {
         let (control, stdin) = control::pair().step("create the control socket")?;
         let (output, writer) = io::pipe().step("create a pipe")?;
         rustix::io::ioctl_fionbio(&output, true).step("create a pipe")?;
-        let program = Executable::find().step("open this program")?;
+        let program =
+            if level.has_namespaces() { Executable::copy().step("open this program")? } else { Executable::File };
         let mut command = Command::new(program.path());
         command
             .arg0("gauntlet-init")
@@ -78,13 +88,14 @@ impl Stage {
         // Before this, the maps of its own user namespace could not be written.
         rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).step("hide this process")?;
         let (jobs, receiver) = mpsc::channel();
+        let (ended, failed) = io::pipe().step("create a pipe")?;
         let (started, pid) = mpsc::channel();
         std::thread::Builder::new()
             .name("sandbox-network".to_owned())
-            .spawn(move || run_network(program, command, &started, &receiver))
+            .spawn(move || run_network(program, command, &started, &receiver, failed))
             .step("start a thread")?;
         let pid = pid.recv().map_err(io::Error::other).step("start the stage")??;
-        Ok(Self { level, pid, control, output, network: Some(jobs) })
+        Ok(Self { level, pid, control, output, network: Some(Network { jobs, ended }) })
     }
 
     /// The process that becomes process 1 of the sandbox, or the program itself at levels without namespaces.
@@ -99,7 +110,7 @@ impl Stage {
 
     /// Starts the program, and returns it with its output.
     ///
-    /// The stage holds `hold` until the last process of the sandbox has ended; at levels without namespaces, until the program has started.
+    /// The stage holds `hold`, at most 16 descriptors, until the last process of the sandbox has ended; at levels without namespaces, until the program has started.
     /// `forward` are the ports of the machine that are forwarded to the sandbox's network, until they are stopped or this process ends. At levels
     /// without a network of their own, there is nothing to forward.
     ///
@@ -108,7 +119,7 @@ impl Stage {
     pub fn run(
         mut self,
         spec: &Spec,
-        hold: Option<BorrowedFd<'_>>,
+        hold: Vec<OwnedFd>,
         forward: Option<forward::Setup>,
     ) -> Result<(Running, PipeReader), Failure> {
         let prepare = |setup: forward::Setup| {
@@ -126,13 +137,18 @@ impl Stage {
                 return Err(failure);
             }
         };
-        if let (Some(network), Some(forwarder)) = (network, forwarder) {
-            network.send(forwarder).map_err(io::Error::other).step("forward ports")?;
-        }
-        Ok((Running { pid, control }, output))
+        let forwarder = match (network, forwarder) {
+            (Some(network), Some(forwarder)) => {
+                network.jobs.send(forwarder).map_err(io::Error::other).step("forward ports")?;
+                Some(network.ended)
+            }
+            _ => None,
+        };
+        Ok((Running { pid, control, forwarder }, output))
     }
 
-    fn start_program(&mut self, spec: &Spec, hold: Option<BorrowedFd<'_>>) -> Result<(), Failure> {
+    fn start_program(&mut self, spec: &Spec, hold: Vec<OwnedFd>) -> Result<(), Failure> {
+        // Closed here before the program starts: it may need what is held.
         self.control.send_spec(spec, hold).step("send the specification")?;
         loop {
             match self.control.receive().step("wait for the stage")? {
@@ -173,6 +189,11 @@ impl Running {
         self.control.send(Request::Terminate)
     }
 
+    /// Becomes readable when the forwarder has ended, with the text of its error if it failed. `None` if nothing is forwarded.
+    pub fn forwarder(&mut self) -> Option<&mut PipeReader> {
+        self.forwarder.as_mut()
+    }
+
     /// How the program ended; call it once process 1 has exited. `None` if process 1 was killed, or there are no namespaces.
     pub fn exit(&mut self) -> Option<Exit> {
         match self.control.receive() {
@@ -190,7 +211,7 @@ enum Executable {
 }
 
 impl Executable {
-    fn find() -> io::Result<Self> {
+    fn copy() -> io::Result<Self> {
         let name = c"gauntlet-init";
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let created = match rustix::fs::memfd_create(name, flags | MemfdFlags::EXEC) {
@@ -238,6 +259,7 @@ fn run_network(
     mut command: Command,
     started: &mpsc::Sender<Result<Pid, Failure>>,
     jobs: &mpsc::Receiver<Forwarder>,
+    mut failed: PipeWriter,
 ) {
     let mut start = || {
         nix::sched::unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWPID)
@@ -248,14 +270,16 @@ fn run_network(
     let pid = start();
     // The command holds the stage's end of the control socket.
     drop((program, command));
-    let failed = pid.is_err();
-    if started.send(pid).is_err() || failed {
+    let has_failed = pid.is_err();
+    if started.send(pid).is_err() || has_failed {
         return;
     }
-    if let Ok(forwarder) = jobs.recv() {
-        // Its sockets close when it ends, which clients and probes notice.
-        let _ = forwarder.run();
+    if let Ok(forwarder) = jobs.recv()
+        && let Err(error) = forwarder.run()
+    {
+        let _ = failed.write_all(error.to_string().as_bytes());
     }
+    drop(failed);
     loop {
         std::thread::park();
     }

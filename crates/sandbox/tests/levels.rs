@@ -22,7 +22,11 @@ fn supervisor() -> PathBuf {
 }
 
 fn probed() -> Probe {
-    probe(&supervisor(), Path::new("/"), UID)
+    probe_up_to(Level::Uid)
+}
+
+fn probe_up_to(ceiling: Level) -> Probe {
+    probe(&supervisor(), Path::new("/"), UID, ceiling, Command::spawn)
 }
 
 /// The levels that work here. Fails if one is missing without an explanation.
@@ -38,8 +42,13 @@ fn levels(wanted: &[Level]) -> Vec<Level> {
 }
 
 fn spec(level: Level, script: &str) -> Spec {
-    let root =
-        Root { system: "/".into(), binds: Vec::new(), size: 4 << 20, inodes: 100, hostname: "instance".to_owned() };
+    let root = Root {
+        system: "/".into(),
+        binds: Vec::new(),
+        size: Some(4 << 20),
+        inodes: Some(100),
+        hostname: "instance".to_owned(),
+    };
     let view = if level.has_namespaces() {
         View::Root(root)
     } else {
@@ -94,6 +103,8 @@ fn probe_finds_a_level_and_explains_the_others() {
     assert_eq!(probe.refused.len(), Level::ALL.iter().filter(|level| **level > probe.best).count());
     assert_eq!(probe.explanation().is_empty(), probe.best == Level::Uid);
     levels(&Level::ALL);
+    let ceiling = probe_up_to(Level::None);
+    assert_eq!((ceiling.best, ceiling.refused), (Level::None, Vec::new()), "stronger levels are not tried");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use gauntlet_domain::{Limits, PortSpec, Probe, Protocol, Readiness};
+use gauntlet_domain::{Isolation, Limits, PortSpec, Probe, Protocol, Readiness};
 
 use crate::{
     limits,
@@ -18,6 +18,7 @@ pub(crate) struct Document {
     pub(crate) command: Vec<Template>,
     pub(crate) env: Vec<(String, Template)>,
     pub(crate) limits: Limits,
+    pub(crate) isolation: Option<Isolation>,
     pub(crate) readiness: Readiness,
     pub(crate) flags: Vec<(String, Template)>,
     pub(crate) connection_info: Template,
@@ -76,8 +77,17 @@ fn read(root: Node, problems: &mut Problems) -> Option<Document> {
     let connection_info = required(connection_info, line, "connection_info", example, problems)
         .and_then(|node| template(node, "connection_info", &scope, problems));
 
-    let (command, env, limits) = process?;
-    Some(Document { ports, command, env, limits, readiness: readiness?, flags, connection_info: connection_info? })
+    let Process { command, env, limits, isolation } = process?;
+    Some(Document {
+        ports,
+        command,
+        env,
+        limits,
+        isolation,
+        readiness: readiness?,
+        flags,
+        connection_info: connection_info?,
+    })
 }
 
 fn required(node: Option<Node>, line: u64, field: &str, example: &str, problems: &mut Problems) -> Option<Node> {
@@ -130,11 +140,17 @@ fn read_flags(node: Option<Node>, problems: &mut Problems) -> Vec<(String, Templ
     flags
 }
 
-type Process = (Vec<Template>, Vec<(String, Template)>, Limits);
+struct Process {
+    command: Vec<Template>,
+    env: Vec<(String, Template)>,
+    limits: Limits,
+    isolation: Option<Isolation>,
+}
 
 fn read_process(node: Node, scope: &Scope, problems: &mut Problems) -> Option<Process> {
     let line = node.line;
-    let [command, env, limits] = problems.fields(node, "process", ["command", "env", "limits"])?;
+    let [command, env, limits, isolation] =
+        problems.fields(node, "process", ["command", "env", "limits", "isolation"])?;
 
     let mut words = Vec::new();
     let field = "process.command";
@@ -165,7 +181,23 @@ fn read_process(node: Node, scope: &Scope, problems: &mut Problems) -> Option<Pr
     }
 
     let limits = limits.and_then(|limits| limits::read(limits, "process.limits", problems)).unwrap_or_default();
-    Some((words, variables, limits))
+    let isolation = isolation.and_then(|isolation| read_isolation(isolation, problems));
+    Some(Process { command: words, env: variables, limits, isolation })
+}
+
+fn read_isolation(node: Node, problems: &mut Problems) -> Option<Isolation> {
+    let field = "process.isolation";
+    let (line, text) = problems.text(node, field)?;
+    match text.as_str() {
+        "uid" => Some(Isolation::Uid),
+        "userns" => Some(Isolation::Userns),
+        "landlock" => Some(Isolation::Landlock),
+        "none" => Some(Isolation::None),
+        _ => {
+            problems.at(line, field, format!("must be uid, userns, landlock or none, not {text:?}"));
+            None
+        }
+    }
 }
 
 fn read_readiness(node: Node, ports: &[PortSpec], problems: &mut Problems) -> Option<Readiness> {
@@ -277,6 +309,7 @@ process:
   command: ["example-web", "--listen", "0.0.0.0:{{ ports.http }}", 8080]
   env: { FLAG: "{{ flags.main }}", MOTD: "{{ additional['motd'] | default('hello') }}" }
   limits: { memory: 256MiB, processes: 64, cpu_quota: 50%, disk: 1GiB, cpu: 60s, open_files: 256, output: 1MiB }
+  isolation: userns
 ports:
   http: tcp
 ready:
@@ -306,7 +339,7 @@ connection_info: "http://{{ host }}:{{ ports.http }}"
             open_files: Some(256),
             output: Some(1 << 20),
         };
-        assert_eq!(document.limits, limits);
+        assert_eq!((document.limits, document.isolation), (limits, Some(Isolation::Userns)));
         let probe = Probe::Http { port: "http".into(), path: "/".into(), status: 200 };
         let (interval, timeout) = (Duration::from_millis(100), Duration::from_secs(10));
         assert_eq!(document.readiness, Readiness { probe, interval, timeout });
@@ -317,6 +350,7 @@ connection_info: "http://{{ host }}:{{ ports.http }}"
         let least = "version: 1\nprovisioner: process\nprocess: {command: [a]}\nready: {output: {contains: up}}\nconnection_info: here\n";
         let document = Document::parse(least).unwrap();
         assert!(document.flags.is_empty() && document.ports.is_empty() && document.env.is_empty());
+        assert_eq!(document.isolation, None);
         assert_eq!(document.readiness.timeout, Duration::from_secs(30));
     }
 

@@ -49,6 +49,7 @@ pub(crate) fn render(document: &Document, prepared: &PreparedScenario, placement
             env: document.env.iter().map(variable).collect::<Result<_, String>>()?,
             readiness: document.readiness.clone(),
             limits: document.limits.clone(),
+            isolation: document.isolation,
             connection_info: text(&document.connection_info)?,
             flags: flags.iter().map(|(_, flag)| flag.clone()).collect(),
         })

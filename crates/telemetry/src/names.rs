@@ -172,7 +172,8 @@ spans! {
         &["provisioner", "challenge.id", "instance.identity", "lock.token", "outcome", "error.type"],
         "An instance stopped and removed, with a child span for each step.";
     PROVISION_ALLOCATE = "provision.allocate", Internal, PROVISION_STEP, "Step: ports and directory are allocated.";
-    PROVISION_START = "provision.start", Internal, PROVISION_STEP, "Step: the supervisor and the program are started.";
+    PROVISION_START = "provision.start", Internal, &["provisioner", "instance.identity", "instance.isolation", "error.type"],
+        "Step: the supervisor and the program are started.";
     PROVISION_READY = "provision.ready", Internal, PROVISION_STEP, "Step: the readiness probe is polled until it succeeds.";
     PROVISION_STOP = "provision.stop", Internal,
         &["provisioner", "instance.identity", "instance.end", "instance.exceeded", "error.type"], "Step: the program and all its processes are stopped.";

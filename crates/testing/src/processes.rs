@@ -50,8 +50,8 @@ pub struct InstanceProcess {
     pub supervisor: bool,
 }
 
-/// The processes of all instances below the process provisioner's `instances` directory. An instance's process has its directory in its
-/// environment; a supervisor works in it.
+/// The processes of all instances below the process provisioner's `instances` directory. A supervisor works in the instance's directory. All that
+/// descends from it belongs to the instance, and every process with that directory in its environment.
 pub fn of_instances(dir: &Path) -> Vec<InstanceProcess> {
     // The provisioner uses the path without symbolic links, too.
     let Ok(dir) = dir.canonicalize() else { return Vec::new() };
@@ -62,20 +62,35 @@ pub fn of_instances(dir: &Path) -> Vec<InstanceProcess> {
     };
     let directory =
         |process: &Path| identity(fs::read_link(process.join("cwd")).ok()?.strip_prefix(&dir).ok()?.to_str()?);
-    let mut found = Vec::new();
+    let (mut found, mut others) = (Vec::new(), Vec::new());
     for (pid, path) in all() {
         let read = |name: &str| fs::read(path.join(name)).unwrap_or_default();
         let arguments = read("cmdline");
         let supervisor = arguments.split(|byte| *byte == 0).any(|word| word == SUPERVISOR);
         let identity = if supervisor { directory(&path) } else { environment(&read("environ")) };
         let stat = read("stat");
-        let group = String::from_utf8_lossy(&stat)
-            .rsplit_once(") ")
-            .and_then(|(_, rest)| rest.split(' ').nth(2)?.parse().ok())
-            .unwrap_or(0);
-        found.extend(identity.map(|identity| InstanceProcess { pid, group, identity, supervisor }));
+        let stat = String::from_utf8_lossy(&stat);
+        let field =
+            |at| stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(at)?.parse().ok()).unwrap_or(0);
+        let (parent, group) = (field(1), field(2));
+        match identity {
+            Some(identity) => found.push(InstanceProcess { pid, group, identity, supervisor }),
+            None => others.push((pid, parent, group)),
+        }
     }
-    found
+    // Until no process has a parent that belongs to an instance.
+    loop {
+        let (descendants, rest): (Vec<_>, Vec<_>) =
+            others.into_iter().partition(|(_, parent, _)| found.iter().any(|process| process.pid == *parent));
+        if descendants.is_empty() {
+            return found;
+        }
+        for (pid, parent, group) in descendants {
+            let identity = found.iter().find(|process| process.pid == parent).map(|process| process.identity.clone());
+            found.extend(identity.map(|identity| InstanceProcess { pid, group, identity, supervisor: false }));
+        }
+        others = rest;
+    }
 }
 
 /// The identity in the name of an instance's directory.

@@ -158,10 +158,9 @@ impl Dev {
         if self.bare {
             return Ok(None);
         }
-        let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned()));
         let path = std::env::var_os("PATH").unwrap_or_default();
         let path: Vec<_> =
-            self.programs.clone().into_iter().chain(beside).chain(std::env::split_paths(&path)).collect();
+            self.programs.clone().into_iter().chain(beside()).chain(std::env::split_paths(&path)).collect();
         data_dir.write_examples(&path)
     }
 
@@ -283,10 +282,15 @@ impl Dev {
         // The players and the janitor of this command have no credentials.
         config.access.without_authentication();
         config.registries.oci_insecure = true;
-        config.instance_path.splice(0..0, self.programs.clone());
+        config.instance_path.splice(0..0, self.programs.clone().into_iter().chain(beside()));
         config.drain = DRAIN;
         Ok(config)
     }
+}
+
+/// The directory of this program, which the examples' programs are built into.
+fn beside() -> Option<PathBuf> {
+    std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned()))
 }
 
 /// Starts the export of telemetry once the file exists.

@@ -9,9 +9,13 @@
 mod group;
 mod hierarchy;
 
-use std::{fmt, io, path::Path, str::FromStr};
+use std::{fmt, io, os::unix::ffi::OsStrExt as _, path::Path, str::FromStr};
 
-use super::{procfs, record::ProcessId, stop::KILL_TIMEOUT};
+use super::{
+    Config, procfs,
+    record::{self, ProcessId},
+    stop::KILL_TIMEOUT,
+};
 
 pub(super) use group::{Group, Usage};
 
@@ -120,6 +124,31 @@ impl Groups {
         });
         Ok(abandoned.map(|name| self.parents.child(&name)).collect())
     }
+}
+
+/// Finds out which control groups can be created, and logs what limits instances. Blocks briefly.
+pub(super) fn detect(config: &Config, dir: &Path) -> Option<Groups> {
+    let detected = match config.cgroups {
+        true => Groups::detect(&record::hash(dir.as_os_str().as_bytes())),
+        false => Err("switched off".to_owned()),
+    };
+    let (groups, why) = match detected {
+        Ok((groups, why)) => (Some(groups), why),
+        Err(why) => {
+            tracing::info!(why, "instances have no control groups: they are found by their supervisors alone");
+            (None, Some(why))
+        }
+    };
+    let limits = groups.as_ref().map_or(LimitBackend::Rlimit, Groups::backend).name();
+    match why {
+        None => tracing::info!(limits, "memory, processes and CPU share of each instance are limited"),
+        Some(why) => tracing::warn!(
+            limits,
+            why,
+            "nothing limits the memory, the processes and the CPU share of a whole instance"
+        ),
+    }
+    groups
 }
 
 fn supervisor(name: &str) -> Option<ProcessId> {

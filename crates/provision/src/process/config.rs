@@ -8,8 +8,12 @@ use std::{
 };
 
 use gauntlet_domain::Limits;
+use gauntlet_sandbox::Level;
 
 use super::restart::Restart;
+
+/// systemd's allocation of user ids leaves those from 1879048192 to 2147352575 unused.
+const FIRST_UID: u32 = 1_900_000_000;
 
 /// Where and how instances run on this machine.
 #[derive(Debug, Clone)]
@@ -26,8 +30,18 @@ pub struct Config {
     /// The program of the supervisors, whose `main` must call [`run_if_requested`](super::supervisor::run_if_requested) first. `None` is
     /// `gauntlet-shim` in the directory of the running program, or else the running program itself.
     pub supervisor: Option<PathBuf>,
-    /// Where to look up programs that the scenario doesn't contain; also the `PATH` of instances.
+    /// Where to look up programs that the scenario doesn't contain; also the `PATH` of instances. Isolated instances see these directories, except
+    /// those that don't exist.
     pub path: Vec<PathBuf>,
+    /// The isolation of instances; the strongest that the machine allows if `None`.
+    pub isolation: Option<Level>,
+    /// The weakest isolation that instances may have, whatever their scenario asks for. `None` is what the machine and `isolation` allow.
+    pub require_isolation: Option<Level>,
+    /// The directory whose `usr` isolated instances see.
+    pub system: PathBuf,
+    /// The users of instances at level `uid`, outside. Nothing else on the machine should have them, and each directory of instances needs a
+    /// range of its own.
+    pub uids: RangeInclusive<u32>,
     /// The limits of instances whose scenario sets none; those left out are [`default_limits`](super::default_limits).
     pub defaults: Limits,
     /// The highest limits that a scenario may set; `None` is unlimited.
@@ -43,10 +57,9 @@ pub struct Config {
 }
 
 impl Config {
-    /// Instances listen on all addresses at ports 20000 to 29999, and players connect to `127.0.0.1`. The
-    /// grace period is two seconds. Programs are looked up beside the running one, then in the system's usual directories.
+    /// Instances listen on all addresses at ports 20000 to 29999, and players connect to `127.0.0.1`. The grace period is two seconds. Programs are
+    /// looked up in the system's usual directories. Instances are isolated as far as the machine allows.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
-        let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned()));
         let system = ["/usr/local/bin", "/usr/bin", "/bin"].map(PathBuf::from);
         Self {
             dir: dir.into(),
@@ -54,7 +67,11 @@ impl Config {
             bind: Ipv4Addr::UNSPECIFIED.into(),
             ports: 20_000..=29_999,
             supervisor: None,
-            path: beside.into_iter().chain(system).collect(),
+            path: system.to_vec(),
+            isolation: None,
+            require_isolation: None,
+            system: "/".into(),
+            uids: FIRST_UID..=FIRST_UID + 99_999,
             defaults: Limits::default(),
             maximums: Limits::default(),
             grace: Duration::from_secs(2),

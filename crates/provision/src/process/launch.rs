@@ -1,16 +1,43 @@
-//! Resolves a launch plan: looks up the program, and completes limits and environment.
+//! Resolves a launch plan: looks up the program, and completes limits, environment and what the instance sees.
 
 use std::{
+    collections::BTreeMap,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
-use gauntlet_domain::{Error, LaunchPlan, Limits, Result};
+use gauntlet_domain::{Error, LaunchPlan, Limits, Protocol, Result};
+use gauntlet_sandbox::{Bind, HostPaths, Level, ResourceLimits, Root, View};
 
-use super::{Config, LimitBackend, record::Launch};
+use super::{Config, LimitBackend, Process, record::Launch};
 
 /// The environment variable with the directory of the scenario's files.
 const FILES_VARIABLE: &str = "SCENARIO_DIR";
+
+/// Where an instance with a root of its own sees the scenario's files, and the configured directories of programs.
+const SCENARIO: &str = "/scenario";
+const PROGRAMS: &str = "/programs";
+/// Directories that are part of the instance's system.
+const SYSTEM: [&str; 3] = ["/usr", "/bin", "/sbin"];
+/// The bytes of disk for which an instance may have a file, and the least number of files.
+const BYTES_PER_INODE: u64 = 16 << 10;
+const MIN_INODES: u64 = 64;
+const HOSTNAME: &str = "gauntlet";
+/// What programs need of the machine's files, besides those of the scenario: for instances without a root of their own.
+const HOST_FILES: [&str; 12] = [
+    "/usr",
+    "/bin",
+    "/sbin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/libx32",
+    "/etc/ld.so.cache",
+    "/etc/alternatives",
+    "/etc/passwd",
+    "/etc/localtime",
+    "/proc",
+];
 
 /// Bytes of output that are kept if nobody says otherwise.
 const DEFAULT_OUTPUT: u64 = 1 << 20;
@@ -48,35 +75,52 @@ pub(super) fn complete_defaults(defaults: &mut Limits, backend: LimitBackend) {
     }
 }
 
-/// Returns everything that the supervisor needs to run the plan.
+/// Returns everything that the supervisor needs to run the plan. `work` is the working directory of an instance without a root of its own.
 ///
 /// # Errors
-/// [`Error::Provision`] if the program can't be found or a limit is above its maximum.
-pub(super) fn resolve(config: &Config, backend: LimitBackend, work: &Path, plan: LaunchPlan) -> Result<Launch> {
-    let LaunchPlan { files, command, env, readiness, limits, connection_info, flags, .. } = plan;
+/// [`Error::Provision`] if the program can't be found, a limit is above its maximum, or the isolation that the scenario asks for is refused.
+pub(super) fn resolve(
+    process: &Process,
+    work: &Path,
+    ports: &BTreeMap<String, u16>,
+    plan: LaunchPlan,
+) -> Result<Launch> {
+    let config = &process.config;
+    let level = process.isolation.choose(plan.isolation)?;
+    let LaunchPlan { files, command, env, readiness, limits, connection_info, flags, ports: specs, .. } = plan;
     let mut command = command.into_iter();
     let program = command.next().ok_or_else(|| refused("the scenario's command is empty".to_owned()))?;
     let limits = effective_limits(&limits, &config.defaults, &config.maximums)?;
-    // A process's address space is larger than its memory, so it is limited only where nothing else is.
-    let address_space = limits.memory.filter(|_| backend == LimitBackend::Rlimit);
-    let path = std::env::join_paths(&config.path)
+    let paths = if level.has_namespaces() {
+        Paths::inside(config, limits.disk, files)
+    } else {
+        let tcp = |name: &str| specs.iter().any(|spec| spec.name == name && spec.protocol == Protocol::Tcp);
+        let tcp_ports = ports.iter().filter(|(name, _)| tcp(name)).map(|(_, port)| *port).collect();
+        Paths::on_host(config, files, work, tcp_ports)
+    };
+    let search: Vec<_> = paths.search.iter().map(|place| place.seen.clone()).collect();
+    let path = std::env::join_paths(&search)
         .map_err(|error| refused(format!("the configured program path: {error}")))?
         .into_string()
         .map_err(|path| refused(format!("the configured program path {path:?} is not UTF-8")))?;
     let text = |path: &Path| path.to_string_lossy().into_owned();
-    let mut environment = std::collections::BTreeMap::from([
+    let mut environment = BTreeMap::from([
         ("PATH".to_owned(), path),
-        ("HOME".to_owned(), text(work)),
-        ("TMPDIR".to_owned(), text(work)),
-        (FILES_VARIABLE.to_owned(), text(&files)),
+        ("HOME".to_owned(), text(&paths.work)),
+        ("TMPDIR".to_owned(), text(&paths.temporary)),
+        (FILES_VARIABLE.to_owned(), text(&paths.files.seen)),
     ]);
     environment.extend(env);
     Ok(Launch {
-        program: find_program(&program, &files, &config.path)?,
+        isolation: level,
+        program: paths.find_program(&program)?,
         args: command.collect(),
         env: environment,
+        directory: paths.work,
+        view: paths.view,
+        resource_limits: resource_limits(level, process.limit_backend(), &limits),
+        uids: (*config.uids.start(), *config.uids.end()),
         output: limits.output.unwrap_or(DEFAULT_OUTPUT),
-        address_space,
         limits,
         grace: config.grace,
         readiness,
@@ -85,31 +129,118 @@ pub(super) fn resolve(config: &Config, backend: LimitBackend, work: &Path, plan:
     })
 }
 
-/// Looks up a program: an absolute path as it is, another path with a slash in the scenario's files, a name in the scenario's files and then in
-/// `path`.
-fn find_program(program: &str, files: &Path, path: &[PathBuf]) -> Result<PathBuf> {
-    let named = Path::new(program);
-    let mut candidates = vec![if named.is_absolute() { named.to_owned() } else { files.join(named) }];
-    if !program.contains('/') {
-        candidates.extend(path.iter().map(|dir| dir.join(named)));
+fn resource_limits(level: Level, backend: LimitBackend, limits: &Limits) -> ResourceLimits {
+    ResourceLimits {
+        open_files: limits.open_files,
+        cpu_seconds: limits.cpu_seconds,
+        // A process's address space is larger than its memory, so it is limited only where nothing else is.
+        address_space: limits.memory.filter(|_| backend == LimitBackend::Rlimit),
+        file_size: limits.disk,
+        // The kernel counts these per user, so they are limited only where the instance has a user of its own, and nothing else limits them.
+        processes: limits
+            .processes
+            .filter(|_| level.has_namespaces() && backend == LimitBackend::Rlimit)
+            .map(|processes| processes.saturating_add(level.own_threads())),
     }
-    let mut not_executable = None;
-    for candidate in candidates {
-        match std::fs::metadata(&candidate) {
-            Ok(meta) if meta.is_file() && meta.permissions().mode() & 0o111 != 0 => return Ok(candidate),
-            Ok(meta) if meta.is_file() => not_executable = not_executable.or(Some(candidate)),
-            _ => {}
+}
+
+/// A file or directory of this machine, and where the instance sees it.
+struct Place {
+    host: PathBuf,
+    seen: PathBuf,
+}
+
+/// What an instance sees, and where.
+struct Paths {
+    files: Place,
+    work: PathBuf,
+    temporary: PathBuf,
+    /// The directories to look up programs in.
+    search: Vec<Place>,
+    /// The root that absolute paths begin at.
+    system: PathBuf,
+    view: View,
+}
+
+impl Paths {
+    /// For an instance with a root of its own.
+    fn inside(config: &Config, disk: Option<u64>, files: PathBuf) -> Self {
+        let mut binds = vec![Bind { source: files.clone(), target: SCENARIO.into() }];
+        let mut search = Vec::new();
+        for (number, dir) in config.path.iter().enumerate() {
+            if SYSTEM.iter().any(|system| dir.starts_with(system)) {
+                let host = config.system.join(dir.strip_prefix("/").unwrap_or(dir));
+                search.push(Place { host, seen: dir.clone() });
+            } else if dir.is_dir() {
+                let seen = Path::new(PROGRAMS).join(number.to_string());
+                binds.push(Bind { source: dir.clone(), target: seen.clone() });
+                search.push(Place { host: dir.clone(), seen });
+            }
+        }
+        let root = Root {
+            system: config.system.clone(),
+            binds,
+            size: disk,
+            inodes: disk.map(|disk| (disk / BYTES_PER_INODE).max(MIN_INODES)),
+            hostname: HOSTNAME.to_owned(),
+        };
+        Self {
+            files: Place { host: files, seen: SCENARIO.into() },
+            work: "/work".into(),
+            temporary: "/tmp".into(),
+            search,
+            system: config.system.clone(),
+            view: View::Root(root),
         }
     }
-    Err(refused(match not_executable {
-        Some(found) => format!("command {program:?}: {} is not executable", found.display()),
-        None if named.is_absolute() => format!("command {program:?} not found"),
-        None if program.contains('/') => format!("command {program:?} not found in the scenario's files"),
-        None => {
-            let path: Vec<_> = path.iter().map(|dir| dir.display().to_string()).collect();
-            format!("command {program:?} not found in the scenario's files, nor in {}", path.join(", "))
+
+    /// For an instance on this machine's file system.
+    fn on_host(config: &Config, files: PathBuf, work: &Path, tcp_ports: Vec<u16>) -> Self {
+        let same = |path: &PathBuf| Place { host: path.clone(), seen: path.clone() };
+        let mut read: Vec<_> = HOST_FILES.iter().map(PathBuf::from).collect();
+        read.push(files.clone());
+        read.extend(config.path.iter().cloned());
+        Self {
+            files: same(&files),
+            work: work.to_owned(),
+            temporary: work.to_owned(),
+            search: config.path.iter().map(same).collect(),
+            system: "/".into(),
+            view: View::Host(HostPaths { read, write: vec![work.to_owned()], tcp_ports }),
         }
-    }))
+    }
+
+    /// Looks up a program: an absolute path as it is, another path with a slash in the scenario's files, a name in the scenario's files and then
+    /// in the directories of programs. Returns its path as the instance sees it.
+    fn find_program(&self, program: &str) -> Result<PathBuf> {
+        let named = Path::new(program);
+        let below = |place: &Place, name: &Path| (place.host.join(name), place.seen.join(name));
+        let mut candidates = vec![match (named.strip_prefix(&self.files.seen), named.strip_prefix("/")) {
+            (Ok(name), _) => below(&self.files, name),
+            (_, Ok(name)) => (self.system.join(name), named.to_owned()),
+            _ => below(&self.files, named),
+        }];
+        if !program.contains('/') {
+            candidates.extend(self.search.iter().map(|place| below(place, named)));
+        }
+        let mut not_executable = None;
+        for (host, seen) in candidates {
+            match std::fs::metadata(&host) {
+                Ok(meta) if meta.is_file() && meta.permissions().mode() & 0o111 != 0 => return Ok(seen),
+                Ok(meta) if meta.is_file() => not_executable = not_executable.or(Some(host)),
+                _ => {}
+            }
+        }
+        Err(refused(match not_executable {
+            Some(found) => format!("command {program:?}: {} is not executable", found.display()),
+            None if named.is_absolute() => format!("command {program:?} not found"),
+            None if program.contains('/') => format!("command {program:?} not found in the scenario's files"),
+            None => {
+                let searched: Vec<_> = self.search.iter().map(|place| place.host.display().to_string()).collect();
+                format!("command {program:?} not found in the scenario's files, nor in {}", searched.join(", "))
+            }
+        }))
+    }
 }
 
 /// The scenario's limits, or the defaults. Rejects a limit above its maximum instead of lowering it silently.
@@ -179,12 +310,25 @@ mod tests {
         put(path.join("only"), 0o755);
         put(files.join("bin/inner"), 0o755);
         put(files.join("text"), 0o644);
-        let path = [path];
-        assert_eq!(find_program("both", &files, &path).unwrap(), files.join("both"));
-        assert_eq!(find_program("only", &files, &path).unwrap(), dir.path().join("path/only"));
-        assert_eq!(find_program("bin/inner", &files, &path).unwrap(), files.join("bin/inner"));
-        assert!(find_program("text", &files, &path).unwrap_err().to_string().contains("is not executable"));
-        assert!(find_program("none", &files, &path).unwrap_err().to_string().contains("nor in"));
-        assert!(find_program("/none", &files, &path).unwrap_err().to_string().contains("\"/none\" not found"));
+        let mut config = Config::new(dir.path());
+        config.path = vec![path.clone(), "/usr/bin".into(), dir.path().join("missing")];
+        let on_host = Paths::on_host(&config, files.clone(), dir.path(), Vec::new());
+        let found = |name: &str| on_host.find_program(name).map_err(|error| error.to_string());
+        assert_eq!(found("both"), Ok(files.join("both")));
+        assert_eq!(found("only"), Ok(path.join("only")));
+        assert_eq!(found("bin/inner"), Ok(files.join("bin/inner")));
+        assert!(found("text").unwrap_err().contains("is not executable"));
+        assert!(found("none").unwrap_err().contains("nor in"));
+        assert!(found("/none").unwrap_err().contains("\"/none\" not found"));
+
+        let inside = Paths::inside(&config, Some(1 << 20), files);
+        let found = |name: &str| inside.find_program(name).map_err(|error| error.to_string());
+        assert_eq!(found("both"), Ok("/scenario/both".into()));
+        assert_eq!(found("/scenario/both"), Ok("/scenario/both".into()));
+        assert_eq!(found("only"), Ok("/programs/0/only".into()));
+        assert_eq!(found("sh"), Ok("/usr/bin/sh".into()));
+        let View::Root(root) = &inside.view else { panic!("no root") };
+        let targets: Vec<_> = root.binds.iter().map(|bind| bind.target.to_str().unwrap()).collect();
+        assert_eq!(targets, ["/scenario", "/programs/0"]);
     }
 }

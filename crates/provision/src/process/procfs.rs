@@ -115,6 +115,20 @@ pub(super) fn send_signal(process: impl AsFd, signal: Signal) -> io::Result<()> 
     }
 }
 
+/// Kills the process and waits until it has exited. Succeeds if it has exited already. Blocks.
+pub(super) fn kill(id: ProcessId, timeout: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + timeout;
+    let Some(process) = open_pidfd(id)? else { return Ok(()) };
+    send_signal(&process, Signal::KILL)?;
+    while is_running(id) {
+        if Instant::now() >= deadline {
+            return Err(io::Error::other(format!("process {} does not exit", id.pid)));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
 /// Reaps the process if it is a child of this one and has exited.
 pub(super) fn reap(id: ProcessId) {
     if let Some(pid) = Pid::from_raw(id.pid).filter(|_| stat(id.pid).is_some_and(|stat| stat.start == id.start)) {
@@ -149,7 +163,7 @@ pub(super) fn kill_marked(dir: &Path, state: &State, timeout: Duration) -> io::R
 
 fn belongs(stat: &Stat, marker: &[u8], state: &State) -> bool {
     let in_group = state.child.is_some_and(|child| {
-        stat.session == state.supervisor.pid && stat.group == child.pid && stat.start >= state.supervisor.start
+        stat.session == child.pid && stat.group == child.pid && stat.start >= state.supervisor.start
     });
     in_group
         || fs::read(format!("/proc/{}/environ", stat.pid))

@@ -12,6 +12,7 @@ use std::{
 };
 
 use gauntlet_domain::{ChallengeId, Identity, Limits, Probe, Readiness};
+use gauntlet_sandbox::{Level, ResourceLimits, View};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use sha2::{Digest as _, Sha256};
@@ -22,10 +23,10 @@ use super::{
 };
 
 /// The version of the [`Record`] format; a supervisor rejects any other.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
-/// The environment variable that marks every process of an instance with the instance's directory. A key alone is ambiguous if the machine has
-/// several directories of instances.
+/// The environment variable that marks every process of an instance without a PID namespace with the instance's directory. A key alone is
+/// ambiguous if the machine has several directories of instances.
 pub(super) const MARKER: &str = "GAUNTLET_INSTANCE";
 
 pub(super) const LABEL: &str = "label.json";
@@ -38,6 +39,9 @@ pub(super) const WORK: &str = "work";
 
 /// The directory of supervisor locks, beside the directory of instances.
 pub(super) const RUN: &str = "run";
+
+/// The directory of user ids, beside the directory of instances.
+pub(super) const UIDS: &str = "uids";
 
 /// The name of an instance's directory. A challenge's id may be any text, so the path contains only its hash.
 pub(super) fn key(challenge: &ChallengeId, identity: &Identity) -> String {
@@ -79,15 +83,19 @@ pub(super) struct Record {
 /// A completely resolved launch plan. An instance that runs from an equal one needs no restart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Launch {
+    /// How strongly the instance is isolated. Paths are as it sees them.
+    pub(super) isolation: Level,
+    pub(super) view: View,
+    pub(super) directory: PathBuf,
+    pub(super) resource_limits: ResourceLimits,
+    /// The first and the last user id that the instance may have.
+    pub(super) uids: (u32, u32),
     pub(super) program: PathBuf,
     pub(super) args: Vec<String>,
     pub(super) env: BTreeMap<String, String>,
     #[serde(with = "LimitsForm")]
     pub(super) limits: Limits,
     pub(super) output: u64,
-    /// Bytes of address space of each process.
-    #[serde(default)]
-    pub(super) address_space: Option<u64>,
     pub(super) grace: Duration,
     #[serde(with = "ReadinessForm")]
     pub(super) readiness: Readiness,
@@ -131,14 +139,22 @@ pub(super) struct State {
     pub(super) boot: String,
     #[serde(rename = "shim")]
     pub(super) supervisor: ProcessId,
-    /// The instance's first process, which leads its process group.
+    /// The instance's first process: process 1 of its sandbox, or the program.
     pub(super) child: Option<ProcessId>,
+    /// How strongly the instance is isolated.
+    #[serde(default = "no_isolation")]
+    pub(super) isolation: Level,
     /// The instance's control group, if it has one: all of its processes are in it.
     #[serde(default)]
     pub(super) group: Option<Group>,
     /// How many times in a row the instance had ended on its own soon after its start, before this start.
     pub(super) restarts: u32,
     pub(super) end: Option<End>,
+}
+
+/// The isolation of instances that an earlier release has started.
+fn no_isolation() -> Level {
+    Level::None
 }
 
 /// A process, distinguished from later ones with the same id by its start time.

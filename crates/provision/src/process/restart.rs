@@ -46,12 +46,15 @@ impl Restart {
 
 #[cfg(test)]
 mod tests {
+    use gauntlet_sandbox::Level;
+
     use super::{super::record::*, *};
 
     fn ended(restarts: u32, ran_for: u64, requested: bool) -> State {
         let end = End { requested, ran_for: Duration::from_secs(ran_for), ..End::default() };
         let supervisor = ProcessId { pid: 1, start: 1 };
-        State { boot: String::new(), supervisor, child: None, group: None, restarts, end: Some(end) }
+        let isolation = Level::None;
+        State { boot: String::new(), supervisor, child: None, isolation, group: None, restarts, end: Some(end) }
     }
 
     #[test]

@@ -13,6 +13,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use gauntlet_sandbox::Level;
+
 use super::{cgroup::Groups, handover::Sender, ports, ready::StartedSupervisor, supervisor};
 
 /// How long a supervisor that isn't needed may take to exit before it is killed.
@@ -23,18 +25,23 @@ const DISMISS_PAUSE: Duration = Duration::from_millis(1);
 #[derive(Debug, Clone)]
 pub(super) struct Standby {
     program: PathBuf,
+    level: Level,
     /// Where supervisors create their control groups.
     groups: Option<Groups>,
     waiting: Arc<Mutex<Option<Waiting>>>,
 }
 
 impl Standby {
-    pub(super) fn new(program: PathBuf, groups: Option<Groups>) -> Self {
-        Self { program, groups, waiting: Arc::default() }
+    /// Supervisors that wait can isolate an instance at `level`.
+    pub(super) fn new(program: PathBuf, level: Level, groups: Option<Groups>) -> Self {
+        Self { program, level, groups, waiting: Arc::default() }
     }
 
-    /// Returns the waiting supervisor, or starts one. Blocks.
-    pub(super) fn take(&self) -> io::Result<Waiting> {
+    /// Returns the waiting supervisor, or starts one; always for an instance at another level. Blocks.
+    pub(super) fn take(&self, level: Level) -> io::Result<Waiting> {
+        if level != self.level {
+            return Waiting::start(&self.program, level, self.groups.as_ref());
+        }
         let waiting = self.lock().take();
         if let Some(mut waiting) = waiting {
             if waiting.is_running() {
@@ -43,7 +50,7 @@ impl Standby {
             // It was killed.
             self.groups.as_ref().inspect(|groups| groups.remove_abandoned());
         }
-        Waiting::start(&self.program, self.groups.as_ref())
+        Waiting::start(&self.program, self.level, self.groups.as_ref())
     }
 
     /// Starts a supervisor if none waits. Blocks.
@@ -51,7 +58,7 @@ impl Standby {
         let mut waiting = self.lock();
         if waiting.is_none() {
             // On failure, the next launch starts its own and reports the error.
-            *waiting = Waiting::start(&self.program, self.groups.as_ref()).ok();
+            *waiting = Waiting::start(&self.program, self.level, self.groups.as_ref()).ok();
         }
     }
 
@@ -70,11 +77,11 @@ impl Standby {
 pub(super) struct Waiting(Option<(Child, Sender)>);
 
 impl Waiting {
-    fn start(program: &Path, groups: Option<&Groups>) -> io::Result<Self> {
+    fn start(program: &Path, level: Level, groups: Option<&Groups>) -> io::Result<Self> {
         let sender = Sender::new()?;
         let mut command = Command::new(program);
         command
-            .arg(supervisor::SUPERVISE)
+            .args([supervisor::SUPERVISE, level.name()])
             .args(groups.map(Groups::to_argument))
             .env_clear()
             .stdin(sender.stdin()?)

@@ -5,7 +5,7 @@ use tracing::{Instrument as _, Span};
 
 /// A span for one step, below the span of the operation.
 macro_rules! step_span {
-    ($name:literal, $instance:expr) => {
+    ($name:literal, $instance:expr $(, $field:literal = $value:expr)?) => {
         tracing::info_span!(
             $name,
             otel.kind = "internal",
@@ -15,6 +15,7 @@ macro_rules! step_span {
             instance.exceeded = tracing::field::Empty,
             otel.status_code = tracing::field::Empty,
             "error.type" = tracing::field::Empty,
+            $($field = $value,)?
         )
     };
 }

@@ -77,8 +77,14 @@ fn kill_leftovers(instance: &InstanceDir, state: &State) -> io::Result<()> {
     if state.end.as_ref().is_some_and(|end| end.complete) || state.boot != procfs::boot() {
         return Ok(());
     }
+    let contained = state.isolation.has_namespaces();
+    if contained && let Some(first) = state.child {
+        // Process 1: when it has exited, so has every process of its PID namespace.
+        procfs::kill(first, KILL_TIMEOUT)?;
+    }
     let found = match &state.group {
         Some(group) => group.kill(KILL_TIMEOUT)?,
+        None if contained => false,
         // The only search of all processes.
         None => procfs::kill_marked(&instance.dir, state, KILL_TIMEOUT)? > 0,
     };

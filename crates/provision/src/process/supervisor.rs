@@ -15,7 +15,7 @@ mod program;
 mod watch;
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs::File,
     io,
     os::{fd::OwnedFd, unix::net::UnixStream},
@@ -27,18 +27,24 @@ use std::{
     time::{Duration, Instant},
 };
 
+use gauntlet_domain::Limits;
+use gauntlet_sandbox::Level;
 use rustix::process::Signal;
 
-use self::{log::append_log, program::UnassignedProgram, watch::Watch};
+use self::{
+    log::append_log,
+    program::{InstancePorts, UnassignedProgram},
+    watch::Watch,
+};
 use super::{
     cgroup::{Group, Groups},
     exceeded, handover,
     output::Output,
     procfs,
-    record::{self, End, LockRole, ProcessId, RECORD, Record, STATE, State},
+    record::{self, End, Launch, LockRole, ProcessId, RECORD, Record, STATE, State},
 };
 
-/// The first argument of a supervisor; where to create its control group may follow. On standard input it receives the instance's directory, the
+/// The first argument of a supervisor; the level of isolation follows, and where to create its control group if it has one. On standard input it receives the instance's directory, the
 /// number of consecutive restarts, and with them the sockets that hold the instance's ports.
 pub(super) const SUPERVISE: &str = "__instance-shim";
 
@@ -51,16 +57,16 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Supervises an instance and never returns, if this process was started for that; otherwise returns at once. Call it first in `main`, before
 /// any thread is started.
 pub fn run_if_requested() {
+    gauntlet_sandbox::run_if_requested();
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     let result = match args.as_slice() {
-        [mode, groups @ ..] if mode == SUPERVISE => wait_for_instance(groups.first()),
-        [mode, supervisor] if mode == program::BECOME_PROGRAM => program::become_program(supervisor),
+        [mode, level, groups @ ..] if mode == SUPERVISE => wait_for_instance(level, groups.first()),
         _ => return,
     };
     match result {
         Ok(()) => std::process::exit(0),
         Err(error) => {
-            // A supervisor's standard error is discarded; the program's is kept as its output.
+            // A supervisor's standard error is discarded; its log has the error, too.
             eprintln!("gauntlet: {error}");
             std::process::exit(126);
         }
@@ -80,8 +86,9 @@ struct Prepared {
     group: Option<Group>,
 }
 
-fn wait_for_instance(groups: Option<&OsString>) -> io::Result<()> {
-    let prepared = prepare(groups);
+fn wait_for_instance(level: &OsStr, groups: Option<&OsString>) -> io::Result<()> {
+    let level = level.to_str().and_then(|level| level.parse().ok()).ok_or(io::ErrorKind::InvalidInput)?;
+    let prepared = prepare(level, groups);
     let Some((arguments, ports)) = handover::receive(io::stdin())? else {
         // The manager has ended, or doesn't need it.
         return prepared.map_or(Ok(()), |prepared| dismiss(prepared.program, prepared.group.as_ref()));
@@ -99,7 +106,7 @@ fn wait_for_instance(groups: Option<&OsString>) -> io::Result<()> {
 }
 
 /// Does everything that doesn't depend on the instance.
-fn prepare(groups: Option<&OsString>) -> io::Result<Prepared> {
+fn prepare(level: Level, groups: Option<&OsString>) -> io::Result<Prepared> {
     close_inherited()?;
     // Fails only for a process group leader, which is detached enough.
     let _ = rustix::process::setsid();
@@ -113,8 +120,8 @@ fn prepare(groups: Option<&OsString>) -> io::Result<Prepared> {
     let supervisor = procfs::identify(pid).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
     let groups = groups.map(|groups| Groups::from_argument(&groups.to_string_lossy())).transpose()?;
     let group = groups.map(|groups| groups.of(supervisor));
-    let program = UnassignedProgram::start(pid).and_then(|program| match &group {
-        Some(group) => group.create().and_then(|()| group.add(program.pid())).map(|()| program),
+    let program = UnassignedProgram::start(level).map_err(io::Error::from).and_then(|program| match &group {
+        Some(group) => group.create().and_then(|()| group.add(program.pid().as_raw_nonzero().get())).map(|()| program),
         None => Ok(program),
     });
     Ok(Prepared { pid, supervisor, boot: procfs::boot(), signals, stop, program, group })
@@ -134,29 +141,44 @@ fn supervise(prepared: Prepared, dir: &Path, restarts: u32, ports: Option<OwnedF
     let (Some(_lock), Some(record)) = (wait_for_lock(dir)?, record::read::<Record>(dir, RECORD)?) else {
         return dismiss(program, group.as_ref());
     };
+    let ports = InstancePorts::receive(ports)?;
+    if !ports.match_record(&record) {
+        // The supervisor of the other launch waits for the lock.
+        return dismiss(program, group.as_ref());
+    }
     // Lets an operator find the instance of a supervisor (`ls -l /proc/PID/cwd`).
     std::env::set_current_dir(dir)?;
     let started_at = Instant::now();
     let limited = program.and_then(|program| match &group {
-        Some(group) => group.limit(&record.launch.limits).map(|()| program),
+        Some(group) => {
+            let Launch { limits, isolation, .. } = &record.launch;
+            let processes = limits.processes.map(|processes| processes.saturating_add(isolation.own_threads()));
+            group.limit(&Limits { processes, ..limits.clone() }).map(|()| program)
+        }
         None => Ok(program),
     });
-    // The program loads while the state is written.
+    let isolation = record.launch.isolation;
+    let mut state = State { boot, supervisor, child: None, isolation, group: group.clone(), restarts, end: None };
+    // Recorded before anything of the instance runs: if this process is killed, a manager can kill the rest by its first process.
+    if let Ok(program) = &limited {
+        state.child = procfs::identify(program.pid().as_raw_nonzero().get());
+        record::write(dir, STATE, &state)?;
+    }
     let started = limited.and_then(|program| program.assign(dir, &record, ports));
-    let mut state = State { boot, supervisor, child: None, group: group.clone(), restarts, end: None };
     let mut end = match started {
         Err(error) => {
             group.map_or(Ok(false), |group| group.kill(KILL_TIMEOUT))?;
             End { reason: format!("could not be started: {error}"), complete: true, ..End::default() }
         }
-        Ok((child, pipe)) => {
-            state.child = procfs::identify(child.as_raw_nonzero().get());
-            record::write(dir, STATE, &state)?;
+        Ok((program, pipe)) => {
             let output = Output::create(dir, record.launch.output)?;
-            let mut watch = Watch::new(dir, child, pipe, output, group);
+            let mut watch = Watch::new(dir, program, pipe, output, group);
             let exit = watch.until_exit(&mut signals, &stop, record.launch.grace)?;
             let complete = watch.kill_descendants(pid, &mut signals)?;
-            End { reason: watch::describe(exit), complete, exit, usage: watch.usage(), ..End::default() }
+            if !stop.load(Ordering::Acquire) {
+                watch.drain();
+            }
+            End { reason: watch.reason(exit), complete, exit, usage: watch.usage(), ..End::default() }
         }
     };
     end.requested = stop.load(Ordering::Acquire);

@@ -229,4 +229,5 @@ macro_rules! contract {
 }
 
 contract!(process, super::Fixture::new());
+contract!(process_without_isolation, super::Fixture::on_host());
 contract!(process_without_cgroups, super::Fixture::without_cgroups());

@@ -38,7 +38,7 @@ async fn supervisors_and_programs_leave_no_zombie() {
 
 #[tokio::test]
 async fn instance_that_a_cancelled_launch_left_starting_is_started_again_if_it_exits() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::on_host();
     let manager = fixture.manager();
     let script =
         "[ -e started ] && exec $GREETER; echo yes > started; while [ ! -e exit ]; do sleep 0.01; done; exit 1";
@@ -60,7 +60,7 @@ async fn instance_that_a_cancelled_launch_left_starting_is_started_again_if_it_e
 
 #[tokio::test]
 async fn down_ends_every_descendant() {
-    for fixture in Fixture::with_and_without_cgroups() {
+    for fixture in Fixture::on_host_with_and_without_cgroups() {
         check_down_ends_every_descendant(fixture).await;
     }
 }
@@ -90,7 +90,7 @@ async fn check_down_ends_every_descendant(fixture: Fixture) {
 
 #[tokio::test]
 async fn program_that_exits_within_its_grace_period_is_not_killed() {
-    let mut fixture = Fixture::new();
+    let mut fixture = Fixture::on_host();
     // Longer than the timeouts that the manager adds to it: it must not give up earlier.
     fixture.config.grace = Duration::from_secs(60);
     let manager = fixture.manager();
@@ -116,7 +116,7 @@ async fn hanging_supervisor_is_killed() {
 
 #[tokio::test]
 async fn instance_that_ended_is_launched_again_in_its_directory() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::on_host();
     let manager = fixture.manager();
     let plan = fixture.script("echo again >> runs; exec $GREETER");
     let outputs = manager.launch(&launch(1, 1, &plan)).await.unwrap();

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 mod contract;
+mod hostile;
 mod isolation;
 mod lifecycle;
 mod limits;

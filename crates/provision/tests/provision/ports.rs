@@ -95,7 +95,7 @@ async fn port_in_use_is_not_reserved() {
 
 #[tokio::test]
 async fn port_taken_while_the_program_starts_is_replaced() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::on_host();
     let manager = fixture.manager();
     // On its first run, the program starts only once another socket is bound to its port.
     let script = "echo $PORT >> ports; while [ ! -e taken ]; do sleep 0.01; done; exec $GREETER";

@@ -11,7 +11,7 @@ use crate::support::{Fixture, LaunchExt as _, challenge, greeting_at, launch, pr
 
 #[tokio::test]
 async fn processes_of_a_killed_supervisor_are_killed() {
-    for fixture in Fixture::with_and_without_cgroups() {
+    for fixture in Fixture::on_host_with_and_without_cgroups() {
         check_processes_of_a_killed_supervisor_are_killed(fixture).await;
     }
 }
@@ -60,7 +60,7 @@ fn running(program: &Path) -> Vec<i32> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_supervisor_waits_for_the_next_instance_and_ends_with_its_manager() {
-    let mut fixture = Fixture::new();
+    let mut fixture = Fixture::on_host();
     let own = fixture.dir.path().canonicalize().unwrap().join("supervisor");
     std::fs::copy(fixture.config.supervisor.as_ref().unwrap(), &own).unwrap();
     fixture.config.supervisor = Some(own.clone());
@@ -93,7 +93,7 @@ async fn one_supervisor_waits_for_the_next_instance_and_ends_with_its_manager() 
 #[tokio::test]
 async fn control_group_finds_processes_without_the_environment() {
     // With a cleared environment and its own session, the process is found only by its control group.
-    let fixture = Fixture::new();
+    let fixture = Fixture::on_host();
     let manager = fixture.manager();
     fixture.program("linger", "echo $$ > $1; while :; do sleep 1; done");
     let script = "setsid env -i PATH=$PATH sh -c \"$SCENARIO_DIR/linger hidden & exit\" & exec $GREETER";

@@ -11,10 +11,10 @@ use std::{
 
 use async_trait::async_trait;
 use gauntlet_domain::{
-    ChallengeId, Error, Identity, LaunchPlan, LaunchRequest, Limits, Outputs, Placement, PortSpec, Probe, Protocol,
-    Provisioner, Readiness, Result,
+    ChallengeId, Error, Identity, Isolation, LaunchPlan, LaunchRequest, Limits, Outputs, Placement, PortSpec, Probe,
+    Protocol, Provisioner, Readiness, Result,
 };
-use gauntlet_provision::process::{Config, Process};
+use gauntlet_provision::process::{Config, Level, Process};
 use gauntlet_stack::ports::Row;
 use gauntlet_testing::{eventually_blocking, processes::is_running};
 use rustix::process::{Pid, Signal};
@@ -28,20 +28,22 @@ pub(crate) struct Script {
     pub(crate) probe: Probe,
     pub(crate) timeout: Duration,
     pub(crate) limits: Limits,
+    pub(crate) isolation: Option<Isolation>,
     pub(crate) ports: Vec<PortSpec>,
     pub(crate) greeting: String,
 }
 
 impl Script {
-    /// Creates a shell script; `$GREETER` is the path of the greeter.
+    /// Creates a shell script; `$GREETER` is the name of the greeter.
     pub(crate) fn shell(files: &Path, script: &str) -> Self {
         Self {
             files: files.to_owned(),
             command: ["sh", "-c", script].map(str::to_owned).to_vec(),
-            env: BTreeMap::from([("GREETER".to_owned(), greeter().display().to_string())]),
+            env: BTreeMap::from([("GREETER".to_owned(), "greeter".to_owned())]),
             probe: Probe::Tcp { port: "main".to_owned() },
             timeout: Duration::from_secs(20),
             limits: Limits::default(),
+            isolation: None,
             ports: vec![PortSpec { name: "main".to_owned(), protocol: Protocol::Tcp }],
             greeting: "hello".to_owned(),
         }
@@ -74,6 +76,7 @@ impl Script {
                 timeout: self.timeout,
             },
             limits: self.limits.clone(),
+            isolation: self.isolation,
             connection_info: format!("{}:{port}", placement.host),
             flags: vec![format!("FLAG{{{}}}", self.greeting)],
         }
@@ -183,8 +186,16 @@ impl Fixture {
         config.bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
         config.ports = ports.numbers();
         config.grace = Duration::from_millis(300);
+        config.path.insert(0, greeter().parent().unwrap().to_owned());
         std::fs::create_dir(dir.path().join("files")).unwrap();
         Self { dir, config, _ports: ports }
+    }
+
+    /// Without isolation: for tests that look at the instance's files and processes as the machine sees them.
+    pub(crate) fn on_host() -> Self {
+        let mut fixture = Self::new();
+        fixture.config.isolation = Some(Level::None);
+        fixture
     }
 
     /// Without control groups, as on a machine where none can be created.
@@ -192,6 +203,14 @@ impl Fixture {
         let mut fixture = Self::new();
         fixture.config.cgroups = false;
         fixture
+    }
+
+    /// As [`Fixture::with_and_without_cgroups`], without isolation.
+    pub(crate) fn on_host_with_and_without_cgroups() -> [Self; 2] {
+        Self::with_and_without_cgroups().map(|mut fixture| {
+            fixture.config.isolation = Some(Level::None);
+            fixture
+        })
     }
 
     /// One with control groups (where they can be created) and one without.
@@ -253,7 +272,7 @@ impl Fixture {
 
     /// Returns the content of a file in the instance's working directory; empty if it doesn't exist.
     pub(crate) fn file(&self, dir: &Path, name: &str) -> String {
-        std::fs::read_to_string(dir.join("work").join(name)).unwrap_or_default().trim().to_owned()
+        std::fs::read_to_string(work(dir).join(name)).unwrap_or_default().trim().to_owned()
     }
 }
 
@@ -279,6 +298,16 @@ fn recorded(dir: &Path) -> Option<(i32, i32)> {
     let state = state(dir)?;
     let pid = |name: &str| state[name]["pid"].as_i64().map(|pid| pid as i32);
     Some((pid("shim")?, pid("child")?))
+}
+
+/// The working directory of an instance: if it has a root of its own, through that of its first process.
+pub(crate) fn work(dir: &Path) -> PathBuf {
+    match state(dir) {
+        Some(state) if ["uid", "userns"].iter().any(|level| state["isolation"] == *level) => {
+            format!("/proc/{}/root/work", state["child"]["pid"]).into()
+        }
+        _ => dir.join("work"),
+    }
 }
 
 /// What the supervisor has recorded about the run.

@@ -1,133 +1,169 @@
-//! The process that becomes the instance's program. It is started before the instance is known, then limits itself and calls exec.
-//!
-//! A process of its own, because it must set its parent death signal itself, and without unsafe code nothing runs between fork and exec.
+//! The process that becomes the instance's program, or process 1 of its sandbox. It is started before the instance is known.
 
 use std::{
-    ffi::OsStr,
-    io::{self, PipeReader},
-    os::{fd::OwnedFd, unix::process::CommandExt as _},
+    collections::BTreeSet,
+    fs::File,
+    io::{self, PipeReader, PipeWriter, Read as _},
+    os::fd::OwnedFd,
     path::Path,
-    process::{Command, Stdio},
+    sync::Arc,
 };
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions};
+use gauntlet_sandbox::{
+    Failure, Level, Running, Spec, Stage,
+    forward::{Limits, Protocol, Published, Setup},
+};
+use rustix::{
+    net::{SocketType, sockopt},
+    process::{Pid, Signal},
+};
 
 use crate::process::{
-    handover::{self, Sender},
     ports::HeldPorts,
-    record::{self, Launch, MARKER, RECORD, Record, WORK},
+    record::{self, MARKER, Record, UIDS},
+    uids,
 };
 
-/// The first argument of this process; the supervisor's process id follows. On standard input it receives the instance's directory, and the
-/// sockets that hold the instance's ports.
-pub(super) const BECOME_PROGRAM: &str = "__instance-exec";
-
-/// CPU seconds between SIGXCPU, which ends a program that doesn't handle it, and SIGKILL.
-const CPU_GRACE: u64 = 2;
-/// Bytes of locked memory, and of message queues: memory of the kernel that other limits don't count.
-const KERNEL_BYTES: u64 = 64 << 10;
-
 /// A process that becomes the program of the instance that it is assigned.
-pub(super) struct UnassignedProgram {
-    child: Pid,
-    output: PipeReader,
-    sender: Sender,
+pub(super) struct UnassignedProgram(Stage);
+
+/// The sockets that hold the instance's ports.
+pub(super) struct InstancePorts(Vec<Published>);
+
+impl InstancePorts {
+    /// `held` is the descriptor that the manager passed.
+    pub(super) fn receive(held: Option<OwnedFd>) -> io::Result<Self> {
+        let publish = |outer: OwnedFd| -> io::Result<Published> {
+            let address = std::net::SocketAddr::try_from(rustix::net::getsockname(&outer)?)?;
+            let is_stream = sockopt::socket_type(&outer)? == SocketType::STREAM;
+            let protocol = if is_stream { Protocol::Tcp } else { Protocol::Udp };
+            Ok(Published { outer, inner: address.port(), protocol })
+        };
+        let sockets = held.as_ref().map(HeldPorts::receive).unwrap_or_default();
+        Ok(Self(sockets.into_iter().map(publish).collect::<io::Result<_>>()?))
+    }
+
+    /// Whether these are the ports of the record. They are not if another launch has replaced the one that started this supervisor.
+    pub(super) fn match_record(&self, record: &Record) -> bool {
+        let held: BTreeSet<u16> = self.0.iter().map(|port| port.inner).collect();
+        held == record.ports.values().copied().collect()
+    }
+}
+
+/// The instance's program.
+pub(super) struct Program {
+    running: Running,
+    level: Level,
+    /// Closing it ends the forwarder of ports.
+    forwarding: Option<PipeWriter>,
 }
 
 impl UnassignedProgram {
-    pub(super) fn start(supervisor: i32) -> io::Result<Self> {
-        let sender = Sender::new()?;
-        let (output, writer) = io::pipe()?;
-        rustix::io::ioctl_fionbio(&output, true)?;
-        let child = Command::new("/proc/self/exe")
-            .arg(BECOME_PROGRAM)
-            .arg(supervisor.to_string())
-            .env_clear()
-            .stdin(sender.stdin()?)
-            .stdout(writer.try_clone()?)
-            .stderr(writer)
-            .process_group(0)
-            .spawn()?;
-        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-        Ok(Self { child: pid.ok_or_else(|| io::Error::other("no process id"))?, output, sender })
+    pub(super) fn start(level: Level) -> Result<Self, Failure> {
+        Stage::start(level).map(Self)
     }
 
-    pub(super) fn pid(&self) -> i32 {
-        self.child.as_raw_nonzero().get()
+    /// The process. It is the instance's first process: once it has been reaped, no process of its PID namespace is left.
+    pub(super) fn pid(&self) -> Pid {
+        self.0.pid()
     }
 
-    /// Lets it become the program. Returns its process id and its output.
+    /// Lets it become the program. Returns it with its output.
     ///
     /// # Errors
-    /// If a manager of another release wrote the record, or sending fails.
-    pub(super) fn assign(self, dir: &Path, record: &Record, ports: Option<OwnedFd>) -> io::Result<(Pid, PipeReader)> {
-        if record.version != record::VERSION {
+    /// If the manager is of another release, or a step of the start fails.
+    pub(super) fn assign(self, dir: &Path, record: &Record, ports: InstancePorts) -> io::Result<(Program, PipeReader)> {
+        let level = self.0.level();
+        let launch = &record.launch;
+        if record.version != record::VERSION || launch.isolation != level {
             self.dismiss();
             return Err(io::Error::other("the manager and its supervisor are of different releases"));
         }
-        self.sender.send(&[dir.as_os_str()], ports)?;
-        Ok((self.child, self.output))
+        let mut env = launch.env.clone();
+        if !level.has_namespaces() {
+            env.insert(MARKER.to_owned(), dir.to_string_lossy().into_owned());
+        }
+        let (uid, lock) = if level == Level::Uid { take_uid(dir, launch.uids)? } else { (0, None) };
+        let spec = Spec {
+            program: Some(launch.program.clone()),
+            args: launch.args.clone(),
+            env,
+            directory: launch.directory.clone(),
+            limits: launch.resource_limits,
+            view: launch.view.clone(),
+            uid,
+        };
+        let InstancePorts(ports) = ports;
+        let (forward, forwarding, hold) = if level.has_namespaces() {
+            let (setup, stop) = forward_ports(ports)?;
+            (Some(setup), Some(stop), lock.into_iter().map(OwnedFd::from).collect())
+        } else {
+            // Held until the program starts, and binds them itself.
+            (None, None, ports.into_iter().map(|port| port.outer).collect())
+        };
+        let (running, output) = self.0.run(&spec, hold, forward)?;
+        Ok((Program { running, level, forwarding }, output))
     }
 
     /// Ends it without an instance, and reaps it.
     pub(super) fn dismiss(self) {
-        drop(self.sender);
-        let _ = rustix::process::waitpid(Some(self.child), WaitOptions::empty());
+        self.0.dismiss();
     }
 }
 
-/// Waits for the instance, limits this process and calls exec. Returns only if that fails, or if there is no instance.
-pub(super) fn become_program(supervisor: &OsStr) -> io::Result<()> {
-    // Without its supervisor, nothing would end the whole instance, so the program ends too.
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-    let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().to_string());
-    if parent.as_deref().map(OsStr::new) != Some(supervisor) {
-        return Err(io::Error::other("the supervisor has exited"));
+impl Program {
+    pub(super) fn pid(&self) -> Pid {
+        self.running.pid()
     }
-    rustix::thread::set_no_new_privs(true)?;
-    let Some((arguments, ports)) = handover::receive(io::stdin())? else { return Ok(()) };
-    // Closed by exec: the ports are held until the program starts.
-    let _held = ports.as_ref().map(HeldPorts::receive);
-    let dir = arguments.first().map(Path::new).ok_or(io::ErrorKind::InvalidInput)?;
-    let Record { launch, .. } =
-        record::read::<Record>(dir, RECORD)?.ok_or_else(|| io::Error::other("its record was removed"))?;
-    limit_process(&launch)?;
-    let error = Command::new(&launch.program)
-        .args(&launch.args)
-        .env_clear()
-        .envs(&launch.env)
-        .env(MARKER, dir)
-        .current_dir(dir.join(WORK))
-        .stdin(Stdio::null())
-        .exec();
-    Err(io::Error::new(error.kind(), format!("{}: {error}", launch.program.display())))
+
+    /// Sends SIGTERM: in a sandbox, to all of its processes, otherwise to the program's process group.
+    pub(super) fn terminate(&mut self) {
+        if self.level.has_namespaces() {
+            let _ = self.running.terminate();
+        } else {
+            let _ = rustix::process::kill_process_group(self.pid(), Signal::TERM);
+        }
+    }
+
+    /// How the program ended, if process 1 of its sandbox has told; call it once that process was reaped.
+    pub(super) fn exit(&mut self) -> Option<gauntlet_sandbox::Exit> {
+        if self.level.has_namespaces() { self.running.exit() } else { None }
+    }
+
+    /// Becomes readable when the forwarder of ports has ended.
+    pub(super) fn forwarder(&mut self) -> Option<&mut PipeReader> {
+        self.running.forwarder()
+    }
+
+    /// The error that ended the forwarder of ports, if there was one. Blocks until it has ended.
+    pub(super) fn forwarder_error(&mut self) -> Option<String> {
+        let mut text = String::new();
+        self.running.forwarder()?.read_to_string(&mut text).ok()?;
+        Some(text).filter(|text| !text.is_empty())
+    }
+
+    /// Lets the forwarder of ports deliver what the program sent to clients that read it, and waits for that. Blocks for a second at most.
+    pub(super) fn drain(&mut self) {
+        self.forwarding = None;
+        let _ = self.forwarder_error();
+    }
 }
 
-/// Limits this process, and each of those that it starts.
-fn limit_process(launch: &Launch) -> io::Result<()> {
-    let limits = &launch.limits;
-    for (resource, soft, grace) in [
-        // At 0, a handler of core dumps (`|` in core_pattern) would run, outside of the instance: at 1 it doesn't. core(5)
-        (Resource::Core, Some(1), 0),
-        (Resource::Nofile, limits.open_files, 0),
-        (Resource::Cpu, limits.cpu_seconds, CPU_GRACE),
-        (Resource::As, launch.address_space, 0),
-        (Resource::Fsize, limits.disk, 0),
-        (Resource::Memlock, Some(KERNEL_BYTES), 0),
-        (Resource::Msgqueue, Some(KERNEL_BYTES), 0),
-        (Resource::Nice, Some(0), 0),
-        (Resource::Rtprio, Some(0), 0),
-    ] {
-        limit(resource, soft, grace)?;
-    }
-    Ok(())
+fn take_uid(dir: &Path, (first, last): (u32, u32)) -> io::Result<(u32, Option<File>)> {
+    let top = dir.parent().and_then(Path::parent).ok_or(io::ErrorKind::NotFound)?;
+    let key = dir.file_name().and_then(|key| key.to_str()).unwrap_or_default();
+    uids::take(&top.join(UIDS), first..=last, key).map(|(uid, lock)| (uid, Some(lock)))
 }
 
-/// Sets the soft limit to `soft` and the hard limit to `soft + grace`, as far as this process's own hard limit allows.
-fn limit(resource: Resource, soft: Option<u64>, grace: u64) -> io::Result<()> {
-    let Some(soft) = soft else { return Ok(()) };
-    let own_maximum = rustix::process::getrlimit(resource).maximum;
-    let allowed = |value: u64| Some(own_maximum.map_or(value, |maximum| maximum.min(value)));
-    let (current, maximum) = (allowed(soft), allowed(soft.saturating_add(grace)));
-    Ok(rustix::process::setrlimit(resource, Rlimit { current, maximum })?)
+/// Forwards to the same ports of the sandbox.
+fn forward_ports(ports: Vec<Published>) -> io::Result<(Setup, PipeWriter)> {
+    let (stopped, stop) = io::pipe()?;
+    let setup = Setup {
+        ports,
+        limits: Limits::default(),
+        client_addresses: true,
+        counters: Arc::default(),
+        stop: stopped.into(),
+    };
+    Ok((setup, stop))
 }

@@ -9,12 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use gauntlet_sandbox as sandbox;
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     process::{Pid, Signal, WaitOptions},
 };
 
-use super::log::append_log;
+use super::{log::append_log, program::Program};
 use crate::process::{
     cgroup::{Group, Usage},
     output::Output,
@@ -30,20 +31,23 @@ const KILL_PAUSE: Duration = Duration::from_millis(10);
 /// The running instance.
 pub(super) struct Watch<'a> {
     dir: &'a Path,
-    child: Pid,
+    program: Program,
     /// The program's output, until every process has closed it.
     pipe: Option<PipeReader>,
     output: Output,
     group: Option<Group>,
     /// The last write of output failed, which has been logged.
     output_failed: bool,
+    /// Why the instance was stopped, if its ports could not be forwarded.
+    failure: Option<String>,
     /// What the group's processes had used before the group was removed.
     usage: Usage,
 }
 
 impl<'a> Watch<'a> {
-    pub(super) fn new(dir: &'a Path, child: Pid, pipe: PipeReader, output: Output, group: Option<Group>) -> Self {
-        Self { dir, child, pipe: Some(pipe), output, group, output_failed: false, usage: Usage::default() }
+    pub(super) fn new(dir: &'a Path, program: Program, pipe: PipeReader, output: Output, group: Option<Group>) -> Self {
+        let (output_failed, failure, usage) = (false, None, Usage::default());
+        Self { dir, program, pipe: Some(pipe), output, group, output_failed, failure, usage }
     }
 
     /// Keeps output until the program exits, or until its grace period after a stop request is over. Returns how the program exited, if it did.
@@ -61,9 +65,14 @@ impl<'a> Watch<'a> {
             if let (Some(exit), _) = self.reap() {
                 return Ok(Some(exit));
             }
+            if self.forwarder_has_ended() {
+                let error = self.program.forwarder_error().unwrap_or_default();
+                self.failure = Some(format!("was stopped, because its ports could not be forwarded: {error}"));
+                return Ok(None);
+            }
             if stop.load(Ordering::Acquire) && deadline.is_none() {
                 deadline = Some(Instant::now() + grace);
-                let _ = rustix::process::kill_process_group(self.child, Signal::TERM);
+                self.program.terminate();
             }
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(None);
@@ -72,7 +81,7 @@ impl<'a> Watch<'a> {
     }
 
     /// Waits for a signal or output, at most for `timeout`.
-    fn wait(&self, signals: &mut UnixStream, timeout: Option<Duration>) -> io::Result<()> {
+    fn wait(&mut self, signals: &mut UnixStream, timeout: Option<Duration>) -> io::Result<()> {
         let timeout = timeout.map(|left| Timespec {
             tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: left.subsec_nanos().into(),
@@ -80,6 +89,7 @@ impl<'a> Watch<'a> {
         let polled = {
             let mut fds = vec![PollFd::new(&*signals, PollFlags::IN)];
             fds.extend(self.pipe.iter().map(|pipe| PollFd::new(pipe, PollFlags::IN)));
+            fds.extend(self.program.forwarder().map(|forwarder| PollFd::new(&*forwarder, PollFlags::IN)));
             rustix::event::poll(&mut fds, timeout.as_ref())
         };
         let mut drain = [0; 64];
@@ -88,6 +98,18 @@ impl<'a> Watch<'a> {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn forwarder_has_ended(&mut self) -> bool {
+        let Some(forwarder) = self.program.forwarder() else { return false };
+        let mut fds = [PollFd::new(forwarder, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Passes on what the program sent before it ended. Blocks for a second at most.
+    pub(super) fn drain(&mut self) {
+        self.program.drain();
     }
 
     /// Copies the output that is available, at most what a pipe holds, so that a flood of output doesn't delay signals.
@@ -115,18 +137,27 @@ impl<'a> Watch<'a> {
     }
 
     /// Reaps every child that has exited. Returns how the program exited, if it was one of them, and whether a child is left.
-    fn reap(&self) -> (Option<Exit>, bool) {
+    fn reap(&mut self) -> (Option<Exit>, bool) {
         let mut exit = None;
         loop {
             match rustix::process::wait(WaitOptions::NOHANG) {
-                Ok(Some((pid, status))) if pid == self.child => {
-                    exit = Some(exit_of(ExitStatus::from_raw(status.as_raw())));
+                Ok(Some((pid, status))) if pid == self.program.pid() => {
+                    exit = Some(match self.program.exit() {
+                        Some(sandbox::Exit::Code(code)) => Exit::Code(code),
+                        Some(sandbox::Exit::Signal(signal)) => Exit::Signal(signal),
+                        None => exit_of(ExitStatus::from_raw(status.as_raw())),
+                    });
                 }
                 Ok(Some(_)) | Err(rustix::io::Errno::INTR) => {}
                 Ok(None) => return (exit, true),
                 Err(_) => return (exit, false),
             }
         }
+    }
+
+    /// How the instance ended, for the operator.
+    pub(super) fn reason(&self, exit: Option<Exit>) -> String {
+        self.failure.clone().unwrap_or_else(|| describe(exit))
     }
 
     /// What the instance used; known once its descendants were killed.
@@ -173,7 +204,7 @@ fn exit_of(status: ExitStatus) -> Exit {
 }
 
 /// How a program ended, for the operator.
-pub(super) fn describe(exit: Option<Exit>) -> String {
+fn describe(exit: Option<Exit>) -> String {
     match exit {
         None => "was stopped and did not exit in time".to_owned(),
         Some(Exit::Code(code)) => format!("ended with exit status {code}"),
