@@ -2,9 +2,13 @@
 //! tests with the inputs kept in `corpora/`.
 #![allow(clippy::expect_used, clippy::panic, reason = "a failed property must end the fuzzer")]
 
-use std::{path::PathBuf, str, sync::LazyLock};
+use std::{
+    path::PathBuf,
+    str,
+    sync::{Arc, LazyLock},
+};
 
-use gauntlet_access::{SubjectFile, Token, TokenFile};
+use gauntlet_access::{JwtPolicy, JwtVerifier, Keys, SubjectFile, Token, TokenFile};
 use gauntlet_api::{
     json,
     v1::{
@@ -12,6 +16,7 @@ use gauntlet_api::{
         instance::{CreateInstanceRequest, RenewInstanceRequest},
     },
 };
+use jiff::Timestamp;
 use secrecy::ExposeSecret as _;
 use serde_json::json;
 
@@ -19,9 +24,10 @@ use serde_json::json;
 pub type Target = fn(&[u8]);
 
 /// Every target by name. Its corpus is the directory of this name.
-pub const TARGETS: [(&str, Target); 9] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("archive", archive),
     ("body", body),
+    ("jwt", jwt),
     ("manifest", gauntlet_scenario::fuzzing::manifest),
     ("mask", mask),
     ("reference", reference),
@@ -80,6 +86,26 @@ fn scenario(bytes: &[u8]) {
 fn template(bytes: &[u8]) {
     let Ok(text) = str::from_utf8(bytes) else { return };
     gauntlet_scenario::fuzzing::template(text);
+}
+
+/// JWTs, of which none has the issuer's signature, and key sets of an issuer.
+fn jwt(bytes: &[u8]) {
+    const KEYS: &str = r#"{"keys":[{"kty":"OKP","crv":"Ed25519","alg":"EdDSA","use":"sig","kid":"a","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}"#;
+    static VERIFIER: LazyLock<JwtVerifier> = LazyLock::new(|| {
+        let policy = JwtPolicy {
+            issuer: "https://issuer.example".to_owned(),
+            audience: "gauntlet".to_owned(),
+            scope_claim: "scope".to_owned(),
+            challenges_claim: "challenges".to_owned(),
+        };
+        JwtVerifier::new(Arc::new(policy), Keys::parse(KEYS).expect("valid keys"))
+    });
+    let Ok(text) = str::from_utf8(bytes) else { return };
+    assert!(
+        VERIFIER.authenticate(text, Timestamp::UNIX_EPOCH).is_err(),
+        "a JWT without the issuer's signature is accepted"
+    );
+    let _ = Keys::parse(text);
 }
 
 /// Tokens, and the files that list tokens and certificates.

@@ -19,7 +19,7 @@ use crate::sbom::PACKAGES;
     after_help = "Clones HEAD into two directories of different length, builds the release binaries in each with --locked and with the \
                   directories removed from what the compiler records, and compares their SHA-256. The binaries and SHA256SUMS are in \
                   target/reproducible. The same commit, compiler and C compiler give the same sums on another machine.\n\n\
-                  Takes twice as long as a release build. --package gauntlet-janitor is the shortest."
+                  Takes twice as long as a release build. --package gauntlet-provision is the shortest."
 )]
 pub(crate) struct Reproducible {
     /// Package to build; may be repeated
