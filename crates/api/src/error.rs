@@ -6,7 +6,7 @@
 
 mod access;
 
-use std::{borrow::Cow, collections::HashMap};
+use std::{borrow::Cow, collections::HashMap, time::Duration};
 
 pub use access::{
     call_rate_exceeded, challenge_not_permitted, credentials_expired, credentials_invalid, credentials_required,
@@ -17,7 +17,8 @@ use prost_reflect::DynamicMessage;
 use serde::{Serialize, Serializer};
 use tonic::{Code, Status};
 use tonic_types::{
-    BadRequest, ErrorDetail, ErrorInfo, FieldViolation, Help, PreconditionFailure, ResourceInfo, StatusExt, pb,
+    BadRequest, ErrorDetail, ErrorInfo, FieldViolation, Help, PreconditionFailure, ResourceInfo, RetryInfo, StatusExt,
+    pb,
 };
 
 use crate::json;
@@ -274,6 +275,38 @@ pub fn unavailable(reason: &str) -> Status {
         Code::Unavailable,
         "Not available at the moment; try again.",
         [info(DOMAIN, reason, [])],
+    )
+}
+
+/// The server has no capacity for the call; another try may succeed after `delay`. `reason` is the error's stable code.
+#[must_use]
+pub fn overloaded(reason: &str, delay: Duration) -> Status {
+    Status::with_error_details_vec(
+        Code::Unavailable,
+        "Too many calls at the moment; try again.",
+        [info(DOMAIN, reason, []), RetryInfo::new(Some(delay)).into()],
+    )
+}
+
+/// The caller makes more calls than it may; the next succeeds after `delay`. `reason` is the error's stable code.
+#[must_use]
+pub fn rate_exceeded(reason: &str, delay: Duration) -> Status {
+    Status::with_error_details_vec(
+        Code::ResourceExhausted,
+        "Too many calls in too short a time; make fewer.",
+        [info(DOMAIN, reason, []), RetryInfo::new(Some(delay)).into()],
+    )
+}
+
+/// HEADERS_TOO_LARGE: the headers of the request are too many or too long.
+#[must_use]
+pub fn headers_too_large(count: usize, bytes: usize) -> Status {
+    Status::with_error_details_vec(
+        Code::InvalidArgument,
+        format!(
+            "The request has more than {count} headers, or more than {bytes} bytes of headers and path; send less."
+        ),
+        [info(DOMAIN, "HEADERS_TOO_LARGE", [])],
     )
 }
 

@@ -150,6 +150,9 @@ pub enum Error {
         /// The cause, for operators.
         detail: String,
     },
+    /// More changes are running than this replica accepts.
+    #[error("too many changes are running")]
+    Overloaded,
     /// A bug, or stored data that cannot be read.
     #[error("internal: {0}")]
     Internal(String),
@@ -181,6 +184,7 @@ impl Error {
             Self::Busy { .. } => "BUSY",
             Self::Fenced(_) => "FENCED",
             Self::Unavailable { .. } => "UNAVAILABLE",
+            Self::Overloaded => "OVERLOADED",
             Self::Internal(_) => "INTERNAL_ERROR",
         }
     }

@@ -15,7 +15,7 @@ use secrecy::SecretString;
 use tokio::sync::Semaphore;
 
 use crate::{
-    connections::Limits,
+    connections::{Limits, PeerLimits},
     listen::{Listener, flags::ListenFlags},
     password::password,
     registries::Registries,
@@ -139,6 +139,17 @@ pub struct Config {
     /// The maximum number of open connections of each port. Further ones are closed, and counted in gauntlet.server.refused.
     #[arg(long, env = "MAX_CONNECTIONS", default_value = "1000", value_name = "COUNT", help_heading = "Limits")]
     pub max_connections: NonZeroU32,
+    /// The maximum number of open connections of one address, on each port. Loopback and unix sockets are not limited.
+    #[arg(long, env = "MAX_PEER_CONNECTIONS", default_value = "500", value_name = "COUNT", help_heading = "Limits")]
+    pub max_peer_connections: NonZeroU32,
+    /// The maximum number of calls per second of one address, on average; for a moment, twice as many. Further ones fail with
+    /// RESOURCE_EXHAUSTED (429). Loopback and unix sockets are not limited.
+    #[arg(long, env = "MAX_PEER_CALLS", default_value = "2000", value_name = "COUNT", help_heading = "Limits")]
+    pub max_peer_calls: NonZeroU32,
+    /// The maximum number of changes that run or wait for locks, also those whose client has disconnected. Further ones fail with
+    /// UNAVAILABLE (503).
+    #[arg(long, env = "MAX_CHANGES", default_value = "2000", value_name = "COUNT", help_heading = "Limits")]
+    pub max_changes: NonZeroU32,
     /// The maximum number of concurrent calls of each port, over all connections. Further ones fail with UNAVAILABLE (503), and are counted
     /// in gauntlet.server.refused.
     #[arg(long, env = "MAX_CALLS", default_value = "1000", value_name = "COUNT", help_heading = "Limits")]
@@ -209,6 +220,11 @@ fn uids(text: &str) -> Result<(u32, u32), String> {
         .ok_or_else(|| {
             format!("expected FIRST-LAST from 65536 to 2147483647, such as 1900000000-1900099999; got {text:?}")
         })
+}
+
+/// A number of permits.
+fn count(count: NonZeroU32) -> usize {
+    usize::try_from(count.get()).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS)
 }
 
 impl Config {
@@ -295,12 +311,17 @@ impl Config {
         self.listen.listeners(self.access.has_authentication())
     }
 
+    /// How many changes may run at the same time.
+    pub(crate) fn changes(&self) -> usize {
+        count(self.max_changes)
+    }
+
     /// The limits of each port.
     pub(crate) fn limits(&self) -> Limits {
-        let count = |count: NonZeroU32| usize::try_from(count.get()).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
         Limits {
             connections: count(self.max_connections),
             calls: count(self.max_calls),
+            peer: PeerLimits { connections: count(self.max_peer_connections), calls: self.max_peer_calls.get() },
             header_timeout: self.header_timeout,
             stall_timeout: self.stall_timeout,
             keepalive: self.keepalive,

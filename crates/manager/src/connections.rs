@@ -4,6 +4,8 @@
 //! Each of these has a timeout. Clients that are refused or cut off are counted.
 
 mod activity;
+mod headers;
+mod peers;
 
 use std::{convert::Infallible, future::Future, io, pin::pin, sync::Arc, time::Duration};
 
@@ -23,12 +25,14 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tower::ServiceExt as _;
 
-use self::activity::Activity;
+pub(crate) use self::peers::PeerLimits;
+use self::{activity::Activity, peers::Peers};
 use crate::{
     listen::socket::{Accepted, Socket},
     origin::OriginPolicy,
     peer::{Peer, Policy},
     refusal::Refusal,
+    status,
     tasks::Tasks,
 };
 
@@ -41,6 +45,13 @@ const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(200);
 /// How long a client may take to answer a ping, at most.
 const MAX_PING_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How many calls of one HTTP/2 connection run at once. A client with more keeps them until others have ended.
+const MAX_STREAMS: u32 = 200;
+/// How many streams a client may reset before the server has seen them: an attack resets them at once.
+const MAX_UNSEEN_RESETS: usize = 20;
+/// When a call that is refused for lack of capacity may be tried again.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+
 /// Limits on the clients of one port.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
@@ -48,6 +59,7 @@ pub(crate) struct Limits {
     pub(crate) connections: usize,
     /// Concurrent calls, over all connections.
     pub(crate) calls: usize,
+    pub(crate) peer: PeerLimits,
     /// How long a client may take to send the headers of a request; also how long an HTTP/1 connection may be idle.
     pub(crate) header_timeout: Duration,
     /// How long a client may stop reading a response.
@@ -90,10 +102,20 @@ impl Port {
     }
 }
 
+/// What the connections of one listener share.
+#[derive(Clone)]
+struct Shared {
+    port: Port,
+    calls: Arc<Semaphore>,
+    peers: Peers,
+}
+
 /// Accepts connections until `stop` is cancelled. Each connection is a task of its own, which closes it once its calls have ended.
 pub(crate) async fn accept(tasks: Tasks, port: Port, socket: Socket, stop: CancellationToken) {
     let connections = Arc::new(Semaphore::new(port.limits.connections));
     let calls = Arc::new(Semaphore::new(port.limits.calls));
+    let shared = Shared { calls, peers: Peers::new(port.limits.peer), port };
+    let port = &shared.port;
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
@@ -113,12 +135,16 @@ pub(crate) async fn accept(tasks: Tasks, port: Port, socket: Socket, stop: Cance
             port.refused("connections");
             continue;
         };
-        let (port, calls, executor) = (port.clone(), calls.clone(), tasks.clone());
+        let Some(connected) = shared.peers.connect(accepted.address) else {
+            port.refused("peer_connections");
+            continue;
+        };
+        let (shared, executor) = (shared.clone(), tasks.clone());
         tasks.spawn("connection", |stop| async move {
-            if let Some(reason) = serve_connection(&port, calls, executor, accepted, stop).await {
-                port.refused(reason);
+            if let Some(reason) = serve_connection(&shared, executor, accepted, stop).await {
+                shared.port.refused(reason);
             }
-            drop(slot);
+            drop((slot, connected));
         });
     }
 }
@@ -131,13 +157,12 @@ fn is_client_gone(error: &io::Error) -> bool {
 
 /// Serves one connection until it is closed. Returns why the client was cut off, if it was.
 async fn serve_connection(
-    port: &Port,
-    calls: Arc<Semaphore>,
+    shared: &Shared,
     executor: Tasks,
     accepted: Accepted,
     stop: CancellationToken,
 ) -> Option<&'static str> {
-    let limits = port.limits;
+    let (port, limits) = (&shared.port, shared.port.limits);
     let address = accepted.address;
     let handshake = accepted.handshake(limits.header_timeout);
     let (stream, certificate) = tokio::select! {
@@ -150,14 +175,21 @@ async fn serve_connection(
     let peer = Peer { address, certificate, policy: port.policy };
     let activity = Activity::default();
     let mut builder = auto::Builder::new(executor);
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.header_timeout);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.header_timeout)
+        .max_headers(headers::MAX_PARSED)
+        .max_buf_size(headers::MAX_BUFFER);
     builder
         .http2()
         .timer(TokioTimer::new())
+        .max_header_list_size(headers::MAX_LIST)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_pending_accept_reset_streams(MAX_UNSEEN_RESETS)
         .keep_alive_interval(limits.keepalive)
         .keep_alive_timeout(MAX_PING_TIMEOUT.min(limits.keepalive));
-    let service =
-        service_fn(|request| serve_call(port.clone(), calls.clone(), activity.clone(), peer.clone(), request));
+    let service = service_fn(|request| serve_call(shared.clone(), activity.clone(), peer.clone(), request));
     let mut connection = pin!(builder.serve_connection(TokioIo::new(activity.stream(stream)), service));
 
     // hyper applies its own timeouts only once it knows the version of HTTP.
@@ -170,8 +202,12 @@ async fn serve_connection(
     loop {
         tokio::select! {
             ended = connection.as_mut() => {
-                let timed_out = ended.err().is_some_and(|error| is_timeout(error.as_ref()));
-                return (timed_out && activity.is_reading_headers()).then_some("header_timeout");
+                return match ended.err().map(|error| fault(error.as_ref()))? {
+                    Fault::Timeout => activity.is_reading_headers().then_some("header_timeout"),
+                    Fault::TooLarge => Some("headers"),
+                    Fault::Excess => Some("rapid_reset"),
+                    Fault::Other => None,
+                };
             }
             () = &mut first_bytes_deadline, if !first_bytes_checked => {
                 first_bytes_checked = true;
@@ -179,6 +215,7 @@ async fn serve_connection(
                     return Some("header_timeout");
                 }
             }
+            () = activity.abused() => return Some("rapid_reset"),
             _ = check.tick() => {
                 if activity.is_stalled(limits.stall_timeout) {
                     return Some("stalled_reader");
@@ -200,38 +237,69 @@ async fn serve_connection(
     }
 }
 
-fn is_timeout(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
-    error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_timeout)
+/// What a client did wrong, if its connection ended with an error.
+enum Fault {
+    Timeout,
+    /// Headers beyond what is read.
+    TooLarge,
+    /// More resets of HTTP/2 streams than a client needs.
+    Excess,
+    Other,
+}
+
+fn fault(error: &(dyn std::error::Error + Send + Sync + 'static)) -> Fault {
+    let Some(error) = error.downcast_ref::<hyper::Error>() else { return Fault::Other };
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<h2::Error>());
+    if source.and_then(h2::Error::reason) == Some(h2::Reason::ENHANCE_YOUR_CALM) {
+        Fault::Excess
+    } else if error.is_parse_too_large() {
+        Fault::TooLarge
+    } else if error.is_timeout() {
+        Fault::Timeout
+    } else {
+        Fault::Other
+    }
 }
 
 async fn serve_call(
-    port: Port,
-    calls: Arc<Semaphore>,
+    Shared { port, calls, peers }: Shared,
     activity: Activity,
     peer: Peer,
     request: hyper::Request<Incoming>,
 ) -> Result<Response, Infallible> {
     let call = activity.begin_call(request.version());
     let mut request = request.map(Body::new);
-    if let Err(Refusal { reason, status }) =
-        port.origins.check(&request).and_then(|()| port.check_secrecy(&peer, request.headers()))
-    {
+    // The call ends when its response has been read.
+    let answer = |response: Response, permit| response.map(|body| Body::new(call.response(body, permit)));
+    let checked = headers::check(&request)
+        .and_then(|()| port.origins.check(&request))
+        .and_then(|()| port.check_secrecy(&peer, request.headers()));
+    if let Err(Refusal { reason, status }) = checked {
         port.refused(reason);
-        return Ok((port.refuse)(&request, status));
+        return Ok(answer((port.refuse)(&request, status), None));
+    }
+    if let Err(delay) = peers.call(peer.address, Instant::now()) {
+        port.refused("peer_calls");
+        return Ok(answer(
+            (port.refuse)(&request, gauntlet_api::error::rate_exceeded("TOO_MANY_CALLS_OF_PEER", delay)),
+            None,
+        ));
     }
     let permit = match calls.try_acquire_owned() {
         Ok(permit) => Some(permit),
         Err(_) if (port.is_exempt)(&request) => None,
         Err(_) => {
             port.refused("calls");
-            let status = gauntlet_api::error::unavailable("TOO_MANY_CALLS");
-            return Ok((port.refuse)(&request, status));
+            let status = gauntlet_api::error::overloaded("TOO_MANY_CALLS", RETRY_DELAY);
+            return Ok(answer((port.refuse)(&request, status), None));
         }
     };
     request.extensions_mut().insert(peer);
-    let response = port.router.oneshot(request).await?;
-    // The call ends when its response has been read.
-    Ok(response.map(|body| Body::new(call.response(body, permit))))
+    let response = port.router.clone().oneshot(request).await?;
+    if let Some(reason) = response.extensions().get::<Status>().and_then(status::exceeded_limit) {
+        port.refused(reason);
+    }
+    Ok(answer(response, permit))
 }
 
 /// Makes the streams of HTTP/2 tasks of the manager.

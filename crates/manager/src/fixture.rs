@@ -44,6 +44,7 @@ use crate::{
 /// The API with an empty store.
 pub(crate) struct Api {
     handlers: Handlers,
+    pub(crate) operations: Operations,
     router: Router,
     signals: Signals,
     facts: Arc<RecordedFacts>,
@@ -59,9 +60,10 @@ impl Api {
         let gauntlet =
             Gauntlet::new(Arc::new(store), Arc::new(Scripted), Arc::new(Scripted), facts.clone(), Settings::default());
         let signals = Signals::default();
-        let handlers = Handlers::new(Operations::new(gauntlet, Tasks::default(), signals.clone()));
+        let operations = Operations::new(gauntlet, Tasks::default(), signals.clone(), 100);
+        let handlers = Handlers::new(operations.clone());
         let router = crate::rest::router(handlers.clone()).layer(Extension(caller(Scope::Admin)));
-        Self { router, handlers, signals, facts, _store: dir }
+        Self { router, handlers, operations, signals, facts, _store: dir }
     }
 
     pub(crate) fn handlers(&self) -> Handlers {

@@ -132,7 +132,8 @@ impl Manager {
         telemetry.debug().add_panel("manager", move || about.clone());
         let bound = listen::bind(&tasks, listeners, config.listen.tls_files()).await?;
         let page = listen::bind_page(config.debug_address.0).await?;
-        let handlers = grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals.clone()));
+        let handlers =
+            grpc::Handlers::new(Operations::new(gauntlet.clone(), tasks.clone(), signals.clone(), config.changes()));
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let checks =
             health::Checks { store: backend.store(), instances: instances.clone(), recovered: reconciler.recovered() };

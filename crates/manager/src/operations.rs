@@ -1,11 +1,14 @@
 //! The use cases as the transports call them: at the current time, in the current trace, and independent of whether the client stays connected.
 
+use std::sync::Arc;
+
 use futures::StreamExt as _;
 use gauntlet_domain::{
     Additional, Call, Challenge, ChallengeId, ChallengeUpdate, Error, Gauntlet, Instance, NewChallenge, Result,
     SourceId, Stream, UpdateReport,
 };
 use jiff::Timestamp;
+use tokio::sync::Semaphore;
 
 use crate::{audit, call::call_now, caller::Caller, signals::Signals, tasks::Tasks};
 
@@ -15,11 +18,14 @@ pub(crate) struct Operations {
     gauntlet: Gauntlet,
     tasks: Tasks,
     signals: Signals,
+    /// A permit for each change that may run, also those whose client has disconnected.
+    running: Arc<Semaphore>,
 }
 
 impl Operations {
-    pub(crate) fn new(gauntlet: Gauntlet, tasks: Tasks, signals: Signals) -> Self {
-        Self { gauntlet, tasks, signals }
+    /// `changes` is how many may run at the same time.
+    pub(crate) fn new(gauntlet: Gauntlet, tasks: Tasks, signals: Signals, changes: usize) -> Self {
+        Self { gauntlet, tasks, signals, running: Arc::new(Semaphore::new(changes)) }
     }
 
     /// Spawns a read that does not end with its caller. It must end on its own.
@@ -48,9 +54,14 @@ impl Operations {
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
+        let Ok(permit) = self.running.clone().try_acquire_owned() else {
+            record.end(Error::Overloaded.code());
+            return Err(Error::Overloaded);
+        };
         let work = work(self.gauntlet.clone(), call_now());
         let audited = async move {
             let result = work.await;
+            drop(permit);
             record.end(result.as_ref().map_or_else(Error::code, outcome));
             result
         };

@@ -28,6 +28,7 @@ use crate::{
     listen::socket::Socket,
     origin::Origin,
     report,
+    rest::BODY_LIMIT,
     tasks::Tasks,
 };
 
@@ -58,13 +59,14 @@ where
             .register_encoded_file_descriptor_set(extension::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    let routes = tonic::service::Routes::new(ChallengeStoreServer::new(handlers.clone()))
-        .add_service(InstanceManagerServer::new(handlers.clone()))
-        .add_service(SweeperServer::new(handlers))
-        .add_service(health)
-        .add_service(reflection().build_v1().context("reflection")?)
-        .add_service(reflection().build_v1alpha().context("reflection")?)
-        .prepare();
+    let routes =
+        tonic::service::Routes::new(ChallengeStoreServer::new(handlers.clone()).max_decoding_message_size(BODY_LIMIT))
+            .add_service(InstanceManagerServer::new(handlers.clone()).max_decoding_message_size(BODY_LIMIT))
+            .add_service(SweeperServer::new(handlers).max_decoding_message_size(BODY_LIMIT))
+            .add_service(health)
+            .add_service(reflection().build_v1().context("reflection")?)
+            .add_service(reflection().build_v1alpha().context("reflection")?)
+            .prepare();
     let reported = MapResponseLayer::new(report::report_failure);
     let authorized = AuthorizeLayer::new(authorizer.clone(), Status::into_http).layer(DeadlineLayer.layer(routes));
     let grpc = GrpcServerLayer::new(instruments, rpcs()).layer(reported.layer(authorized));

@@ -1,6 +1,6 @@
 //! Maps domain errors to the gRPC statuses of the contract. The only place that knows status codes.
 
-use std::{fmt, sync::Arc};
+use std::{error::Error as _, fmt, sync::Arc, time::Duration};
 
 use gauntlet_api::error;
 use gauntlet_domain::Error;
@@ -32,6 +32,9 @@ impl fmt::Display for Cause {
 
 impl std::error::Error for Cause {}
 
+/// When to try again after [`Error::Overloaded`].
+const OVERLOAD_DELAY: Duration = Duration::from_secs(1);
+
 /// Returns the status for a call that failed with `error`, which becomes its [`Cause`].
 pub(crate) fn status(error: Error) -> Status {
     let mut status = match &error {
@@ -55,6 +58,7 @@ pub(crate) fn status(error: Error) -> Status {
         Error::Unavailable { .. } | Error::Busy { .. } | Error::Conflict | Error::Fenced(_) => {
             error::unavailable(error.code())
         }
+        Error::Overloaded => error::overloaded(error.code(), OVERLOAD_DELAY),
         Error::Provision { .. } | Error::PortTaken { .. } | Error::Internal(_) => error::internal_error(),
     };
     status.set_source(Arc::new(Cause::Error(error)));
@@ -78,6 +82,9 @@ pub(crate) fn denied(denial: Denial) -> Status {
 
 /// Adds the [`Cause`] to the status of a request that REST refuses before a use case runs.
 pub(crate) fn refusal(mut status: Status) -> Status {
+    if status.source().is_some() {
+        return status;
+    }
     let code = match status.code() {
         Code::NotFound => "UNKNOWN_PATH",
         Code::Unimplemented => "UNKNOWN_METHOD",
@@ -89,12 +96,44 @@ pub(crate) fn refusal(mut status: Status) -> Status {
     status
 }
 
+/// The status of a request whose body is too long, with its [`Cause`].
+pub(crate) fn body_too_long(limit: usize) -> Status {
+    let mut status = Status::invalid_argument(format!("The body is longer than {limit} bytes; send less."));
+    status.set_source(Arc::new(Cause::Refusal("BODY_TOO_LONG")));
+    status
+}
+
+/// Which limit of the server a response says was exceeded: the value of `reason` in the metric.
+pub(crate) fn exceeded_limit(status: &Status) -> Option<&'static str> {
+    match status.source().and_then(|source| source.downcast_ref::<Cause>()) {
+        Some(Cause::Refusal("BODY_TOO_LONG")) => Some("body"),
+        Some(Cause::Refusal("BODY_TIMEOUT")) => Some("body_timeout"),
+        Some(Cause::Error(Error::Overloaded)) => Some("changes"),
+        // tonic refuses messages beyond the length that it decodes. Nothing else has this code.
+        _ => (status.code() == Code::OutOfRange).then_some("message"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use std::error::Error as _;
 
     use super::*;
+
+    #[test]
+    fn exceeded_limits_have_a_reason_for_the_metric() {
+        for (status, expected) in [
+            (refusal(body_too_long(1)), Some("body")),
+            (refusal(Status::deadline_exceeded("")), Some("body_timeout")),
+            (super::status(Error::Overloaded), Some("changes")),
+            (Status::out_of_range(""), Some("message")),
+            (refusal(Status::invalid_argument("")), None),
+            (Status::deadline_exceeded(""), None),
+        ] {
+            assert_eq!(exceeded_limit(&status), expected, "{status:?}");
+        }
+    }
 
     #[test]
     fn refused_request_has_the_code_of_its_cause() {

@@ -14,7 +14,7 @@ use http::Version;
 use http_body::{Frame, SizeHint};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::OwnedSemaphorePermit,
+    sync::{Notify, OwnedSemaphorePermit},
     time::Instant,
 };
 
@@ -22,12 +22,23 @@ use crate::listen::socket::Duplex;
 
 /// The length of HTTP/2's preface: after this many bytes the version of HTTP is known.
 const PREFACE_LEN: u64 = 24;
+/// How many calls of a connection the client may cancel before their response begins, in [`CANCEL_WINDOW`]. Each may have begun work that continues
+/// without its client. A platform that gives up on all of its calls at once stays below.
+const MAX_CANCELLED: usize = 1000;
+const CANCEL_WINDOW: Duration = Duration::from_secs(10);
 /// The key of the socket in [`State::unread`]. Calls are numbered from 1.
 const SOCKET: u64 = 0;
 
 /// Shared by the socket, the calls and the responses of one connection.
 #[derive(Clone, Default)]
-pub(super) struct Activity(Arc<Mutex<State>>);
+pub(super) struct Activity(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    /// Notified when the client has cancelled too many calls.
+    abused: Notify,
+}
 
 #[derive(Default)]
 struct State {
@@ -39,16 +50,30 @@ struct State {
     begun: u64,
     /// Calls running.
     calls: usize,
+    /// Calls that the client cancelled since `cancelled_since`.
+    cancelled: usize,
+    cancelled_since: Option<Instant>,
     /// Whether the connection speaks HTTP/2, so that written bytes may belong to any call.
     multiplexed: bool,
     /// What waits for the client to read, and since when: a frame of a call's response, or bytes for the [`SOCKET`].
     unread: BTreeMap<u64, Instant>,
 }
 
+impl State {
+    /// Counts a cancelled call. Returns whether there are too many.
+    fn count_cancelled(&mut self, now: Instant) -> bool {
+        if self.cancelled_since.is_none_or(|since| now.saturating_duration_since(since) >= CANCEL_WINDOW) {
+            (self.cancelled, self.cancelled_since) = (0, Some(now));
+        }
+        self.cancelled += 1;
+        self.cancelled > MAX_CANCELLED
+    }
+}
+
 impl Activity {
     fn state(&self) -> MutexGuard<'_, State> {
         // Poisoning does no harm: no update is left half done.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Wraps the stream to the client, so that its reads and writes are recorded.
@@ -63,7 +88,7 @@ impl Activity {
         state.begun += 1;
         state.calls += 1;
         state.received_by_calls = state.received;
-        Call { id: state.begun, activity: self.clone() }
+        Call { id: state.begun, activity: self.clone(), answered: false }
     }
 
     /// Whether the client has sent a request, or enough bytes to tell the version of HTTP.
@@ -86,6 +111,11 @@ impl Activity {
     /// Whether the client has left anything unread for `limit`.
     pub(super) fn is_stalled(&self, limit: Duration) -> bool {
         self.state().unread.values().any(|since| since.elapsed() >= limit)
+    }
+
+    /// Resolves when the client has cancelled more calls than it may.
+    pub(super) async fn abused(&self) {
+        self.0.abused.notified().await;
     }
 
     fn record_unread(&self, key: u64) {
@@ -112,11 +142,14 @@ impl Activity {
 pub(super) struct Call {
     id: u64,
     activity: Activity,
+    /// Whether the response has begun.
+    answered: bool,
 }
 
 impl Call {
     /// Wraps the body of the call's response. The call ends, and the permit is released, when the body has been read or dropped.
-    pub(super) fn response(self, body: Body, permit: Option<OwnedSemaphorePermit>) -> ResponseBody {
+    pub(super) fn response(mut self, body: Body, permit: Option<OwnedSemaphorePermit>) -> ResponseBody {
+        self.answered = true;
         ResponseBody { body, call: self, _permit: permit }
     }
 }
@@ -127,6 +160,9 @@ impl Drop for Call {
         state.calls -= 1;
         state.unread.remove(&self.id);
         state.received_by_calls = state.received;
+        if !self.answered && state.count_cancelled(Instant::now()) {
+            self.activity.0.abused.notify_one();
+        }
     }
 }
 

@@ -31,8 +31,14 @@ const LONG: Duration = Duration::from_secs(30);
 const SHORT: Duration = Duration::from_millis(100);
 
 /// No timeout expires unless the test sets it.
-const NO_TIMEOUTS: Limits =
-    Limits { connections: 100, calls: 100, header_timeout: LONG, stall_timeout: LONG, keepalive: LONG };
+const NO_TIMEOUTS: Limits = Limits {
+    connections: 100,
+    calls: 100,
+    peer: PeerLimits { connections: 100, calls: 1000 },
+    header_timeout: LONG,
+    stall_timeout: LONG,
+    keepalive: LONG,
+};
 
 struct Served {
     address: SocketAddr,
@@ -296,6 +302,60 @@ fn plaintext_credentials_are_refused_where_others_may_read_them() {
     assert!(port(true).check_secrecy(&remote, &HeaderMap::new()).is_ok());
     assert!(port(false).check_secrecy(&remote, &headers).is_ok());
     assert!(local.iter().all(|peer| port(true).check_secrecy(peer, &headers).is_ok()));
+}
+
+#[tokio::test]
+async fn headers_beyond_the_limit_are_refused_and_not_buffered() {
+    let served = serve(NO_TIMEOUTS).await;
+    let send = async |headers: String| {
+        let request = format!("GET / HTTP/1.1\r\nhost: test\r\n{headers}\r\n");
+        read_head(&mut served.connect_and_send(request.as_bytes()).await).await
+    };
+    let many = |count: usize| (0..count).map(|number| format!("x-{number}: y\r\n")).collect::<String>();
+    assert!(send(many(99)).await.ends_with("here"));
+    for headers in [many(100), format!("x: {}\r\n", "y".repeat(17 * 1024))] {
+        let response = send(headers).await;
+        assert!(response.starts_with("HTTP/1.1 400") && response.contains("HEADERS_TOO_LARGE"), "{response}");
+    }
+    let response = send(many(1000)).await;
+    assert!(response.starts_with("HTTP/1.1 431"), "{response}");
+    served.wait_for_refusals("headers", 3).await;
+}
+
+#[tokio::test]
+async fn rapid_resets_close_the_connection() {
+    let served = serve(NO_TIMEOUTS).await;
+    let (mut sender, connection) = h2::client::handshake(served.connect().await).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let resetting = async {
+        for _ in 0..5000 {
+            let Ok(ready) = sender.clone().ready().await else { return };
+            sender = ready;
+            let request = http::Request::get("http://test/waits").body(()).unwrap();
+            // Dropping the response resets the stream.
+            drop(sender.send_request(request, true));
+            // The connection sends what has been queued.
+            tokio::task::yield_now().await;
+        }
+    };
+    resetting.await;
+    eventually("the connection to be closed", async || connection.is_finished()).await;
+    served.wait_for_refusals("rapid_reset", 1).await;
+    assert!(served.get("/").await.ends_with("here"));
+}
+
+#[tokio::test]
+async fn calls_cancelled_without_end_close_the_connection() {
+    let activity = Activity::default();
+    let cancel = || drop(activity.begin_call(http::Version::HTTP_2));
+    let abused = async || futures::poll!(std::pin::pin!(activity.abused())).is_ready();
+    (0..1000).for_each(|_| cancel());
+    assert!(!abused().await);
+    // Responses that are not read to their end don't count.
+    drop(activity.begin_call(http::Version::HTTP_2).response(Body::empty(), None));
+    assert!(!abused().await);
+    cancel();
+    assert!(abused().await);
 }
 
 #[tokio::test]

@@ -30,3 +30,17 @@ async fn failed_update_logs_and_counts_each_instance_and_requests_a_reconcile_pa
     assert_eq!(api.facts().iter().filter(failed).count(), 3);
     assert!(api.reconcile_is_requested());
 }
+
+#[tokio::test]
+async fn changes_beyond_the_limit_are_refused() {
+    let api = Api::with_instance().await;
+    let running = api.operations.running.clone().try_acquire_many_owned(100).unwrap();
+    let create = r#"{"challengeId":"web","sourceId":"8"}"#;
+    let response = api.call("POST /api/v1/instance", create).await;
+    assert!(response.starts_with("503 ") && response.contains("OVERLOADED"), "{response}");
+    assert!(response.contains("retryDelay"), "{response}");
+    assert!(!api.reconcile_is_requested());
+    drop(running);
+    api.call_ok("POST /api/v1/instance", create).await;
+    assert_eq!(api.operations.running.available_permits(), 100);
+}

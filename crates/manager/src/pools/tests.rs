@@ -133,7 +133,7 @@ impl Fixture {
         let scenarios = Arc::new(FakeScenarios::default());
         let gauntlet = Gauntlet::new(store.clone(), provisioner.clone(), scenarios, facts, settings);
         let tasks = Tasks::default();
-        let operations = Operations::new(gauntlet.clone(), tasks.clone(), signals.clone());
+        let operations = Operations::new(gauntlet.clone(), tasks.clone(), signals.clone(), 100);
         let pools = signals.pools().clone();
         Self { operations, gauntlet, store, provisioner, slow, failing, calls, pools, tasks, signals, _dir: dir }
     }

@@ -31,6 +31,7 @@ use gauntlet_api::{
 
 use crate::{caller::Caller, grpc::Handlers};
 pub(crate) use health::Health;
+pub(crate) use request::BODY_LIMIT;
 use request::{Message, Path, SourceId};
 use response::{Failure, Json, stream};
 

@@ -17,13 +17,14 @@ use serde::de::DeserializeOwned;
 use tonic::Status;
 
 use super::response::Failure;
+use crate::status::body_too_long;
 use crate::{
     caller::{Caller, Denial},
     status::denied,
 };
 
 /// The maximum length of a body, in bytes.
-const BODY_LIMIT: usize = 1024 * 1024;
+pub(crate) const BODY_LIMIT: usize = 1024 * 1024;
 /// A body that is too long is read and discarded up to this length, in bytes. A client that is still sending then gets the response instead of a
 /// reset connection.
 const DISCARD_LIMIT: usize = 16 * BODY_LIMIT;
@@ -56,7 +57,7 @@ async fn message<M: prost::Message + Name + Default>(body: Body) -> Result<M, St
 
 async fn read(body: Body) -> Result<Bytes, Status> {
     if body.size_hint().lower() > DISCARD_LIMIT as u64 {
-        return Err(too_long());
+        return Err(body_too_long(BODY_LIMIT));
     }
     let mut chunks = body.into_data_stream();
     let mut kept = BytesMut::new();
@@ -71,11 +72,7 @@ async fn read(body: Body) -> Result<Bytes, Status> {
             break;
         }
     }
-    if length > BODY_LIMIT { Err(too_long()) } else { Ok(kept.freeze()) }
-}
-
-fn too_long() -> Status {
-    Status::invalid_argument(format!("The body is longer than {BODY_LIMIT} bytes; send less."))
+    if length > BODY_LIMIT { Err(body_too_long(BODY_LIMIT)) } else { Ok(kept.freeze()) }
 }
 
 /// The caller, which the authorization layer has added. A request without one is refused.
