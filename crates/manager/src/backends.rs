@@ -54,6 +54,7 @@ pub(crate) fn provisioner(config: &Config) -> Result<Process> {
     process.host.clone_from(&config.instance_host);
     process.ports = first..=last;
     process.path.splice(0..0, config.instance_path.iter().cloned());
+    process.require_limits = config.require_limits;
     process.defaults.clone_from(&config.limit_default);
     process.maximums.clone_from(&config.limit_max);
     process.isolation = config.isolation.0;

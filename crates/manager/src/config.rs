@@ -7,7 +7,7 @@ use std::{ffi::OsString, net::SocketAddr, num::NonZeroU32, path::PathBuf, time::
 pub use access::{AccessConfig, KeySource, Oidc, Openness};
 use clap::{CommandFactory as _, Parser, error::ErrorKind};
 use gauntlet_domain::Limits as InstanceLimits;
-use gauntlet_provision::process::Level;
+use gauntlet_provision::process::{Level, LimitBackend};
 use gauntlet_scenario::parse_limits;
 use gauntlet_startup::{duration, size};
 use gauntlet_telemetry::log_level;
@@ -117,6 +117,10 @@ pub struct Config {
     /// none].
     #[arg(long, env = "LIMIT_MAX", default_value = "", hide_default_value = true, value_parser = parse_limits, value_name = "NAME=VALUE,...", help_heading = "Instances")]
     pub limit_max: InstanceLimits,
+    /// Refuse to start unless the memory, processes and CPU share of whole instances are limited by at least this: cgroup2, cgroup1, or rlimit,
+    /// which limits them hardly.
+    #[arg(long, env = "REQUIRE_LIMITS", default_value = "rlimit", value_name = "BACKEND", help_heading = "Instances")]
+    pub require_limits: LimitBackend,
     /// The isolation of instances: uid (namespaces and a user per instance; needs root), userns (namespaces), landlock, none, or auto: the
     /// strongest that this machine allows. Any other value is required, and the most that a scenario can ask for.
     #[arg(long, env = "ISOLATION", default_value = "auto", value_parser = isolation, value_name = "LEVEL", help_heading = "Instances")]
@@ -337,8 +341,6 @@ impl Config {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
-    use gauntlet_provision::process::LimitBackend;
-
     use super::*;
 
     fn parse(arguments: &[&str]) -> Result<Config, clap::Error> {
@@ -364,6 +366,8 @@ mod tests {
         let config = parse(&["--limit-default", "memory=1GiB", "--limit-max", "memory=2GiB,processes=9"]).unwrap();
         assert_eq!((config.limit_default.memory, config.limit_default.processes), (Some(1 << 30), None));
         assert_eq!((config.limit_max.memory, config.limit_max.processes), (Some(2 << 30), Some(9)));
+        assert_eq!(parse(&["--require-limits", "cgroup1"]).unwrap().require_limits, LimitBackend::Cgroup1);
+        assert!(parse(&["--require-limits", "cgroup"]).unwrap_err().to_string().contains("expected cgroup2, cgroup1"));
         let error = parse(&["--limit-max", "memroy=2GiB"]).unwrap_err().to_string();
         assert!(error.contains("--limit-max") && error.contains("did you mean memory?"), "{error}");
         let command = Config::command();

@@ -184,6 +184,7 @@ impl Process {
             address => address,
         };
         let groups = cgroup::detect(&config, &dir);
+        launch::check_backend(config.require_limits, backend(groups.as_ref()))?;
         launch::complete_defaults(&mut config.defaults, backend(groups.as_ref()));
         let isolation = Isolation::detect(&config, &supervisor)?;
         let standby = Standby::new(supervisor.clone(), isolation.level, groups.clone());

@@ -10,7 +10,7 @@ use std::{
 use gauntlet_domain::Limits;
 use gauntlet_sandbox::Level;
 
-use super::restart::Restart;
+use super::{cgroup::LimitBackend, restart::Restart};
 
 /// systemd's allocation of user ids leaves those from 1879048192 to 2147352575 unused.
 const FIRST_UID: u32 = 1_900_000_000;
@@ -48,6 +48,8 @@ pub struct Config {
     pub maximums: Limits,
     /// The time between SIGTERM and SIGKILL.
     pub grace: Duration,
+    /// The weakest backend of the limits of whole instances that will do.
+    pub require_limits: LimitBackend,
     /// Whether to use control groups, where they can be created.
     pub cgroups: bool,
     /// The delays before an instance that ended on its own is launched again.
@@ -75,6 +77,7 @@ impl Config {
             defaults: Limits::default(),
             maximums: Limits::default(),
             grace: Duration::from_secs(2),
+            require_limits: LimitBackend::Rlimit,
             cgroups: true,
             restart: Restart::default(),
             directory_lock_timeout: Duration::from_secs(10),

@@ -59,6 +59,21 @@ pub fn default_limits(backend: LimitBackend) -> Limits {
     }
 }
 
+/// Checks that instances are limited as the operator requires.
+///
+/// # Errors
+/// [`Error::Provision`] if they aren't; the manager's log says why.
+pub(super) fn check_backend(required: LimitBackend, backend: LimitBackend) -> Result<()> {
+    if backend >= required {
+        return Ok(());
+    }
+    let detail = format!(
+        "instances would be limited by {backend}, and {required} is required: the warning before this says why; \
+         see docs/adr/017-limits-and-forwarding.md for what control groups need"
+    );
+    Err(Error::Provision { step: "configure", detail })
+}
+
 /// Fills the operator's defaults up with [`default_limits`].
 pub(super) fn complete_defaults(defaults: &mut Limits, backend: LimitBackend) {
     let Limits { memory, processes, cpu_quota, disk, cpu_seconds, open_files, output } = default_limits(backend);
