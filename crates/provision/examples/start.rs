@@ -1,4 +1,4 @@
-//! Compares a cold start of the greeter through the process backend with a raw start of the same program.
+//! Compares a cold start of the greeter through the process backend, with and without isolation, with a raw start of the same program.
 //!
 //! Arguments: the number of starts, the number of other running instances, and `nocgroup` for no control groups.
 
@@ -8,7 +8,6 @@ use std::{
     collections::BTreeMap,
     io::Read as _,
     net::{Ipv4Addr, TcpStream},
-    path::Path,
     process::Command,
     time::{Duration, Instant},
 };
@@ -16,18 +15,18 @@ use std::{
 use gauntlet_domain::{
     ChallengeId, Identity, LaunchPlan, LaunchRequest, Outputs, PortSpec, Probe, Protocol, Provisioner as _, Readiness,
 };
-use gauntlet_provision::process::{Config, Process};
+use gauntlet_provision::process::{Config, Level, Process};
 
 /// Reserves, renders and launches, as the use cases do.
-async fn launch(process: &Process, greeter: &Path, identity: u64) -> Outputs {
+async fn launch(process: &Process, identity: u64) -> Outputs {
     let (challenge, identity) = (ChallengeId::new("c").unwrap(), Identity::from_bits(identity));
     let ports = vec![PortSpec { name: "main".to_owned(), protocol: Protocol::Tcp }];
     let placement = process.reserve(&challenge, &identity, 1, &ports).await.unwrap();
     let address = format!("127.0.0.1:{}", placement.ports["main"]);
     let plan = LaunchPlan {
         ports,
-        files: "/".into(),
-        command: vec![greeter.display().to_string()],
+        files: std::env::temp_dir(),
+        command: vec!["greeter".to_owned()],
         env: BTreeMap::from([("LISTEN".to_owned(), address.clone())]),
         readiness: Readiness {
             probe: Probe::Tcp { port: "main".to_owned() },
@@ -76,28 +75,43 @@ async fn main() {
     }
     print_median("raw", raw);
     let dir = tempfile::tempdir().unwrap();
-    let mut config = Config::new(dir.path());
-    config.supervisor = Some(me.parent().unwrap().with_file_name("gauntlet-shim"));
-    config.bind = Ipv4Addr::LOCALHOST.into();
-    config.cgroups = !std::env::args().any(|arg| arg == "nocgroup");
-    let process = Process::new(config).unwrap();
+    let backend = |name: &str, level| {
+        let mut config = Config::new(dir.path().join(name));
+        config.supervisor = Some(me.parent().unwrap().with_file_name("gauntlet-shim"));
+        config.bind = Ipv4Addr::LOCALHOST.into();
+        config.path.insert(0, me.parent().unwrap().to_owned());
+        config.cgroups = !std::env::args().any(|arg| arg == "nocgroup");
+        config.isolation = level;
+        // The second of a pair gets other ports.
+        config.ports = if level.is_some() { 20_000..=24_999 } else { 25_000..=29_999 };
+        Process::new(config).unwrap()
+    };
+    let pair = [backend("host", Some(Level::None)), backend("isolated", None)];
     for n in 0..others {
-        launch(&process, &greeter, 1_000_000 + n).await;
+        for process in &pair {
+            launch(process, 1_000_000 + n).await;
+        }
     }
-    let (mut ups, mut downs) = (Vec::new(), Vec::new());
+    let mut took = [const { (Vec::new(), Vec::new()) }; 2];
+    // Alternately, so that whatever else the machine does affects both.
     for n in 0..count {
-        let began = Instant::now();
-        let outputs = launch(&process, &greeter, n).await;
-        wait_for_answer(&outputs.connection_info);
-        ups.push(began.elapsed());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        let began = Instant::now();
-        process.down(&ChallengeId::new("c").unwrap(), &Identity::from_bits(n), 1).await.unwrap();
-        downs.push(began.elapsed());
+        for (process, (ups, downs)) in pair.iter().zip(&mut took) {
+            let began = Instant::now();
+            let outputs = launch(process, n).await;
+            wait_for_answer(&outputs.connection_info);
+            ups.push(began.elapsed());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let began = Instant::now();
+            process.down(&ChallengeId::new("c").unwrap(), &Identity::from_bits(n), 1).await.unwrap();
+            downs.push(began.elapsed());
+        }
     }
-    print_median(&format!("up beside {others}"), ups);
-    print_median(&format!("down beside {others}"), downs);
-    let began = Instant::now();
-    let halted = process.halt().await.unwrap();
-    println!("halt of {halted}: {:?}", began.elapsed());
+    for (process, (ups, downs)) in pair.iter().zip(took) {
+        let level = process.isolation().level;
+        print_median(&format!("up with isolation {level} beside {others}"), ups);
+        print_median(&format!("down with isolation {level} beside {others}"), downs);
+        let began = Instant::now();
+        let halted = process.halt().await.unwrap();
+        println!("halt of {halted}: {:?}", began.elapsed());
+    }
 }

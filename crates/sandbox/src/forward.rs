@@ -10,6 +10,7 @@
 
 mod clients;
 mod connection;
+mod diag;
 mod network;
 mod poller;
 mod sockets;

@@ -24,7 +24,10 @@ pub(super) struct Sockets {
 impl Sockets {
     /// Returns the TCP ports that are listened on.
     pub(super) fn listening() -> io::Result<Self> {
-        Self::read("tcp", Some(LISTEN))
+        let Ok(found) = super::diag::listening() else { return Self::read("tcp", Some(LISTEN)) };
+        let mut sockets = Self::default();
+        found.into_iter().for_each(|(address, port)| sockets.add(address, port));
+        Ok(sockets)
     }
 
     /// Returns the UDP ports that are bound.
@@ -57,17 +60,20 @@ impl Sockets {
             if state.is_some() && fields.nth(1) != state {
                 break;
             }
-            match local.and_then(address) {
-                Some((IpAddr::V4(Ipv4Addr::UNSPECIFIED | Ipv4Addr::LOCALHOST), port)) => {
-                    self.v4.insert(port);
-                }
-                Some((IpAddr::V6(Ipv6Addr::UNSPECIFIED | Ipv6Addr::LOCALHOST), port)) => {
-                    self.v6.insert(port);
-                }
-                _ => {}
+            if let Some((address, port)) = local.and_then(address) {
+                self.add(address, port);
             }
         }
         Ok(())
+    }
+
+    /// Adds the port if a connection to loopback reaches the address.
+    fn add(&mut self, address: IpAddr, port: u16) {
+        match address {
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED | Ipv4Addr::LOCALHOST) => self.v4.insert(port),
+            IpAddr::V6(Ipv6Addr::UNSPECIFIED | Ipv6Addr::LOCALHOST) => self.v6.insert(port),
+            _ => false,
+        };
     }
 }
 
