@@ -39,10 +39,14 @@ pub(super) fn take_census(dir: &Path, stored: &[(String, Vec<u8>)]) -> Result<Ce
     }
     let mut groups: BTreeMap<String, BTreeSet<i32>> = BTreeMap::new();
     let mut supervisors: BTreeMap<String, usize> = BTreeMap::new();
-    for process in processes::of_instances(dir) {
+    let processes = processes::of_instances(dir);
+    // Process 1 of a sandbox is in its supervisor's group, and ends with it. The program has a group of its own.
+    let supervising: BTreeSet<i32> =
+        processes.iter().filter(|process| process.supervisor).map(|process| process.group).collect();
+    for process in processes {
         if process.supervisor {
             *supervisors.entry(process.identity).or_default() += 1;
-        } else {
+        } else if !supervising.contains(&process.group) {
             groups.entry(process.identity).or_default().insert(process.group);
         }
     }
