@@ -239,6 +239,7 @@ async fn help_texts() {
         "instance create --help",
         "scenario --help",
         "scenario push --help",
+        "flags --help",
         "token --help",
         "token create --help",
     ] {

@@ -83,6 +83,9 @@ struct InstanceRecord {
     additional: Additional,
     connection_info: String,
     flags: Vec<String>,
+    /// The id of the key of its flags.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    flag_key: Option<String>,
     target: Option<TargetRecord>,
     origin: Option<String>,
 }
@@ -201,6 +204,7 @@ pub(crate) fn write_instance(instance: &Instance) -> Vec<u8> {
         additional,
         connection_info,
         flags,
+        flag_key,
         target,
         traceparent,
     } = instance;
@@ -215,6 +219,7 @@ pub(crate) fn write_instance(instance: &Instance) -> Vec<u8> {
         additional: additional.clone(),
         connection_info: connection_info.clone(),
         flags: flags.clone(),
+        flag_key: flag_key.clone(),
         target: target.as_ref().map(TargetRecord::from),
         origin: traceparent.clone(),
     })
@@ -234,6 +239,7 @@ pub(crate) fn read_instance(key: InstanceKey, bytes: &[u8]) -> Result<Instance, 
         additional: record.additional,
         connection_info: record.connection_info,
         flags: record.flags,
+        flag_key: record.flag_key,
         target: record.target.map(Target::from),
         traceparent: record.origin,
     })

@@ -62,6 +62,8 @@ pub struct Instance {
     pub connection_info: String,
     /// The flags that solve it. Secret.
     pub flags: Vec<String>,
+    /// The id of the key that its flags are derived from, for as long as it exists; `None` if an earlier build created it.
+    pub flag_key: Option<String>,
     /// An update that has been recorded and not yet applied.
     pub target: Option<Target>,
     /// The trace of the call that created it, in W3C traceparent form.

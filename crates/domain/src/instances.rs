@@ -55,7 +55,7 @@ impl Gauntlet {
             let new = Instance {
                 until: challenge.value.expiry(call.now),
                 additional: additional.clone(),
-                ..new_instance(call, &challenge.value, key, call.new_identity())
+                ..new_instance(call, &challenge.value, key, call.new_identity(), self.scenarios.flag_key())
             };
             let keeps_pool = challenge.value.bounds.min() > 0;
             // A rollout has yet to reach the others.
@@ -302,6 +302,7 @@ fn claim_pooled(pooled: &Instance, new: Instance) -> Instance {
         phase: if target.is_some() { Phase::Updating } else { Phase::Ready },
         connection_info: pooled.connection_info.clone(),
         flags: pooled.flags.clone(),
+        flag_key: pooled.flag_key.clone(),
         target,
         ..new
     }

@@ -236,7 +236,7 @@ impl Gauntlet {
         scenario: &Pinned,
     ) -> Result<Launch> {
         let additional = challenge.merge_additional(&instance.additional);
-        let prepared = self.scenarios.prepare(scenario, identity, &additional).await?;
+        let prepared = self.scenarios.prepare(scenario, identity, instance.flag_key.as_deref(), &additional).await?;
         let request = self.reserve_and_render(&prepared, &challenge.id, guard.token).await?;
         Ok(Launch { prepared, request })
     }
@@ -324,7 +324,13 @@ impl Gauntlet {
 }
 
 /// A new instance of a challenge, still to be launched: without an expiry, without template values of its own.
-pub(crate) fn new_instance(call: &Call, challenge: &Challenge, key: InstanceKey, identity: Identity) -> Instance {
+pub(crate) fn new_instance(
+    call: &Call,
+    challenge: &Challenge,
+    key: InstanceKey,
+    identity: Identity,
+    flag_key: Option<String>,
+) -> Instance {
     Instance {
         key,
         identity,
@@ -337,6 +343,7 @@ pub(crate) fn new_instance(call: &Call, challenge: &Challenge, key: InstanceKey,
         additional: Additional::new(),
         connection_info: String::new(),
         flags: Vec::new(),
+        flag_key,
         target: None,
         traceparent: call.traceparent.clone(),
     }

@@ -110,7 +110,7 @@ impl Gauntlet {
         for _ in 0..count {
             let identity = call.new_identity();
             let key = InstanceKey { challenge: shared.id.clone(), assignment: Assignment::Pool(identity.clone()) };
-            let instance = new_instance(call, &shared, key, identity);
+            let instance = new_instance(call, &shared, key, identity, self.scenarios.flag_key());
             let options = attempts.lock_options();
             let guard = self.store.begin_create(challenge, &instance, Some(version), &options).await?;
             version = Version(guard.token);

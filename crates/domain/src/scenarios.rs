@@ -65,15 +65,23 @@ pub trait Scenarios: Send + Sync {
     /// Resolves a reference to a digest, then fetches, checks and caches that scenario.
     async fn resolve(&self, reference: &str) -> Result<Pinned>;
 
-    /// Prepares a pinned scenario for one instance; fetches it again if it is no longer cached.
+    /// The id of the key that flags of new instances are derived from; `None` if there are no keys. Must not wait.
+    fn flag_key(&self) -> Option<String> {
+        None
+    }
+
+    /// Prepares a pinned scenario for one instance; fetches it again if it is no longer cached. `flag_key` is the id of the key that its flags
+    /// are derived from. Instances of earlier builds have none: theirs is the first key that there was.
     ///
     /// # Errors
+    /// [`Error::Unavailable`](crate::Error::Unavailable) if there is no key with this id.
     /// [`Error::ScenarioPreprocessing`](crate::Error::ScenarioPreprocessing) if a flag can't be rendered, for example because `additional`
     /// lacks a value.
     async fn prepare(
         &self,
         scenario: &Pinned,
         identity: &Identity,
+        flag_key: Option<&str>,
         additional: &Additional,
     ) -> Result<PreparedScenario>;
 

@@ -6,7 +6,7 @@ use anyhow::{Context as _, anyhow};
 use gauntlet_coordination::{Coordination, Embedded, Etcd, EtcdConfig, EtcdTls};
 use gauntlet_domain::Store;
 use gauntlet_provision::process::{self, Process};
-use gauntlet_scenario::{Allowed, FlagKey, Library};
+use gauntlet_scenario::{Allowed, FlagKeys, Library};
 use gauntlet_telemetry::{db::Database, instruments::Instruments};
 
 use crate::{Config, StartError};
@@ -25,7 +25,7 @@ pub(crate) fn scenarios(config: &Config, instruments: &Instruments) -> Result<Li
         anyhow!("cannot create {}: {error}; pass a writable directory as --dir (DIR)", config.dir.display())
     })?;
     let key_file = config.flag_key_file.clone().unwrap_or_else(|| config.dir.join("flag.key"));
-    let key = FlagKey::load_or_create(&key_file)
+    let key = FlagKeys::load_or_create(&key_file)
         .with_context(|| format!("cannot use the flag key {}", key_file.display()))?;
     let public = config.listens_beyond_loopback();
     let access = config.registries.access(public).map_err(StartError::Config)?;

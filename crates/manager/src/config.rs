@@ -95,8 +95,8 @@ pub struct Config {
     /// instance refers to are removed; they are pulled again when needed.
     #[arg(long, env = "SCENARIO_KEEP", default_value = "10GiB", value_parser = size, value_name = "SIZE", help_heading = "Scenarios")]
     pub scenario_keep: u64,
-    /// The file with the key that flags are derived from: 64 hexadecimal characters. All replicas must have the same key [default: flag.key
-    /// in --dir, generated on first start].
+    /// The file with the keys that flags are derived from, one of 64 hexadecimal characters per line; new instances use the last one (see
+    /// `gauntlet flags rotate`). All replicas must have the same keys; changes are noticed [default: flag.key in --dir, generated on first start].
     #[arg(long, env = "FLAG_KEY_FILE", value_name = "FILE", help_heading = "Scenarios")]
     pub flag_key_file: Option<PathBuf>,
 

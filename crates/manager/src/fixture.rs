@@ -214,6 +214,7 @@ impl Scenarios for Scripted {
         &self,
         scenario: &Pinned,
         identity: &Identity,
+        _: Option<&str>,
         additional: &Additional,
     ) -> Result<PreparedScenario> {
         Ok(PreparedScenario::new(scenario, identity, additional))

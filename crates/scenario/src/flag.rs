@@ -4,7 +4,7 @@ use std::{fmt, fs, io, os::unix::fs::OpenOptionsExt as _, path::Path, sync::Arc}
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use rand::{TryRng as _, rngs::SysRng};
-use secrecy::{ExposeSecret as _, SecretBox, SecretString};
+use secrecy::{ExposeSecret as _, SecretBox, zeroize::Zeroizing};
 use sha2::Sha256;
 
 /// The minimum entropy of a varied text, in bits.
@@ -29,40 +29,42 @@ impl FlagKey {
         decoded.ok().map(|()| Self(Arc::new(key)))
     }
 
-    /// Reads the key from a file of 64 hexadecimal characters, or creates the file with a random key, readable by its owner only. Processes
-    /// that create it concurrently all get the same key. Blocks on the file system.
+    /// Creates a random key.
     ///
     /// # Errors
-    /// I/O errors; `InvalidData` if the file holds anything else.
-    pub fn load_or_create(path: &Path) -> io::Result<Self> {
-        match fs::read_to_string(path) {
-            Ok(text) => Self::from_hex(SecretString::from(text).expose_secret()).ok_or_else(|| {
-                let problem =
-                    "must hold 64 hexadecimal characters; restore the file; if you delete it, a new key is created and varied flags change";
-                io::Error::new(io::ErrorKind::InvalidData, format!("{}: {problem}", path.display()))
-            }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::create(path),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn create(path: &Path) -> io::Result<Self> {
+    /// The system has no randomness.
+    pub(crate) fn random() -> io::Result<Self> {
         let mut filled = Ok(());
         let key = SecretBox::init_with_mut(|bytes: &mut [u8; 32]| filled = SysRng.try_fill_bytes(bytes));
         filled.map_err(io::Error::other)?;
+        Ok(Self(Arc::new(key)))
+    }
+
+    /// Names the key without revealing anything about it: 8 hexadecimal characters.
+    pub fn id(&self) -> String {
+        let [a, b, c, d, ..] = hmac(self.0.expose_secret(), &[b"gauntlet flag key id"]);
+        hex::encode([a, b, c, d])
+    }
+
+    pub(crate) fn to_hex(&self) -> Zeroizing<String> {
+        Zeroizing::new(hex::encode(self.0.expose_secret()))
+    }
+
+    /// Creates a file with a random key, readable by its owner only, unless there is one. Processes that do this concurrently leave one file.
+    pub(crate) fn create(path: &Path) -> io::Result<()> {
+        let key = Self::random()?;
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::create_dir_all(dir)?;
         // Written to a temporary file and linked into place, so that nobody reads half a key.
         let draft = tempfile::Builder::new()
             .prefix(".key-")
             .make_in(dir, |draft| fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(draft))?;
-        let text = SecretString::from(format!("{}\n", hex::encode(key.expose_secret())));
-        io::Write::write_all(&mut draft.as_file(), text.expose_secret().as_bytes())?;
+        let text = Zeroizing::new(format!("{}\n", *key.to_hex()));
+        io::Write::write_all(&mut draft.as_file(), text.as_bytes())?;
         draft.as_file().sync_all()?;
         match draft.persist_noclobber(path) {
-            Ok(_) => Ok(Self(Arc::new(key))),
-            Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Self::load_or_create(path),
-            Err(error) => Err(error.error),
+            Err(error) if error.error.kind() != io::ErrorKind::AlreadyExists => Err(error.error),
+            _ => Ok(()),
         }
     }
 
@@ -222,18 +224,14 @@ mod tests {
     fn concurrent_creation_yields_one_private_key() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("sub/flag.key");
-        let keys: Vec<_> = std::thread::scope(|scope| {
-            let creating: Vec<_> = (0..8).map(|_| scope.spawn(|| FlagKey::load_or_create(&path).unwrap())).collect();
-            creating.into_iter().map(|thread| thread.join().unwrap()).collect()
+        std::thread::scope(|scope| {
+            let creating: Vec<_> = (0..8).map(|_| scope.spawn(|| FlagKey::create(&path).unwrap())).collect();
+            creating.into_iter().for_each(|thread| thread.join().unwrap());
         });
-        assert!(keys.iter().all(|key| key.0.expose_secret() == keys[0].0.expose_secret()));
+        let key = FlagKey::from_hex(&fs::read_to_string(&path).unwrap()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no draft is left");
-        assert_eq!(format!("{:?}", keys[0]), "FlagKey(hidden)");
-
-        fs::write(&path, "short").unwrap();
-        let error = FlagKey::load_or_create(&path).unwrap_err();
-        assert!(error.to_string().contains("64 hexadecimal"), "{error}");
+        assert_eq!(format!("{key:?}"), "FlagKey(hidden)");
     }
 
     /// The entropy of a varied text as documented, in half bits.

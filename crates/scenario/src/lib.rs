@@ -13,6 +13,7 @@ mod documents;
 mod draft;
 mod files;
 mod flag;
+mod flag_keys;
 mod flights;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
@@ -31,6 +32,7 @@ pub use author::{Progress, PushError, Report, ReportFile, push, validate};
 pub use cache::Evicted;
 pub use files::FileLimits;
 pub use flag::{FlagKey, MAX_TEXT_BYTES, MIN_ENTROPY_BITS};
+pub use flag_keys::FlagKeys;
 pub use library::{Config, Library};
 pub use limits::parse_limits;
 pub use registry::{Access, Allowed, Credentials, Host, InvalidPattern, RegistryPattern};

@@ -23,7 +23,7 @@ use crate::{
     document::Document,
     documents::Documents,
     files::{FileError, FileLimits, blocking},
-    flag::FlagKey,
+    flag_keys::FlagKeys,
     flights::Flights,
     local, plan,
     registry::{Access, Reference, Registry},
@@ -38,8 +38,8 @@ pub struct Config {
     pub cache: PathBuf,
     /// The root of `file://` references; `None` rejects them.
     pub local_root: Option<PathBuf>,
-    /// The key that flags are varied with.
-    pub flag_key: FlagKey,
+    /// The keys that flags are varied with.
+    pub flag_keys: FlagKeys,
     /// How to reach registries.
     pub access: Access,
     /// Limits on a scenario's files.
@@ -50,11 +50,11 @@ pub struct Config {
 
 impl Config {
     /// Registries over HTTPS without credentials, no local directories, default limits.
-    pub fn new(cache: impl Into<PathBuf>, flag_key: FlagKey) -> Self {
+    pub fn new(cache: impl Into<PathBuf>, flag_keys: impl Into<FlagKeys>) -> Self {
         Self {
             cache: cache.into(),
             local_root: None,
-            flag_key,
+            flag_keys: flag_keys.into(),
             access: Access::default(),
             limits: FileLimits::default(),
             instruments: Instruments::noop(),
@@ -258,16 +258,28 @@ impl Scenarios for Library {
         Ok(Pinned { reference: reference.to_owned(), digest: digest.to_string() })
     }
 
+    fn flag_key(&self) -> Option<String> {
+        self.inner.config.flag_keys.active().map(|key| key.id())
+    }
+
     async fn prepare(
         &self,
         scenario: &Pinned,
         identity: &Identity,
+        flag_key: Option<&str>,
         additional: &Additional,
     ) -> Result<PreparedScenario> {
         let digest = pinned_digest(scenario)?;
         let files = self.directory(scenario, digest).await?;
         let document = self.document(&scenario.reference, digest, &files).await?;
-        let flags = plan::flags(&scenario.reference, &document, &self.inner.config.flag_key, identity, additional)?;
+        let key = self.inner.config.flag_keys.get(flag_key).ok_or_else(|| Error::Unavailable {
+            what: "flag key",
+            detail: format!(
+                "no key has the id {:?}; restore its line in the key file (--flag-key-file)",
+                flag_key.unwrap_or_default()
+            ),
+        })?;
+        let flags = plan::flags(&scenario.reference, &document, &key, identity, additional)?;
         let ports = document.ports.clone();
         Ok(PreparedScenario { files, ports, flags, ..PreparedScenario::new(scenario, identity, additional) })
     }

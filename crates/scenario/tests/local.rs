@@ -10,7 +10,7 @@ use std::{
 use gauntlet_domain::{
     Additional, Error, Identity, LaunchPlan, Pinned, Placement, PortHold, PreparedScenario, Scenarios as _,
 };
-use gauntlet_scenario::{Config, FlagKey, Library, validate};
+use gauntlet_scenario::{Config, FlagKey, FlagKeys, Library, validate};
 
 const WEB: &str = r#"
 version: 1
@@ -60,7 +60,7 @@ async fn relative_cache_directory_yields_absolute_files() {
 
 async fn prepare(library: &Library, pinned: &Pinned, identity: u64, additional: &[(&str, &str)]) -> PreparedScenario {
     let additional: Additional = additional.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-    library.prepare(pinned, &Identity::from_bits(identity), &additional).await.unwrap()
+    library.prepare(pinned, &Identity::from_bits(identity), None, &additional).await.unwrap()
 }
 
 async fn render(library: &Library, prepared: &PreparedScenario) -> LaunchPlan {
@@ -106,7 +106,7 @@ async fn pinned_scenario_does_not_change() {
 
     fs::remove_dir_all(fixture.dir.path().join("cache/sha256")).unwrap();
     prepare(&fixture.library, &moved, 1, &[]).await;
-    let error = fixture.library.prepare(&pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
+    let error = fixture.library.prepare(&pinned, &Identity::from_bits(1), None, &Additional::new()).await.unwrap_err();
     assert!(
         matches!(&error, Error::ScenarioNotFound { problem, .. } if problem.contains("no longer cached")),
         "{error}"
@@ -168,7 +168,7 @@ async fn missing_additional_value_fails_prepare() {
     fs::create_dir_all(&dir).unwrap();
     fs::write(dir.join("scenario.yaml"), WEB.replace(" | default('FLAG{none}')", "")).unwrap();
     let pinned = fixture.library.resolve("file://needs").await.unwrap();
-    let error = fixture.library.prepare(&pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
+    let error = fixture.library.prepare(&pinned, &Identity::from_bits(1), None, &Additional::new()).await.unwrap_err();
     assert_eq!(error.code(), "SCENARIO_PREPROCESSING");
     insta::assert_snapshot!(error);
 }
@@ -198,4 +198,27 @@ fn report_lists_files_and_warnings() {
     fs::remove_file(fixture.dir.path().join("root/web/run.sh")).unwrap();
     assert_eq!(validate(&fixture.dir.path().join("root/web")).unwrap().warnings.len(), 1);
     assert!(validate(Path::new("/nowhere")).is_err());
+}
+
+#[tokio::test]
+async fn rotated_key_is_for_new_instances_only() {
+    let fixture = fixture();
+    let file = fixture.dir.path().join("flag.key");
+    let keys = FlagKeys::load_or_create(&file).unwrap();
+    let mut config = Config::new(fixture.dir.path().join("cache"), keys);
+    config.local_root = Some(fixture.dir.path().join("root"));
+    let library = Library::new(config).unwrap();
+    let pinned = library.resolve("file://web").await.unwrap();
+    let flags = async |key: Option<&str>| {
+        library.prepare(&pinned, &Identity::from_bits(1), key, &Additional::new()).await.map(|prepared| prepared.flags)
+    };
+    let old = library.flag_key().unwrap();
+    let before = flags(Some(&old)).await.unwrap();
+    let new = FlagKeys::rotate(&file).unwrap();
+    assert_eq!(library.flag_key(), Some(new.clone()), "a running library notices it");
+    assert_eq!(flags(Some(&old)).await.unwrap(), before);
+    assert_eq!(flags(None).await.unwrap(), before, "of an instance without an id");
+    assert_ne!(flags(Some(&new)).await.unwrap(), before);
+    let error = flags(Some("00000000")).await.unwrap_err();
+    assert!(error.code() == "UNAVAILABLE" && error.to_string().contains("--flag-key-file"), "{error}");
 }

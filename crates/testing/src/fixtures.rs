@@ -114,6 +114,7 @@ pub fn instance(key: InstanceKey, phase: Phase) -> Instance {
         additional: Additional::new(),
         connection_info: String::new(),
         flags: Vec::new(),
+        flag_key: None,
         target: None,
         traceparent: Some(TRACEPARENT.to_owned()),
     }

@@ -3,6 +3,7 @@
 mod arguments;
 mod challenge;
 mod failure;
+mod flags;
 mod instance;
 mod output;
 mod printable;
@@ -54,6 +55,14 @@ pub(crate) enum Command {
     Scenario {
         #[command(subcommand)]
         command: scenario::Command,
+    },
+    /// Rotate and list the keys that flags are derived from.
+    #[command(after_help = flags::EXAMPLES)]
+    Flags {
+        #[command(flatten)]
+        file: flags::File,
+        #[command(subcommand)]
+        command: flags::Command,
     },
     /// Create, list and revoke the tokens of a token file.
     #[command(after_help = token::EXAMPLES)]
@@ -181,6 +190,7 @@ async fn execute(command: Command, instruments: &Instruments) -> Result<(), Fail
         Command::Challenge { api, command } => challenge::run(&session(api)?, command).await,
         Command::Instance { api, command } => instance::run(&session(api)?, command).await,
         Command::Scenario { command } => scenario::run(command).await,
+        Command::Flags { file, command } => flags::run(&file, &command),
         Command::Token { file, command } => token::run(&file, command),
     }
 }

@@ -57,6 +57,7 @@ fn full_instance() -> Instance {
         additional: Additional::new(),
         connection_info: "http://ctf.test:31337".to_owned(),
         flags: vec!["CTF{one}".to_owned()],
+        flag_key: Some("0a1b2c3d".to_owned()),
         target: Some(Target {
             identity: Identity::from_bits(8),
             scenario: pinned(),
@@ -106,6 +107,7 @@ fn version_1_instance() {
       "additional": {},
       "applied": 2,
       "connection_info": "http://ctf.test:31337",
+      "flag_key": "0a1b2c3d",
       "flags": [
         "CTF{one}"
       ],
@@ -239,12 +241,12 @@ prop_compose! {
 prop_compose! {
     fn any_instance()(
         bits: u64, phase in phase(), times in (timestamp(), timestamp(), option::of(timestamp())), scenario in any_pinned(),
-        applied_revision: u64, additional in additional(), connection_info: String, flags: Vec<String>,
+        applied_revision: u64, additional in additional(), connection_info: String, flags: Vec<String>, flag_key: Option<String>,
         target in option::of(any_target()), traceparent: Option<String>,
     ) -> Instance {
         Instance {
             key: key(), identity: Identity::from_bits(bits), phase, since: times.0, last_renew: times.1, until: times.2,
-            scenario, applied_revision, additional, connection_info, flags, target, traceparent,
+            scenario, applied_revision, additional, connection_info, flags, flag_key, target, traceparent,
         }
     }
 }

@@ -9,7 +9,7 @@ use gauntlet_domain::{
 };
 use gauntlet_testing::fixtures::source_id;
 
-use crate::harness::{ALICE, Harness, digest, reference, within};
+use crate::harness::{ALICE, Harness, digest, update, within};
 
 #[tokio::test]
 async fn failed_deletion_keeps_the_instance_and_is_retried() {
@@ -308,9 +308,4 @@ async fn unfinished_in_place_update_does_not_change_the_strategy_of_the_next() {
         assert_ne!(after.identity, before.identity, "{strategy:?}");
         assert_eq!(harness.provisioner.running(), [(after.identity, digest(3))]);
     }
-}
-
-/// An update to another version of the scenario.
-fn update(version: u8, strategy: Strategy) -> ChallengeUpdate {
-    ChallengeUpdate { scenario: Some(reference(version)), strategy, ..ChallengeUpdate::default() }
 }

@@ -14,8 +14,8 @@ use gauntlet_coordination::{
     kv::{Condition, Get, KeyRange, Kv, KvError, KvResult, LeaseId, Op, Page, Txn, TxnResponse, Watch},
 };
 use gauntlet_domain::{
-    Additional, Call, ChallengeId, Error, Gauntlet, Instance, LockGuard, LockKind, LockOptions, NewChallenge, Result,
-    Settings, Store as _,
+    Additional, Call, ChallengeId, ChallengeUpdate, Error, Gauntlet, Instance, LockGuard, LockKind, LockOptions,
+    NewChallenge, Result, Settings, Store as _, Strategy,
 };
 use gauntlet_testing::{
     call::{ManualClock, call},
@@ -181,6 +181,7 @@ pub struct Harness {
     pub provisioner: Arc<FakeProvisioner>,
     /// The ports that the provisioner reserves.
     pub ports: Arc<Ports>,
+    pub scenarios: Arc<FakeScenarios>,
     pub facts: Arc<RecordedFacts>,
     pub call: Call,
     /// The clock of `call`.
@@ -209,11 +210,12 @@ impl Harness {
         // One instance after the other, so that tests can hold the first.
         let settings = Settings { concurrency: 1, lock_timeout: LOCK_TIMEOUT, ..Settings::default() };
         let scenarios = Arc::new(FakeScenarios::default());
-        let gauntlet = Gauntlet::new(store.clone(), provisioner.clone(), scenarios, facts.clone(), settings);
+        let gauntlet = Gauntlet::new(store.clone(), provisioner.clone(), scenarios.clone(), facts.clone(), settings);
         let clock = Arc::new(ManualClock::default());
         let call = Call { clock: clock.clone(), ..call() };
         let web = challenge_id("web");
-        let harness = Self { gauntlet, store, provisioner, ports, facts, call, clock, web, faults, _dir: dir };
+        let harness =
+            Self { gauntlet, store, provisioner, ports, scenarios, facts, call, clock, web, faults, _dir: dir };
         harness.create_challenge(min).await;
         harness
     }
@@ -310,4 +312,9 @@ impl Harness {
     pub fn make_challenges_unreadable(&self) {
         self.faults.challenges_unreadable.store(true, Ordering::Relaxed);
     }
+}
+
+/// An update to another version of the scenario.
+pub fn update(version: u8, strategy: Strategy) -> ChallengeUpdate {
+    ChallengeUpdate { scenario: Some(reference(version)), strategy, ..ChallengeUpdate::default() }
 }

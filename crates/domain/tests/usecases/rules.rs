@@ -6,7 +6,7 @@ use gauntlet_domain::{
 };
 use gauntlet_testing::fixtures::{challenge_id, new_challenge, source_id};
 
-use crate::harness::{ALICE, Harness};
+use crate::harness::{ALICE, BOB, Harness, update};
 
 /// Creates a challenge that expires at 2000.
 async fn expiring_challenge(harness: &Harness, min: i64) -> ChallengeId {
@@ -79,4 +79,26 @@ async fn recovered_update_restarts_the_timeout() {
     assert_eq!(harness.gauntlet.reconcile(&harness.call_at(1500)).await.unwrap().recovered, 1);
     let updated = harness.stored(ALICE).await.unwrap();
     assert_eq!((updated.identity, updated.until), (Identity::from_bits(7), Some(harness.call_at(2500).now)));
+}
+
+#[tokio::test]
+async fn instance_keeps_its_flag_key_through_updates_and_claims() {
+    for strategy in [Strategy::UpdateInPlace, Strategy::BlueGreen, Strategy::Recreate] {
+        let harness = Harness::with_challenge(0).await;
+        harness.scenarios.set_flag_key("old");
+        harness.create(ALICE).await;
+        harness.scenarios.set_flag_key("new");
+        harness.create(BOB).await;
+        harness.gauntlet.update_challenge(&harness.call, &harness.web, update(2, strategy)).await.unwrap();
+        for (source, key) in [(ALICE, "old"), (BOB, "new")] {
+            let stored = harness.stored(source).await.unwrap();
+            assert_eq!((stored.flags, stored.flag_key.as_deref()), (vec![key.to_owned()], Some(key)), "{strategy:?}");
+        }
+    }
+    let harness = Harness::with_challenge(1).await;
+    harness.scenarios.set_flag_key("old");
+    harness.maintain_pool().await;
+    harness.scenarios.set_flag_key("new");
+    let claimed = harness.create(ALICE).await;
+    assert_eq!((claimed.flags, claimed.flag_key.as_deref()), (vec!["old".to_owned()], Some("old")));
 }

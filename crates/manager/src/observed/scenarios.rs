@@ -28,10 +28,15 @@ impl Scenarios for ObservedScenarios {
         self.inner.resolve(reference).await
     }
 
+    fn flag_key(&self) -> Option<String> {
+        self.inner.flag_key()
+    }
+
     async fn prepare(
         &self,
         scenario: &Pinned,
         identity: &Identity,
+        flag_key: Option<&str>,
         additional: &Additional,
     ) -> Result<PreparedScenario> {
         let span = info_span!(
@@ -41,7 +46,7 @@ impl Scenarios for ObservedScenarios {
             outcome = Empty,
             error.type = Empty,
         );
-        let work = self.inner.prepare(scenario, identity, additional);
+        let work = self.inner.prepare(scenario, identity, flag_key, additional);
         step(&self.instruments, self.provisioner, "prepare", span, work).await
     }
 

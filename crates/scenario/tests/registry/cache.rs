@@ -97,6 +97,6 @@ async fn changed_scenario_without_its_registry_is_not_used() {
     fixture.registry.process.kill().unwrap();
     overwrite(&files.join("bin/run"));
     let additional = gauntlet_domain::Additional::new();
-    let prepared = library.prepare(&pinned, &gauntlet_domain::Identity::from_bits(1), &additional).await;
+    let prepared = library.prepare(&pinned, &gauntlet_domain::Identity::from_bits(1), None, &additional).await;
     assert_eq!(prepared.unwrap_err().code(), "OCI_INTERACTION");
 }

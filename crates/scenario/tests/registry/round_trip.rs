@@ -73,7 +73,7 @@ async fn moved_tag_is_noticed_and_pinned_digest_needs_no_registry() {
     assert_eq!(error.code(), "OCI_INTERACTION", "{error}");
 
     fs::remove_dir_all(fixture.dir.path().join("cache/sha256")).unwrap();
-    let error = library.prepare(&old, &Identity::from_bits(1), &Additional::new()).await.unwrap_err();
+    let error = library.prepare(&old, &Identity::from_bits(1), None, &Additional::new()).await.unwrap_err();
     assert_eq!(error.code(), "OCI_INTERACTION", "{error}");
     fixture.registry.process.start().unwrap();
     files_of(&library, &old).await;

@@ -37,7 +37,7 @@ async fn registry_that_is_not_allowed_is_not_contacted() {
         let pinned = Pinned { reference: registry.reference(), digest: digest(manifest().0.as_bytes()) };
         let dir = tempfile::tempdir().unwrap();
         let prepared =
-            library(&dir, only(&patterns)).prepare(&pinned, &Identity::from_bits(1), &Additional::new()).await;
+            library(&dir, only(&patterns)).prepare(&pinned, &Identity::from_bits(1), None, &Additional::new()).await;
         assert_eq!(prepared.unwrap_err().code(), "OCI_REGISTRY_NOT_ALLOWED");
     }
     assert!(registry.seen().is_empty());

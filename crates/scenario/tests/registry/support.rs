@@ -174,5 +174,5 @@ pub(crate) fn packed(entries: &[(tar::EntryType, &str, &str)]) -> Vec<u8> {
 }
 
 pub(crate) async fn files_of(library: &Library, pinned: &Pinned) -> PathBuf {
-    library.prepare(pinned, &Identity::from_bits(1), &Additional::new()).await.unwrap().files
+    library.prepare(pinned, &Identity::from_bits(1), None, &Additional::new()).await.unwrap().files
 }

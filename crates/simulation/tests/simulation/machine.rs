@@ -275,6 +275,7 @@ impl Scenarios for Catalogue {
         &self,
         scenario: &Pinned,
         identity: &Identity,
+        _: Option<&str>,
         additional: &Additional,
     ) -> Result<PreparedScenario> {
         Ok(PreparedScenario::new(scenario, identity, additional))

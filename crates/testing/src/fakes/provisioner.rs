@@ -161,7 +161,11 @@ impl FakeProvisioner {
             Ok(())
         };
         self.call(operation, Some(key.clone()), launch).await?;
-        Ok(Outputs { connection_info: format!("http://{}.test", request.identity), flags: vec!["flag".to_owned()] })
+        let flags = match request.plan.flags.as_slice() {
+            [] => vec!["flag".to_owned()],
+            flags => flags.to_vec(),
+        };
+        Ok(Outputs { connection_info: format!("http://{}.test", request.identity), flags })
     }
 }
 
