@@ -223,6 +223,7 @@ impl History {
             additional: Additional::new(),
             connection_info: String::new(),
             flags: Vec::new(),
+            flag_key: None,
             target: None,
             traceparent: None,
         }
