@@ -15,7 +15,7 @@ use super::{
     census,
     load::{Kind, Violation},
     network::{Network, Side},
-    scenario::write_scenarios,
+    scenario::{instance_path, write_scenarios},
 };
 use crate::harness::{Backend, Manager, POLL, World, eventually};
 
@@ -84,6 +84,7 @@ impl Cluster {
                 ("ETCD_ENDPOINTS", endpoints.collect::<Vec<_>>().join(",")),
                 ("LEASE_TTL", format!("{}s", LEASE_TTL.as_secs())),
                 ("RECONCILE_EVERY", "1s".to_owned()),
+                ("INSTANCE_PATH", instance_path(world)),
             ];
             environment.extend(extra_env.iter().map(|(name, value)| (*name, (*value).to_owned())));
             world.manager_with(&format!("m{}", at + 1), &environment)

@@ -1,8 +1,8 @@
 //! Minimal scenarios for instances under test.
 
-use std::path::PathBuf;
+use std::{fs::Permissions, os::unix::fs::PermissionsExt as _, path::PathBuf};
 
-use crate::harness::{World, local};
+use crate::harness::{World, binaries, local};
 
 /// The reference of a scenario whose instances are ready at once.
 pub(super) fn quick_scenario() -> String {
@@ -17,7 +17,10 @@ pub(super) fn gated_scenario() -> String {
 
 /// Writes both scenarios. The connection info of their instances is the identity.
 pub(super) fn write_scenarios(world: &World) {
-    let wait_for_gate = format!("while [ ! -e {} ]; do sleep 0.05; done; ", Gate::of(world).0.display());
+    let wait_for_gate = format!("while ! command -v {GATE}; do sleep 0.05; done; ");
+    let dir = gate_dir(world);
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::set_permissions(dir, Permissions::from_mode(0o755)).unwrap();
     for (name, before) in [("quick", ""), ("gated", &wait_for_gate)] {
         let dir = world.path("scenarios").join(name);
         std::fs::create_dir_all(&dir).unwrap();
@@ -26,16 +29,29 @@ pub(super) fn write_scenarios(world: &World) {
     }
 }
 
+/// The name of the program that is there while the gate is open. An instance sees nothing else of the test that changes while it runs.
+const GATE: &str = "gate-is-open";
+
+fn gate_dir(world: &World) -> PathBuf {
+    world.path("gate")
+}
+
+/// The `INSTANCE_PATH` of managers that run these scenarios.
+pub(super) fn instance_path(world: &World) -> String {
+    format!("{}:{}", gate_dir(world).display(), binaries().display())
+}
+
 /// Blocks instances of [`gated_scenario`] while they are provisioned. The gate is closed at first.
 pub(super) struct Gate(PathBuf);
 
 impl Gate {
     pub(super) fn of(world: &World) -> Gate {
-        Gate(world.path("gate"))
+        Gate(gate_dir(world).join(GATE))
     }
 
     pub(super) fn open(&self) {
         std::fs::write(&self.0, "").unwrap();
+        std::fs::set_permissions(&self.0, Permissions::from_mode(0o755)).unwrap();
     }
 
     /// Closes the gate until the returned guard is dropped.
