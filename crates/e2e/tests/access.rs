@@ -56,7 +56,7 @@ fn cli_and_janitor_work_with_a_token_until_it_is_revoked() {
     let id = janitor.split('_').nth(1).unwrap();
     succeeded(gauntlet(&["token", "revoke", "--tokens", &file, id]).output().unwrap()).unwrap();
     eventually("the janitor is refused", || match sweep() {
-        Err(error) if error.contains("UNAUTHENTICATED") => Ok(()),
+        Err(error) if error.contains("CREDENTIALS_INVALID") => Ok(()),
         other => Err(format!("{other:?}")),
     });
     let log = std::fs::read_to_string(world.path("m1.log")).unwrap();
