@@ -156,7 +156,7 @@ fn create_is_one_trace(backend: Backend) {
 fn refused_requests_have_error_codes(world: &mut World, manager: &Manager) {
     let refused = [
         ("POST", "/api/v1/instance", "{", 400, "INVALID_ARGUMENT"),
-        ("POST", "/api/v1/challenge", &" ".repeat((1 << 20) + 1), 400, "INVALID_ARGUMENT"),
+        ("POST", "/api/v1/challenge", &" ".repeat((1 << 20) + 1), 400, "BODY_TOO_LONG"),
         ("GET", "/api/v1/challenge/%ff", "", 400, "INVALID_ARGUMENT"),
         ("GET", "/api/v2/challenge", "", 404, "UNKNOWN_PATH"),
         ("DELETE", "/api/v1/challenge", "", 501, "UNKNOWN_METHOD"),

@@ -78,7 +78,7 @@ async fn grpc_messages(target: &Target) {
     );
     let long = CreateInstanceRequest {
         challenge_id: "web".to_owned(),
-        source_id: "x".repeat(MIB),
+        source_id: "x".repeat(MIB / 2),
         ..CreateInstanceRequest::default()
     };
     let refused = instances.create_instance(long).await.unwrap_err();
