@@ -21,17 +21,10 @@ impl Isolation {
     /// Finds the strongest level that the machine and the operator allow, by trying. Blocks for some milliseconds.
     ///
     /// # Errors
-    /// [`Error::Provision`] if that is less than the operator requires, or the supervisor can't start programs at all.
+    /// [`Error::Provision`] if that is less than the operator requires.
     pub(super) fn detect(config: &Config, supervisor: &Path) -> Result<Self> {
         let ceiling = config.isolation.unwrap_or(Level::Uid);
         let probe = probe(supervisor, &config.system, *config.uids.start(), ceiling, ports::spawn);
-        // This says nothing about the machine: without the check, a supervisor of another release would mean no isolation.
-        if let Some(failure) = probe.refusal(Level::None) {
-            let supervisor = supervisor.display();
-            let fix = "install the supervisor of the manager's release beside it";
-            let detail = format!("the supervisor {supervisor} starts no programs, isolated or not: {failure}; {fix}");
-            return Err(Error::Provision { step: "configure", detail });
-        }
         let level = probe.best;
         let wanted = config.require_isolation.max(config.isolation).unwrap_or(Level::None);
         if level < wanted {
