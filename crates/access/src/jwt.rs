@@ -59,7 +59,7 @@ pub struct Keys(Vec<Key>);
 #[derive(Clone)]
 struct Key {
     id: Option<String>,
-    /// The only algorithm that the issuer uses it with, if it says so.
+    /// The only algorithm that the issuer uses it with, if the key set names one.
     algorithm: Option<Algorithm>,
     key: DecodingKey,
 }

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-/// The most keys that are told apart. Further ones share one allowance, so that no number of keys makes the table larger or the limit weaker.
+/// The maximum number of keys with an allowance of their own. Further ones share one allowance, so that no number of keys makes the table larger or the limit weaker.
 const MAX_KEYS: usize = 16_384;
 /// How often, at most, keys are forgotten that have their whole allowance: looking at each takes time.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);

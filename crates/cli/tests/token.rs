@@ -87,7 +87,7 @@ fn errors_name_what_is_wrong_and_change_nothing() {
     fs::write(&file, format!("{before}not a record\n")).unwrap();
     let (code, _, err) = run(&file, &["create", "--name", "b", "--scope", "read"]);
     assert!(code == 1 && err.contains("tokens.jsonl, line 2: "), "{err}");
-    // Revoking must not wait until somebody has repaired the file.
+    // Revoking must not depend on a repair of the file.
     assert_eq!(run(&file, &["revoke", &token.id().to_string()]).0, 0);
     assert_eq!(fs::read_to_string(&file).unwrap(), "not a record\n");
 }

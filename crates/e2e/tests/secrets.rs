@@ -87,7 +87,7 @@ fn planted_secrets_are_in_no_output() {
     assert!(!gauntlet(&mut outputs, &["challenge", "create", "web", "--scenario", &reference], &[]), "it exists");
     let unknown = format!("{}/ctf/unknown:v1", world.registry.as_ref().unwrap().address());
     assert!(!gauntlet(&mut outputs, &["challenge", "create", "other", "--scenario", &unknown], &[]));
-    // Whoever creates an instance gets its flags.
+    // The caller that creates an instance gets its flags.
     assert!(gauntlet(&mut outputs, &["instance", "create", "web", "alice"], &[FLAG]));
     assert!(gauntlet(&mut outputs, &["instance", "list"], &[FLAG]));
     let credentials = [("authorization", format!("Bearer {token}"))];

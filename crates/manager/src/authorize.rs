@@ -79,7 +79,7 @@ impl Authorizer {
         decided.inspect_err(|denial| self.limits.denials.record_denial(denial.code()))
     }
 
-    /// Authenticates the caller. Credentials that are not valid are refused, also where none are needed: the caller meant to be somebody.
+    /// Authenticates the caller. Credentials that are not valid are refused, also where none are needed: the caller expects them to count.
     fn caller(&self, headers: &HeaderMap, peer: Option<&Peer>) -> Result<Caller, Denial> {
         let peer = peer.ok_or(Denial::Missing)?;
         let principal = self.principal(headers, peer).or_else(|denial| {

@@ -1,6 +1,6 @@
 //! The listeners: where the API is served, and what callers need there.
 //!
-//! Whoever reaches the API can run code, so callers off this machine need credentials, and credentials need TLS: a configuration without them is
+//! A caller of the API can run code, so callers off this machine need credentials, and credentials need TLS: a configuration without them is
 //! refused at start unless the operator says so explicitly.
 
 pub(crate) mod flags;

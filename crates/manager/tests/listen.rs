@@ -105,7 +105,7 @@ fn client_without_credentials_works_on_its_listener_and_is_refused_on_the_protec
     let mut running = Running(manager(dir.path(), &arguments).spawn().unwrap());
     let mut log = BufReader::new(running.0.stderr.take().unwrap());
     let (protected, open) = (port(&mut log, "tls"), port(&mut log, "tcp"));
-    // Whoever logs must not wait for somebody to read it.
+    // The manager must not block on a full pipe when it logs.
     let drain = std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
 
     let connect = |port| TcpStream::connect(("127.0.0.1", port)).unwrap();

@@ -126,7 +126,7 @@ fn open_mount(path: &Path, flags: OpenTreeFlags) -> Result<OwnedFd, Failure> {
     rustix::mount::open_tree(CWD, path, flags).step(format!("open {}", path.display()))
 }
 
-/// Opens a device, and checks that it is the one that its name says: in a container, somebody may have put another file there.
+/// Opens a device, and checks that it is the one that its name says: in a container, another file may have been put there.
 fn open_device((name, minor): (&str, u32)) -> Result<OwnedFd, Failure> {
     let path = Path::new("/dev").join(name);
     let mount = open_mount(&path, OpenTreeFlags::empty())?;

@@ -149,7 +149,7 @@ fn key_source(text: String) -> Result<KeySource, String> {
     match text.split_once("://") {
         None => Ok(KeySource::File(text.into())),
         Some(("https", _)) => Ok(KeySource::Url(text)),
-        // Whoever can change the keys on their way can sign for everybody.
+        // A party that can change the keys in transit can sign JWTs for any caller.
         Some(_) => Err(format!("--oidc-jwks (OIDC_JWKS) is {text:?}: pass an https:// URL or a file")),
     }
 }

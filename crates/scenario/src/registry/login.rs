@@ -43,7 +43,7 @@ pub(crate) struct Logins {
 }
 
 impl Logins {
-    /// Returns the credentials for a registry, if there are any. Docker's configuration is read anew each time, so that a new login counts at
+    /// Returns the credentials for a registry, if there are any. Docker's configuration is read each time, so that a new login counts at
     /// once.
     pub(crate) async fn of(&self, registry: &Host) -> Result<Option<Login>, Failure> {
         if let Some(found) = self.credentials.iter().find(|credentials| credentials.registry == *registry) {
