@@ -3,17 +3,15 @@
 use std::{
     collections::BTreeSet,
     fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     os::unix::fs::PermissionsExt as _,
     path::Path,
     process::Command,
     sync::{Arc, Mutex},
-    time::Duration,
 };
 
 use gauntlet_stack::{Registry, RegistryOptions, Tool, Tools};
-use gauntlet_testing::processes;
+use gauntlet_testing::{processes, webhook};
 
 use crate::harness::{Backend, Manager, World, address, binary, eventually, fetch, rest_with};
 
@@ -259,7 +257,7 @@ impl Collector {
         let keep = Arc::clone(&received);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                if let Some(export) = read_export(stream) {
+                if let Some(export) = webhook::receive(stream, "application/x-protobuf") {
                     keep.lock().unwrap().push(export);
                 }
             }
@@ -275,29 +273,4 @@ impl Collector {
         }
         received
     }
-}
-
-/// Reads one request and answers it.
-fn read_export(mut stream: TcpStream) -> Option<Export> {
-    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-    let mut reader = BufReader::new(stream.try_clone().ok()?);
-    let mut line = String::new();
-    reader.read_line(&mut line).ok()?;
-    let path = line.split(' ').nth(1)?.to_owned();
-    let mut length = 0;
-    loop {
-        line.clear();
-        reader.read_line(&mut line).ok()?;
-        match line.split_once(':') {
-            Some((name, value)) if name.eq_ignore_ascii_case("content-length") => length = value.trim().parse().ok()?,
-            Some(_) => {}
-            None => break,
-        }
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    let answer =
-        "HTTP/1.1 200 OK\r\nContent-Type: application/x-protobuf\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
-    stream.write_all(answer.as_bytes()).ok()?;
-    Some((path, body))
 }

@@ -75,8 +75,14 @@ impl WebhookSink {
     }
 }
 
-/// Reads one request and answers it.
-fn read(mut stream: TcpStream) -> Option<Notification> {
+fn read(stream: TcpStream) -> Option<Notification> {
+    let (path, body) = receive(stream, "application/json")?;
+    Some(Notification { path, body: serde_json::from_slice(&body).ok()? })
+}
+
+/// Reads one request and answers 200 with an empty body of that content type. Returns the path and the body of the request; `None` if it ends
+/// early, or is not complete within five seconds of silence.
+pub fn receive(mut stream: TcpStream, content_type: &str) -> Option<(String, Vec<u8>)> {
     stream.set_read_timeout(Some(READ_TIMEOUT)).ok()?;
     let mut reader = BufReader::new(stream.try_clone().ok()?);
     let mut line = String::new();
@@ -94,8 +100,10 @@ fn read(mut stream: TcpStream) -> Option<Notification> {
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body).ok()?;
-    stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").ok()?;
-    Some(Notification { path, body: serde_json::from_slice(&body).ok()? })
+    let head =
+        format!("HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).ok()?;
+    Some((path, body))
 }
 
 #[cfg(test)]
