@@ -2,7 +2,7 @@
 
 use std::{future::Future, time::Duration};
 
-use tokio::task::JoinHandle;
+use tokio::{task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
@@ -44,5 +44,24 @@ impl Tasks {
         self.tracker.close();
         let _ = tokio::time::timeout(timeout, self.tracker.wait()).await;
         self.tracker.len()
+    }
+}
+
+/// Runs blocking work now and then at every `interval`, one run at a time, until `stop` is cancelled. A run that has begun is completed.
+pub(crate) async fn repeat_blocking(
+    interval: Duration,
+    stop: CancellationToken,
+    work: impl Fn() + Clone + Send + 'static,
+) {
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        if let Err(error) = tokio::task::spawn_blocking(work.clone()).await {
+            tracing::error!(%error, "a periodic check failed; it is repeated");
+        }
     }
 }

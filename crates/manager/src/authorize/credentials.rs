@@ -5,14 +5,13 @@ use std::{sync::Arc, time::Duration};
 use gauntlet_access::{JwtRejection, JwtVerifier, Keys, Principal, Rejection, SubjectFile, Token, TokenFile};
 use http::HeaderValue;
 use jiff::Timestamp;
-use tokio::time::MissedTickBehavior;
 
 use super::{reloaded::Reloaded, remote_keys::RemoteKeys};
 use crate::{
     caller::Denial,
     config::{AccessConfig, KeySource},
     peer::ClientCertificate,
-    tasks::Tasks,
+    tasks::{Tasks, repeat_blocking},
 };
 
 /// How often the files are read. A removed token is accepted for at most this long.
@@ -68,20 +67,7 @@ impl Credentials {
             return;
         }
         let credentials = self.clone();
-        tasks.spawn("credentials", |stop| async move {
-            let mut ticks = tokio::time::interval(RELOAD_INTERVAL);
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                tokio::select! {
-                    () = stop.cancelled() => return,
-                    _ = ticks.tick() => {}
-                }
-                let current = credentials.clone();
-                if let Err(error) = tokio::task::spawn_blocking(move || current.reload()).await {
-                    tracing::error!(%error, "cannot check the credential files");
-                }
-            }
-        });
+        tasks.spawn("credentials", |stop| repeat_blocking(RELOAD_INTERVAL, stop, move || credentials.reload()));
     }
 
     /// Reads the files again. A file that cannot be used keeps what was read before, and is logged once.

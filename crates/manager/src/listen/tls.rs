@@ -16,9 +16,10 @@ use rustls::{
     },
     server::{NoClientAuth, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
-use tokio::time::MissedTickBehavior;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
+
+use crate::tasks::repeat_blocking;
 
 /// How often the files are checked for changes.
 pub(crate) const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
@@ -71,17 +72,7 @@ impl Certificates {
     /// Checks the files every `interval` until `stop` is cancelled. New connections use what changed; if it cannot be used, they continue with
     /// what was there before, and the log says why.
     pub(crate) async fn keep_current(self, interval: Duration, stop: CancellationToken) {
-        let mut ticks = tokio::time::interval(interval);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                _ = ticks.tick() => {}
-            }
-            let certificates = self.clone();
-            // Fails only if reading panics, which has been logged.
-            let _ = tokio::task::spawn_blocking(move || certificates.reload()).await;
-        }
+        repeat_blocking(interval, stop, move || self.reload()).await;
     }
 
     fn reload(&self) {
